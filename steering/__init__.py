@@ -1,0 +1,69 @@
+"""Gated steering of language models (MAT-Steer, arXiv 2502.12446, and its relatives) as columns, math and hooks."""
+
+from steering.checkpoint import (
+    BaseModelInfo,
+    Checkpoint,
+    CheckpointConfig,
+    ColumnConfig,
+    base_model_info,
+    find,
+    list_checkpoints,
+    load,
+    save,
+    verify_against,
+    verify_sites,
+)
+from steering.columns import ColumnBank
+from steering.errors import (
+    CheckpointError,
+    CheckpointMismatch,
+    ColumnError,
+    HookError,
+    NotFound,
+    SteeringError,
+    UnsupportedArchitecture,
+)
+from steering.hook import Steering, steered
+from steering.operators import Trace, gate_codes, gate_values, steer, trace
+from steering.sites import layers, site_module, site_width
+from steering.types import UNSTEERED, Column, Gate, Handle, Positions, RowSteering, Site, SiteKind
+
+__all__ = [
+    "UNSTEERED",
+    "BaseModelInfo",
+    "Checkpoint",
+    "CheckpointConfig",
+    "CheckpointError",
+    "CheckpointMismatch",
+    "Column",
+    "ColumnBank",
+    "ColumnConfig",
+    "ColumnError",
+    "Gate",
+    "Handle",
+    "HookError",
+    "NotFound",
+    "Positions",
+    "RowSteering",
+    "Site",
+    "SiteKind",
+    "Steering",
+    "SteeringError",
+    "Trace",
+    "UnsupportedArchitecture",
+    "base_model_info",
+    "find",
+    "gate_codes",
+    "gate_values",
+    "layers",
+    "list_checkpoints",
+    "load",
+    "save",
+    "site_module",
+    "site_width",
+    "steer",
+    "steered",
+    "trace",
+    "verify_against",
+    "verify_sites",
+]

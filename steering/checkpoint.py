@@ -1,0 +1,268 @@
+"""The checkpoint folder: `steering.safetensors`, `README.md` and, last, `config.json`, whose presence means complete.
+
+Nothing here unpickles. A folder that is not exactly what was saved is refused with one sentence.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from pydantic import ValidationError
+from torch import nn
+
+from steering.checkpoint_config import (
+    NAME_PATTERN,
+    BaseModelInfo,
+    CheckpointConfig,
+    ColumnConfig,
+    describe,
+    plain,
+    sentence,
+)
+from steering.checkpoint_tensors import check_widths, pack, unpack
+from steering.errors import CheckpointError, CheckpointMismatch, ColumnError, NotFound
+from steering.sites import hidden_size, layers, site_width
+from steering.types import Column, Positions
+
+__all__ = [
+    "BaseModelInfo",
+    "Checkpoint",
+    "CheckpointConfig",
+    "CheckpointError",
+    "CheckpointMismatch",
+    "ColumnConfig",
+    "NotFound",
+    "base_model_info",
+    "find",
+    "list_checkpoints",
+    "load",
+    "save",
+    "verify_against",
+    "verify_sites",
+]
+
+CONFIG, TENSORS, CARD = "config.json", "steering.safetensors", "README.md"
+NAME = re.compile(NAME_PATTERN)
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A loaded checkpoint; `columns` are in the order of `config.columns`."""
+
+    config: CheckpointConfig
+    columns: tuple[Column, ...]
+
+    @property
+    def attributes(self) -> dict[str, float]:
+        """Attribute -> default multiplier, in the order of the columns; several columns may share an attribute."""
+        return {column.attribute: column.default_multiplier for column in self.columns}
+
+    def multipliers(self, attributes: Mapping[str, float]) -> tuple[float, ...]:
+        """The multiplier of each column, for `RowSteering.of`: that of its attribute, 0 where it is not listed.
+
+        Raises ColumnError for an unknown attribute, listing the known ones.
+        """
+        for name in attributes:
+            if name not in self.attributes:
+                raise ColumnError(f"unknown attribute {name!r}; known: {', '.join(self.attributes)}")
+        return tuple(float(attributes.get(column.attribute, 0.0)) for column in self.columns)
+
+
+def save(
+    folder: Path,
+    *,
+    name: str,
+    version: str,
+    method: str,
+    base_model: BaseModelInfo,
+    columns: Sequence[Column],
+    normalize: bool,
+    positions: Positions,
+    training: dict[str, Any],
+    evaluation: dict[str, Any],
+    card: str,
+) -> Checkpoint:
+    """Writes a checkpoint folder (`checkpoints/<name>/<version>`), `config.json` last, and loads it back.
+
+    Every file is written beside its place, flushed to disk and renamed, so that a crash leaves either the checkpoint
+    that was there, an incomplete folder without `config.json`, or the new checkpoint. In `training` and `evaluation`
+    numbers that are not finite become null, since JSON has none. Raises CheckpointError.
+    """
+    for column in columns:
+        if column.keep_norm != normalize:
+            raise CheckpointError(
+                f"column {column.attribute!r} has keep_norm {column.keep_norm}, normalize is {normalize}"
+            )
+    data = safetensors.torch.save(pack(columns))
+    try:
+        config = CheckpointConfig(
+            format_version=1,
+            name=name,
+            version=version,
+            method=method,
+            base_model=base_model,
+            columns=[describe(column) for column in columns],
+            normalize=normalize,
+            positions=Positions(positions),
+            training=plain(training, "training"),
+            evaluation=plain(evaluation, "evaluation"),
+            sha256=hashlib.sha256(data).hexdigest(),
+        )
+    except ValidationError as error:
+        raise CheckpointError(f"checkpoint {name!r} cannot be saved: {sentence(error)}") from None
+    check_widths(config, columns)
+    text = json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        _write(folder, {TENSORS: data, CARD: card.encode(), CONFIG: text.encode()})
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written: {error}") from error
+    return load(folder)
+
+
+def load(folder: Path) -> Checkpoint:
+    """Reads a checkpoint folder and checks all of it: format, hash, names, shapes, dtypes, widths, finite values.
+
+    Raises CheckpointError with one sentence that says what is wrong.
+    """
+    config = _read_config(folder)
+    data = _read(folder, TENSORS)
+    if hashlib.sha256(data).hexdigest() != config.sha256:
+        raise CheckpointError(f"{folder / TENSORS} is not the file that config.json describes: its sha256 differs")
+    try:
+        tensors = safetensors.torch.load(data)
+    except Exception as error:  # the parser raises its own type for each way of being malformed
+        raise CheckpointError(f"{folder / TENSORS} is not a safetensors file: {error}") from None
+    try:
+        columns = unpack(config, tensors)
+        check_widths(config, columns)
+    except (CheckpointError, ColumnError) as error:
+        raise CheckpointError(f"{folder} is refused: {error}") from None
+    return Checkpoint(config, columns)
+
+
+def base_model_info(model: nn.Module, id: str, revision: str | None) -> BaseModelInfo:
+    """What a checkpoint stores of a loaded Hugging Face model. Raises UnsupportedArchitecture."""
+    return BaseModelInfo(
+        id=id,
+        revision=revision,
+        architecture=type(model).__name__,
+        hidden_size=hidden_size(model),
+        num_layers=len(layers(model)),
+    )
+
+
+def verify_against(checkpoint: Checkpoint, model_info: BaseModelInfo) -> None:
+    """Raises CheckpointMismatch where the checkpoint was trained on another architecture, width or depth."""
+    trained = checkpoint.config.base_model
+    for what in ("architecture", "hidden_size", "num_layers"):
+        theirs, ours = getattr(trained, what), getattr(model_info, what)
+        if theirs != ours:
+            raise CheckpointMismatch(
+                f"checkpoint {checkpoint.config.name}@{checkpoint.config.version} was trained on {trained.id} with "
+                f"{what} {theirs}, but {model_info.id} has {what} {ours}"
+            )
+
+
+def verify_sites(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Raises CheckpointMismatch where a column is not as wide as its site, UnsupportedArchitecture for no such site."""
+    for column in checkpoint.columns:
+        width = site_width(model, column.site.kind)
+        if column.width != width:
+            raise CheckpointMismatch(
+                f"column {column.attribute!r} of checkpoint {checkpoint.config.name} has width {column.width}, "
+                f"but site {column.site} of the model has width {width}"
+            )
+
+
+def list_checkpoints(root: Path) -> list[tuple[str, str, Path]]:
+    """(name, version, folder) of every complete folder root/name/version, by name, then oldest version first.
+
+    Versions are ordered as people read them: v2 before v10. A name or version that is not plain, and anything that
+    leads out of `root` through a symbolic link, is passed over.
+    """
+    real = root.resolve()
+    found = []
+    for config in root.glob(f"*/*/{CONFIG}"):
+        folder = config.parent
+        plain = NAME.fullmatch(folder.name) and NAME.fullmatch(folder.parent.name)
+        inside = folder.resolve().is_relative_to(real) and config.resolve().parent == folder.resolve()
+        if plain and inside and config.is_file():
+            found.append((folder.parent.name, folder.name, folder))
+    return sorted(found, key=lambda entry: (entry[0], _natural(entry[1])))
+
+
+def find(root: Path, name: str, version: str | None = None) -> Path:
+    """The folder of a version, or of the latest one. Raises NotFound for anything that `list_checkpoints` lacks."""
+    folders = [path for n, v, path in list_checkpoints(root) if n == name and version in (None, v)]
+    if not folders:
+        raise NotFound(f"there is no checkpoint {name!r}" + (f" in version {version!r}" if version is not None else ""))
+    return folders[-1]
+
+
+def _read_config(folder: Path) -> CheckpointConfig:
+    raw = _read(folder, CONFIG)
+    try:
+        fields = json.loads(raw, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder / CONFIG} is not JSON: {error}") from None
+    if isinstance(fields, dict) and fields.get("format_version", 1) != 1:
+        raise CheckpointError(f"{folder / CONFIG} has format_version {fields['format_version']!r}; only 1 can be read")
+    try:
+        return CheckpointConfig.model_validate_json(raw)
+    except ValidationError as error:
+        raise CheckpointError(f"{folder / CONFIG} is refused: {sentence(error)}") from None
+
+
+def _read(folder: Path, name: str) -> bytes:
+    path = folder / name
+    if path.is_symlink() and path.resolve().parent != folder.resolve():
+        raise CheckpointError(f"{path} is a symbolic link out of its folder")
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {name}")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes the files beside their places, then puts them there in order, with no config.json until the end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    staged = {name: folder / f".{name}.{os.getpid()}.tmp" for name in files}
+    try:
+        for name, data in files.items():
+            with staged[name].open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        (folder / CONFIG).unlink(missing_ok=True)
+        for name, path in staged.items():
+            _flush(folder)  # so that a crash cannot keep the last rename and lose the ones before
+            path.replace(folder / name)
+        _flush(folder)
+    finally:
+        for path in staged.values():
+            path.unlink(missing_ok=True)
+
+
+def _flush(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _natural(version: str) -> list[tuple[int, int, str]]:
+    """A sort key under which runs of digits count as numbers."""
+    return [(0, int(part), part) if part.isdigit() else (1, 0, part) for part in re.findall(r"\d+|\D+", version)]
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not a JSON number")

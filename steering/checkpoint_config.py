@@ -1,0 +1,106 @@
+"""What `config.json` of a checkpoint folder holds."""
+
+import math
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from steering.errors import CheckpointError
+from steering.types import Column, Gate, Positions, SiteKind
+
+NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+
+Name = Annotated[str, StringConstraints(pattern=f"^{NAME_PATTERN}$")]
+
+
+class Strict(BaseModel):
+    """Refuses what it does not know, and does not convert."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class BaseModelInfo(Strict):
+    """The model that a checkpoint was trained on."""
+
+    id: str
+    revision: str | None
+    architecture: str
+    hidden_size: int = Field(gt=0)
+    num_layers: int = Field(gt=0)
+
+
+class ColumnConfig(Strict):
+    """One column, without its tensors."""
+
+    attribute: str
+    layer: int = Field(ge=0)
+    site: SiteKind
+    gate: Gate
+    default_multiplier: float
+    range: tuple[float, float]
+
+
+class CheckpointConfig(Strict):
+    """`config.json`."""
+
+    format_version: Literal[1]
+    name: Name
+    version: Name
+    method: str
+    base_model: BaseModelInfo
+    columns: list[ColumnConfig] = Field(min_length=1)
+    normalize: bool
+    positions: Positions
+    training: dict[str, Any]
+    evaluation: dict[str, Any]
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    @model_validator(mode="after")
+    def _one_default_per_attribute(self) -> Self:
+        seen: dict[str, tuple[float, tuple[float, float]]] = {}
+        for column in self.columns:
+            settings = (column.default_multiplier, column.range)
+            if seen.setdefault(column.attribute, settings) != settings:
+                raise ValueError(f"attribute {column.attribute!r} has two default multipliers or ranges")
+            if column.layer >= self.base_model.num_layers:
+                raise ValueError(f"layer {column.layer} is beyond the {self.base_model.num_layers} of the base model")
+        return self
+
+
+def describe(column: Column) -> ColumnConfig:
+    """A column without its tensors."""
+    return ColumnConfig(
+        attribute=column.attribute,
+        layer=column.site.layer,
+        site=column.site.kind,
+        gate=column.gate,
+        default_multiplier=column.default_multiplier,
+        range=column.range,
+    )
+
+
+def plain(value: Any, where: str) -> Any:
+    """`value` in JSON's own types; numbers that are not finite become None. Raises CheckpointError naming `where`."""
+    if value is None or isinstance(value, bool | str | int):
+        return value.value if isinstance(value, Enum) else value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):  # numpy and torch
+        return plain(value.tolist(), where)
+    raise CheckpointError(f"{where} is a {type(value).__name__}, which JSON cannot hold")
+
+
+def sentence(error: ValidationError) -> str:
+    """The first thing that is wrong, and where."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}: {first['msg']}" if where else str(first["msg"])

@@ -1,0 +1,296 @@
+"""The bank of steering columns: static device buffers per site, and the multipliers of the current batch.
+
+One bank serves one model. Every method is called from the thread that runs the model, between forward passes; nothing
+here takes a lock.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from steering.errors import ColumnError
+from steering.row_table import NO_OWNER, RowTable, upload
+from steering.site_buffers import SiteBuffers
+from steering.types import UNSTEERED, Column, Gate, Handle, Positions, RowSteering, Site, SiteKind
+
+__all__ = [
+    "UNSTEERED",
+    "Column",
+    "ColumnBank",
+    "Gate",
+    "Handle",
+    "Positions",
+    "RowSteering",
+    "Site",
+    "SiteBuffers",
+    "SiteKind",
+]
+
+
+class ColumnBank:
+    """Columns of any number of checkpoints, and which of them act on which token of the next forward pass.
+
+    `multipliers` [max_tokens, all columns] float32, `owners` [max_tokens] int32 (the first site that acts on a token)
+    and `steered_tokens` [max_tokens] int64 are what the hooks read and count in. They, and the buffers of each site,
+    keep their addresses until `version` changes: whoever captured them in a CUDA graph captures again when it does.
+    It changes when a buffer grows and when a site gets its first column.
+    """
+
+    multipliers: Tensor
+    owners: Tensor
+    steered_tokens: Tensor
+
+    def __init__(self, *, device: torch.device | str, max_tokens: int, spare: int = 8) -> None:
+        """`spare`: how many free slots a site has after it grew, so that more checkpoints load without growing."""
+        if max_tokens < 1 or spare < 0:
+            raise ColumnError(f"max_tokens must be 1 or more and spare 0 or more, not {max_tokens} and {spare}")
+        self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
+        self.max_tokens = max_tokens
+        self.spare = spare
+        self.version = 0
+        self.listeners: list[Callable[[], None]] = []  # called when `sites` or an address has changed
+        self._buffers: dict[Site, SiteBuffers] = {}
+        self._live: set[Handle] = set()
+        self._rows: tuple[RowSteering, ...] = ()
+        self._token_rows: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._active: frozenset[Site] = frozenset()
+        self._allocate()
+
+    # Columns
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites with live columns, in the order in which a forward pass meets them."""
+        return tuple(sorted(site for site, buffers in self._buffers.items() if buffers.live))
+
+    @property
+    def active_sites(self) -> frozenset[Site]:
+        """The sites at which some row of the current batch is steered."""
+        return self._active
+
+    def at(self, site: Site) -> SiteBuffers:
+        """The buffers of a site that has or had columns; KeyError for any other."""
+        return self._buffers[site]
+
+    def columns(self, handle: Handle) -> tuple[Column, ...]:
+        """The columns behind a handle. Raises ColumnError for a handle that is not live in this bank."""
+        self._check_live(handle)
+        found = (self._buffers[site].columns[index] for site, index in handle.slots)
+        return tuple(column for column in found if column is not None)
+
+    def add(self, columns: Sequence[Column]) -> Handle:
+        """Loads columns into free slots; grows a site that is full. The current batch stays as it was filled.
+
+        Raises ColumnError for no columns or for widths that differ at one site, and what an installed `Steering`
+        raises for a site that its model does not have; no column stays behind.
+        """
+        if not columns:
+            raise ColumnError("a handle needs at least one column")
+        self._check_widths(columns)
+        before = self.sites
+        with _writable():
+            grown = self._make_room(columns)
+            slots = tuple((column.site, self._buffers[column.site].put(column)) for column in columns)
+            handle = Handle(slots, tuple(column.attribute for column in columns))
+            self._live.add(handle)
+            if grown:
+                self._allocate()
+        if grown or self.sites != before:
+            self.version += 1
+            try:
+                self._notify()
+            except BaseException:
+                self.remove(handle)
+                raise
+        return handle
+
+    def remove(self, handle: Handle) -> None:
+        """Clears and frees the slots of `handle`; rows of the current batch lose what they asked of it.
+
+        Raises ColumnError for a handle that was removed before or belongs to another bank.
+        """
+        self._check_live(handle)
+        before = self.sites
+        self._live.remove(handle)
+        self._table.forget(handle)
+        with _writable():
+            for site, index in handle.slots:
+                self._buffers[site].drop(index)
+        if any(handle in row.handles for row in self._rows):
+            self._fill(tuple(row.without(handle) for row in self._rows), self._token_rows)
+        if self.sites != before:
+            # A graph captured with a hook that goes now stays right, since its multipliers are zero: same version.
+            self._notify()
+
+    def reserve(self, max_tokens: int) -> None:
+        """Makes room for batches of `max_tokens` tokens; the current batch stays. Never shrinks."""
+        if max_tokens > self.max_tokens:
+            self.max_tokens = max_tokens
+            self._allocate()
+            self.version += 1
+            self._notify()
+
+    # The batch
+
+    @property
+    def filled(self) -> int:
+        """How many tokens the current batch has."""
+        return len(self._token_rows)
+
+    def fill(self, rows: Sequence[RowSteering], token_rows: ArrayLike | Tensor | None = None) -> None:
+        """Sets the multipliers of the next forward pass, in place.
+
+        rows: what each row of the batch asks for. token_rows [N]: for each token of the flattened forward, in order,
+        the index of its row, or -1 for a token that is not steered; None: token i belongs to row i (one token a row,
+        a decode step). Tokens beyond N are not steered.
+
+        Costs one small host-to-device copy and two gathers whatever the number of sites, and nothing at all when the
+        batch is the one before. Raises ColumnError, changing nothing, for a removed handle, a row index out of range
+        or more than `max_tokens` tokens.
+        """
+        index = _token_index(token_rows, len(rows))
+        if len(index) > self.max_tokens:
+            raise ColumnError(f"the batch has {len(index)} tokens but the bank holds {self.max_tokens}: reserve more")
+        if not (_same(rows, self._rows) and np.array_equal(index, self._token_rows)):
+            self._fill(tuple(rows), index)
+
+    def clear(self) -> None:
+        """Steers no token until the next `fill`."""
+        self.fill(())
+
+    def take_counts(self, tokens: int | None = None) -> Tensor:
+        """How often each of the first `tokens` token positions was steered since this was last asked; resets all.
+
+        int64 [tokens] on the bank's device. Counted by the hooks: a token counts once in a forward pass, however many
+        sites and columns act on it.
+        """
+        counts = self.steered_tokens[:tokens].clone()
+        self.steered_tokens.zero_()
+        return counts
+
+    # Invariants
+
+    def check(self) -> None:
+        """Raises AssertionError when an invariant is broken. Slow: for tests."""
+        owned = [slot for handle in self._live for slot in handle.slots]
+        held = {(site, i) for site, buffers in self._buffers.items() for i, c in enumerate(buffers.columns) if c}
+        assert len(owned) == len(set(owned)), "two handles share a slot"
+        assert set(owned) == held, "a slot is live without a handle, or the other way round"
+        start = 0
+        for site, buffers in self._buffers.items():
+            assert buffers.owner == start, f"the columns of {site} begin in the wrong place"
+            assert buffers.multipliers.data_ptr() == self.multipliers[:, start:].data_ptr(), f"{site} is not attached"
+            assert buffers.multipliers.shape == (self.max_tokens, len(buffers.columns)), f"{site} is not attached"
+            buffers.check()
+            start += len(buffers.columns)
+        assert self.multipliers.shape == (self.max_tokens, start), "the multipliers have the wrong shape"
+        assert self.owners.shape == self.steered_tokens.shape == (self.max_tokens,), "a token has no counter"
+        multipliers, owners = self._expected()
+        assert torch.equal(self.multipliers.cpu(), multipliers), "the multipliers are not those of the batch"
+        assert torch.equal(self.owners.cpu(), owners), "a token is counted at the wrong site"
+        assert self._active == {site for row in self._rows for site in row.sites}, "the active sites are wrong"
+        self._table.check(self._live)
+
+    def _expected(self) -> tuple[Tensor, Tensor]:
+        multipliers = torch.zeros(self.multipliers.shape)
+        owners = torch.full((self.max_tokens,), NO_OWNER, dtype=torch.int32)
+        for token, row in enumerate(self._token_rows.tolist()):
+            slots = self._rows[row].slots if row >= 0 else ()
+            for site, index, value in slots:
+                multipliers[token, self._buffers[site].owner + index] = value
+            if slots:
+                owners[token] = self._buffers[min(site for site, _, _ in slots)].owner
+        return multipliers, owners
+
+    # Inside
+
+    def _check_live(self, handle: Handle) -> None:
+        if handle not in self._live:
+            raise ColumnError("the handle was removed before or belongs to another bank")
+
+    def _check_widths(self, columns: Sequence[Column]) -> None:
+        widths = {site: buffers.width for site, buffers in self._buffers.items()}
+        for column in columns:
+            width = widths.setdefault(column.site, column.width)
+            if column.width != width:
+                raise ColumnError(
+                    f"column {column.attribute!r} has width {column.width}, but site {column.site} has width {width}"
+                )
+
+    def _make_room(self, columns: Sequence[Column]) -> bool:
+        widths = {column.site: column.width for column in columns}
+        grown = False
+        for site, wanted in Counter(column.site for column in columns).items():
+            buffers = self._buffers.setdefault(site, SiteBuffers(widths[site], self.device))
+            if wanted > buffers.free:
+                buffers.resize(buffers.live + wanted + self.spare)
+                grown = True
+        return grown
+
+    def _allocate(self) -> None:
+        """Lays the sites' columns out side by side in new buffers, and fills them with the current batch."""
+        with _writable():
+            starts, columns = _layout(self._buffers)
+            self.multipliers = torch.zeros(self.max_tokens, columns, device=self.device)
+            for site, buffers in self._buffers.items():
+                buffers.attach(self.multipliers, starts[site])
+            self._table = RowTable(self.device, starts, columns)
+            if not hasattr(self, "owners") or len(self.owners) < self.max_tokens:
+                self._allocate_counters()
+            self._fill(self._rows, self._token_rows)
+
+    def _allocate_counters(self) -> None:
+        counted = getattr(self, "steered_tokens", None)
+        self.owners = torch.full((self.max_tokens,), NO_OWNER, dtype=torch.int32, device=self.device)
+        self.steered_tokens = torch.zeros(self.max_tokens, dtype=torch.int64, device=self.device)
+        if counted is not None:
+            self.steered_tokens[: len(counted)] = counted
+
+    def _fill(self, rows: tuple[RowSteering, ...], index: NDArray[np.int64]) -> None:
+        with _writable():
+            lines = np.append(self._table.place(rows, self._live), 0)  # index -1 reads the last entry: line 0, zeros
+            tokens = np.zeros(max(len(index), self.filled), dtype=np.int64)  # clears the rest of the batch before
+            tokens[: len(index)] = lines[index]
+            where = upload(tokens, self.device)
+            torch.index_select(self._table.values, 0, where, out=self.multipliers[: len(tokens)])
+            torch.index_select(self._table.owners, 0, where, out=self.owners[: len(tokens)])
+        self._rows, self._token_rows = rows, index
+        self._active = frozenset().union(*(row.sites for row in set(rows)))
+
+    def _notify(self) -> None:
+        for listener in tuple(self.listeners):
+            listener()
+
+
+def _layout(buffers: Mapping[Site, SiteBuffers]) -> tuple[dict[Site, int], int]:
+    starts, end = {}, 0
+    for site, at in buffers.items():
+        starts[site] = end
+        end += len(at.columns)
+    return starts, end
+
+
+def _token_index(token_rows: ArrayLike | Tensor | None, rows: int) -> NDArray[np.int64]:
+    if token_rows is None:
+        return np.arange(rows)
+    host = token_rows.cpu().numpy() if isinstance(token_rows, Tensor) else np.asarray(token_rows)
+    if host.size and not np.issubdtype(host.dtype, np.integer):
+        raise ColumnError(f"token_rows must hold whole numbers, not {host.dtype}")
+    index = host.reshape(-1).astype(np.int64)  # a copy: the caller may reuse its array
+    if index.size and (index.min() < -1 or index.max() >= rows):
+        raise ColumnError(f"token_rows must hold -1 to {rows - 1}, not {index.min()} to {index.max()}")
+    return index
+
+
+def _same(rows: Sequence[RowSteering], others: Sequence[RowSteering]) -> bool:
+    return len(rows) == len(others) and all(a is b for a, b in zip(rows, others, strict=True))
+
+
+def _writable() -> AbstractContextManager[object]:
+    """Buffers made here stay ordinary tensors, which may be written inside and outside inference mode."""
+    return torch.inference_mode(False)

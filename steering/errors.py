@@ -1,0 +1,38 @@
+"""What can go wrong in `steering`.
+
+SteeringError
+├── ColumnError              a column, handle, multiplier or token map that cannot be used (also a ValueError)
+├── HookError                a forward pass that does not fit what the bank was filled for
+├── UnsupportedArchitecture  a model whose layers or modules were not found
+└── CheckpointError          a checkpoint folder that cannot be trusted or written
+    ├── CheckpointMismatch   a sound checkpoint, made for another base model
+    └── NotFound             no such checkpoint
+"""
+
+
+class SteeringError(Exception):
+    """Root of every error that this package raises on purpose."""
+
+
+class ColumnError(SteeringError, ValueError):
+    """A column, handle, multiplier or token map that cannot be used."""
+
+
+class HookError(SteeringError):
+    """A forward pass that does not fit what the bank was filled for."""
+
+
+class UnsupportedArchitecture(SteeringError):
+    """A model whose layers or modules were not found; the message names what was looked for."""
+
+
+class CheckpointError(SteeringError):
+    """A checkpoint folder that cannot be trusted or written."""
+
+
+class CheckpointMismatch(CheckpointError):
+    """A sound checkpoint, made for another base model."""
+
+
+class NotFound(CheckpointError):
+    """No complete checkpoint has this name and version."""

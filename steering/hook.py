@@ -1,0 +1,186 @@
+"""Steering a Hugging Face model: one forward hook per live site, reading the bank's static buffers."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from steering.columns import ColumnBank
+from steering.errors import HookError
+from steering.operators import Trace, steer, trace
+from steering.plain_batch import PlainBatch
+from steering.sites import site_module, site_width
+from steering.types import Column, Positions, Site
+
+
+class Steering:
+    """Installs and removes the hooks. Use as a context manager, or `install` and `remove`.
+
+    While installed it follows the bank: a site that gets its first column gets its hook, one that loses its last
+    column loses it. Installed hooks have no control flow that depends on values on the device, so that they can be
+    captured in a CUDA graph.
+    """
+
+    def __init__(self, model: nn.Module, bank: ColumnBank, *, traced: bool = False) -> None:
+        """`traced`: record what every column does to every token in `traces` (see there); costs nothing when off."""
+        self.model = model
+        self.bank = bank
+        self.traced = traced
+        self.traces: dict[Site, Tensor] = {}
+        self._hooks: dict[Site, RemovableHandle] = {}
+        self._installed = False
+
+    @property
+    def steered_tokens(self) -> Tensor:
+        """The bank's counters, int64 [max_tokens] on the device: see `ColumnBank.take_counts`."""
+        return self.bank.steered_tokens
+
+    @property
+    def installed(self) -> bool:
+        return self._installed
+
+    def install(self) -> Self:
+        """Hooks every live site; does nothing when installed already.
+
+        Raises UnsupportedArchitecture, leaving no hook behind, where the model has no such site.
+        """
+        if not self._installed:
+            self._installed = True
+            self.bank.listeners.append(self._sync)
+            try:
+                self._sync()
+            except BaseException:
+                self.remove()
+                raise
+        return self
+
+    def remove(self) -> None:
+        """Takes every hook off the model; does nothing when none is installed."""
+        if self._installed:
+            self._installed = False
+            self.bank.listeners.remove(self._sync)
+        for site in list(self._hooks):
+            self._hooks.pop(site).remove()
+        self.traces.clear()
+
+    def __enter__(self) -> Self:
+        return self.install()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.remove()
+
+    def trace_at(self, site: Site, tokens: int) -> Trace:
+        """What the last forward pass did at a site, for its first `tokens` tokens; columns as in the bank's slots."""
+        return Trace(*self.traces[site][:tokens].unbind(dim=2))
+
+    def _sync(self) -> None:
+        """Makes the hooks those of the bank's live sites."""
+        live = self.bank.sites
+        for site in set(self._hooks) - set(live):
+            self._hooks.pop(site).remove()
+            self.traces.pop(site, None)
+        for site in live:
+            if site not in self._hooks:
+                self._hooks[site] = self._hook(site)
+            if self.traced:
+                shape = (*self.bank.at(site).multipliers.shape, len(fields(Trace)))
+                if site not in self.traces or self.traces[site].shape != shape:
+                    with torch.inference_mode(False):
+                        self.traces[site] = torch.zeros(shape, device=self.bank.device)
+
+    def _hook(self, site: Site) -> RemovableHandle:
+        module, side = site_module(self.model, site)
+        width, expected = self.bank.at(site).width, site_width(self.model, site.kind)
+        if width != expected:
+            raise HookError(
+                f"site {site} of {type(self.model).__name__} has width {expected}, its columns have {width}"
+            )
+        # Before any hook that is there already: who records activations shall see what the next module sees.
+        if side == "input":
+            return module.register_forward_pre_hook(self._on_input(site), prepend=True, with_kwargs=True)
+        return module.register_forward_hook(self._on_output(site), prepend=True)
+
+    def _on_input(self, site: Site) -> Callable[..., Any]:
+        def steer_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if args:
+                return (self._steer(site, args[0]), *args[1:]), kwargs
+            name = next(iter(kwargs))
+            return args, kwargs | {name: self._steer(site, kwargs[name])}
+
+        return steer_input
+
+    def _on_output(self, site: Site) -> Callable[..., Any]:
+        def steer_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            if isinstance(output, Tensor):
+                return self._steer(site, output)
+            return type(output)((self._steer(site, output[0]), *output[1:]))
+
+        return steer_output
+
+    def _steer(self, site: Site, activations: Tensor) -> Tensor:
+        bank, at = self.bank, self.bank.at(site)
+        tokens = activations.reshape(-1, activations.shape[-1])
+        n = len(tokens)
+        if n > bank.max_tokens:
+            raise HookError(f"a forward pass of {n} tokens met a bank for {bank.max_tokens}: reserve more")
+        if not _recorded(bank.device):
+            if n < bank.filled:
+                raise HookError(
+                    f"a forward pass of {n} tokens met multipliers for {bank.filled}: fill or clear the bank"
+                )
+            if site not in bank.active_sites and not self.traced:
+                return activations
+        # No copies, except for a model that is spread over several devices.
+        vectors, weights, biases, kinds, keep_norm, multipliers = (
+            part.to(tokens.device)
+            for part in (at.vectors, at.weights, at.biases, at.kinds, at.keep_norm, at.multipliers[:n])
+        )
+        bank.steered_tokens[:n].add_(bank.owners[:n] == at.owner)
+        if self.traced:
+            seen = trace(tokens, vectors, weights, biases, kinds, multipliers)
+            parts = [getattr(seen, part.name) for part in fields(Trace)]
+            self.traces[site][:n].copy_(torch.stack(parts, dim=2).detach())
+        moved = steer(tokens, vectors, weights, biases, kinds, keep_norm, multipliers)
+        return moved.reshape(activations.shape)
+
+
+def _recorded(device: torch.device) -> bool:
+    """Whether this pass is recorded for later batches, so that what the host knows of this one must not matter."""
+    return torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
+@contextmanager
+def steered(
+    model: nn.Module,
+    columns: Sequence[Column],
+    multipliers: Sequence[float] | Tensor,
+    *,
+    mask: Tensor | None = None,
+    positions: Positions = Positions.GENERATED,
+) -> Iterator[Steering]:
+    """Steers plain calls of a Hugging Face causal language model: `model(...)` and `model.generate(...)`.
+
+    multipliers: one for each column [C], or a row of them for each row of the batch [B, C]; beams and returned
+    sequences take those of the prompt that they continue.
+    mask [B, T]: steer exactly these tokens of one forward pass, as for scoring a given answer. Without a mask
+    `positions` decides, for left-padded prompts and a model that caches keys and values: GENERATED steers the last
+    token of every forward pass (the last prompt token, then each new token), PROMPT every token but padding of passes
+    that have no cache yet, ALL every token but padding.
+
+    Raises ColumnError for columns and multipliers that do not fit, HookError for a forward pass that does not fit the
+    mask, the multipliers or the rule, UnsupportedArchitecture for a model without such sites. Whatever happens inside,
+    no hook outlives the block.
+    """
+    bank = ColumnBank(device=next(model.parameters()).device, max_tokens=1, spare=0)
+    batch = PlainBatch(bank, bank.add(columns), multipliers, mask, positions)
+    with Steering(model, bank) as steering:
+        watch = model.register_forward_pre_hook(batch.before, with_kwargs=True)
+        try:
+            yield steering
+        finally:
+            watch.remove()
