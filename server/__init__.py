@@ -1,0 +1,1 @@
+"""Serve steered text: HTTP in front, one engine thread behind, one batch for every mix of steering."""

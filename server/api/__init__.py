@@ -1,0 +1,1 @@
+"""HTTP: schemas and handlers. Nothing here touches a tensor."""

@@ -1,0 +1,200 @@
+"""The bodies of responses."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+from server.engine.types import FinishReason, PositionsName
+from server.exchange import Answer, Comparison, Result, Spelled, SteeringReport
+
+Attributes = dict[str, float]
+
+
+class UsageBody(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class PartBody(BaseModel):
+    checkpoint: str
+    version: str
+    sha256: str
+    attributes: Attributes
+
+
+class SteeringBody(BaseModel):
+    """What steered a text. With several checkpoints the first three are null and `parts` lists them."""
+
+    checkpoint: str | None
+    version: str | None
+    sha256: str | None
+    attributes: Attributes
+    positions: PositionsName
+    steered_tokens: int = Field(description="counted on the device, where the steering happens")
+    parts: list[PartBody] | None = None
+
+    @classmethod
+    def of(cls, report: SteeringReport) -> "SteeringBody":
+        parts = [PartBody(**vars(part)) for part in report.parts]
+        single = parts[0] if len(parts) == 1 else None
+        return cls(
+            checkpoint=single.checkpoint if single else None,
+            version=single.version if single else None,
+            sha256=single.sha256 if single else None,
+            attributes=single.attributes if single else {},
+            positions=report.positions,
+            steered_tokens=report.steered_tokens,
+            parts=parts if len(parts) > 1 else None,
+        )
+
+
+class TimingBody(BaseModel):
+    """Milliseconds since the request was queued."""
+
+    queue_ms: float
+    ttft_ms: float
+    total_ms: float
+
+
+class LogprobBody(BaseModel):
+    token_id: int
+    token: str
+    logprob: float
+
+    @classmethod
+    def of(cls, spelled: Spelled) -> "LogprobBody":
+        return cls(token_id=spelled.token_id, token=spelled.token, logprob=spelled.logprob)
+
+
+class TokenLogprobBody(LogprobBody):
+    """Under the model as it was steered, before temperature and other sampling rules."""
+
+    top: list[LogprobBody]
+
+
+class ResultBody(BaseModel):
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    usage: UsageBody
+    steering: SteeringBody
+    timing: TimingBody
+    logprobs: list[TokenLogprobBody] | None
+    trace: None = None
+
+    @classmethod
+    def of(cls, result: Result) -> "ResultBody":
+        logprobs = None
+        if result.logprobs is not None:
+            logprobs = [
+                TokenLogprobBody(**vars(spoken.chosen), top=[LogprobBody.of(one) for one in spoken.top])
+                for spoken in result.logprobs
+            ]
+        return cls(
+            text=result.text,
+            token_ids=list(result.token_ids),
+            finish_reason=result.reason,
+            usage=UsageBody(prompt_tokens=result.prompt_tokens, completion_tokens=len(result.token_ids)),
+            steering=SteeringBody.of(result.steering),
+            timing=TimingBody(**vars(result.timing)),
+            logprobs=logprobs,
+        )
+
+
+class ComparisonBody(BaseModel):
+    """How far steering moved the model, in natural logarithms, from passes over the finished texts."""
+
+    first_divergence: int | None = Field(description="index of the first token that differs; null: the same text")
+    kl_per_token: float = Field(description="mean over the steered text of KL(steered || unsteered), nats")
+    logprob_under_baseline: float = Field(description="mean log-probability a token of the steered text, unsteered")
+    perplexity_ratio: float = Field(description="perplexity of steered / baseline text, both under the unsteered model")
+
+    @classmethod
+    def of(cls, comparison: Comparison) -> "ComparisonBody":
+        return cls(**vars(comparison))
+
+
+class GenerateResponse(BaseModel):
+    id: str
+    model: str
+    created: int = Field(description="Unix time in seconds")
+    results: list[ResultBody] = Field(description="prompts in order, each with its `n` texts")
+    baseline: list[ResultBody] | None = Field(description="the unsteered twins of `results`, in the same order")
+    comparison: ComparisonBody | list[ComparisonBody] | None = Field(
+        description="an object for one result, a list in the order of `results` for several; null without `baseline`"
+    )
+
+    @classmethod
+    def of(cls, answer: Answer) -> "GenerateResponse":
+        return cls(
+            id=answer.id,
+            model=answer.model,
+            created=answer.created,
+            results=[ResultBody.of(result) for result in answer.results],
+            baseline=None if answer.baseline is None else [ResultBody.of(result) for result in answer.baseline],
+            comparison=_one_or_all(answer.comparisons),
+        )
+
+
+def _one_or_all(comparisons: Sequence[Comparison] | None) -> ComparisonBody | list[ComparisonBody] | None:
+    if comparisons is None:
+        return None
+    bodies = [ComparisonBody.of(comparison) for comparison in comparisons]
+    return bodies[0] if len(bodies) == 1 else bodies
+
+
+class AttributeBody(BaseModel):
+    default: float
+    range: tuple[float, float]
+    sites: list[str] = Field(description="where it acts, as layer.site")
+
+
+class CheckpointBody(BaseModel):
+    name: str
+    version: str
+    active: bool
+    loaded: bool
+    loadable: bool
+    reason: str | None = Field(description="why it cannot be loaded on this model")
+    method: str | None = None
+    positions: PositionsName | None = None
+    attributes: dict[str, AttributeBody] = {}
+    sha256: str | None = None
+    base_model: dict[str, str | int | None] | None = None
+
+
+class CheckpointDetailBody(CheckpointBody):
+    training: dict[str, object] = {}
+    evaluation: dict[str, object] = {}
+
+
+class CheckpointListBody(BaseModel):
+    active: str | None = Field(description="name@version of what requests get that name none")
+    checkpoints: list[CheckpointBody]
+
+
+class CheckpointVersionsBody(BaseModel):
+    name: str
+    versions: list[CheckpointDetailBody]
+
+
+class ErrorDetail(BaseModel):
+    type: str
+    message: str
+    param: str | None
+    request_id: str
+
+
+class ErrorBody(BaseModel):
+    error: ErrorDetail
+
+
+class HealthBody(BaseModel):
+    status: Literal["ok"] = "ok"
+
+
+class ReadyBody(BaseModel):
+    status: Literal["ready"] = "ready"
+    model: str
+    checkpoint: str | None

@@ -1,0 +1,75 @@
+"""GET /checkpoints and /checkpoints/{name}."""
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from server.api.bodies import (
+    AttributeBody,
+    CheckpointBody,
+    CheckpointDetailBody,
+    CheckpointListBody,
+    CheckpointVersionsBody,
+)
+from server.api.deps import ServiceOf
+from server.errors import UnknownCheckpoint
+from server.registry import Entry
+
+router = APIRouter(prefix="/checkpoints", tags=["checkpoints"])
+
+# Plain functions: they read files, and run in a thread of their own.
+
+
+@router.get("")
+def checkpoints(service: ServiceOf) -> CheckpointListBody:
+    """Every complete checkpoint folder: which are loaded, which is active, which cannot be loaded and why."""
+    active = service.registry.active
+    return CheckpointListBody(
+        active=active.label if active else None,
+        checkpoints=[CheckpointBody(**_fields(entry)) for entry in service.registry.entries()],
+    )
+
+
+@router.get("/{name}")
+def checkpoint(name: str, service: ServiceOf) -> CheckpointVersionsBody:
+    """Every version of one checkpoint, with how it was trained and evaluated."""
+    entries = service.registry.entries(name)
+    if not entries:
+        raise UnknownCheckpoint(f"There is no checkpoint {name!r}.", param="name")
+    return CheckpointVersionsBody(name=name, versions=[_detail(entry) for entry in entries])
+
+
+def _detail(entry: Entry) -> CheckpointDetailBody:
+    config = entry.checkpoint.config if entry.checkpoint else None
+    training, evaluation = (config.training, config.evaluation) if config else ({}, {})
+    return CheckpointDetailBody(**_fields(entry), training=training, evaluation=evaluation)
+
+
+def _fields(entry: Entry) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "name": entry.name,
+        "version": entry.version,
+        "active": entry.active,
+        "loaded": entry.loaded,
+        "loadable": entry.problem is None,
+        "reason": entry.problem,
+    }
+    if entry.checkpoint is not None:
+        config = entry.checkpoint.config
+        fields |= {
+            "method": config.method,
+            "positions": config.positions.value,
+            "sha256": config.sha256,
+            "base_model": config.base_model.model_dump(),
+            "attributes": {
+                name: AttributeBody(
+                    default=default,
+                    range=next(column.range for column in config.columns if column.attribute == name),
+                    sites=[
+                        f"{column.layer}.{column.site.value}" for column in config.columns if column.attribute == name
+                    ],
+                )
+                for name, default in entry.checkpoint.attributes.items()
+            },
+        }
+    return fields

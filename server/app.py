@@ -1,0 +1,46 @@
+"""The HTTP application: middleware, routers, one error table."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from server.api import checkpoints, generate, ops
+from server.api.bodies import ErrorBody
+from server.api.problems import error_of, render
+from server.assembly import open_service
+from server.config import Settings
+from server.errors import ServerError
+from server.middleware import RequestMiddleware
+
+ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """A server whose model is loaded and whose engine runs. Raises StartupError with one sentence."""
+    service = open_service(settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(service.engine.stop)
+
+    app = FastAPI(title="mat-steer", lifespan=lifespan, responses=ERRORS)
+    app.state.service = service
+    for part in (generate, checkpoints, ops):
+        app.include_router(part.router)
+    for kind in (ServerError, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, _answer)
+    app.add_middleware(RequestMiddleware)
+    return app
+
+
+async def _answer(request: Request, exception: Exception) -> Response:
+    error = error_of(exception, method=request.method, path=request.url.path)
+    headers = exception.headers if isinstance(exception, HTTPException) else None
+    return render(error, request.state.request_id, headers)

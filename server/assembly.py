@@ -1,0 +1,71 @@
+"""Puts the parts together: settings to a service whose engine runs. The one place that knows them all."""
+
+import logging
+import time
+
+from server.config import Settings
+from server.engine.engine import Engine
+from server.engine.forward import Forward
+from server.engine.model import LoadedModel, load_model
+from server.engine.runner import Runner
+from server.engine.scheduler import Scheduler
+from server.errors import ServerError, StartupError
+from server.registry import Registry, fits_model
+from server.service import Service
+from server.text import Codec
+from steering.columns import ColumnBank
+from steering.errors import UnsupportedArchitecture
+from steering.hook import Steering
+
+log = logging.getLogger(__name__)
+
+
+def open_service(settings: Settings) -> Service:
+    """Load the model, start the engine, activate a checkpoint. Close with `service.engine.stop()`.
+
+    Raises StartupError with one sentence.
+    """
+    start = time.monotonic()
+    if "checkpoints" in settings.model_fields_set and not settings.checkpoints.is_dir():
+        raise StartupError(f"There is no checkpoints folder {str(settings.checkpoints)!r} (MATSTEER_CHECKPOINTS).")
+    loaded = load_model(settings)
+    try:
+        service = _wire(settings, loaded)
+    except UnsupportedArchitecture as error:
+        raise StartupError(f"The model {settings.model_path!r} cannot be steered: {error}.") from error
+    service.engine.start()
+    try:
+        active = _activate(service.registry, settings)
+    except ServerError as error:
+        service.engine.stop()
+        raise StartupError(f"The checkpoint {settings.checkpoint!r} cannot be used: {error.message}") from error
+    log.info(
+        "serving %s on %s, checkpoint %s, after %.1f s", service.model, loaded.device, active, time.monotonic() - start
+    )
+    return service
+
+
+def _wire(settings: Settings, loaded: LoadedModel) -> Service:
+    fits = fits_model(loaded.model, settings.served_name, settings.revision)
+    bank = ColumnBank(device=loaded.device, max_tokens=settings.max_batch_rows)
+    Steering(loaded.model, bank).install()
+    codec = Codec(loaded.tokenizer, vocab=loaded.vocab, context=loaded.context)
+    engine = Engine(
+        Runner(Forward(loaded.model, bank), context=loaded.context),
+        Scheduler(settings.max_batch_rows, settings.max_batch_tokens),
+        eos=loaded.eos,
+        decode=codec.decode,
+        queue_limit=settings.queue_limit,
+        gather_s=settings.gather_ms / 1000,
+        stall_s=settings.stall_s,
+    )
+    return Service(settings, codec, engine, Registry(settings.checkpoints, bank, fits, engine.call))
+
+
+def _activate(registry: Registry, settings: Settings) -> str:
+    """The chosen checkpoint, or the obvious one; a server without any serves the model unsteered."""
+    for entry in registry.entries():
+        if entry.problem:
+            log.warning("checkpoint %s@%s cannot be loaded: %s", entry.name, entry.version, entry.problem)
+    active = registry.activate(settings.checkpoint) if settings.checkpoint else registry.activate_default()
+    return active.label if active else "none"

@@ -1,0 +1,150 @@
+"""Draw one token for every row of a batch at once, each row by its own rules.
+
+A row's draw depends on nothing but its own logits, rules, seed and step: the random number is a hash of
+(seed, choice, step), and a rule that is off for a row leaves that row's numbers as they were, even where
+a neighbour switches the rule on.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from server.engine.types import Sampling
+
+GREEDY_BELOW = 1e-4  # a temperature under this would overflow the logits; the result is the same
+GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15: splitmix64's increment, as a signed 64-bit integer
+MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One step's draws of a batch, still on the device."""
+
+    tokens: Tensor  # [rows] int64
+    logprobs: Tensor | None  # [rows] float32, of the drawn tokens
+    top_tokens: Tensor | None  # [rows, k] int64
+    top_logprobs: Tensor | None  # [rows, k] float32
+
+
+class Sampler:
+    """The sampling state of one batch; rows are fixed at the start and only ever leave."""
+
+    def __init__(
+        self, rules: Sequence[Sampling], prompts: Sequence[Sequence[int]], vocab: int, device: torch.device
+    ) -> None:
+        def column(values: Sequence[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+
+        self._rules = list(rules)
+        self._vocab = vocab
+        self._temperature = column([max(rule.temperature, GREEDY_BELOW) for rule in rules])
+        self._greedy = torch.tensor([rule.temperature < GREEDY_BELOW for rule in rules], device=device)
+        self._penalty = column([rule.repetition_penalty for rule in rules])
+        self._top_k = torch.tensor([rule.top_k or vocab for rule in rules], device=device).clamp(max=vocab)
+        self._top_p = column([rule.top_p for rule in rules])
+        self._min_p = column([rule.min_p for rule in rules])
+        self._keys = _keys([(rule.seed, rule.choice) for rule in rules]).to(device)
+        self._step = 0
+        self._seen = self._mark(prompts, device) if any(rule.repetition_penalty != 1 for rule in rules) else None
+
+    def select(self, rows: Tensor) -> None:
+        """Keep only the rows with these indices, in this order."""
+        self._rules = [self._rules[row] for row in rows.tolist()]
+        for name in ("_temperature", "_greedy", "_penalty", "_top_k", "_top_p", "_min_p", "_keys"):
+            setattr(self, name, getattr(self, name)[rows])
+        if self._seen is not None:
+            self._seen = self._seen[rows]
+
+    def draw(self, logits: Tensor) -> Drawn:
+        """logits [rows, vocab] of any float type -> one token a row. Rules act in the order of transformers'
+        `generate`: repetition penalty, temperature, top_k, top_p, min_p."""
+        raw = logits.float()
+        scores = self._penalise(raw)
+        tokens = scores.argmax(dim=-1)
+        if any(rule.temperature >= GREEDY_BELOW for rule in self._rules):
+            tokens = torch.where(self._greedy, tokens, self._sample(scores))
+        if self._seen is not None:
+            self._seen.scatter_(1, tokens[:, None], True)
+        self._step += 1
+        return self._described(raw, tokens)
+
+    def _penalise(self, raw: Tensor) -> Tensor:
+        if self._seen is None:
+            return raw
+        return torch.where(self._seen, torch.where(raw < 0, raw * self._penalty, raw / self._penalty), raw)
+
+    def _sample(self, scores: Tensor) -> Tensor:
+        scores = self._restrict(scores / self._temperature)
+        # In float64, so that the sum's rounding does not depend on how many rows share the batch.
+        cumulative = torch.softmax(scores, dim=-1).double().cumsum(dim=-1)
+        total = cumulative[:, -1:]
+        target = torch.minimum(uniforms(self._keys, self._step)[:, None] * total, total.nextafter(total - 1))
+        # right=True: the first token whose cumulative probability exceeds the target, hence one with some probability.
+        return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=scores.shape[-1] - 1)
+
+    def _restrict(self, scores: Tensor) -> Tensor:
+        """Set what top_k, top_p and min_p exclude to -inf."""
+        rules = self._rules
+        if any(rule.top_k or rule.top_p < 1 for rule in rules):
+            ordered, order = scores.sort(dim=-1, descending=True, stable=True)
+            kth = ordered.gather(1, self._top_k[:, None] - 1)
+            ordered = ordered.masked_fill(ordered < kth, -torch.inf)
+            probabilities = torch.softmax(ordered, dim=-1)
+            # A token stays while the ones before it do not reach top_p yet; the first always stays.
+            excluded = (probabilities.cumsum(dim=-1) - probabilities >= self._top_p) & (self._top_p < 1)
+            excluded[:, 0] = False
+            scores = torch.empty_like(scores).scatter_(1, order, ordered.masked_fill(excluded, -torch.inf))
+        if any(rule.min_p > 0 for rule in rules):
+            best = scores.amax(dim=-1, keepdim=True)
+            scores = scores.masked_fill(scores < best + self._min_p.log(), -torch.inf)
+        return scores
+
+    def _described(self, raw: Tensor, tokens: Tensor) -> Drawn:
+        wanted = [rule.logprobs for rule in self._rules if rule.logprobs is not None]
+        if not wanted:
+            return Drawn(tokens, None, None, None)
+        logprobs = torch.log_softmax(raw, dim=-1)
+        chosen = logprobs.gather(1, tokens[:, None])[:, 0]
+        if not (most := min(max(wanted), logprobs.shape[-1])):
+            return Drawn(tokens, chosen, None, None)
+        top = logprobs.topk(most, dim=-1)
+        return Drawn(tokens, chosen, top.indices, top.values)
+
+    def _mark(self, prompts: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+        """[rows, vocab] bool: the tokens that a row has had."""
+        seen = torch.zeros(len(prompts), self._vocab, dtype=torch.bool)
+        for row, prompt in zip(seen, prompts, strict=True):
+            row[torch.tensor(prompt)] = True
+        return seen.to(device)
+
+
+def uniforms(keys: Tensor, step: int) -> Tensor:
+    """keys [rows] int64 -> [rows] float64 in [0, 1): splitmix64 (Steele, Lea, Flood 2014) of key and step."""
+    mixed = _mix(keys + _wrapped(GOLDEN * (step + 1)))
+    return _shift(mixed, 11).double() * 2.0**-53
+
+
+def _keys(seeds: Sequence[tuple[int, int]]) -> Tensor:
+    """One int64 a row from (seed, choice)."""
+    seed = torch.tensor([_wrapped(seed) for seed, _ in seeds], dtype=torch.int64)
+    choice = torch.tensor([_wrapped(choice * GOLDEN) for _, choice in seeds], dtype=torch.int64)
+    return _mix(_mix(seed + GOLDEN) ^ choice)
+
+
+def _mix(state: Tensor) -> Tensor:
+    state = (state ^ _shift(state, 30)) * MIX_1
+    state = (state ^ _shift(state, 27)) * MIX_2
+    return state ^ _shift(state, 31)
+
+
+def _shift(state: Tensor, bits: int) -> Tensor:
+    """A right shift that brings in zeros; torch's own brings in the sign."""
+    return (state >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _wrapped(value: int) -> int:
+    """Any integer as a signed 64-bit one."""
+    return (value + 2**63) % 2**64 - 2**63

@@ -1,0 +1,145 @@
+"""What crosses the engine's boundary. No tensors here, and no import of torch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from server.errors import ServerError
+
+if TYPE_CHECKING:
+    from steering.columns import RowSteering
+
+PositionsName = Literal["generated", "prompt", "all"]
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn for one row. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off."""
+
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    choice: int = 0  # the index among the `n` choices: an own stream of random numbers under one seed
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class Steer:
+    """What one row carries: multipliers for loaded columns (None: unsteered), and at which tokens they act."""
+
+    columns: "RowSteering | None" = None
+    positions: PositionsName = "generated"
+
+
+UNSTEERED = Steer()
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One sequence to generate. Rows of one `group` (the arms of a comparison) always share a batch."""
+
+    request: str
+    index: int  # position among the request's rows
+    group: int
+    tokens: tuple[int, ...]
+    sampling: Sampling
+    steer: Steer = UNSTEERED
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token and its natural log-probability under the model (steered as the row is, before any sampling rule)."""
+
+    token: int
+    logprob: float
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one step gives one row."""
+
+    token: int
+    steered: int  # tokens of the row steered in this step; counted on the device, inside the steering hook
+    logprob: TokenLogprob | None = None
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds since the request was submitted."""
+
+    queue_ms: float
+    ttft_ms: float
+    total_ms: float
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A row's last event."""
+
+    row: Row
+    tokens: tuple[int, ...]
+    text: str
+    reason: FinishReason
+    steered_tokens: int
+    timing: Timing
+    draws: tuple[Draw, ...] = ()  # kept only where logprobs were asked for
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The row's last event, instead of Finished."""
+
+    row: Row
+    error: ServerError
+
+
+Event = Finished | Failed
+Sink = Callable[[Event], None]  # called on the engine's thread; must return at once
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One step's work. A fresh batch starts with a prefill; afterwards its rows only ever become fewer."""
+
+    rows: tuple[Row, ...]
+    fresh: bool
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A steered continuation of a prompt, beside the unsteered one, to be compared."""
+
+    prompt: tuple[int, ...]
+    steered: tuple[int, ...]
+    baseline: tuple[int, ...]
+    steer: Steer
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far steering moved the model on one pair, from teacher-forced passes (nats, natural logarithms)."""
+
+    kl_per_token: float  # mean over the steered text of KL(steered || unsteered)
+    logprob_under_baseline: float  # mean log-probability per token of the steered text, unsteered model
+    perplexity_ratio: float  # unsteered model: perplexity of the steered text / of the baseline text
+
+
+@dataclass
+class EngineStats:
+    """Counted by the engine; read by anyone."""
+
+    batches: int = 0
+    steps: int = 0
+    tokens: int = 0
+    rows: int = 0  # rows admitted
+    failed_steps: int = 0
+    largest_batch: int = 0  # rows
+    recent_batches: list[int] = field(default_factory=list)  # rows of the last batches, newest last

@@ -1,0 +1,126 @@
+"""What can go wrong, and what the client is told.
+
+Every class knows its HTTP status and its `type`, the stable word that programs match on:
+
+ServerError                      500  internal_error
+├── StartupError                  -   the process does not start (one sentence on stderr, exit status 1)
+├── BadRequest                   400  bad_request
+│   └── Unsupported              400  unsupported
+├── NotFound                     404  not_found
+│   └── UnknownCheckpoint        404  unknown_checkpoint
+├── MethodNotAllowed             405  method_not_allowed
+├── UnusableCheckpoint           409  unusable_checkpoint
+│   └── WrongModel               409  wrong_model
+├── PromptTooLong                413  prompt_too_long
+├── InvalidField                 422  invalid_field
+│   └── UnknownAttribute         422  unknown_attribute
+├── QueueFull                    429  queue_full           (with Retry-After)
+├── ClientGone                   499  client_gone          (nobody is left to read it)
+├── GenerationFailed             500  generation_failed
+└── EngineDown                   503  engine_down
+"""
+
+from typing import ClassVar
+
+
+class ServerError(Exception):
+    """An error with an HTTP status, a type, and the request field at fault where there is one."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {}
+
+
+class StartupError(ServerError):
+    """The settings, the model folder or the device do not allow a start."""
+
+    type = "startup_error"
+
+
+class BadRequest(ServerError):
+    status = 400
+    type = "bad_request"
+
+
+class Unsupported(BadRequest):
+    """A field that this server knows but does not serve."""
+
+    type = "unsupported"
+
+
+class NotFound(ServerError):
+    status = 404
+    type = "not_found"
+
+
+class UnknownCheckpoint(NotFound):
+    type = "unknown_checkpoint"
+
+
+class MethodNotAllowed(ServerError):
+    status = 405
+    type = "method_not_allowed"
+
+
+class UnusableCheckpoint(ServerError):
+    """The checkpoint's folder is damaged."""
+
+    status = 409
+    type = "unusable_checkpoint"
+
+
+class WrongModel(UnusableCheckpoint):
+    """A sound checkpoint, made for another base model."""
+
+    type = "wrong_model"
+
+
+class PromptTooLong(ServerError):
+    status = 413
+    type = "prompt_too_long"
+
+
+class InvalidField(ServerError):
+    status = 422
+    type = "invalid_field"
+
+
+class UnknownAttribute(InvalidField):
+    type = "unknown_attribute"
+
+
+class QueueFull(ServerError):
+    status = 429
+    type = "queue_full"
+
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": str(self.retry_after_s)}
+
+
+class ClientGone(ServerError):
+    status = 499
+    type = "client_gone"
+
+
+class GenerationFailed(ServerError):
+    """A step of the model failed; only the requests in that step see this."""
+
+    type = "generation_failed"
+
+
+class EngineDown(ServerError):
+    status = 503
+    type = "engine_down"

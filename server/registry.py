@@ -1,0 +1,253 @@
+"""Checkpoints: which there are, which are loaded into the bank, which one is active, who uses them."""
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from server.engine.types import PositionsName
+from server.errors import InvalidField, UnknownAttribute, UnknownCheckpoint, UnusableCheckpoint, WrongModel
+from steering import checkpoint as folders
+from steering.checkpoint import Checkpoint, base_model_info, verify_against, verify_sites
+from steering.columns import ColumnBank, Handle, RowSteering
+from steering.errors import CheckpointError, CheckpointMismatch, NotFound, UnsupportedArchitecture
+
+log = logging.getLogger(__name__)
+PREFERRED = "demo"
+Key = tuple[str, str]  # name, version
+OnEngine = Callable[[Callable[[], Handle]], "Future[Handle]"]
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A checkpoint whose columns are in the bank."""
+
+    name: str  # of its folder, which may be a renamed copy
+    version: str
+    checkpoint: Checkpoint
+    handle: Handle
+
+    @property
+    def label(self) -> str:
+        """NAME@VERSION."""
+        return f"{self.name}@{self.version}"
+
+    @property
+    def sha256(self) -> str:
+        return self.checkpoint.config.sha256
+
+    @property
+    def positions(self) -> PositionsName:
+        name: PositionsName = self.checkpoint.config.positions.value
+        return name
+
+    @property
+    def defaults(self) -> dict[str, float]:
+        """Attribute -> default multiplier."""
+        return self.checkpoint.attributes
+
+    def multipliers(self, attributes: Mapping[str, float] | None, param: str) -> tuple[float, ...]:
+        """One multiplier a column. None: every column's own default; else what is not listed is 0.
+
+        Raises UnknownAttribute (listing those there are), InvalidField for a value outside a column's range.
+        """
+        columns = self.checkpoint.columns
+        if attributes is None:
+            return tuple(column.default_multiplier for column in columns)
+        known = self.defaults
+        for name, value in attributes.items():
+            if name not in known:
+                raise UnknownAttribute(
+                    f"Checkpoint {self.name!r} has no attribute {name!r}; it has {', '.join(known)}.",
+                    param=f"{param}.{name}",
+                )
+            # One range holds for all columns of an attribute.
+            low, high = next(column.range for column in columns if column.attribute == name)
+            if value and not low <= value <= high:
+                raise InvalidField(
+                    f"The multiplier of {name!r} is {value:g}; it must be from {low:g} to {high:g}.",
+                    param=f"{param}.{name}",
+                )
+        return tuple(attributes.get(column.attribute, 0.0) for column in columns)
+
+
+def mixed(parts: Sequence[tuple[Handle, Sequence[float]]]) -> RowSteering:
+    """What a row carries that is steered by several checkpoints, with a multiplier for each of their columns."""
+    return RowSteering.of(parts)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One complete checkpoint folder."""
+
+    name: str
+    version: str
+    checkpoint: Checkpoint | None  # None: damaged
+    problem: str | None  # why it cannot be loaded on this model
+    loaded: bool
+    active: bool
+
+
+def fits_model(model: Any, name: str, revision: str | None) -> Callable[[Checkpoint], None]:
+    """A check that raises CheckpointMismatch for a checkpoint that was not made for this model.
+
+    Raises UnsupportedArchitecture for a model that cannot be steered at all.
+    """
+    info = base_model_info(model, name, revision)
+
+    def fits(checkpoint: Checkpoint) -> None:
+        verify_against(checkpoint, info)
+        try:
+            verify_sites(checkpoint, model)
+        except UnsupportedArchitecture as error:
+            raise CheckpointMismatch(str(error)) from error
+
+    return fits
+
+
+class Registry:
+    """Used from several threads; what changes the bank runs on the engine's thread.
+
+    A plain name means the active version of that name, else the newest loaded one, else the newest in the folder, so
+    that a folder which appears under a running server changes nobody's answers.
+    """
+
+    def __init__(self, root: Path, bank: ColumnBank, fits: Callable[[Checkpoint], None], on_engine: OnEngine) -> None:
+        self._root = root
+        self._bank = bank
+        self._fits = fits
+        self._on_engine = on_engine
+        self._lock = threading.Lock()  # guards the three below
+        self._loaded: dict[Key, Loaded] = {}
+        self._pins: dict[Key, int] = {}
+        self._active: Key | None = None
+        self._loading = threading.Lock()  # one load at a time
+        self._read: dict[Path, tuple[int, Checkpoint | CheckpointError]] = {}
+
+    @property
+    def active(self) -> Loaded | None:
+        with self._lock:
+            return self._loaded[self._active] if self._active else None
+
+    @property
+    def pins(self) -> int:
+        """Uses of loaded checkpoints by requests that have not ended."""
+        with self._lock:
+            return sum(self._pins.values())
+
+    def activate(self, reference: str) -> Loaded:
+        """Make NAME or NAME@VERSION the one that requests get when they name none."""
+        loaded = self.load(reference)
+        with self._lock:
+            self._active = (loaded.name, loaded.version)
+        return loaded
+
+    def activate_default(self) -> Loaded | None:
+        """The only loadable checkpoint, or the one called "demo"; None when there is no such."""
+        names = {entry.name for entry in self.entries() if not entry.problem}
+        if PREFERRED in names:
+            return self.activate(PREFERRED)
+        return self.activate(names.pop()) if len(names) == 1 else None
+
+    def load(self, reference: str, param: str | None = None) -> Loaded:
+        """The checkpoint NAME or NAME@VERSION, read and put into the bank if it is not there yet. Blocks.
+
+        Raises UnknownCheckpoint, UnusableCheckpoint, WrongModel.
+        """
+        name, _, version = reference.partition("@")
+        if found := self._find_loaded(name, version or None):
+            return found
+        with self._loading:
+            try:
+                folder = folders.find(self._root, name, version or None)
+            except NotFound:
+                raise UnknownCheckpoint(f"There is no checkpoint {reference!r}.", param=param) from None
+            if found := self._find_loaded(folder.parent.name, folder.name):
+                return found
+            checkpoint = self._usable(folder, param)
+            handle = self._on_engine(lambda: self._bank.add(checkpoint.columns)).result()
+            loaded = Loaded(folder.parent.name, folder.name, checkpoint, handle)
+            with self._lock:
+                self._loaded[loaded.name, loaded.version] = loaded
+            log.info("loaded checkpoint %s (%d columns)", loaded.label, len(checkpoint.columns))
+            return loaded
+
+    def pin(self, loaded: Loaded) -> None:
+        """A request starts to use it: its columns stay until `release`."""
+        with self._lock:
+            key = loaded.name, loaded.version
+            self._pins[key] = self._pins.get(key, 0) + 1
+
+    def release(self, loaded: Loaded) -> None:
+        """A request has ended."""
+        with self._lock:
+            self._pins[loaded.name, loaded.version] -= 1
+
+    def entries(self, name: str | None = None) -> list[Entry]:
+        """Every complete folder, or those of one name. Reads what has changed since the last look."""
+        with self._lock:
+            loaded, active = set(self._loaded), self._active
+        entries = []
+        for found, version, folder in folders.list_checkpoints(self._root):
+            if name is not None and found != name:
+                continue
+            checkpoint, problem = self._look(folder)
+            key = found, version
+            entries.append(Entry(found, version, checkpoint, problem, key in loaded, key == active))
+        return entries
+
+    def _find_loaded(self, name: str, version: str | None) -> Loaded | None:
+        with self._lock:
+            if version is not None:
+                return self._loaded.get((name, version))
+            if self._active and self._active[0] == name:
+                return self._loaded[self._active]
+            # Loading puts newer entries last.
+            return next((self._loaded[key] for key in reversed(self._loaded) if key[0] == name), None)
+
+    def _look(self, folder: Path) -> tuple[Checkpoint | None, str | None]:
+        try:
+            checkpoint = self._load_folder(folder)
+        except CheckpointError as error:
+            return None, self._sentence(error)
+        try:
+            self._fits(checkpoint)
+        except CheckpointError as error:
+            return checkpoint, self._sentence(error)
+        return checkpoint, None
+
+    def _usable(self, folder: Path, param: str | None) -> Checkpoint:
+        try:
+            checkpoint = self._load_folder(folder)
+            self._fits(checkpoint)
+        except CheckpointMismatch as error:
+            raise WrongModel(self._sentence(error), param=param) from error
+        except CheckpointError as error:
+            raise UnusableCheckpoint(self._sentence(error), param=param) from error
+        return checkpoint
+
+    def _sentence(self, error: CheckpointError) -> str:
+        """For clients, whom the server's folders do not concern."""
+        text = str(error).replace(f"{self._root}/", "").rstrip(".")
+        return f"{text[:1].upper()}{text[1:]}."
+
+    def _load_folder(self, folder: Path) -> Checkpoint:
+        """Reads a folder once for each time its config.json, which is written last, has been written."""
+        try:
+            written = (folder / "config.json").stat().st_mtime_ns
+        except OSError as error:
+            raise CheckpointError(f"The checkpoint folder {folder.name!r} has gone: {error}.") from error
+        known = self._read.get(folder)
+        if known is None or known[0] != written:
+            result: Checkpoint | CheckpointError
+            try:
+                result = folders.load(folder)
+            except CheckpointError as error:
+                result = error
+            known = self._read[folder] = (written, result)
+        if isinstance(known[1], CheckpointError):
+            raise known[1]
+        return known[1]

@@ -1,0 +1,196 @@
+"""The use cases: text in, results out. Knows no HTTP and no tensors."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from server.config import Settings
+from server.engine.engine import Engine
+from server.engine.types import UNSTEERED, Draw, Finished, Pair, PositionsName, Row, Steer
+from server.errors import InvalidField, UnknownCheckpoint
+from server.exchange import Answer, Ask, Comparison, Part, Result, Spelled, Spoken, SteeringReport, Use
+from server.registry import Loaded, Registry, mixed
+from server.text import Codec
+from server.ticket import Ticket
+
+
+@dataclass(frozen=True)
+class _Steering:
+    """An ask's steering, resolved: what the rows carry, what it is made of, and how to report it."""
+
+    steer: Steer
+    loaded: tuple[Loaded, ...]
+    parts: tuple[Part, ...]
+
+
+NO_STEERING = _Steering(UNSTEERED, (), ())
+
+
+class Service:
+    """What the server can do, for any front end."""
+
+    def __init__(self, settings: Settings, codec: Codec, engine: Engine, registry: Registry) -> None:
+        self.settings = settings
+        self.model = settings.served_name
+        self.codec = codec
+        self.engine = engine
+        self.registry = registry
+
+    async def generate(self, ask: Ask) -> Answer:
+        """Every prompt, `n` times, and with `baseline` each once more unsteered, in the same batch.
+
+        A cancelled call (the client has gone) ends its rows before the engine's next step.
+        """
+        created = int(time.time())
+        prompts = await asyncio.to_thread(self._encode, ask)
+        steering = await asyncio.to_thread(self._resolve, ask)
+        rows = self._rows(f"gen-{secrets.token_hex(12)}", ask, prompts, steering.steer)
+        finished = await self._run(rows, steering.loaded)
+        arms = 2 if ask.baseline else 1
+        steered, baseline = finished[::arms], finished[1::arms] if ask.baseline else None
+        return Answer(
+            id=rows[0].request,
+            created=created,
+            model=self.model,
+            results=tuple(self._result(event, steering) for event in steered),
+            baseline=tuple(self._result(event, NO_STEERING) for event in baseline) if baseline else None,
+            comparisons=await self._compare(steered, baseline) if baseline else None,
+        )
+
+    def _encode(self, ask: Ask) -> list[tuple[int, ...]]:
+        if ask.messages:
+            return [self.codec.encode_chat(ask.messages, "messages")]
+        return [
+            self.codec.encode(prompt, "prompt" if ask.single else f"prompt.{index}")
+            for index, prompt in enumerate(ask.prompts)
+        ]
+
+    def _resolve(self, ask: Ask) -> _Steering:
+        """Names to loaded columns; a checkpoint that is not loaded yet is loaded now. Blocks."""
+        used = [(use, loaded) for use in ask.uses if (loaded := self._checkpoint(use))]
+        for index, (use, one) in enumerate(used):
+            if any(one is other for _, other in used[:index]):
+                raise InvalidField(
+                    f"Checkpoint {one.label} is named twice; put its attributes together.",
+                    param=f"{use.param}checkpoint",
+                )
+        parts = [(one, one.multipliers(use.attributes, f"{use.param}attributes")) for use, one in used]
+        positions = _positions(ask.positions, [one for one, _ in parts])
+        return _Steering(
+            Steer(mixed([(one.handle, multipliers) for one, multipliers in parts]), positions),
+            tuple(one for one, _ in parts),
+            tuple(
+                Part(
+                    one.name, one.version, one.sha256, dict(one.defaults if use.attributes is None else use.attributes)
+                )
+                for use, one in used
+            ),
+        )
+
+    def _checkpoint(self, use: Use) -> Loaded | None:
+        if use.checkpoint is not None:
+            return self.registry.load(use.checkpoint, f"{use.param}checkpoint")
+        active = self.registry.active
+        if active is None and use.attributes:
+            raise UnknownCheckpoint(
+                "No checkpoint is active, so there are no attributes; name one in 'checkpoint'.",
+                param=f"{use.param}attributes",
+            )
+        return active
+
+    def _rows(self, request: str, ask: Ask, prompts: Sequence[tuple[int, ...]], steer: Steer) -> list[Row]:
+        arms = (steer, UNSTEERED) if ask.baseline else (steer,)
+        count = len(prompts) * ask.n * len(arms)
+        if count > self.settings.max_request_rows:
+            raise InvalidField(
+                f"The request asks for {count} texts (prompts x n x arms); at most {self.settings.max_request_rows}.",
+                param="n" if ask.n > 1 else "prompt",
+            )
+        # One seed for both arms and every prompt; the index among the choices makes the choices differ.
+        seed = secrets.randbits(63) if ask.seed is None else ask.seed
+        rows: list[Row] = []
+        for number, prompt in enumerate(prompts):
+            room = ask.sampling.max_new_tokens
+            if self.codec.context is not None:
+                room = min(room, self.codec.context - len(prompt))
+            for choice in range(ask.n):
+                sampling = replace(ask.sampling, max_new_tokens=room, seed=seed, choice=choice)
+                group = number * ask.n + choice
+                rows += [Row(request, len(rows) + i, group, prompt, sampling, arm) for i, arm in enumerate(arms)]
+        return rows
+
+    async def _run(self, rows: Sequence[Row], loaded: Sequence[Loaded]) -> list[Finished]:
+        for one in loaded:
+            self.registry.pin(one)
+
+        def release() -> None:
+            for one in loaded:
+                self.registry.release(one)
+
+        ticket = Ticket(len(rows), on_end=release)
+        try:
+            self.engine.submit(rows, ticket)
+        except Exception:
+            release()
+            raise
+        try:
+            return await ticket.finished()
+        except asyncio.CancelledError:
+            self.engine.cancel(rows[0].request)
+            raise
+
+    async def _compare(self, steered: Sequence[Finished], baseline: Sequence[Finished]) -> tuple[Comparison, ...]:
+        compared = []
+        for mine, base in zip(steered, baseline, strict=True):
+            pair = Pair(mine.row.tokens, mine.tokens, base.tokens, mine.row.steer)
+            divergence = await asyncio.wrap_future(self.engine.compare(pair))
+            compared.append(
+                Comparison(
+                    first_divergence=_first_difference(mine.tokens, base.tokens),
+                    kl_per_token=divergence.kl_per_token,
+                    logprob_under_baseline=divergence.logprob_under_baseline,
+                    perplexity_ratio=divergence.perplexity_ratio,
+                )
+            )
+        return tuple(compared)
+
+    def _result(self, event: Finished, steering: _Steering) -> Result:
+        return Result(
+            text=event.text,
+            token_ids=event.tokens,
+            reason=event.reason,
+            prompt_tokens=len(event.row.tokens),
+            steering=SteeringReport(steering.parts, event.row.steer.positions, event.steered_tokens),
+            timing=event.timing,
+            logprobs=None if event.row.sampling.logprobs is None else tuple(map(self._spoken, event.draws)),
+        )
+
+    def _spoken(self, draw: Draw) -> Spoken:
+        assert draw.logprob is not None, "a row that asks for logprobs gets them"
+        chosen, *top = (
+            Spelled(one.token, self.codec.spell(one.token), one.logprob) for one in (draw.logprob, *draw.top)
+        )
+        return Spoken(chosen, tuple(top))
+
+
+def _positions(asked: PositionsName | None, loaded: Sequence[Loaded]) -> PositionsName:
+    """As asked, else as the checkpoints say; where they disagree the client has to choose."""
+    if asked is not None:
+        return asked
+    named = {one.positions for one in loaded}
+    if len(named) > 1:
+        raise InvalidField(
+            f"The checkpoints steer at different positions ({', '.join(sorted(named))}); choose with 'positions'.",
+            param="positions",
+        )
+    return named.pop() if named else "generated"
+
+
+def _first_difference(mine: Sequence[int], base: Sequence[int]) -> int | None:
+    """The first index at which two texts differ, one that ends earlier included; None when they are the same."""
+    for index, (one, other) in enumerate(zip(mine, base, strict=False)):
+        if one != other:
+            return index
+    return None if len(mine) == len(base) else min(len(mine), len(base))

@@ -1,0 +1,139 @@
+"""What the commands print."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.columns import Columns
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from server.config import Settings
+from server.errors import UnknownCheckpoint, UnusableCheckpoint
+from server.exchange import Answer, Result
+from steering import checkpoint as folders
+from steering.checkpoint import Checkpoint
+from steering.errors import CheckpointError, NotFound
+
+console = Console()
+
+
+def show(answer: Answer, prompt: str) -> None:
+    """The text, or both arms side by side with how far they are apart."""
+    console.print(Text(prompt, style="bold"))
+    arms = [("steered", answer.results[0])]
+    if answer.baseline:
+        arms.append(("unsteered", answer.baseline[0]))
+    width = console.width // len(arms) - 1
+    console.print(Columns([_panel(title, result, width) for title, result in arms]))
+    if answer.comparisons:
+        compared = answer.comparisons[0]
+        where = "never" if compared.first_divergence is None else f"at token {compared.first_divergence}"
+        console.print(
+            f"they part {where}; KL a token {compared.kl_per_token:.3f} nats; "
+            f"perplexity ratio {compared.perplexity_ratio:.2f}"
+        )
+
+
+def _panel(title: str, result: Result, width: int) -> Panel:
+    steering = result.steering
+    used = [
+        f"{part.checkpoint}@{part.version} {name}={value:g}"
+        for part in steering.parts
+        for name, value in part.attributes.items()
+    ]
+    footer = f"{', '.join(used) or 'no steering'}; {steering.steered_tokens} steered tokens"
+    return Panel(Text(result.text), title=title, subtitle=Text(footer), width=width)
+
+
+def list_folders(root: Path) -> None:
+    """A table of every complete folder."""
+    table = Table("checkpoint", "method", "base model", "sites", "attributes (default multiplier)")
+    found = folders.list_checkpoints(root)
+    for name, version, folder in found:
+        try:
+            checkpoint = folders.load(folder)
+        except CheckpointError as error:
+            table.add_row(f"{name}@{version}", Text(f"cannot be loaded: {error}"), "", "", "")
+            continue
+        config = checkpoint.config
+        table.add_row(
+            f"{name}@{version}", config.method, config.base_model.id, _sites(checkpoint), _defaults(checkpoint)
+        )
+    if found:
+        console.print(table)
+    else:
+        console.print(f"There are no checkpoints in {root}.")
+
+
+def show_folder(root: Path, reference: str) -> None:
+    """What a checkpoint is, then its model card. Raises UnknownCheckpoint, UnusableCheckpoint."""
+    folder = _find(root, reference)
+    try:
+        checkpoint = folders.load(folder)
+    except CheckpointError as error:
+        raise UnusableCheckpoint(f"{reference}: {error}.") from error
+    config = checkpoint.config
+    table = Table(show_header=False)
+    for label, value in (
+        ("checkpoint", f"{config.name}@{config.version}"),
+        ("method", config.method),
+        ("base model", f"{config.base_model.id} ({config.base_model.architecture})"),
+        ("sites", _sites(checkpoint)),
+        ("positions", config.positions.value),
+        ("attributes", _defaults(checkpoint)),
+        ("sha256", config.sha256),
+    ):
+        table.add_row(label, Text(value))
+    console.print(table)
+    card = folder / "README.md"
+    if card.is_file():
+        console.print(Text(card.read_text(encoding="utf-8")))
+
+
+def verify_folders(settings: Settings, reference: str | None, *, against: bool) -> bool:
+    """Check one or all; prints a line each and says whether all are sound."""
+    root = settings.checkpoints
+    chosen: Sequence[Path] = (
+        [_find(root, reference)] if reference else [folder for _, _, folder in folders.list_checkpoints(root)]
+    )
+    if not chosen:
+        raise UnknownCheckpoint(f"There are no checkpoints in {root}.")
+    fits = _fits(settings) if against else None
+    sound = True
+    for folder in chosen:
+        label = f"{folder.parent.name}@{folder.name}"
+        try:
+            checkpoint = folders.load(folder)
+            if fits is not None:
+                fits(checkpoint)
+        except CheckpointError as error:
+            sound = False
+            console.print(Text(f"{label}: {error}"))
+        else:
+            console.print(Text(f"{label}: sound"))
+    return sound
+
+
+def _fits(settings: Settings) -> Callable[[Checkpoint], None]:
+    from server.engine.model import load_model
+    from server.registry import fits_model
+
+    return fits_model(load_model(settings).model, settings.served_name, settings.revision)
+
+
+def _find(root: Path, reference: str) -> Path:
+    name, _, version = reference.partition("@")
+    try:
+        return folders.find(root, name, version or None)
+    except NotFound:
+        raise UnknownCheckpoint(f"There is no checkpoint {reference!r} in {root}.") from None
+
+
+def _sites(checkpoint: Checkpoint) -> str:
+    return ", ".join(dict.fromkeys(str(column.site) for column in checkpoint.columns))
+
+
+def _defaults(checkpoint: Checkpoint) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in checkpoint.attributes.items())

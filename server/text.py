@@ -1,0 +1,58 @@
+"""Text to token ids and back, with the model's own tokenizer."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from server.errors import InvalidField, PromptTooLong
+
+
+class Codec:
+    """A tokenizer that answers bad input with an error naming the field. Used from several threads."""
+
+    def __init__(self, tokenizer: Any, *, vocab: int, context: int | None) -> None:
+        self._tokenizer = tokenizer
+        self._vocab = vocab
+        self.context = context
+        # The first call may set the tokenizer up; later ones only read it.
+        tokenizer("warm")
+
+    def encode(self, prompt: str, param: str) -> tuple[int, ...]:
+        """The prompt's ids, with the special tokens that the tokenizer puts around a text."""
+        return self._checked(self._tokenizer(prompt)["input_ids"], param)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], param: str) -> tuple[int, ...]:
+        """The ids of a conversation under the tokenizer's chat template, open for the next answer."""
+        if not getattr(self._tokenizer, "chat_template", None):
+            raise InvalidField("This model has no chat template; send 'prompt' instead of 'messages'.", param=param)
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # templates are programs: they refuse by raising whatever they like
+            raise InvalidField(f"The model's chat template refuses these messages: {error}", param=param) from error
+        return self._checked(self._tokenizer(text, add_special_tokens=False)["input_ids"], param)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens left out."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    def spell(self, token: int) -> str:
+        """The text of one token, special ones included."""
+        text: str = self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        return text
+
+    def _checked(self, ids: Sequence[int], param: str) -> tuple[int, ...]:
+        if not ids:
+            raise InvalidField("The prompt has no tokens.", param=param)
+        if max(ids) >= self._vocab:
+            raise InvalidField(
+                f"The prompt has token {max(ids)}, but the model knows {self._vocab} tokens only.", param=param
+            )
+        if self.context is not None and len(ids) >= self.context:
+            raise PromptTooLong(
+                f"The prompt has {len(ids)} tokens; prompt and answer together may have {self.context}, "
+                f"so a prompt may have {self.context - 1}.",
+                param=param,
+            )
+        return tuple(ids)

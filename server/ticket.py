@@ -1,0 +1,42 @@
+"""Brings the engine's last events of one request back to the event loop."""
+
+import asyncio
+from collections.abc import Callable
+
+from server.engine.types import Event, Failed, Finished
+from server.errors import ServerError
+
+
+class Ticket:
+    """The sink of one request. Await `finished`; `on_end` runs once, when the engine holds none of its rows."""
+
+    def __init__(self, rows: int, on_end: Callable[[], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._future: asyncio.Future[list[Finished]] = self._loop.create_future()
+        self._left = rows
+        self._finished: list[Finished] = []
+        self._error: ServerError | None = None
+        self._on_end = on_end
+
+    def __call__(self, event: Event) -> None:
+        """On the engine's thread."""
+        if isinstance(event, Failed):
+            self._error = self._error or event.error
+        else:
+            self._finished.append(event)
+        self._left -= 1
+        if self._left == 0:
+            self._on_end()
+            self._loop.call_soon_threadsafe(self._settle)
+
+    async def finished(self) -> list[Finished]:
+        """Every row's last event, in the order of the rows. Raises the first failure."""
+        return await self._future
+
+    def _settle(self) -> None:
+        if self._future.cancelled():  # the client has gone
+            return
+        if self._error is not None:
+            self._future.set_exception(self._error)
+        else:
+            self._future.set_result(sorted(self._finished, key=lambda event: event.row.index))

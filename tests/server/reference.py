@@ -1,0 +1,62 @@
+"""The slow and obvious way to a steered text: one request, no cache, the formulas of arXiv 2502.12446 in float64."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steering.types import Column, Gate
+
+
+def steered(activation: Tensor, columns: Sequence[Column], multipliers: Mapping[str, float]) -> Tensor:
+    """One token's activation [D], steered, norm kept."""
+    a = activation.double()
+    total = a.clone()
+    for column in columns:
+        weight = column.gate_weight.double() @ a + column.gate_bias
+        gate = torch.sigmoid(weight) if column.gate is Gate.SIGMOID else torch.ones(())
+        total += multipliers.get(column.attribute, 0.0) * gate * column.vector.double()
+    return total * a.norm() / total.norm()
+
+
+def greedy(
+    model: Any,
+    prompt: Sequence[int],
+    columns: Sequence[Column],
+    multipliers: Mapping[str, float],
+    *,
+    new: int,
+    positions: str = "generated",
+    eos: int | None = 0,
+) -> list[int]:
+    """New token ids; every step is one whole forward pass over the text so far."""
+    ids = list(prompt)
+
+    def hook(module: Any, args: Any, output: Any) -> Any:
+        hidden = output[0].clone()
+        for index in range(hidden.shape[1]):
+            at_prompt, at_generated = index < len(prompt), index >= len(prompt) - 1
+            if {"prompt": at_prompt, "generated": at_generated, "all": True}[positions]:
+                hidden[0, index] = steered(hidden[0, index], columns, multipliers).to(hidden.dtype)
+        return (hidden, *output[1:])
+
+    handle = model.model.layers[columns[0].site.layer].self_attn.register_forward_hook(hook)
+    try:
+        for _ in range(new):
+            with torch.no_grad():
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] == eos:
+                break
+    finally:
+        handle.remove()
+    return ids[len(prompt) :]
+
+
+def plain(model: Any, prompt: Sequence[int], *, new: int) -> list[int]:
+    """What `transformers.generate` gives, greedily, for one prompt alone."""
+    ids = torch.tensor([list(prompt)])
+    output = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, pad_token_id=0
+    )
+    return output[0, len(prompt) :].tolist()

@@ -1,0 +1,121 @@
+"""Operations, checkpoints and the page at /."""
+
+import html
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from server.app import create_app
+from server.config import Settings
+from server.registry import Registry
+from tests.server.conftest import World
+
+
+def test_health_and_readiness(world: World) -> None:
+    assert world.client.get("/healthz").json() == {"status": "ok"}
+    assert world.client.get("/readyz").json() == {"status": "ready", "model": "tiny", "checkpoint": "demo@2"}
+
+
+def test_the_api_is_described(world: World) -> None:
+    schema = world.client.get("/openapi.json").json()
+    assert set(schema["paths"]) == {"/generate", "/checkpoints", "/checkpoints/{name}", "/healthz", "/readyz"}
+    assert world.client.get("/docs").status_code == 200
+
+
+def test_the_command_on_the_page_works(world: World) -> None:
+    page = world.client.get("/").text
+    command = re.search(r"<pre>(.*)</pre>", page, re.DOTALL)
+    assert command is not None
+    _, url, _, _, _, body = shlex.split(html.unescape(command[1]))
+    answer = world.client.post(url.removeprefix("http://127.0.0.1:8000"), json=json.loads(body))
+    assert answer.status_code == 200
+    assert answer.json()["baseline"] is not None
+
+
+def test_a_request_id_is_kept_when_plain_and_made_otherwise(world: World) -> None:
+    assert world.client.get("/healthz", headers={"X-Request-Id": "abc-1"}).headers["x-request-id"] == "abc-1"
+    made = world.client.get("/healthz", headers={"X-Request-Id": "a b<c>"}).headers["x-request-id"]
+    assert re.fullmatch(r"req-[0-9a-f]{16}", made)
+
+
+def test_every_request_is_one_line_in_the_log(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "server.access"):
+        world.client.get("/nowhere")
+    assert [record.name for record in caplog.records].count("server.access") == 1
+    assert "GET /nowhere 404" in caplog.text
+
+
+def test_the_list_says_which_checkpoints_can_be_used_and_why_not(world: World) -> None:
+    listed = world.client.get("/checkpoints").json()
+    assert listed["active"] == "demo@2"
+    found = {(entry["name"], entry["version"]): entry for entry in listed["checkpoints"]}
+    assert set(found) == {("demo", "1"), ("demo", "2"), ("other", "1"), ("foreign", "1"), ("damaged", "1")}
+    demo = found["demo", "2"]
+    assert [demo[state] for state in ("active", "loaded", "loadable")] == [True] * 3
+    assert list(demo["attributes"]) == ["kind", "true", "fair"]
+    assert demo["attributes"]["kind"] == {"default": 1.0, "range": [-2.0, 2.0], "sites": ["1.attn_output"]}
+    assert not found["foreign", "1"]["loadable"]
+    assert "hidden_size 64" in found["foreign", "1"]["reason"]
+    assert "sha256" in found["damaged", "1"]["reason"]
+    assert not found["damaged", "1"]["reason"].startswith("/")
+
+
+def test_one_checkpoint_lists_its_versions_with_their_evaluation(world: World) -> None:
+    answer = world.client.get("/checkpoints/demo").json()
+    assert [version["version"] for version in answer["versions"]] == ["1", "2"]
+    assert answer["versions"][0]["evaluation"] == {"kind": 0.9}
+
+
+@pytest.mark.parametrize("name", ["nowhere", "demo@1", "%2e%2e", "..%2fdemo", "demo%00"])
+def test_a_name_that_is_no_checkpoint_is_a_404(world: World, name: str) -> None:
+    response = world.client.get(f"/checkpoints/{name}")
+    assert response.status_code == 404
+    assert response.json()["error"]["message"]
+
+
+def test_without_a_checkpoint_the_model_is_served_unsteered(settings: Settings, tmp_path: Path) -> None:
+    from starlette.testclient import TestClient
+
+    with TestClient(create_app(settings.model_copy(update={"checkpoints": tmp_path}))) as client:
+        assert client.get("/readyz").json()["checkpoint"] is None
+        assert client.get("/").status_code == 200
+        body = {"prompt": "Q:", "max_new_tokens": 3, "baseline": True}
+        answer = client.post("/generate", json=body).json()
+        assert answer["results"][0]["steering"]["checkpoint"] is None
+        refused = client.post("/generate", json={**body, "attributes": {"kind": 1}})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (404, "attributes")
+
+
+def test_a_checkpoint_is_pinned_while_it_is_used(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    real = Registry.pin
+
+    def pin(self: Registry, loaded: object) -> None:
+        real(self, loaded)  # type: ignore[arg-type]
+        seen.append(self.pins)
+
+    monkeypatch.setattr(Registry, "pin", pin)
+    world.post(prompt="Q:", max_new_tokens=2, n=2)
+    assert seen == [1]
+    assert world.service.registry.pins == 0
+
+
+def test_a_checkpoint_that_appears_is_listed_and_can_be_used(
+    settings: Settings, checkpoints: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    from starlette.testclient import TestClient
+
+    shutil.copytree(checkpoints / "demo" / "1", tmp_path / "demo" / "1")
+    with TestClient(create_app(settings.model_copy(update={"checkpoints": tmp_path}))) as client:
+        body = {"prompt": "Q:", "max_new_tokens": 2}
+        shutil.copytree(checkpoints / "demo" / "2", tmp_path / "demo" / "2")
+        assert len(client.get("/checkpoints").json()["checkpoints"]) == 2
+        plain = client.post("/generate", json=body | {"checkpoint": "demo"}).json()
+        assert plain["results"][0]["steering"]["version"] == "1", "a running server stays on its version"
+        named = client.post("/generate", json=body | {"checkpoint": "demo@2"}).json()
+        assert named["results"][0]["steering"]["version"] == "2"

@@ -1,0 +1,125 @@
+"""The command line."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from server.cli import app
+
+runner = CliRunner(env={"COLUMNS": "160", "NO_COLOR": "1", "MATSTEER_THREADS": "1"})
+
+
+def test_help_is_quick_because_it_does_not_import_torch() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from server.cli import app;"
+        "r = CliRunner().invoke(app, ['--help']); assert r.exit_code == 0; assert 'serve' in r.output;"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", _no_plugins() + code], cwd=root, env=_environment(root), check=False
+    )
+    assert done.returncode == 0
+
+
+def _no_plugins() -> str:
+    """Commands of other packages may import what they like."""
+    return "import importlib.metadata as m; m.entry_points = lambda **k: [];"
+
+
+def _environment(root: Path) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(root), *filter(None, sys.path)])}
+
+
+@pytest.mark.parametrize(
+    "command", [["serve"], ["generate"], ["checkpoints", "list"], ["checkpoints", "show"], ["checkpoints", "verify"]]
+)
+def test_every_command_shows_an_example(command: list[str]) -> None:
+    result = runner.invoke(app, [*command, "--help"])
+    assert result.exit_code == 0
+    assert f"Example: matsteer {' '.join(command)}" in result.output
+
+
+def test_generate_shows_both_arms(model_folder: Path, checkpoints: Path) -> None:
+    arguments = [
+        "generate",
+        "Q: What colour is the sky? A:",
+        "--set",
+        "kind=1.5",
+        "--baseline",
+        "--max-new-tokens",
+        "5",
+    ]
+    result = runner.invoke(app, [*arguments, "--model", str(model_folder), "--checkpoints", str(checkpoints)])
+    assert result.exit_code == 0, result.output
+    assert "demo@2 kind=1.5; 5 steered tokens" in result.output
+    assert "no steering; 0 steered tokens" in result.output
+    assert "perplexity ratio" in result.output
+
+
+@pytest.mark.parametrize("pair", ["kind", "kind=much", "=1", "kind=nan", "kind=inf"])
+def test_a_bad_multiplier_is_refused_before_the_model_is_loaded(pair: str) -> None:
+    result = runner.invoke(app, ["generate", "Q:", "--set", pair, "--model", "/nowhere"])
+    assert result.exit_code == 2
+    assert "NAME=NUMBER" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["serve", "--port", "0"], "Bad setting port"),
+        (["serve", "--model", "/no/model"], "There is no model folder '/no/model'"),
+        (["generate", "Q:", "--model", "/no/model"], "There is no model folder '/no/model'"),
+        (["checkpoints", "show", "nowhere"], "There is no checkpoint 'nowhere'"),
+    ],
+)
+def test_what_cannot_start_says_why_in_one_sentence(arguments: list[str], message: str) -> None:
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 1
+    assert result.output.startswith(f"matsteer: {message}")
+    assert len(result.output.splitlines()) == 1
+
+
+def test_an_unknown_attribute_is_one_sentence(model_folder: Path, checkpoints: Path) -> None:
+    arguments = ["generate", "Q:", "--set", "funny=1", "--model", str(model_folder), "--checkpoints", str(checkpoints)]
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 1
+    assert "it has kind, true, fair" in result.output
+
+
+def test_checkpoints_are_listed_shown_and_verified(model_folder: Path, checkpoints: Path) -> None:
+    place = ["--checkpoints", str(checkpoints)]
+    listed = runner.invoke(app, ["checkpoints", "list", *place]).output
+    assert all(part in listed for part in ("demo@2", "kind 1", "cannot be loaded"))
+    shown = runner.invoke(app, ["checkpoints", "show", "demo", *place]).output
+    assert all(part in shown for part in ("demo@2", "1.attn_output", "# demo"))
+    sound = runner.invoke(app, ["checkpoints", "verify", "demo@1", *place, "--model", str(model_folder)])
+    assert (sound.exit_code, sound.output) == (0, "demo@1: sound\n")
+    foreign = runner.invoke(app, ["checkpoints", "verify", "foreign", *place, "--model", str(model_folder)])
+    assert foreign.exit_code == 1
+    assert "hidden_size" in foreign.output
+    assert runner.invoke(app, ["checkpoints", "verify", *place]).exit_code == 1
+
+
+def test_other_packages_add_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = typer.Typer()
+
+    @other.command()
+    def train() -> None:
+        """Train."""
+        print("training")
+
+    @other.command()
+    def sweep() -> None:
+        """Sweep."""
+
+    entry = SimpleNamespace(name="training", load=lambda: other)
+    monkeypatch.setattr("server.cli.entry_points", lambda group: [entry])
+    assert "sweep" in runner.invoke(app, ["--help"]).output
+    assert runner.invoke(app, ["train"]).output == "training\n"

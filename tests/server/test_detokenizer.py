@@ -1,0 +1,48 @@
+"""Pieces of text are whole characters, and together the whole text."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.engine.detokenizer import INCOMPLETE, Detokenizer
+from server.text import Codec
+
+
+@pytest.fixture(scope="session")
+def codec(spelling: Any) -> Codec:
+    return Codec(spelling, vocab=len(spelling), context=None)
+
+
+@pytest.mark.parametrize("text", ["naïve café", "東京 🙂🚀", " plain", "a\n b", "Ünïcödé 東"])
+def test_pieces_are_whole_characters_and_together_the_text(codec: Codec, text: str) -> None:
+    detokenizer = Detokenizer(codec.decode, codec.encode("Q: 東京", "prompt"))
+    pieces = []
+    for token in codec.encode(text, "prompt"):
+        detokenizer.push(token)
+        pieces.append(detokenizer.read())
+    pieces.append(detokenizer.read(final=True))
+    assert "".join(pieces) == text
+    assert INCOMPLETE not in "".join(pieces)
+
+
+def test_half_a_character_at_the_end_is_given_out_at_last(codec: Codec) -> None:
+    *most, _ = codec.encode("🙂", "prompt")
+    detokenizer = Detokenizer(codec.decode, (1,))
+    for token in most:
+        detokenizer.push(token)
+        assert detokenizer.read() == ""
+    assert detokenizer.read(final=True) == codec.decode(most)
+
+
+@given(st.data())
+def test_any_tokens_read_in_any_steps_give_the_decoded_text(codec: Codec, data: st.DataObject) -> None:
+    tokens = data.draw(st.lists(st.integers(0, 319), max_size=30))
+    detokenizer = Detokenizer(codec.decode, (40, 41))
+    text = ""
+    for token in tokens:
+        detokenizer.push(token)
+        if data.draw(st.booleans()):
+            text += detokenizer.read()
+    assert text + detokenizer.read(final=True) == codec.decode(tokens)

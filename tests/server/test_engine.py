@@ -1,0 +1,273 @@
+"""The engine survives what fails, lets go of what is cancelled, and never blocks the event loop."""
+
+import asyncio
+import threading
+import time
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from server.engine.runner import Runner
+from tests.server.conftest import World
+
+
+def api(app: FastAPI) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=30)
+
+
+def runner_of(world: World) -> Runner:
+    runner = world.service.engine._runner
+    assert isinstance(runner, Runner)
+    return runner
+
+
+class Broken:
+    """A forward pass that fails once, or for good, and otherwise is the real one."""
+
+    def __init__(self, runner: Runner, *, at: int, times: int = 1) -> None:
+        self._real = runner.forward
+        self._from, self._to = at, at + times
+        self._calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._calls += 1
+        if self._from <= self._calls < self._to:
+            raise RuntimeError("the step breaks")
+        return self._real(*args, **kwargs)
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_failing_step_fails_only_the_requests_in_it(fresh: World, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    body = {"prompt": "Q: What", "temperature": 0, "max_new_tokens": 8}
+    before = fresh.post(**body)
+    runner = runner_of(fresh)
+    monkeypatch.setattr(runner, "forward", Broken(runner, at=at))
+    status, error = fresh.refused(**body)
+    assert (status, error["type"]) == (500, "generation_failed")
+    assert "breaks" not in error["message"]
+    after = fresh.post(**body)
+    assert after["results"][0]["token_ids"] == before["results"][0]["token_ids"]
+    assert after["results"][0]["steering"]["steered_tokens"] == before["results"][0]["steering"]["steered_tokens"]
+    assert fresh.service.engine.stats.failed_steps == 1
+    assert fresh.service.registry.pins == 0
+    assert fresh.client.get("/readyz").status_code == 200
+
+
+def test_a_dead_device_makes_the_server_unready(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = runner_of(fresh)
+
+    def dead() -> None:
+        raise RuntimeError("no device")
+
+    monkeypatch.setattr(runner, "forward", Broken(runner, at=1, times=1000))
+    monkeypatch.setattr(runner, "recover", dead)
+    assert fresh.refused(prompt="a")[0] == 500
+    deadline = time.monotonic() + 5
+    while fresh.service.engine.trouble is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert fresh.refused(prompt="a")[0] == 503
+    ready = fresh.client.get("/readyz")
+    assert (ready.status_code, ready.json()["error"]["type"]) == (503, "engine_down")
+    assert "no device" in ready.json()["error"]["message"]
+    assert fresh.client.get("/healthz").status_code == 200
+
+
+def test_the_event_loop_answers_while_the_model_runs(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = runner_of(fresh)
+    real, inside, go_on = runner.step, threading.Event(), threading.Event()
+
+    def slow(batch: Any) -> Any:
+        inside.set()
+        assert go_on.wait(10)
+        return real(batch)
+
+    monkeypatch.setattr(runner, "step", slow)
+
+    async def story() -> Any:
+        async with api(fresh.app) as client:
+            asking = asyncio.create_task(client.post("/generate", json={"prompt": "a", "max_new_tokens": 2}))
+            await asyncio.to_thread(inside.wait, 10)
+            started = time.monotonic()
+            assert (await client.get("/healthz")).status_code == 200
+            assert (await client.get("/readyz")).status_code == 200
+            assert (await client.get("/checkpoints")).status_code == 200
+            assert time.monotonic() - started < 2
+            assert not asking.done()
+            go_on.set()
+            return await asking
+
+    assert asyncio.run(story()).status_code == 200
+
+
+def test_a_step_that_takes_too_long_makes_the_server_unready(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = fresh.service.engine
+    monkeypatch.setattr(engine, "_busy_since", time.monotonic() - fresh.service.settings.stall_s - 1)
+    assert fresh.client.get("/readyz").status_code == 503
+
+
+async def _disconnecting(app: FastAPI, body: bytes, gone: asyncio.Event) -> list[Any]:
+    """A POST whose client goes away once `gone` is set; what it was sent."""
+    sent: list[Any] = []
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Any:
+        if messages:
+            return messages.pop()
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/generate",
+        "raw_path": b"/generate",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+        "http_version": "1.1",
+        "scheme": "http",
+        "server": ("test", 80),
+        "client": ("test", 1),
+        "root_path": "",
+    }
+    await app(scope, receive, send)
+    return sent
+
+
+def test_a_client_that_goes_away_frees_its_row_by_the_next_step(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, engine = runner_of(fresh), fresh.service.engine
+    real, seen, gate = runner.step, [], threading.Semaphore(0)
+    stepped = threading.Event()
+
+    def counted(batch: Any) -> Any:
+        seen.append(len(batch.rows))
+        stepped.set()
+        assert gate.acquire(timeout=10)
+        return real(batch)
+
+    monkeypatch.setattr(runner, "step", counted)
+
+    async def story() -> tuple[list[Any], Any]:
+        gone = asyncio.Event()
+        long = b'{"prompt": "a", "max_new_tokens": 60, "ignore_eos": true}'
+        async with api(fresh.app) as client:
+            leaving = asyncio.create_task(_disconnecting(fresh.app, long, gone))
+            staying = asyncio.create_task(
+                client.post("/generate", json={"prompt": "b", "max_new_tokens": 20, "ignore_eos": True})
+            )
+            await asyncio.to_thread(stepped.wait, 10)
+            gate.release()
+            gone.set()
+            sent = await leaving
+            for _ in range(100):
+                gate.release()
+            return sent, await staying
+
+    sent, stayed = asyncio.run(story())
+    assert seen[0] == 2
+    assert len(seen) == 20
+    assert set(seen[3:]) == {1}, seen
+    assert stayed.json()["results"][0]["usage"]["completion_tokens"] == 20
+    assert sent[0]["status"] == 499
+    assert not engine._progress
+    assert fresh.service.registry.pins == 0
+
+
+def test_a_cancelled_request_that_waits_never_runs(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, engine = runner_of(fresh), fresh.service.engine
+    real, inside, go_on = runner.step, threading.Event(), threading.Event()
+
+    def slow(batch: Any) -> Any:
+        inside.set()
+        assert go_on.wait(10)
+        return real(batch)
+
+    monkeypatch.setattr(runner, "step", slow)
+
+    async def story() -> None:
+        async with api(fresh.app) as client:
+            first = asyncio.create_task(client.post("/generate", json={"prompt": "a", "max_new_tokens": 3}))
+            await asyncio.to_thread(inside.wait, 10)
+            second = asyncio.create_task(client.post("/generate", json={"prompt": "b", "n": 4}))
+            while engine._queued < 4:
+                await asyncio.sleep(0.005)
+            second.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await second
+            go_on.set()
+            assert (await first).status_code == 200
+
+    asyncio.run(story())
+    assert engine.stats.rows == 1
+    assert engine._queued == 0
+    assert fresh.service.registry.pins == 0
+
+
+def test_rows_that_end_leave_the_batch_and_disturb_nobody(fresh: World) -> None:
+    """Rows of very different length, so that the tensors are compacted several times."""
+
+    async def together() -> list[Any]:
+        async with api(fresh.app) as client:
+            bodies = [
+                {
+                    "prompt": "Q: " + "sky " * i,
+                    "max_new_tokens": 2 + 5 * i,
+                    "ignore_eos": True,
+                    "temperature": 1,
+                    "seed": i,
+                }
+                | {"repetition_penalty": 1.3 if i % 2 else 1.0, "top_k": 20 if i % 3 else 0}
+                for i in range(8)
+            ]
+            alone = [(await client.post("/generate", json=body)).json() for body in bodies]
+            crowd = await asyncio.gather(*(client.post("/generate", json=body) for body in bodies))
+            return list(zip(alone, (answer.json() for answer in crowd), strict=True))
+
+    for i, (alone, crowd) in enumerate(asyncio.run(together())):
+        assert crowd["results"][0]["token_ids"] == alone["results"][0]["token_ids"], i
+    assert fresh.service.engine.stats.largest_batch == 8
+
+
+def test_stopping_answers_everybody(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, engine = runner_of(fresh), fresh.service.engine
+    real, inside = runner.step, threading.Event()
+
+    def slow(batch: Any) -> Any:
+        inside.set()
+        time.sleep(0.02)
+        return real(batch)
+
+    monkeypatch.setattr(runner, "step", slow)
+
+    async def story() -> Any:
+        async with api(fresh.app) as client:
+            asking = asyncio.create_task(client.post("/generate", json={"prompt": "a", "ignore_eos": True}))
+            await asyncio.to_thread(inside.wait, 10)
+            await asyncio.to_thread(engine.stop)
+            return await asking
+
+    answer = asyncio.run(story())
+    assert answer.status_code == 503
+    assert fresh.refused(prompt="a")[0] == 503
+
+
+def test_a_checkpoint_can_be_loaded_while_others_generate(fresh: World) -> None:
+    async def together() -> list[Any]:
+        async with api(fresh.app) as client:
+            bodies = [
+                {"prompt": "Q: What", "checkpoint": name, "max_new_tokens": 40} for name in ("demo", "other", "demo@1")
+            ]
+            return list(await asyncio.gather(*(client.post("/generate", json=body) for body in bodies)))
+
+    answers = asyncio.run(together())
+    assert [answer.status_code for answer in answers] == [200, 200, 200]
+    steering = [answer.json()["results"][0]["steering"] for answer in answers]
+    assert [(s["checkpoint"], s["version"]) for s in steering] == [("demo", "2"), ("other", "1"), ("demo", "1")]
+    assert all(s["steered_tokens"] > 0 for s in steering)

@@ -1,0 +1,148 @@
+"""Whatever a client sends: one shape, the right status, the field named, never a 500."""
+
+from typing import Any
+
+import pytest
+
+from tests.server.conftest import CONTEXT, World
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        ({}, 422, "prompt"),
+        ({"prompt": ""}, 422, "prompt"),
+        ({"prompt": []}, 422, "prompt"),
+        ({"prompt": ["fine", ""]}, 422, "prompt.1"),
+        ({"prompt": 5}, 422, "prompt"),
+        ({"prompt": ["fine", 5]}, 422, "prompt.1"),
+        ({"prompt": None}, 422, "prompt"),
+        ({"prompt": "\ud800"}, 422, "prompt"),
+        ({"prompt": "a", "messages": [{"role": "user", "content": "b"}]}, 422, "prompt"),
+        ({"messages": []}, 422, "messages"),
+        ({"messages": [{"role": "user"}]}, 422, "messages.0.content"),
+        ({"messages": [{"role": "robot", "content": "b"}]}, 422, "messages.0.role"),
+        ({"prompt": "a", "max_new_tokens": 0}, 422, "max_new_tokens"),
+        ({"prompt": "a", "max_new_tokens": -1}, 422, "max_new_tokens"),
+        ({"prompt": "a", "max_new_tokens": 1e30}, 422, "max_new_tokens"),
+        ({"prompt": "a", "max_new_tokens": 10**30}, 422, "max_new_tokens"),
+        ({"prompt": "a", "max_new_tokens": "many"}, 422, "max_new_tokens"),
+        ({"prompt": "a", "max_new_tokens": True}, 422, "max_new_tokens"),
+        ({"prompt": "a", "max_new_tokens": None}, 422, "max_new_tokens"),
+        ({"prompt": "a", "temperature": -0.1}, 422, "temperature"),
+        ({"prompt": "a", "temperature": 1e30}, 422, "temperature"),
+        ({"prompt": "a", "temperature": float("nan")}, 422, "temperature"),
+        ({"prompt": "a", "temperature": float("inf")}, 422, "temperature"),
+        ({"prompt": "a", "temperature": True}, 422, "temperature"),
+        ({"prompt": "a", "top_p": 0}, 422, "top_p"),
+        ({"prompt": "a", "top_p": 1.1}, 422, "top_p"),
+        ({"prompt": "a", "top_k": -1}, 422, "top_k"),
+        ({"prompt": "a", "min_p": 2}, 422, "min_p"),
+        ({"prompt": "a", "repetition_penalty": 0}, 422, "repetition_penalty"),
+        ({"prompt": "a", "seed": 2**63}, 422, "seed"),
+        ({"prompt": "a", "seed": 1.5}, 422, "seed"),
+        ({"prompt": "a", "n": 0}, 422, "n"),
+        ({"prompt": "a", "n": 10**9}, 422, "n"),
+        ({"prompt": ["a"] * 200, "n": 2}, 422, "n"),
+        ({"prompt": ["a"] * 200, "baseline": True}, 422, "prompt"),
+        ({"prompt": "a", "logprobs": 21}, 422, "logprobs"),
+        ({"prompt": "a", "logprobs": True}, 422, "logprobs"),
+        ({"prompt": "a", "stop": ""}, 422, "stop"),
+        ({"prompt": "a", "stop": ["x", 1]}, 422, "stop.1"),
+        ({"prompt": "a", "baseline": "yes"}, 422, "baseline"),
+        ({"prompt": "a", "positions": "everywhere"}, 422, "positions"),
+        ({"prompt": "a", "attributes": {"kind": "much"}}, 422, "attributes.kind"),
+        ({"prompt": "a", "attributes": {"kind": float("nan")}}, 422, "attributes.kind"),
+        ({"prompt": "a", "attributes": {"kind": 1e30}}, 422, "attributes.kind"),
+        ({"prompt": "a", "attributes": {"kind": -2.5}}, 422, "attributes.kind"),
+        ({"prompt": "a", "attributes": {"kind": None}}, 422, "attributes.kind"),
+        ({"prompt": "a", "attributes": {"funny": 1}}, 422, "attributes.funny"),
+        ({"prompt": "a", "attributes": {"\ud800": 1}}, 422, "attributes.\ud800"),
+        ({"prompt": "a", "attributes": [1]}, 422, "attributes"),
+        ({"prompt": "a", "checkpoint": "nowhere"}, 404, "checkpoint"),
+        ({"prompt": "a", "checkpoint": "demo@9"}, 404, "checkpoint"),
+        ({"prompt": "a", "checkpoint": "../demo"}, 404, "checkpoint"),
+        ({"prompt": "a", "checkpoint": ""}, 404, "checkpoint"),
+        ({"prompt": "a", "checkpoint": "foreign"}, 409, "checkpoint"),
+        ({"prompt": "a", "checkpoint": "damaged"}, 409, "checkpoint"),
+        ({"prompt": "a", "steering": [{"checkpoint": "nowhere"}]}, 404, "steering.0.checkpoint"),
+        ({"prompt": "a", "steering": [{"attributes": {"funny": 1}}]}, 422, "steering.0.attributes.funny"),
+        ({"prompt": "a", "steering": [{"checkpoint": "demo"}, {"checkpoint": "demo@2"}]}, 422, "steering.1.checkpoint"),
+        ({"prompt": "a", "steering": [{"strength": 1}]}, 422, "steering.0.strength"),
+        ({"prompt": "a", "steering": [{}], "attributes": {}}, 422, "steering"),
+        ({"prompt": "a", "stream": True}, 400, "stream"),
+        ({"prompt": "a", "trace": True}, 400, "trace"),
+        ({"prompt": "a", "temprature": 1}, 422, "temprature"),
+    ],
+)
+def test_a_bad_body_is_refused_naming_the_field(world: World, body: dict[str, Any], status: int, param: str) -> None:
+    import json
+
+    response = world.client.post(
+        "/generate", content=json.dumps(body), headers={"Content-Type": "application/json", "X-Request-Id": "mine"}
+    )
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (status, param), error
+    assert set(error) == {"type", "message", "param", "request_id"}
+    assert error["request_id"] == "mine" == response.headers["x-request-id"]
+
+
+def test_an_unknown_attribute_is_told_the_known_ones(world: World) -> None:
+    _, error = world.refused(prompt="a", attributes={"funny": 1})
+    assert error["type"] == "unknown_attribute"
+    assert "kind, true, fair" in error["message"]
+
+
+def test_a_misspelled_field_is_told_the_right_one(world: World) -> None:
+    _, error = world.refused(prompt="a", temprature=1)
+    assert error["message"] == "There is no field 'temprature'; did you mean 'temperature'?"
+
+
+def test_a_prompt_that_is_too_long_is_told_the_limit_and_its_length(world: World) -> None:
+    status, error = world.refused(prompt=["short", "a b " * CONTEXT])
+    assert status == 413
+    assert error["type"] == "prompt_too_long"
+    assert error["param"] == "prompt.1"
+    assert str(CONTEXT - 1) in error["message"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"", b"[1]", b'"text"', b"nonsense", b"\xff\xfe", b"[" * 100_000, b'{"prompt": "a", "n": NaN}']
+)
+def test_a_body_that_is_no_request_is_a_clean_error(world: World, content: bytes) -> None:
+    response = world.client.post("/generate", content=content, headers={"Content-Type": "application/json"})
+    assert 400 <= response.status_code < 500
+    assert response.json()["error"]["message"]
+
+
+def test_a_body_of_the_wrong_type_is_told_the_right_one(world: World) -> None:
+    response = world.client.post("/generate", content=b'{"prompt": "a"}', headers={"Content-Type": "text/plain"})
+    assert response.status_code == 422
+    assert "application/json" in response.json()["error"]["message"]
+
+
+def test_an_unknown_path_and_a_wrong_method_have_the_same_shape(world: World) -> None:
+    missing = world.client.get("/nowhere")
+    assert (missing.status_code, missing.json()["error"]["type"]) == (404, "not_found")
+    wrong = world.client.get("/generate")
+    assert (wrong.status_code, wrong.json()["error"]["type"]) == (405, "method_not_allowed")
+    assert wrong.headers["allow"] == "POST"
+
+
+def test_what_nobody_foresaw_is_a_500_that_tells_nothing(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fresh.service, "codec", None)
+    response = fresh.client.post("/generate", json={"prompt": "a"})
+    assert response.status_code == 500
+    error = response.json()["error"]
+    assert error["type"] == "internal_error"
+    assert "codec" not in error["message"]
+    assert error["request_id"] == response.headers["x-request-id"]
+
+
+def test_a_full_queue_is_a_429_with_retry_after(fresh: World) -> None:
+    service = fresh.service
+    service.engine._queued = service.settings.queue_limit
+    response = fresh.client.post("/generate", json={"prompt": "a"})
+    assert response.status_code == 429
+    assert int(response.headers["retry-after"]) >= 1
+    assert service.registry.pins == 0

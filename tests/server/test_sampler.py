@@ -1,0 +1,117 @@
+"""Every row is drawn by its own rules, and by nothing else."""
+
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from server.engine.sampler import Sampler, uniforms
+from server.engine.types import Sampling
+
+CPU = torch.device("cpu")
+VOCAB = 50
+RULES = [
+    Sampling(temperature=0.7, top_k=5),
+    Sampling(temperature=1.3, top_p=0.6),
+    Sampling(temperature=1.0, min_p=0.2),
+    Sampling(temperature=0.9, top_k=20, top_p=0.8, min_p=0.05, repetition_penalty=1.8),
+    Sampling(temperature=2.0),
+]
+PROMPTS = [[1, 2, 3], [4], [5, 5], [1, 9, 30, 31], [0]]
+
+
+def logits(rows: int, seed: int = 0) -> torch.Tensor:
+    return 3 * torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed))
+
+
+def processed(rule: Sampling, prompt: list[int], scores: torch.Tensor) -> torch.Tensor:
+    """The distribution that transformers' own processors make, in the order of its generate()."""
+    chain = LogitsProcessorList()
+    if rule.repetition_penalty != 1:
+        chain.append(RepetitionPenaltyLogitsProcessor(rule.repetition_penalty))
+    chain.append(TemperatureLogitsWarper(rule.temperature))
+    if rule.top_k:
+        chain.append(TopKLogitsWarper(rule.top_k))
+    if rule.top_p < 1:
+        chain.append(TopPLogitsWarper(rule.top_p))
+    if rule.min_p:
+        chain.append(MinPLogitsWarper(rule.min_p))
+    result: torch.Tensor = chain(torch.tensor([prompt]), scores[None].clone()).softmax(-1)[0]
+    return result
+
+
+@pytest.mark.parametrize("index", range(len(RULES)))
+def test_a_row_is_drawn_from_the_distribution_that_transformers_makes(index: int) -> None:
+    draws, scores = 4000, logits(len(RULES))
+    expected = processed(RULES[index], PROMPTS[index], scores[index])
+    rules = [
+        Sampling(**{**vars(rule), "choice": choice}) for choice in range(draws) for rule in (RULES[index], RULES[0])
+    ]
+    prompts = [PROMPTS[index], PROMPTS[0]] * draws
+    drawn = Sampler(rules, prompts, VOCAB, CPU).draw(scores[[index, 0]].repeat(draws, 1)).tokens[::2]
+    seen = torch.bincount(drawn, minlength=VOCAB) / draws
+    assert not seen[expected == 0].any()
+    assert (seen - expected).abs().max() < 0.03
+
+
+def test_a_draw_does_not_depend_on_the_neighbours() -> None:
+    together = Sampler(RULES, PROMPTS, VOCAB, CPU)
+    alone = [Sampler([rule], [prompt], VOCAB, CPU) for rule, prompt in zip(RULES, PROMPTS, strict=True)]
+    for step in range(50):
+        scores = logits(len(RULES), seed=step)
+        tokens = together.draw(scores).tokens.tolist()
+        assert tokens == [int(one.draw(scores[i : i + 1]).tokens) for i, one in enumerate(alone)]
+
+
+def test_rows_that_stay_go_on_as_before_when_others_leave() -> None:
+    stays, leaves = Sampler(RULES, PROMPTS, VOCAB, CPU), Sampler(RULES, PROMPTS, VOCAB, CPU)
+    for sampler in (stays, leaves):
+        sampler.draw(logits(5, seed=1))
+    kept = torch.tensor([1, 3])
+    leaves.select(kept)
+    for step in range(20):
+        scores = logits(5, seed=step)
+        assert stays.draw(scores).tokens[kept].tolist() == leaves.draw(scores[kept]).tokens.tolist()
+
+
+def test_temperature_zero_is_greedy_beside_rows_that_are_not() -> None:
+    rules = [Sampling(temperature=0), Sampling(temperature=3), Sampling(temperature=1e-300)]
+    scores = logits(3)
+    tokens = Sampler(rules, [[0]] * 3, VOCAB, CPU).draw(scores).tokens
+    assert tokens[0] == scores[0].argmax()
+    assert tokens[2] == scores[2].argmax()
+
+
+def test_a_greedy_row_keeps_to_its_repetition_penalty() -> None:
+    sampler = Sampler([Sampling(temperature=0, repetition_penalty=100.0)], [[0]], VOCAB, CPU)
+    scores = logits(1).abs()
+    assert len({int(sampler.draw(scores).tokens) for _ in range(10)}) == 10
+
+
+def test_the_random_numbers_are_uniform_and_their_own_for_each_seed_and_step() -> None:
+    keys = torch.arange(1000)
+    numbers = torch.cat([uniforms(keys, step) for step in range(100)])
+    assert 0 <= float(numbers.min()) < float(numbers.max()) < 1
+    assert len(numbers.unique()) == len(numbers)
+    assert float(numbers.mean()) == pytest.approx(0.5, abs=0.005)
+    assert float(numbers.var()) == pytest.approx(1 / 12, abs=0.002)
+
+
+def test_splitmix64_is_the_published_one() -> None:
+    """The first outputs for seed 0: 0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F."""
+    expected = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert [float(uniforms(torch.zeros(1, dtype=torch.int64), step)) for step in range(3)] == [
+        (value >> 11) * 2.0**-53 for value in expected
+    ]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_logits_that_are_no_numbers_give_a_token_all_the_same(value: float) -> None:
+    tokens = Sampler(RULES, PROMPTS, VOCAB, CPU).draw(torch.full((5, VOCAB), value)).tokens
+    assert ((tokens >= 0) & (tokens < VOCAB)).all()
