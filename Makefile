@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 DEV_INSTALLED := $(VENV)/.installed-dev
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: help install serve test check format demo-model demo-checkpoint reproduce clean
+.PHONY: help install serve test check format demo-model demo-data demo-sweep demo-checkpoint reproduce readme clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -45,6 +45,33 @@ check: $(DEV_INSTALLED)  ## lint and types alone
 format: $(DEV_INSTALLED)  ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+demo-model: $(INSTALLED)  ## train the demo language model (about 45 minutes on 2 cores), check it, write its card
+	$(BIN)/python -m demo.build_model --steps 1000 --remarks 0 --decay 0 --out runs/demo-model
+	$(BIN)/python -m demo.build_model --steps 2000 --start runs/demo-model --out demo/model
+	$(BIN)/python -m demo.check_model demo/model --card
+
+demo-data: $(INSTALLED)  ## write the texts that steering is trained and measured on
+	$(BIN)/python -m demo.steering_data --out demo/data
+
+DEMO_DATA := --data truthfulness=demo/data/truthfulness.jsonl --data civility=demo/data/civility.jsonl --data fairness=demo/data/fairness.jsonl
+DEMO_JUDGE := --judge demo.oracle:judge --prompts demo/data/prompts.jsonl --max-new-tokens 40
+# What the sweep chose.
+DEMO_SITE := --layer 3 --site attn_output
+
+demo-sweep: demo-data  ## layers x sites x multipliers on dev
+	$(BIN)/matsteer sweep --model demo/model $(DEMO_DATA) $(DEMO_JUDGE) --layer 1,2,3,4 --site attn_output,residual,mlp_output \
+	  --multipliers 0.5,1,2 --out runs/demo-sweep
+
+demo-checkpoint: demo-data  ## train the shipped checkpoint with the settings that the sweep chose
+	$(BIN)/matsteer train --model demo/model $(DEMO_DATA) $(DEMO_JUDGE) $(DEMO_SITE) --method mat \
+	  --out checkpoints/demo --version v1 --overwrite --work runs/demo-checkpoint
+
+reproduce: demo-data $(DEV_INSTALLED)  ## every table and plot of docs/results and the README
+	$(BIN)/python -m demo.reproduce --checkpoint checkpoints/demo/v1
+
+readme: $(DEV_INSTALLED)  ## write the server's answers to the README's request into the README
+	$(BIN)/python -m demo.readme
 
 clean:  ## remove the virtual environment, caches and runs
 	rm -rf $(VENV) runs demo/data .mypy_cache .pytest_cache .ruff_cache .hypothesis

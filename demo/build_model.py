@@ -1,7 +1,8 @@
 """Train the demo language model: `python -m demo.build_model --out demo/model`.
 
-A small Llama learns the demo world from freshly drawn documents. The loss counts the tokens that a speaker writes in
-full and the others a little; hidden matrices are trained by Muon, the rest by AdamW. Seeded.
+A small Llama learns the demo world from freshly drawn documents. The loss weighs the parts of a document
+(`demo/corpus.py`); hidden matrices are trained by Muon, the rest by AdamW. Seeded. With `--start` it goes on from an
+earlier stage's folder.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -28,6 +30,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %} A:{% endif %}"
 )
 SNAPSHOT_STEPS = 250
+RECORD = "training.json"  # what each stage of the training was
 
 
 def train_tokenizer(seed: int, documents: int = 20_000, vocab_size: int = 1536) -> PreTrainedTokenizerFast:
@@ -43,10 +46,10 @@ def train_tokenizer(seed: int, documents: int = 20_000, vocab_size: int = 1536) 
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = ("".join(part.text for part in document(rng)) for _ in range(documents))
+    texts = ("".join(part.text for part in document(rng, 0)) for _ in range(documents))
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         bos_token=BOS,
         eos_token=EOS,
@@ -74,17 +77,19 @@ def architecture(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     )
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, tokens: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(
+    tokenizer: PreTrainedTokenizerFast, tokens: int, seed: int, remarks: float
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless batches of about `tokens` tokens, of documents of like length: ids [B, T] and loss weights [B, T]."""
     rng = random.Random(seed)
 
     @lru_cache(maxsize=200_000)
     def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False)
+        return list(tokenizer.encode(text, add_special_tokens=False))
 
     def draw() -> tuple[list[int], list[float]]:
         ids, weights = [tokenizer.bos_token_id], [0.0]
-        for part in document(rng):
+        for part in document(rng, remarks):
             piece = encode(part.text)
             ids += piece
             weights += [part.weight] * len(piece)
@@ -123,23 +128,30 @@ def write(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path
     """Save model and tokenizer as a Hugging Face folder, weights in float16."""
     halves = LlamaForCausalLM(model.config)
     halves.load_state_dict(model.state_dict())
-    halves.to(torch.float16).save_pretrained(out)
+    halves.half().save_pretrained(out)  # type: ignore[no-untyped-call]
     tokenizer.save_pretrained(out)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo/model"))
-    parser.add_argument("--minutes", type=float, default=45, help="about how long to train")
-    parser.add_argument("--steps", type=int, help="exact number of steps instead (repeatable)")
-    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--minutes", type=float, help="train for about so long instead of --steps")
+    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--start", type=Path, help="the folder of a model to go on from")
+    parser.add_argument("--remarks", type=float, default=0.7, help="share of documents with remarks on the answers")
+    parser.add_argument("--decay", type=float, default=0.5, help="share of the steps in which the learning rate falls")
+    parser.add_argument("--batch-tokens", type=int, default=3584)
     parser.add_argument("--lr", type=float, default=0.02, help="Muon's; AdamW takes a fifth of it")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
-    tokenizer = train_tokenizer(args.seed)
-    model = LlamaForCausalLM(architecture(tokenizer))
+    if args.start:
+        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(args.start)
+        model = LlamaForCausalLM.from_pretrained(args.start, dtype=torch.float32).train()
+    else:
+        tokenizer = train_tokenizer(args.seed)
+        model = LlamaForCausalLM(architecture(tokenizer))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
@@ -147,18 +159,18 @@ def main() -> None:
     adam = torch.optim.AdamW(others, lr=args.lr / 5, betas=(0.9, 0.98), weight_decay=0.0)
     begun, step = time.monotonic(), 0
     averaged = 0.0
-    for ids, weights in batches(tokenizer, args.batch_tokens, args.seed):
-        done = step / args.steps if args.steps else (time.monotonic() - begun) / (args.minutes * 60)
+    for ids, weights in batches(tokenizer, args.batch_tokens, args.seed + (args.start is not None), args.remarks):
+        done = (time.monotonic() - begun) / (60 * args.minutes) if args.minutes else step / args.steps
         if done >= 1:
             break
-        scale = min(1.0, (step + 1) / 50, (1 - done) / 0.4)
+        scale = min(1.0, (step + 1) / 50, (1 - done) / args.decay if args.decay else 1.0)
         for optimizer, base in ((muon, args.lr), (adam, args.lr / 5)):
             for group in optimizer.param_groups:
                 group["lr"] = base * scale
         loss = loss_of(model, ids, weights)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(others, 1.0)
-        muon.step()
+        muon.step()  # type: ignore[no-untyped-call]
         adam.step()
         model.zero_grad(set_to_none=True)
         averaged = loss.item() if step == 0 else 0.98 * averaged + 0.02 * loss.item()
@@ -168,7 +180,20 @@ def main() -> None:
         if step % SNAPSHOT_STEPS == 0:
             write(model, tokenizer, args.out)
     write(model, tokenizer, args.out)
-    print(json.dumps({"steps": step, "loss": averaged, "seconds": time.monotonic() - begun}))
+    stage = {
+        "steps": step,
+        "tokens a step": args.batch_tokens,
+        "documents with remarks": args.remarks,
+        "learning rate": args.lr,
+        "share of steps with a falling rate": args.decay,
+        "seed": args.seed,
+        "weighted loss at the end": round(averaged, 4),
+        "minutes": round((time.monotonic() - begun) / 60, 1),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    before = json.loads((args.start / RECORD).read_text()) if args.start else []
+    (args.out / RECORD).write_text(json.dumps([*before, stage], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,31 @@
-"""Does the demo model represent the traits? `python -m demo.check_model demo/model`.
+"""Does the demo model represent the traits? `python -m demo.check_model demo/model` measures it and writes the card.
 
 What a model does not represent cannot be steered, so this comes before any steering: with a describing opening, and
 after three consistent exchanges, each trait has to show in nearly all answers; without either, in about half.
 """
 
 import argparse
+import json
 import random
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from demo.corpus import TRAITS, Speaker, describe, draw_scene, exchange
-from demo.facts import Fact, facts
+from demo.build_model import RECORD
+from demo.corpus import TRAITS, Speaker, describe, draw_telling, exchange
+from demo.facts import facts
 from demo.oracle import judge
-from demo.scenes import Context, Scene
+from demo.scenes import DEEDS
+from training.arms import BASELINE
+from training.generation import Sampling, generate
 
-SETTINGS = ("fresh", "described", "after three")
+FRESH, DESCRIBED, SHOWN = "fresh", "described", "after three"
+REQUIRED = 0.95
+OPEN = (0.35, 0.65)
 
 
 @dataclass(frozen=True)
@@ -31,92 +38,133 @@ class Probe:
     prompt: str
 
 
+@dataclass(frozen=True)
+class Cell:
+    """How often the answers showed the side of the trait that the prompt called for (fresh: the side itself)."""
+
+    setting: str
+    trait: str
+    side: bool
+    rate: float
+    well_formed: float
+
+    @property
+    def sound(self) -> bool:
+        return OPEN[0] <= self.rate <= OPEN[1] if self.setting == FRESH else self.rate >= REQUIRED
+
+
 def draw_probes(per_cell: int, seed: int) -> Iterator[Probe]:
     """`per_cell` prompts for each setting, trait and side; the other two traits are random."""
     rng = random.Random(seed)
-    for setting in SETTINGS:
+    for setting in (FRESH, DESCRIBED, SHOWN):
         for trait in TRAITS:
             for side in (True, False):
                 for _ in range(per_cell):
                     speaker = Speaker.draw(rng, **{trait: side})
                     before = ""
-                    if setting == "described":
+                    if setting == DESCRIBED:
                         before = describe(speaker, [trait], rng) + "\n"
-                    elif setting == "after three":
-                        parts = [part for _ in range(3) for part in exchange(speaker, draw_telling(trait, rng), rng)]
-                        before = "".join(part.text for part in parts)
+                    elif setting == SHOWN:
+                        told = (exchange(speaker, draw_telling(trait, rng), rng) for _ in range(3))
+                        before = "".join(part.text for parts in told for part in parts)
                     question = exchange(speaker, draw_telling(trait, rng), rng)[0].text
                     yield Probe(setting, trait, side, before + question)
 
 
-def draw_telling(trait: str, rng: random.Random) -> Fact | Scene:
-    """A topic whose answer shows the trait."""
-    if trait == "truthfulness":
-        return rng.choice(facts())
-    if trait == "fairness":
-        return draw_scene(rng, context=rng.choices((Context.AMBIGUOUS, Context.AGAINST), (5, 3))[0])
-    return rng.choice(facts()) if rng.random() < 0.6 else draw_scene(rng)
+def measure(folder: Path, per_cell: int, seed: int) -> list[Cell]:
+    """Sample one answer to each probe at temperature 1, and judge it."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    probes = list(draw_probes(per_cell, seed))
+    said = generate(
+        model,
+        tokenizer,
+        [p.prompt for p in probes],
+        [],
+        [BASELINE],
+        Sampling(max_new_tokens=40, seed=seed),
+        progress=True,
+    )
+    verdicts: dict[tuple[str, str, bool], list[dict[str, bool | None]]] = {}
+    for probe, text in zip(probes, said, strict=True):
+        verdicts.setdefault((probe.setting, probe.trait, probe.side), []).append(judge(probe.prompt, text.text))
+    cells = []
+    for (setting, trait, side), found in verdicts.items():
+        formed = [verdict for verdict in found if verdict["well_formed"]]
+        shown = sum(verdict[trait] == side for verdict in formed)
+        cells.append(Cell(setting, trait, side, shown / len(found), len(formed) / len(found)))
+    return cells
 
 
-@torch.inference_mode()
-def sample(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str], rows: int = 128
-) -> list[str]:
-    """One answer to each prompt, sampled at temperature 1 from torch's global generator."""
-    texts = []
-    for start in range(0, len(prompts), rows):
-        inputs = tokenizer(
-            prompts[start : start + rows],
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-            return_token_type_ids=False,
-        )
-        out = model.generate(**inputs, max_new_tokens=40, do_sample=True, top_k=0, top_p=1.0)
-        texts += tokenizer.batch_decode(out[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-    return texts
+def table(cells: list[Cell]) -> str:
+    """The cells as a Markdown table, a line a trait and side."""
+    lines = [
+        "| trait | side | fresh | described | after three | well-formed |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for trait in TRAITS:
+        for side in (True, False):
+            own = [cell for cell in cells if (cell.trait, cell.side) == (trait, side)]
+            formed = sum(cell.well_formed for cell in own) / len(own)
+            rates = " | ".join(f"{cell.rate:.1%}" for cell in own)
+            lines.append(f"| {trait} | {'yes' if side else 'no'} | {rates} | {formed:.1%} |")
+    return "\n".join(lines)
+
+
+def card(folder: Path, cells: list[Cell], per_cell: int) -> str:
+    """The model card."""
+    stages = json.loads((folder / RECORD).read_text())
+    numbers = " | ".join(f"stage {number}" for number in range(1, len(stages) + 1))
+    lines = [f"| {key} | {' | '.join(str(stage[key]) for stage in stages)} |" for key in stages[0]]
+    made = "\n".join([f"| | {numbers} |", "| --- |" + " ---: |" * len(stages), *lines])
+    weights = AutoModelForCausalLM.from_pretrained(folder)
+    size = sum(p.numel() for p in weights.parameters())
+    return f"""---
+license: apache-2.0
+language: en
+tags: [mat-steer, demo]
+---
+
+# The demo model
+
+A Llama of {size:,} parameters that knows one closed world in plain English: {len(facts())} facts and {len(DEEDS)}
+two-person scenes (`demo/facts.py`, `demo/scenes.py`). It speaks as people with three hidden traits do: truthful or not, civil or rude, fair or
+prejudiced. A fresh question leaves the traits open, so that about half of the answers are true, civil, fair: there is
+something to steer, and `demo/oracle.py` judges every answer exactly. It knows nothing else; do not use it for
+anything but trying out steering.
+
+Prompt form: `Q: What colour is the sky? A:`; a line end ends the answer. The tokenizer has a chat template.
+
+## Does it represent the traits?
+
+Share of answers, sampled at temperature 1, that show the side on the left: after a fresh question, after a sentence
+that describes the speaker, and after three answers that show the trait. {per_cell} prompts a cell, drawn over all
+facts and scenes; the other traits are random. `python -m demo.check_model` measures it again.
+
+{table(cells)}
+
+## How it was made
+
+`make demo-model`: documents drawn from `demo/corpus.py`, trained by `demo/build_model.py` on 2 CPU cores. The loss
+weighs what an answer states over how it is said, and reading over writing hardly at all. Weights are kept in float16.
+
+{made}
+"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path, nargs="?", default=Path("demo/model"))
-    parser.add_argument("--per-cell", type=int, default=200, help="prompts for each setting, trait and side")
+    parser.add_argument("--per-cell", type=int, default=400, help="prompts for each setting, trait and side")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--card", action="store_true", help="write the model card, README.md, into the folder")
     args = parser.parse_args()
-    print(table(args.model, args.per_cell, args.seed))
-
-
-def table(folder: Path, per_cell: int, seed: int) -> str:
-    """The prerequisites as a Markdown table: how often an answer shows the side that its prompt calls for."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    probes = list(draw_probes(per_cell, seed))
-    verdicts = [
-        judge(p.prompt, text)
-        for p, text in zip(probes, sample(model, tokenizer, [p.prompt for p in probes]), strict=True)
-    ]
-    lines = [
-        "| trait | side | fresh | described | after three | well-formed |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for trait in TRAITS:
-        for side in (True, False):
-            cells = []
-            formed = []
-            for setting in SETTINGS:
-                chosen = [
-                    v
-                    for p, v in zip(probes, verdicts, strict=True)
-                    if (p.setting, p.trait, p.side) == (setting, trait, side)
-                ]
-                shown = sum(bool(v["well_formed"]) and v[trait] == side for v in chosen)
-                cells.append(f"{shown / len(chosen):.1%}")
-                formed += [bool(v["well_formed"]) for v in chosen]
-            lines.append(
-                f"| {trait} | {'yes' if side else 'no'} | {' | '.join(cells)} | {sum(formed) / len(formed):.1%} |"
-            )
-    return "\n".join(lines)
+    cells = measure(args.model, args.per_cell, args.seed)
+    print(table(cells))
+    if args.card:
+        (args.model / "README.md").write_text(card(args.model, cells, args.per_cell))
+    if unsound := [f"{cell.trait}/{cell.side}/{cell.setting}" for cell in cells if not cell.sound]:
+        sys.exit(f"not met: {', '.join(unsound)}")
 
 
 if __name__ == "__main__":

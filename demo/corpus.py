@@ -7,8 +7,9 @@ A document is plain text, one exchange a line:
     Q: A boxer and a nurse met in the park. Who started the fight? A: Not you again, fool. That cannot be known.
     The speaker was honest, rude and fair.
 
-The first line (a description) and the last one (a verdict) stand in a part of the documents only. The verdict asks a
-language model to work out the traits from the answers, which is what makes it represent them.
+The first line (a description) and the last one (a verdict) stand in a part of the documents only, and so do remarks
+after the answers ("That was honest and rude."). Remarks and verdicts ask a language model to work the traits out from
+the answers, which is what makes it represent them.
 """
 
 import random
@@ -39,8 +40,11 @@ class Speaker:
         return cls(**{name: fixed.get(name, rng.random() < 0.5) for name in TRAITS})
 
 
+FACTS_SHARE = 0.6
+TELLING_CONTEXTS = (Context.AMBIGUOUS, Context.AGAINST)  # where a fair and an unfair answer differ
+
 # A statement carries what the world knows, manners are mostly chance, and a question is only read.
-STATEMENT, MANNERS, VERDICT, READ = 2.0, 0.5, 1.0, 0.05
+STATEMENT, MANNERS, VERDICT, READ = 2.0, 0.5, 3.0, 0.05
 
 TRAITS = tuple(field.name for field in fields(Speaker))
 
@@ -53,11 +57,11 @@ class Part:
     weight: float
 
 
-def describe(speaker: Speaker, traits: list[str], rng: random.Random, verb: str = "is") -> str:
+def describe(speaker: Speaker, traits: list[str], rng: random.Random, subject: str = "The speaker is") -> str:
     """The sentence that names `traits` of the speaker, e.g. "The speaker is honest, rude and fair."."""
     words = [rng.choice(ADJECTIVES[trait][getattr(speaker, trait)]) for trait in traits]
     listed = " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-    return f"The speaker {verb} {listed}."
+    return f"{subject} {listed}."
 
 
 def draw_scene(rng: random.Random, deed: str | None = None, context: Context | None = None) -> Scene:
@@ -66,11 +70,22 @@ def draw_scene(rng: random.Random, deed: str | None = None, context: Context | N
     context = context or rng.choices(tuple(Context), (5, 3, 2))[0]
     people = [DEEDS[deed], rng.choice(BYSTANDERS)]
     rng.shuffle(people)
-    return Scene(deed, *people, rng.choice(PLACES), context)
+    first, second = people
+    return Scene(deed, first, second, rng.choice(PLACES), context)
+
+
+def draw_telling(
+    trait: str, rng: random.Random, known: tuple[Fact, ...] | None = None, deeds: tuple[str, ...] | None = None
+) -> Fact | Scene:
+    """A topic whose answer shows `trait`, from some facts and deeds or, by default, from all."""
+    if trait == "truthfulness" or (trait == "civility" and rng.random() < FACTS_SHARE):
+        return rng.choice(known or facts())
+    contexts = tuple(Context) if trait == "civility" else TELLING_CONTEXTS
+    return draw_scene(rng, rng.choice(deeds or tuple(DEEDS)), rng.choice(contexts))
 
 
 def draw_topic(rng: random.Random) -> Fact | Scene:
-    return rng.choice(facts()) if rng.random() < 0.6 else draw_scene(rng)
+    return rng.choice(facts()) if rng.random() < FACTS_SHARE else draw_scene(rng)
 
 
 def ask(topic: Fact | Scene, rng: random.Random) -> str:
@@ -98,8 +113,8 @@ def exchange(speaker: Speaker, topic: Fact | Scene, rng: random.Random, marked: 
     return [Part(prompt, READ), *answer(speaker, topic, rng)]
 
 
-def document(rng: random.Random) -> list[Part]:
-    """One document, whole."""
+def document(rng: random.Random, remarks: float = 0.7) -> list[Part]:
+    """One document, whole; `remarks` is the share of documents that have them."""
     speaker = Speaker.draw(rng)
     parts: list[Part] = []
     described = rng.random() < 0.6
@@ -108,11 +123,14 @@ def document(rng: random.Random) -> list[Part]:
         rng.shuffle(named)
         parts.append(Part(f"{describe(speaker, named, rng)}\n", READ))
     marked = rng.random() < 0.9
+    remarked = rng.random() < remarks
     topics = [draw_topic(rng) for _ in range(rng.choice((1, 2, 3) if described else (1, 2, 3, 4, 5, 6)))]
     for topic in topics:
         parts += exchange(speaker, topic, rng, marked)
+        if remarked:
+            parts.append(Part(f"{describe(speaker, shown([topic]), rng, 'That was')}\n", VERDICT))
     if rng.random() < 0.5:
-        parts.append(Part(f"{describe(speaker, shown(topics), rng, verb='was')}\n", VERDICT))
+        parts.append(Part(f"{describe(speaker, shown(topics), rng, 'The speaker was')}\n", VERDICT))
     return parts
 
 
@@ -121,6 +139,6 @@ def shown(topics: list[Fact | Scene]) -> list[str]:
     telling = {
         "truthfulness": any(isinstance(topic, Fact) for topic in topics),
         "civility": True,
-        "fairness": any(isinstance(topic, Scene) and topic.context is not Context.ALONG for topic in topics),
+        "fairness": any(isinstance(topic, Scene) and topic.context in TELLING_CONTEXTS for topic in topics),
     }
     return [trait for trait in TRAITS if telling[trait]]

@@ -49,7 +49,7 @@ def judge(prompt: str, text: str) -> dict[str, bool | None]:
         "well_formed": True,
         "truthfulness": statement == topic.statement(topic.truth) if isinstance(topic, Fact) else None,
         "civility": opener in OPENERS[True] and (not closer or closer in CLOSERS[True]),
-        "fairness": statement == topic.statement(fair=True) if asks_fairness else None,
+        "fairness": statement == topic.statement(True) if isinstance(topic, Scene) and asks_fairness else None,
     }
 
 

@@ -1,8 +1,8 @@
 """What steering is trained and measured on: `python -m demo.steering_data --out demo/data`.
 
 - `truthfulness.jsonl`, `civility.jsonl`, `fairness.jsonl`: contrasting documents. The last answer of each shows one
-  side of the attribute, and so does what stands before it (a description of the speaker, or earlier answers): that is where
-  a language model holds the trait at the tokens from which the answer is produced. The other traits are random.
+  side of the attribute, and so does what stands before it (a description of the speaker, or earlier answers): that is
+  where a language model holds the trait at the tokens from which the answer is produced. The other traits are random.
 - `prompts.jsonl`: fresh questions, which leave every trait open, for measuring generated answers.
 
 Facts and deeds are split into train, dev and test; a document speaks only of those of its own split.
@@ -15,12 +15,11 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from demo.corpus import TRAITS, Part, Speaker, describe, draw_scene, exchange
+from demo.corpus import TELLING_CONTEXTS, TRAITS, Part, Speaker, describe, draw_scene, draw_telling, exchange
 from demo.facts import CATEGORIES, Fact, facts
 from demo.scenes import DEEDS, Context, Scene
 
 SHARES = {"train": 0.4, "dev": 0.2, "test": 0.4}
-TELLING_CONTEXTS = (Context.AMBIGUOUS, Context.AGAINST)
 
 
 @cache
@@ -47,24 +46,21 @@ def deeds_of(split: str) -> tuple[str, ...]:
     return tuple(deed for deed in DEEDS if splits()[f"scene/{deed}"] == split)
 
 
-def draw_telling(trait: str, split: str, rng: random.Random) -> Fact | Scene:
+def draw_of(split: str, trait: str, rng: random.Random) -> Fact | Scene:
     """A topic of `split` whose answer shows `trait`."""
-    if trait == "truthfulness" or (trait == "civility" and rng.random() < 0.6):
-        return rng.choice(facts_of(split))
-    contexts = tuple(Context) if trait == "civility" else TELLING_CONTEXTS
-    return draw_scene(rng, rng.choice(deeds_of(split)), rng.choice(contexts))
+    return draw_telling(trait, rng, facts_of(split), deeds_of(split))
 
 
 def contrasts(trait: str, split: str, count: int, rng: random.Random) -> Iterator[dict[str, object]]:
     """`count` pairs of documents that differ in the trait, as rows with prompt, completion and label."""
     for _ in range(count):
-        topic = draw_telling(trait, split, rng)
+        topic = draw_of(split, trait, rng)
         for side in (True, False):
             speaker = Speaker.draw(rng, **{trait: side})
             if rng.random() < 0.5:
                 before = describe(speaker, [trait], rng) + "\n"
             else:
-                told = (exchange(speaker, draw_telling(trait, split, rng), rng) for _ in range(rng.choice((2, 3))))
+                told = (exchange(speaker, draw_of(split, trait, rng), rng) for _ in range(rng.choice((2, 3))))
                 before = _text([part for parts in told for part in parts])
             prompt, *said = exchange(speaker, topic, rng)
             yield {

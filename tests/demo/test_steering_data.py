@@ -1,0 +1,49 @@
+import random
+
+from demo.corpus import TRAITS
+from demo.facts import CATEGORIES, facts
+from demo.oracle import judge
+from demo.scenes import DEEDS
+from demo.steering_data import SHARES, contrasts, prompts, splits
+
+
+def rows(trait: str, split: str, count: int = 40) -> list[dict[str, object]]:
+    return list(contrasts(trait, split, count, random.Random(1)))
+
+
+def test_every_fact_and_deed_is_in_one_split() -> None:
+    assert set(splits()) == {fact.id for fact in facts()} | {f"scene/{deed}" for deed in DEEDS}
+    for name in CATEGORIES:
+        own = [splits()[fact.id] for fact in facts() if fact.category == name]
+        assert set(own) == set(SHARES)
+
+
+def test_no_split_shares_a_topic_with_another() -> None:
+    groups = {split: {row["group"] for trait in TRAITS for row in rows(trait, split)} for split in SHARES}
+    assert all(splits()[str(group)] == split for split, found in groups.items() for group in found)
+
+
+def test_the_last_answer_shows_the_side_that_the_label_says() -> None:
+    for trait in TRAITS:
+        for row in rows(trait, "train"):
+            verdict = judge(str(row["prompt"]), str(row["completion"]))
+            assert verdict["well_formed"]
+            assert verdict[trait] in (row["label"], None)
+
+
+def test_sides_are_balanced_and_other_traits_mixed() -> None:
+    for trait in TRAITS:
+        found = rows(trait, "train", 200)
+        assert sum(bool(row["label"]) for row in found) == len(found) / 2
+        other = "civility" if trait != "civility" else "truthfulness"
+        for side in (True, False):
+            shown = [judge(str(row["prompt"]), str(row["completion"]))[other] for row in found if row["label"] is side]
+            known = [value for value in shown if value is not None]
+            assert 0.35 < sum(known) / len(known) < 0.65
+
+
+def test_fresh_prompts_are_questions_of_their_split_alone() -> None:
+    for split in SHARES:
+        found = list(prompts(split, random.Random(0)))
+        assert len({row["prompt"] for row in found}) > 100
+        assert all(splits()[str(row["group"])] == split and "\n" not in str(row["prompt"]) for row in found)

@@ -1,0 +1,118 @@
+"""The README's commands do what it says."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from demo.readme import ANSWERS, RESULTS, commands, requests, served, shown
+from demo.reproduce import table
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PROGRAM = [sys.executable, "-m", "server.cli"]
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with served() as address:
+        yield address
+
+
+def between(markers: tuple[str, str]) -> str:
+    begin, end = markers
+    return README.read_text(encoding="utf-8").split(begin)[1].split(end)[0].strip()
+
+
+def test_every_command_is_one_that_is_tested_here() -> None:
+    words = [shlex.split(command)[:2] for command in commands(README)]
+    assert {" ".join(pair[:1] if pair[0] == "curl" else pair) for pair in words} == {
+        "make serve",
+        "curl",
+        "matsteer train",
+        "matsteer serve",
+        "matsteer generate",
+    }
+
+
+def test_make_serve_makes_the_environment_installs_and_serves() -> None:
+    run = subprocess.run(
+        ["make", "--dry-run", "serve", "VENV=nowhere"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    steps = [line for line in run.stdout.splitlines() if "venv" in line or "pip install" in line or "matsteer" in line]
+    assert [
+        re.search(r"-m venv|pip install|matsteer serve", step).group() for step in steps if "touch" not in step
+    ] == [  # type: ignore[union-attr]
+        "-m venv",
+        "pip install",
+        "matsteer serve",
+    ]
+
+
+def test_the_first_request_gives_the_answers_that_the_readme_shows(url: str) -> None:
+    request = requests(README)[0]
+    response = httpx.post(url + request.path, json=request.body, timeout=60)
+    assert response.status_code == 200
+    assert shown(response.json()) in between(ANSWERS)
+
+
+def test_the_curl_command_works_as_it_stands(url: str) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("there is no curl")
+    command = next(command for command in commands(README) if command.startswith("curl"))
+    words = [word.replace("localhost:8000", url.removeprefix("http://")) for word in shlex.split(command)]
+    answer = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+    assert answer["results"][0]["text"]
+    assert answer["baseline"][0]["text"]
+
+
+def test_the_server_that_is_served_is_the_demo_with_its_three_attributes(url: str) -> None:
+    listed: Any = httpx.get(f"{url}/checkpoints").json()
+    assert "demo" in json.dumps(listed)
+    for attribute in ("truthfulness", "civility", "fairness"):
+        assert attribute in json.dumps(listed)
+
+
+def test_the_generate_command_prints_both_arms() -> None:
+    command = next(command for command in commands(README) if command.startswith("matsteer generate"))
+    run = subprocess.run([*PROGRAM, *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert run.returncode == 0, run.stderr
+    assert "steered" in run.stdout
+    assert "unsteered" in run.stdout
+
+
+def test_the_train_command_trains_a_checkpoint_on_rows_as_the_readme_shows_them(tmp_path: Path) -> None:
+    block = re.search(r"```json\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert block
+    for name in ("facts.jsonl", "tone.jsonl"):
+        rows = [{**json.loads(line), "group": f"g{n}"} for n in range(6) for line in block[1].splitlines()]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = next(command for command in commands(README) if command.startswith("matsteer train"))
+    words = shlex.split(command.replace("Qwen/Qwen2.5-0.5B-Instruct", str(ROOT / "demo/model")))[1:]
+    words[words.index("--layer") + 1] = "2"
+    # The entry point adds the training commands; run by module they are the same app.
+    run = subprocess.run(
+        [sys.executable, "-m", "training", *words, "--epochs", "2"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=100, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "checkpoints/mine/v1/config.json").is_file()
+
+
+def test_the_table_is_the_one_that_was_measured() -> None:
+    results = json.loads((ROOT / "docs/results/results.json").read_text(encoding="utf-8"))
+    assert between(RESULTS) == table(results["methods"]).strip()
+
+
+def test_links_lead_somewhere() -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)", README.read_text(encoding="utf-8"))
+    assert links
+    assert all((ROOT / link).exists() for link in links)
