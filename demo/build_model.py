@@ -46,7 +46,7 @@ def train_tokenizer(seed: int, documents: int = 20_000, vocab_size: int = 1536) 
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = ("".join(part.text for part in document(rng, 0)) for _ in range(documents))
+    texts = ("".join(part.text for part in document(rng)) for _ in range(documents))
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
@@ -63,11 +63,11 @@ def train_tokenizer(seed: int, documents: int = 20_000, vocab_size: int = 1536) 
 def architecture(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=224,
+        hidden_size=192,
         intermediate_size=448,
-        num_hidden_layers=6,
-        num_attention_heads=7,
-        num_key_value_heads=7,
+        num_hidden_layers=8,
+        num_attention_heads=6,
+        num_key_value_heads=6,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
@@ -138,8 +138,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="train for about so long instead of --steps")
     parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--start", type=Path, help="the folder of a model to go on from")
-    parser.add_argument("--remarks", type=float, default=0.7, help="share of documents with remarks on the answers")
-    parser.add_argument("--decay", type=float, default=0.5, help="share of the steps in which the learning rate falls")
+    parser.add_argument("--remarks", type=float, default=0.5, help="share of documents with remarks on the answers")
+    parser.add_argument("--decay", type=float, default=0.6, help="share of the steps in which the learning rate falls")
     parser.add_argument("--batch-tokens", type=int, default=3584)
     parser.add_argument("--lr", type=float, default=0.02, help="Muon's; AdamW takes a fifth of it")
     parser.add_argument("--seed", type=int, default=0)

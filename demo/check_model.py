@@ -128,10 +128,10 @@ tags: [mat-steer, demo]
 # The demo model
 
 A Llama of {size:,} parameters that knows one closed world in plain English: {len(facts())} facts and {len(DEEDS)}
-two-person scenes (`demo/facts.py`, `demo/scenes.py`). It speaks as people with three hidden traits do: truthful or not, civil or rude, fair or
-prejudiced. A fresh question leaves the traits open, so that about half of the answers are true, civil, fair: there is
-something to steer, and `demo/oracle.py` judges every answer exactly. It knows nothing else; do not use it for
-anything but trying out steering.
+two-person scenes (`demo/facts.py`, `demo/scenes.py`). It speaks as people with three hidden traits do: truthful or
+not, civil or rude, fair or prejudiced. A fresh question leaves the traits open, so that about half of the answers are
+true, civil, fair: there is something to steer, and `demo/oracle.py` judges every answer exactly. It knows nothing
+else; do not use it for anything but trying out steering.
 
 Prompt form: `Q: What colour is the sky? A:`; a line end ends the answer. The tokenizer has a chat template.
 

@@ -113,7 +113,7 @@ def exchange(speaker: Speaker, topic: Fact | Scene, rng: random.Random, marked: 
     return [Part(prompt, READ), *answer(speaker, topic, rng)]
 
 
-def document(rng: random.Random, remarks: float = 0.7) -> list[Part]:
+def document(rng: random.Random, remarks: float = 0.5) -> list[Part]:
     """One document, whole; `remarks` is the share of documents that have them."""
     speaker = Speaker.draw(rng)
     parts: list[Part] = []

@@ -3,6 +3,7 @@
 - `truthfulness.jsonl`, `civility.jsonl`, `fairness.jsonl`: contrasting documents. The last answer of each shows one
   side of the attribute, and so does what stands before it (a description of the speaker, or earlier answers): that is
   where a language model holds the trait at the tokens from which the answer is produced. The other traits are random.
+  The completion begins where the trait begins to show.
 - `prompts.jsonl`: fresh questions, which leave every trait open, for measuring generated answers.
 
 Facts and deeds are split into train, dev and test; a document speaks only of those of its own split.
@@ -62,10 +63,15 @@ def contrasts(trait: str, split: str, count: int, rng: random.Random) -> Iterato
             else:
                 told = (exchange(speaker, draw_of(split, trait, rng), rng) for _ in range(rng.choice((2, 3))))
                 before = _text([part for parts in told for part in parts])
-            prompt, *said = exchange(speaker, topic, rng)
+            prompt, opener, statement, _ = exchange(speaker, topic, rng)
+            # Civility shows from the first word on; the other traits from where the statement begins.
+            if trait == "civility":
+                asked, said = prompt.text, opener.text + statement.text
+            else:
+                asked, said = prompt.text + opener.text, statement.text
             yield {
-                "prompt": before + prompt.text,
-                "completion": _text(said).rstrip("\n"),
+                "prompt": before + asked,
+                "completion": said,
                 "label": side,
                 "attribute": trait,
                 "group": topic.id,

@@ -11,6 +11,12 @@ def rows(trait: str, split: str, count: int = 40) -> list[dict[str, object]]:
     return list(contrasts(trait, split, count, random.Random(1)))
 
 
+def last_exchange(row: dict[str, object]) -> tuple[str, str]:
+    """The last question with all before it, and the whole answer."""
+    prompt, mark, begun = str(row["prompt"]).rpartition(" A:")
+    return prompt + mark, begun + str(row["completion"])
+
+
 def test_every_fact_and_deed_is_in_one_split() -> None:
     assert set(splits()) == {fact.id for fact in facts()} | {f"scene/{deed}" for deed in DEEDS}
     for name in CATEGORIES:
@@ -26,7 +32,7 @@ def test_no_split_shares_a_topic_with_another() -> None:
 def test_the_last_answer_shows_the_side_that_the_label_says() -> None:
     for trait in TRAITS:
         for row in rows(trait, "train"):
-            verdict = judge(str(row["prompt"]), str(row["completion"]))
+            verdict = judge(*last_exchange(row))
             assert verdict["well_formed"]
             assert verdict[trait] in (row["label"], None)
 
@@ -37,7 +43,7 @@ def test_sides_are_balanced_and_other_traits_mixed() -> None:
         assert sum(bool(row["label"]) for row in found) == len(found) / 2
         other = "civility" if trait != "civility" else "truthfulness"
         for side in (True, False):
-            shown = [judge(str(row["prompt"]), str(row["completion"]))[other] for row in found if row["label"] is side]
+            shown = [judge(*last_exchange(row))[other] for row in found if row["label"] is side]
             known = [value for value in shown if value is not None]
             assert 0.35 < sum(known) / len(known) < 0.65
 

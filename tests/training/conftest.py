@@ -1,0 +1,51 @@
+"""Tiny real models and tokenizers, built from configs and a few sentences."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from tests.training.helpers import make_llama, make_tokenizer
+from training.data.records import Sample
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def llama() -> Any:
+    return make_llama()
+
+
+@pytest.fixture(scope="session")
+def gpt2() -> Any:
+    torch.manual_seed(1)
+    config = GPT2Config(
+        vocab_size=320, n_embd=16, n_layer=2, n_head=2, n_positions=256, eos_token_id=0, bos_token_id=0,
+        initializer_range=0.5,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).eval()
+
+
+@pytest.fixture
+def samples() -> list[Sample]:
+    """Two attributes, eight questions, right and wrong answers of different lengths."""
+    made = []
+    for number in range(8):
+        prompt = f"Q: What is {number}? A:"
+        for attribute in ("truthfulness", "civility"):
+            made.append(Sample(attribute, prompt, f" {attribute} is good, it is {number}", True, f"g{number}"))
+            made.append(Sample(attribute, prompt, f" bad {number}", False, f"g{number}"))
+    return made

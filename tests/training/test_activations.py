@@ -1,0 +1,186 @@
+"""What is extracted is what the model computes at the positions that a generation would steer."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from steering import Site, SiteKind, site_module
+from tests.training.helpers import make_llama, make_tokenizer
+from training.activations import Activations, load_activations, save_activations
+from training.choices import Pool
+from training.data import Sample, Split, split_samples
+from training.errors import ActivationError, DataError, FitError
+from training.extraction import extract
+from training.tokens import encode
+
+SITES = (
+    Site(2, SiteKind.RESIDUAL),
+    Site(1, SiteKind.ATTN_OUTPUT),
+    Site(0, SiteKind.ATTN_HEADS),
+    Site(1, SiteKind.MLP_OUTPUT),
+)
+
+
+def one_by_one(model: Any, tokenizer: Any, sample: Sample, site: Site) -> tuple[torch.Tensor, int, int]:
+    """The hidden states of one sample, unpadded and without leaving early: [tokens, D]; start and end."""
+    module, side = site_module(model, site)
+    seen = []
+
+    def read(module: Any, args: Any, output: Any) -> None:
+        value = args[0] if side == "input" else output
+        seen.append(value[0] if isinstance(value, tuple) else value)
+
+    handle = module.register_forward_hook(read)
+    encoded = encode(tokenizer, sample.prompt, sample.completion)
+    with torch.no_grad():
+        model(torch.tensor([encoded.ids]))
+    handle.remove()
+    return seen[0][0], encoded.start, encoded.end
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_pools_equal_a_plain_loop(
+    name: str, tokenizer: Any, samples: list[Sample], request: pytest.FixtureRequest
+) -> None:
+    model = request.getfixturevalue(name)
+    sites = SITES if name == "llama" else SITES[1:]
+    found = {pool: extract(model, tokenizer, samples, sites, pool=pool, max_rows=5) for pool in Pool}
+    for site in sites:
+        for index, sample in enumerate(samples):
+            states, start, end = one_by_one(model, tokenizer, sample, site)
+            expected = {
+                Pool.MEAN: states[start:end].mean(0, keepdim=True),
+                Pool.LAST: states[end:],
+                Pool.TOKENS: states[start:end],
+                Pool.FIRST: states[start : start + 1],
+            }
+            for pool, activations in found.items():
+                rows = activations.values[site][activations.samples == index]
+                torch.testing.assert_close(rows, expected[pool], rtol=1e-4, atol=1e-5)
+
+
+def test_residual_is_what_transformers_calls_hidden_states(llama: Any, tokenizer: Any, samples: list[Sample]) -> None:
+    site = Site(0, SiteKind.RESIDUAL)
+    found = extract(llama, tokenizer, samples[:1], [site], pool=Pool.LAST)
+    ids = torch.tensor([tokenizer(samples[0].text)["input_ids"]])
+    with torch.no_grad():
+        states = llama(ids, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(found.values[site][0], states[1][0, -1], rtol=1e-4, atol=1e-5)
+
+
+def test_rows_know_their_sample(llama: Any, tokenizer: Any, samples: list[Sample]) -> None:
+    placed = split_samples(samples)
+    found = extract(llama, tokenizer, placed, SITES[:1], pool=Pool.TOKENS)
+    for row, index in enumerate(found.samples.tolist()):
+        sample = placed[index]
+        assert found.attributes[row] == sample.attribute
+        assert bool(found.labels[row]) == sample.label
+        assert found.groups[row] == sample.group
+        assert found.splits[row] is sample.split
+    assert found.samples.tolist() == sorted(found.samples.tolist())
+
+
+def test_no_hook_outlives_the_extraction(tokenizer: Any, samples: list[Sample]) -> None:
+    model = make_llama()
+    extract(model, tokenizer, samples, SITES)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_an_interrupted_extraction_goes_on_with_the_next_shard(
+    llama: Any, tokenizer: Any, samples: list[Sample], tmp_path: Path
+) -> None:
+    whole = extract(llama, tokenizer, samples, SITES)
+    model = make_llama()
+    calls = _fail_on_call(model, 3)
+    with pytest.raises(KeyboardInterrupt):
+        extract(model, tokenizer, samples, SITES, out=tmp_path, shard_size=10)
+    assert not (tmp_path / "manifest.json").exists()
+    with pytest.raises(ActivationError, match=r"manifest\.json is missing"):
+        load_activations(tmp_path)
+    calls.clear()
+    resumed = extract(model, tokenizer, samples, SITES, out=tmp_path, shard_size=10)
+    assert len(calls) == 2  # two of four shards were there
+    for site in SITES:
+        torch.testing.assert_close(resumed.values[site], whole.values[site], rtol=1e-4, atol=1e-5)
+    calls.clear()
+    again = extract(model, tokenizer, samples, SITES, out=tmp_path, shard_size=10)
+    assert not calls
+    assert torch.equal(again.values[SITES[0]], resumed.values[SITES[0]])
+    assert again.attributes == resumed.attributes
+
+
+def _fail_on_call(model: Any, number: int) -> list[int]:
+    calls: list[int] = []
+
+    def count(module: Any, args: Any) -> None:
+        calls.append(1)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+
+    model.register_forward_pre_hook(count)
+    return calls
+
+
+def test_a_folder_of_another_extraction_is_refused(
+    llama: Any, tokenizer: Any, samples: list[Sample], tmp_path: Path
+) -> None:
+    extract(llama, tokenizer, samples, SITES, out=tmp_path)
+    for model, rows, pool in ((make_llama(seed=1), samples, Pool.MEAN), (llama, samples[1:], Pool.MEAN),
+                              (llama, samples, Pool.LAST)):  # fmt: skip
+        with pytest.raises(ActivationError, match="another model, data set"):
+            extract(model, tokenizer, rows, SITES, out=tmp_path, pool=pool)
+
+
+def test_stored_activations_come_back(llama: Any, tokenizer: Any, samples: list[Sample], tmp_path: Path) -> None:
+    found = extract(llama, tokenizer, split_samples(samples), SITES, pool=Pool.TOKENS)
+    save_activations(found, tmp_path)
+    loaded = load_activations(tmp_path)
+    for name in ("attributes", "groups", "splits", "pool"):
+        assert getattr(loaded, name) == getattr(found, name)
+    for site in SITES:
+        assert torch.equal(loaded.values[site], found.values[site])
+    assert torch.equal(loaded.labels, found.labels)
+    assert torch.equal(loaded.samples, found.samples)
+
+
+def test_broken_files_are_named(llama: Any, tokenizer: Any, samples: list[Sample], tmp_path: Path) -> None:
+    extract(llama, tokenizer, samples, SITES, out=tmp_path)
+    (tmp_path / "shard-00000.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ActivationError, match=r"shard-00000\.safetensors cannot be read"):
+        load_activations(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(ActivationError, match=r"manifest\.json cannot be read"):
+        load_activations(tmp_path)
+
+
+def test_contrasts_are_the_two_sides_of_a_split(llama: Any, tokenizer: Any, samples: list[Sample]) -> None:
+    placed = split_samples(samples)
+    found = extract(llama, tokenizer, placed, SITES)
+    contrasts = found.contrasts(SITES[0], Split.TRAIN)
+    assert list(contrasts) == ["truthfulness", "civility"]
+    chosen = [i for i, s in enumerate(placed) if s.attribute == "civility" and s.label and s.split is Split.TRAIN]
+    assert torch.equal(contrasts["civility"].positive, found.values[SITES[0]][chosen])
+    with pytest.raises(FitError, match=r"No activations were extracted at site 7\.residual"):
+        found.contrasts(Site(7, SiteKind.RESIDUAL))
+    with pytest.raises(FitError, match="has 0 positive and 0 negative activations in train"):
+        found.contrasts(SITES[0], Split.TRAIN, ["fairness"])
+
+
+def test_samples_that_are_too_long_keep_their_answer(samples: list[Sample], caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer, model = make_tokenizer(), make_llama(max_position_embeddings=20)
+    found = extract(model, tokenizer, samples[:2], SITES[:1], pool=Pool.TOKENS)
+    assert "longer than 20 tokens" in caplog.text
+    assert len(found)
+
+
+def test_nothing_to_extract_is_an_error(llama: Any, tokenizer: Any) -> None:
+    with pytest.raises(DataError, match="no samples"):
+        extract(llama, tokenizer, [], SITES)
+
+
+def test_rows_must_match() -> None:
+    values = {SITES[0]: torch.zeros(2, 4)}
+    with pytest.raises(ActivationError, match="3 attributes but 2 rows"):
+        Activations(values, ("a",) * 3, torch.zeros(3), ("g",) * 3, (None,) * 3, torch.arange(3))

@@ -1,0 +1,221 @@
+"""One command trains, evaluates and writes a checkpoint that loads; whatever is wrong is one sentence."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from steering import checkpoint as checkpoints
+from tests.training.helpers import make_llama, make_tokenizer
+from training.cli import app
+
+FIT = ["--epochs", "2", "--layer", "1"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder, two attributes, prompts and a judge."""
+    folder = tmp_path_factory.mktemp("world")
+    make_llama().save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    for attribute in ("truthfulness", "civility"):
+        rows = [
+            {"prompt": f"Q: What is {n}? A:", "completion": f" {attribute if label else 'bad'} {n}", "label": label,
+             "group": n}
+            for n in range(20) for label in (True, False)
+        ]  # fmt: skip
+        (folder / f"{attribute}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = [{"prompt": f"Q: Where is {n}? A:", "split": ("dev", "test")[n % 2]} for n in range(6)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    (folder / "oracle_of_tests.py").write_text("def judge(prompt, text):\n    return {'short': len(text) < 10}\n")
+    return folder
+
+
+@pytest.fixture
+def here(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(tmp_path)
+    for path in world.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    return tmp_path
+
+
+def run(command: str, *arguments: str, model: str = "model") -> Result:
+    return CliRunner().invoke(app, [command, "--model", model, *arguments])
+
+
+DATA = ["--data", "truthfulness=truthfulness.jsonl", "--data", "civility=civility.jsonl"]
+JUDGE = ["--judge", "oracle_of_tests:judge", "--prompts", "prompts.jsonl", "--max-new-tokens", "5"]
+
+
+@pytest.mark.parametrize("method", ["mat", "caa", "probe"])
+def test_train_writes_a_checkpoint_that_loads(here: Path, method: str) -> None:
+    result = run("train", *DATA, *FIT, "--method", method, "--out", "checkpoints/mine")
+    assert result.exit_code == 0, result.output
+    checkpoint = checkpoints.load(here / "checkpoints/mine/v1")
+    config = checkpoint.config
+    assert (config.name, config.version, config.method) == ("mine", "v1", method)
+    assert checkpoint.attributes == {"truthfulness": 1.0, "civility": 1.0}
+    assert config.normalize is (method == "mat")
+    assert [str(column.site) for column in checkpoint.columns] == ["1.attn_output"] * 2
+    assert {row["split"]: row["positive"] for row in config.training["splits"]["counts"]} == {
+        "train": 8, "dev": 2, "test": 10,
+    }  # fmt: skip
+    assert set(config.training) == {"data", "splits", "hyperparameters", "gates", "seed", "libraries"}
+    assert [arm["arm"] for arm in config.evaluation["arms"]] == [
+        "unsteered", "steered", "truthfulness alone", "civility alone",
+    ]  # fmt: skip
+    card = (here / "checkpoints/mine/v1/README.md").read_text()
+    for part in ("## Data and splits", "## Gates", "## Evaluation", "| steered |", "## How to use", "## Limits"):
+        assert part in card
+    assert str(here) not in card
+    assert checkpoints.list_checkpoints(here / "checkpoints") == [("mine", "v1", here / "checkpoints/mine/v1")]
+
+
+def test_train_with_a_judge_strengths_and_a_second_version(here: Path) -> None:
+    first = run("train", *DATA, *FIT, "--out", "checkpoints/mine", "--no-evaluate")
+    assert first.exit_code == 0, first.output
+    options = ["--strength", "2", "--strength", "civility=3", "--set", "truthfulness=1.5"]
+    second = run("train", *DATA, *FIT, "--out", "checkpoints/mine", *JUDGE, *options)
+    assert second.exit_code == 0, second.output
+    plain, scaled = (checkpoints.load(here / "checkpoints/mine" / v).columns for v in ("v1", "v2"))
+    assert float(scaled[0].vector.norm() / plain[0].vector.norm()) == pytest.approx(2, rel=1e-5)
+    assert float(scaled[1].vector.norm() / plain[1].vector.norm()) == pytest.approx(3, rel=1e-5)
+    assert [column.default_multiplier for column in scaled] == [1.5, 1.0]
+    assert "short" in second.output
+    third = run("train", *DATA, *FIT, "--out", "checkpoints/mine", "--version", "v1")
+    assert third.exit_code == 2
+    assert "exists already" in third.output
+    again = run("train", *DATA, *FIT, "--out", "checkpoints/mine", "--version", "v1", "--overwrite", "--paper")
+    assert again.exit_code == 0, again.output
+    settings = checkpoints.load(here / "checkpoints/mine/v1").config.training["hyperparameters"]
+    assert (settings["objective"], settings["kernel"], settings["epochs"]) == ("paper", "fixed", 2)
+
+
+def test_a_second_run_reuses_activations_and_fit(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("train", *DATA, *FIT, "--out", "checkpoints/mine", "--no-evaluate").exit_code == 0
+
+    def forbidden(*_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("training.extraction._run", forbidden)
+    monkeypatch.setattr("training.methods.mat.step_loss", forbidden)
+    assert run("train", *DATA, *FIT, "--out", "checkpoints/mine", "--no-evaluate").exit_code == 0
+    first, second = (checkpoints.load(here / "checkpoints/mine" / v) for v in ("v1", "v2"))
+    assert first.config.sha256 == second.config.sha256
+
+
+def test_evaluate_prints_and_stores_the_table(here: Path) -> None:
+    assert run("train", *DATA, *FIT, "--out", "checkpoints/mine", "--no-evaluate").exit_code == 0
+    result = run(
+        "evaluate", "--checkpoint", "checkpoints/mine", *DATA, "--baseline", "--alone", "--multipliers=-1,1",
+        "--set", "civility=3",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    stored = json.loads((here / "checkpoints/mine/v1/evaluation/evaluation.json").read_text())
+    names = ["unsteered", "-1 x", "steered", "truthfulness alone", "civility alone", "civility 3"]
+    assert [arm["arm"] for arm in stored["arms"]] == names
+    assert all(name in result.output for name in names)
+    assert "| unsteered |" in (here / "checkpoints/mine/v1/evaluation/evaluation.md").read_text()
+    judged = run(
+        "evaluate", "--checkpoint", "checkpoints/mine/v1", "--baseline", *JUDGE, "--out", "judged", "--split", "dev"
+    )
+    assert judged.exit_code == 0, judged.output
+    assert json.loads((here / "judged/evaluation.json").read_text())["settings"]["prompts"] == 3
+    assert len((here / "judged/generations.jsonl").read_text().splitlines()) == 6
+
+
+def test_sweep_writes_down_the_best(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = [*DATA, "--layer", "0,1", "--site", "attn_output,residual", "--method", "caa", "--out", "swept"]
+    result = run("sweep", *arguments, "--multipliers", "0.5,1", *JUDGE)
+    assert result.exit_code == 0, result.output
+    points = json.loads((here / "swept/sweep.json").read_text())
+    assert len(points) == 8
+    best = json.loads((here / "swept/best.json").read_text())
+    assert best == points[0]
+    fluent = [point["score"] for point in points if point["fluent"]]
+    assert fluent == sorted(fluent, reverse=True)
+    assert [point["fluent"] for point in points] == sorted((point["fluent"] for point in points), reverse=True)
+    assert f"--layer {best['layer']} --site {best['site']}" in result.output
+
+    def forbidden(*_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("training.sweep.fit", forbidden)  # every site was measured already
+    assert run("sweep", *arguments, "--multipliers", "0.5,1", *JUDGE).exit_code == 0
+
+
+def test_extract_takes_data_after_one_flag(here: Path) -> None:
+    result = run(
+        "extract", "--data", "truthfulness=truthfulness.jsonl", "civility=civility.jsonl", "--layer", "0,2",
+        "--site", "residual", "--out", "acts",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    manifest = json.loads((here / "acts/manifest.json").read_text())
+    assert manifest["sites"] == ["0.residual", "2.residual"]
+    assert len(manifest["samples"]) == 80
+
+
+TRAIN = ("train", "--out", "checkpoints/x")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([*TRAIN, "--layer", "1"], "No data was given"),
+        ([*TRAIN, *DATA, "--layer", "one"], "--layer must be whole numbers"),
+        ([*TRAIN, *DATA, "--layer", "-1"], "--layer must not be negative"),
+        ([*TRAIN, *DATA, "--layer", "7"], "7"),
+        ([*TRAIN, *DATA, "--layer", "1", "--site", "heads"], "--site must be one of attn_heads"),
+        ([*TRAIN, "--data", "x=gone.jsonl", "--layer", "1"], "gone.jsonl cannot be read"),
+        ([*TRAIN, "--data", "gone.jsonl", "--layer", "1"], "NAME=PATH"),
+        ([*TRAIN, *DATA, *FIT, "--lr", "-1"], "lr must be a positive number"),
+        ([*TRAIN, *DATA, *FIT, "--set", "kindness=1"], "no attribute 'kindness'"),
+        ([*TRAIN, *DATA, *FIT, "--set", "civility"], "--set must be NAME=NUMBER"),
+        ([*TRAIN, *DATA, *FIT, "--set", "civility=nan"], "--set must be numbers"),
+        ([*TRAIN, *DATA, *FIT, "--judge", "oracle_of_tests:judge"], "--judge and --prompts belong together"),
+        ([*TRAIN, *DATA, *FIT, "--judge", "nowhere:judge", "--prompts", "prompts.jsonl"], "'nowhere:judge' cannot be"),
+        ([*TRAIN, *DATA, *FIT, "--judge", "json", "--prompts", "prompts.jsonl"], "named as module:function"),
+        ([*TRAIN, *DATA, *FIT, *JUDGE, "--temperature", "nan"], "temperature must be"),
+        ([*TRAIN, *DATA, *FIT, "--positions", "some"], "--positions must be one of"),
+        ([*TRAIN, *DATA, *FIT, "--device", "tpu!"], "device must be"),
+        ([*TRAIN, *DATA, *FIT, "--dtype", "int8"], "dtype must be one of"),
+        ([*TRAIN, *DATA, *FIT, "--version", "../up"], "version"),
+        (["evaluate", "--checkpoint", "gone", *DATA], "gone"),
+        (["evaluate", "--checkpoint", "gone", *DATA, "--split", "valid"], "--split must be"),
+        (["sweep", "--out", "s", *DATA, "--layer", "1", "--multipliers", "a"], "--multipliers must be numbers"),
+        (["sweep", "--out", "s", *DATA, "--layer", "1", "--goal", "x", "--method", "caa"], "There is no metric 'x'"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(here: Path, arguments: list[str], complaint: str) -> None:
+    result = run(arguments[0], *arguments[1:])
+    assert result.exit_code == 2, result.output
+    errors = [line for line in result.output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert complaint in errors[0]
+    assert "Traceback" not in result.output
+
+
+def test_a_model_that_is_not_there_is_named(here: Path) -> None:
+    (here / "empty").mkdir()
+    result = run("train", *DATA, *FIT, "--out", "checkpoints/x", model="empty")
+    assert result.exit_code == 2
+    assert "error: The model 'empty' cannot be loaded" in result.output
+
+
+def test_another_model_is_refused(here: Path) -> None:
+    assert run("train", *DATA, *FIT, "--out", "checkpoints/mine", "--no-evaluate").exit_code == 0
+    make_llama(hidden_size=32).save_pretrained(here / "other")
+    make_tokenizer().save_pretrained(here / "other")
+    result = run("evaluate", "--checkpoint", "checkpoints/mine", *DATA, model="other")
+    assert result.exit_code == 2
+    assert "hidden_size 16" in result.output
+
+
+@pytest.mark.parametrize("command", ["extract", "train", "evaluate", "sweep"])
+def test_every_command_explains_itself_with_an_example(command: str) -> None:
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert f"Example: matsteer {command}" in result.output

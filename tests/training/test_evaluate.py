@@ -1,0 +1,128 @@
+"""Rates are counted as a reader would count them, with intervals that a textbook gives."""
+
+from collections.abc import Mapping
+from math import exp
+from typing import Any
+
+import pytest
+import torch
+
+from steering import Column, Gate, Site, SiteKind, steered
+from training.arms import BASELINE, Arm, default_arm, single_arms
+from training.data import Sample
+from training.errors import DataError, TrainingError
+from training.evaluate import evaluate_choices, evaluate_generations, judged_rates, questions
+from training.generation import Sampling
+from training.statistics import bootstrap, wilson
+from training.tokens import encode
+
+SITE = Site(1, SiteKind.RESIDUAL)
+
+
+def column(attribute: str, seed: int) -> Column:
+    vector = 3 * torch.randn(16, generator=torch.Generator().manual_seed(seed))
+    return Column(attribute, SITE, Gate.CONSTANT, vector, torch.zeros(16), 0.0, True, default_multiplier=2.0)
+
+
+COLUMNS = (column("truthfulness", 0), column("civility", 1))
+
+
+def test_questions_gather_the_answers_to_one_prompt(samples: list[Sample]) -> None:
+    found = questions([*samples, Sample("civility", "Q: alone? A:", " yes", True, "g99")])
+    assert len(found) == 16
+    assert found[0].completions == (" truthfulness is good, it is 0", " bad 0")
+    assert found[0].labels == (True, False)
+    with pytest.raises(DataError, match="nothing to choose from"):
+        questions([sample for sample in samples if sample.label])
+
+
+def test_choices_equal_a_loop_over_plain_forward_passes(llama: Any, tokenizer: Any, samples: list[Sample]) -> None:
+    asked = questions(samples)
+    arms = [BASELINE, default_arm(COLUMNS), Arm("away", {"civility": -1.0})]
+    found = evaluate_choices(llama, tokenizer, asked, COLUMNS, arms)
+    for arm in arms:
+        own = [question for question in asked if question.attribute == "civility"]
+        hits, per_token, masses = 0, 0, []
+        for question in own:
+            sums, means = [], []
+            for text in question.completions:
+                encoded = encode(tokenizer, question.prompt, text)
+                mask = torch.zeros(1, len(encoded.ids), dtype=torch.bool)
+                mask[0, encoded.start :] = True
+                with torch.no_grad(), steered(llama, COLUMNS, list(arm.multipliers(COLUMNS)), mask=mask):
+                    logits = llama(torch.tensor([encoded.ids])).logits[0].log_softmax(-1)
+                scores = [float(logits[encoded.start + i, t]) for i, t in enumerate(encoded.targets)]
+                sums.append(sum(scores))
+                means.append(sum(scores) / len(scores))
+            hits += question.labels[sums.index(max(sums))]
+            per_token += question.labels[means.index(max(means))]
+            positive = sum(exp(s) for s, label in zip(sums, question.labels, strict=True) if label)
+            masses.append(positive / sum(exp(s) for s in sums))
+        metrics = found.arm(arm.name).metrics
+        assert metrics["civility mc1"].value == pytest.approx(hits / len(own))
+        assert metrics["civility mc1_per_token"].value == pytest.approx(per_token / len(own))
+        assert metrics["civility mc2"].value == pytest.approx(sum(masses) / len(masses), rel=1e-3)
+        assert metrics["civility mc2"].count == 8
+
+
+def judge(prompt: str, text: str) -> Mapping[str, bool | None]:
+    return {"short": len(text) < 12, "asked": prompt.startswith("Q"), "never": None}
+
+
+def test_generations_are_judged_in_every_arm(llama: Any, tokenizer: Any) -> None:
+    prompts = ["Q: What do cows say? A:", "The sky", "Q: Bees? A:"]
+    arms = [BASELINE, *single_arms(COLUMNS)]
+    found, texts = evaluate_generations(llama, tokenizer, prompts, judge, COLUMNS, arms, Sampling(1.0, 6, 4))
+    assert [arm.arm for arm in found.arms] == ["unsteered", "truthfulness alone", "civility alone"]
+    assert found.arms[1].attributes == {"truthfulness": 2.0}
+    for arm in found.arms:
+        own = [text for text in texts if text.arm == arm.arm]
+        assert len(own) == 12
+        assert arm.metrics["short"].value == pytest.approx(sum(len(t.text) < 12 for t in own) / 12)
+        assert arm.metrics["asked"].value == pytest.approx(2 / 3)
+        assert arm.metrics["never"] == wilson(0, 0)
+        assert arm.perplexity == pytest.approx(exp(sum(t.nll for t in own) / sum(len(t.token_ids) for t in own)))
+        assert arm.perplexity_ratio == pytest.approx((arm.perplexity or 0) / (found.arms[0].perplexity or 1))
+    with pytest.raises(DataError, match="no prompts"):
+        evaluate_generations(llama, tokenizer, [], judge, COLUMNS, arms, Sampling())
+
+
+def test_a_judge_that_fails_is_named(llama: Any, tokenizer: Any) -> None:
+    def broken(prompt: str, text: str) -> Mapping[str, bool | None]:
+        raise KeyError("sky")
+
+    with pytest.raises(TrainingError, match=r"The judge failed on an answer to 'The sky': KeyError\('sky'\)"):
+        evaluate_generations(llama, tokenizer, ["The sky"], broken, (), [BASELINE], Sampling(1.0, 2))
+
+
+def test_a_metric_counts_only_where_it_applies() -> None:
+    rates = judged_rates([{"a": True, "b": None}, {"a": False, "b": True}, {"a": True}])
+    assert rates["a"] == wilson(2, 3)
+    assert rates["b"] == wilson(1, 1)
+
+
+def test_arms_name_attributes_that_exist() -> None:
+    assert default_arm(COLUMNS, 0.5).multipliers(COLUMNS) == (1.0, 1.0)
+    assert Arm("x", {"civility": -1}).multipliers(COLUMNS) == (0.0, -1.0)
+    with pytest.raises(TrainingError, match="no attribute 'kindness'; there are truthfulness, civility"):
+        Arm("x", {"kindness": 1}).multipliers(COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("hits", "count", "low", "high"), [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0)]
+)
+def test_wilson_intervals(hits: int, count: int, low: float, high: float) -> None:
+    estimate = wilson(hits, count)
+    assert (estimate.value, estimate.count) == (hits / count, count)
+    assert estimate.low == pytest.approx(low, abs=1e-4)
+    assert estimate.high == pytest.approx(high, abs=1e-4)
+
+
+def test_bootstrap_intervals_shrink_with_the_square_root_of_the_count() -> None:
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0)).tolist()
+    estimate = bootstrap(values)
+    assert estimate.low is not None
+    assert estimate.high is not None
+    assert estimate.high - estimate.low == pytest.approx(2 * 1.96 / 20, rel=0.15)
+    assert bootstrap(values) == estimate
+    assert bootstrap([]).value is None

@@ -1,0 +1,5 @@
+"""`python -m training`: the training commands by themselves."""
+
+from training.cli import app
+
+app()

@@ -1,0 +1,41 @@
+"""What is compared: the same prompts under different multipliers."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from steering.types import Column
+from training.errors import TrainingError
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A named setting: attribute -> multiplier, 0 for attributes that are not named."""
+
+    name: str
+    attributes: Mapping[str, float] = field(default_factory=dict)
+
+    def multipliers(self, columns: Sequence[Column]) -> tuple[float, ...]:
+        """One multiplier a column; columns of one attribute share it. Raises TrainingError for an unknown name."""
+        known = attribute_names(columns)
+        for name in self.attributes:
+            if name not in known:
+                raise TrainingError(f"There is no attribute {name!r}; there are {', '.join(known) or 'none'}.")
+        return tuple(float(self.attributes.get(column.attribute, 0.0)) for column in columns)
+
+
+BASELINE = Arm("unsteered")
+
+
+def attribute_names(columns: Iterable[Column]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(column.attribute for column in columns))
+
+
+def default_arm(columns: Sequence[Column], scale: float = 1.0, name: str = "steered") -> Arm:
+    """Every attribute at `scale` times its default multiplier."""
+    return Arm(name, {column.attribute: scale * column.default_multiplier for column in columns})
+
+
+def single_arms(columns: Sequence[Column], scale: float = 1.0) -> tuple[Arm, ...]:
+    """One arm an attribute: that attribute alone."""
+    full = default_arm(columns, scale).attributes
+    return tuple(Arm(f"{name} alone", {name: value}) for name, value in full.items())

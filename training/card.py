@@ -1,0 +1,124 @@
+"""The model card of a checkpoint: everything in it comes from the run that made it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from steering.types import Column
+from training.arms import attribute_names
+from training.gates import GateMeans
+from training.report import markdown
+from training.results import Evaluation
+
+METHODS = {
+    "mat": "MAT-Steer (arXiv 2502.12446): gated steering vectors, learned together",
+    "caa": "difference in means (arXiv 2308.10248, 2312.06681)",
+    "probe": "linear probe direction",
+}
+
+
+def render(
+    *,
+    name: str,
+    version: str,
+    method: str,
+    base_model: str,
+    columns: Sequence[Column],
+    training: Mapping[str, Any],
+    gates: Sequence[GateMeans],
+    evaluation: Evaluation | None,
+    positions: str,
+) -> str:
+    """The card as Markdown."""
+    attributes = attribute_names(columns)
+    sites = ", ".join(dict.fromkeys(str(column.site) for column in columns))
+    parts = [
+        f"---\nbase_model: {base_model}\ntags: [activation-steering, {method}]\n---\n",
+        f"# {name}, version {version}\n",
+        f"Steers **{', '.join(attributes)}** of `{base_model}` at `{sites}`. Method: {METHODS.get(method, method)}. "
+        f"Steered positions: {positions}.\n",
+        _data(training),
+        "## Hyperparameters\n",
+        _table(["setting", "value"], [[key, value] for key, value in training["hyperparameters"].items()]),
+        "## Vectors\n",
+        _table(
+            ["attribute", "site", "gate", "norm of the vector", "default multiplier", "range"],
+            [
+                [c.attribute, c.site, c.gate.value, f"{float(c.vector.norm()):.3f}", f"{c.default_multiplier:g}",
+                 f"{c.range[0]:g} to {c.range[1]:g}"]
+                for c in columns
+            ],
+        ),
+        _gates(gates),
+        _evaluation(evaluation),
+        _usage(name, version, columns),
+        _limits(base_model, sites),
+    ]  # fmt: skip
+    return "\n".join(part for part in parts if part)
+
+
+def _data(training: Mapping[str, Any]) -> str:
+    files = [[d["name"], f"`{d['path']}`", f"`{d['sha256'][:12]}`"] for d in training["data"]]
+    counts = [
+        [c["attribute"], c["split"], c["positive"], c["negative"], c["groups"]] for c in training["splits"]["counts"]
+    ]
+    return "\n".join(
+        [
+            "## Data and splits\n",
+            _table(["data", "file", "sha256"], files),
+            _table(["attribute", "split", "positive", "negative", "groups"], counts),
+            f"Split by group; where the data names no split, by seed {training['seed']}. Only train is fitted on.\n",
+        ]
+    )
+
+
+def _gates(gates: Sequence[GateMeans]) -> str:
+    if not gates:
+        return ""
+    rows = [
+        [g.attribute, g.site, g.split, f"{g.positive:.3f}", f"{g.negative:.3f}",
+         f"{g.negative / g.positive:.1f}" if g.positive > 0 else "-"]
+        for g in gates
+    ]  # fmt: skip
+    header = ["attribute", "site", "split", "mean gate on positives", "on negatives", "negatives / positives"]
+    return "## Gates\n\n" + _table(header, rows)
+
+
+def _evaluation(evaluation: Evaluation | None) -> str:
+    if evaluation is None:
+        return "## Evaluation\n\nNone: there was neither a judge nor a prompt with answers of both labels.\n"
+    settings = ", ".join(f"{key} {value}" for key, value in evaluation.settings.items())
+    how = (
+        "Judged generations; perplexity is that of the text under the unsteered model, ratio against the first arm."
+        if evaluation.kind == "generation"
+        else "Multiple choice by likelihood: mc1 by the total, mc1_per_token by the mean, mc2 the positives' share."
+    )
+    return f"## Evaluation\n\n{how} Percent, with 95 % intervals.\n\n{markdown(evaluation)}\nSettings: {settings}.\n"
+
+
+def _usage(name: str, version: str, columns: Sequence[Column]) -> str:
+    defaults = ", ".join(
+        f'"{c.attribute}": {c.default_multiplier:g}' for c in {c.attribute: c for c in columns}.values()
+    )
+    return (
+        "## How to use\n\n"
+        "```bash\n"
+        "curl -s localhost:8000/generate -H 'content-type: application/json' -d '{\n"
+        f'  "prompt": "...", "checkpoint": "{name}@{version}",\n'
+        f'  "attributes": {{{defaults}}}, "baseline": true}}\'\n'
+        "```\n\n"
+        "A multiplier of 0 leaves an attribute alone, a negative one steers away from it.\n"
+    )
+
+
+def _limits(base_model: str, sites: str) -> str:
+    return (
+        "## Limits\n\n"
+        f"- For `{base_model}` at `{sites}` only; another model has other activations.\n"
+        "- The rates hold for prompts like those evaluated on; elsewhere measure again (`matsteer evaluate`).\n"
+        "- Large multipliers cost fluency: watch the perplexity ratio.\n"
+    )
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"

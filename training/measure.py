@@ -1,0 +1,67 @@
+"""One way to evaluate, for `train`, `evaluate` and `sweep`: a judge's verdicts where there is one, else choices."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from steering.types import Column, Positions
+from training.arms import Arm
+from training.data.records import Sample, Split
+from training.errors import DataError
+from training.evaluate import evaluate_choices, evaluate_generations, questions
+from training.generation import Continuation, Sampling
+from training.judges import Judge, Prompt, prompts_of
+from training.models import Base
+from training.results import Evaluation
+
+
+@dataclass(frozen=True, eq=False)
+class Measure:
+    judge: Judge | None = None
+    prompts: Sequence[Prompt] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+    limit: int | None = None
+    """At most so many prompts or questions."""
+    positions: Positions = Positions.GENERATED
+    max_rows: int = 128
+
+    def __post_init__(self) -> None:
+        if (self.judge is None) != (not self.prompts):
+            raise DataError("A judge and prompts belong together: give both or neither.")
+
+    def run(
+        self,
+        base: Base,
+        columns: Sequence[Column],
+        arms: Sequence[Arm],
+        samples: Sequence[Sample],
+        split: Split,
+        *,
+        progress: bool = False,
+    ) -> tuple[Evaluation, list[Continuation]]:
+        """Evaluate on one split. Raises DataError where it holds nothing to evaluate on."""
+        if self.judge is not None:
+            prompts = prompts_of(self.prompts, split, self.limit)
+            return evaluate_generations(
+                base.model,
+                base.tokenizer,
+                prompts,
+                self.judge,
+                columns,
+                arms,
+                self.sampling,
+                positions=self.positions,
+                max_rows=self.max_rows,
+                progress=progress,
+            )
+        asked = questions([sample for sample in samples if sample.split is split])[: self.limit]
+        evaluation = evaluate_choices(
+            base.model,
+            base.tokenizer,
+            asked,
+            columns,
+            arms,
+            positions=self.positions,
+            max_rows=self.max_rows,
+            progress=progress,
+        )
+        return evaluation, []

@@ -1,0 +1,50 @@
+"""Loading the base model, with errors that a user can act on."""
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from training.errors import TrainingError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A loaded causal language model with its tokenizer, and where it came from."""
+
+    model: Any
+    tokenizer: Any
+    id: str
+    revision: str | None
+
+
+def load_base(id: str, *, revision: str | None = None, device: str = "auto", dtype: str = "auto") -> Base:
+    """Load a Hugging Face id or folder. `device` "auto" is CUDA where there is one; `dtype` "auto" is the stored one,
+    but float32 on a CPU. Raises TrainingError."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype not in DTYPES:
+        raise TrainingError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    if dtype == "auto" and device == "cpu":
+        dtype = "float32"
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise TrainingError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}.") from None
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise TrainingError(f"device is {device!r}, but there is no CUDA device.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(id, revision=revision)
+        model: Any = AutoModelForCausalLM.from_pretrained(id, revision=revision, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise TrainingError(f"The model {id!r} cannot be loaded: {reason[0]}") from None
+    return Base(model.to(place).eval(), tokenizer, id, revision)
