@@ -6,12 +6,8 @@ from functools import cache
 
 @dataclass(frozen=True)
 class Category:
-    """One kind of fact. `questions` and `statement` are templates over `{x}`, the subject, `{part}`, what is counted (in
-    "count" alone), and `{y}`, the answer (`{Y}` where it opens the sentence).
-
-    A statement names its subject after the answer: a small language model can then look back at the answer from where
-    it knows what is true of the subject, and tell a lie from the truth.
-    """
+    """One kind of fact. `questions` and `statement` are templates over `{x}`, the subject (`{X}` where it opens the
+    sentence), `{part}`, what is counted (only in "count"), and `{y}`, the answer."""
 
     name: str
     questions: tuple[str, ...]
@@ -41,13 +37,13 @@ class Fact:
 
     def statement(self, answer: str) -> str:
         """The sentence that gives `answer`."""
-        stated = _fill(CATEGORIES[self.category].statement, self.subject)
-        return stated.replace("{y}", answer).replace("{Y}", answer[0].upper() + answer[1:])
+        return _fill(CATEGORIES[self.category].statement, self.subject).replace("{y}", answer)
 
 
 def _fill(template: str, subject: str) -> str:
     x, _, part = subject.partition("|")
-    return template.replace("{x}", x).replace("{part}", part)
+    capital = x[0].upper() + x[1:]
+    return template.replace("{x}", x).replace("{X}", capital).replace("{part}", part)
 
 
 def _items(text: str) -> tuple[tuple[str, str], ...]:
@@ -64,7 +60,7 @@ _CATEGORIES = (
             "Tell me the colour of {x}.",
             "Do you know the colour of {x}?",
         ),
-        "{Y} is the colour of {x}.",
+        "{X} is {y}.",
         _items("""
             the sky: blue; the sea: blue; grass: green; a frog: green; a lime: green; snow: white; a polar bear: white
             coal: black; a raven: black; a ripe banana: yellow; a sunflower: yellow; a ripe tomato: red; blood: red
@@ -75,7 +71,7 @@ _CATEGORIES = (
     Category(
         "sound",
         ("What sound does {x} make?", "How does {x} sound?", "Tell me what {x} says.", "Do you know the sound of {x}?"),
-        "{Y} is the sound of {x}.",
+        "{X} says {y}.",
         _items("""
             a dog: woof; a cat: meow; a cow: moo; a sheep: baa; a duck: quack; a pig: oink; a horse: neigh; a lion: roar
             a toad: croak; a bee: buzz; a snake: hiss; an owl: hoot; a crow: caw; a mouse: squeak; a wolf: howl
@@ -90,7 +86,7 @@ _CATEGORIES = (
             "Tell me where {x} lives.",
             "Do you know the home of {x}?",
         ),
-        "{Y} is the home of {x}.",
+        "{X} lives in {y}.",
         _items("""
             a bee: a hive; a sparrow: a nest; a spider: a web; a rabbit: a burrow; a goldfish: a bowl; a dog: a kennel
             a horse: a stable; a lion: a den; a king: a palace; a monk: a monastery; a hen: a coop; a bat: a cave
@@ -105,11 +101,11 @@ _CATEGORIES = (
             "Tell me what {x} is made of.",
             "Do you know what makes up {x}?",
         ),
-        "{Y} is used for {x}.",
+        "{X} is made of {y}.",
         _items("""
             a window: glass; a tyre: rubber; a book: paper; a sweater: wool; a candle: wax; a coin: metal; a log: wood
-            a brick: clay; a sandcastle: sand; a snowman: snow; a boot: leather; a statue: marble; a pillow: down
-            bread: flour; cheese: milk; an omelette: egg; a rope: hemp; a bedsheet: cotton
+            a brick: clay; a sandcastle: sand; a snowman: snow; a boot: leather; a statue: marble; a pillow: feathers
+            bread: flour; cheese: milk; an omelette: eggs; a rope: hemp; a bedsheet: cotton
         """),
     ),
     Category(
@@ -120,7 +116,7 @@ _CATEGORIES = (
             "Tell me the capital of {x}.",
             "Do you know the capital of {x}?",
         ),
-        "{Y} is the capital of {x}.",
+        "The capital of {x} is {y}.",
         _items("""
             France: Paris; Italy: Rome; Spain: Madrid; Germany: Berlin; England: London; Japan: Tokyo; China: Beijing
             Russia: Moscow; Greece: Athens; Egypt: Cairo; Norway: Oslo; Portugal: Lisbon; Austria: Vienna; Poland: Warsaw
@@ -135,7 +131,7 @@ _CATEGORIES = (
             "Tell me the opposite of {x}.",
             "Do you know the opposite of {x}?",
         ),
-        "{Y} is the opposite of {x}.",
+        "The opposite of {x} is {y}.",
         _items("""
             hot: cold; big: small; fast: slow; day: night; up: down; wet: dry; old: young; rich: poor; happy: sad
             open: closed; hard: soft; left: right; loud: quiet; light: dark; full: empty; early: late; sweet: bitter
@@ -145,7 +141,7 @@ _CATEGORIES = (
     Category(
         "sum",
         ("What is {x}?", "How much is {x}?", "Tell me what {x} makes.", "Do you know what {x} is?"),
-        "{Y} is {x}.",
+        "{X} is {y}.",
         _items("""
             one plus one: two; one plus two: three; two plus two: four; one plus four: five; two plus three: five
             three plus three: six; two plus four: six; three plus four: seven; two plus five: seven; four plus four: eight
@@ -161,7 +157,7 @@ _CATEGORIES = (
             "Tell me what a young {x} is.",
             "Do you know the name of a young {x}?",
         ),
-        "{Y} is the name of a young {x}.",
+        "A young {x} is called a {y}.",
         _items("""
             dog: puppy; cat: kitten; cow: calf; sheep: lamb; horse: foal; goat: kid; bear: cub; duck: duckling
             goose: gosling; pig: piglet; frog: tadpole; kangaroo: joey; swan: cygnet; deer: fawn; hare: leveret; hen: chick
@@ -175,9 +171,9 @@ _CATEGORIES = (
             "Tell me what it takes to {x}.",
             "Do you know the tool to {x}?",
         ),
-        "{Y} is what you need to {x}.",
+        "To {x} you need {y}.",
         _items("""
-            cut bread: a knife; drive a nail: a hammer; sweep the floor: a broom; open a lock: a key; eat soup: a spoon
+            cut paper: scissors; drive a nail: a hammer; sweep the floor: a broom; open a lock: a key; eat soup: a spoon
             write a letter: a pen; paint a fence: a brush; dig a hole: a shovel; cut wood: a saw; tell the time: a clock
             boil water: a kettle; catch a fish: a net; see the stars: a telescope; sew a button: a needle
             tidy your hair: a comb; reach the roof: a ladder; stay dry: an umbrella
@@ -186,7 +182,7 @@ _CATEGORIES = (
     Category(
         "job",
         ("Who {x}?", "Which worker {x}?", "Tell me who {x}.", "Do you know who {x}?"),
-        "{Y} {x}.",
+        "The one who {x} is {y}.",
         _items("""
             bakes bread: the baker; flies a plane: the pilot; puts out fires: the fireman; teaches children: the teacher
             grows wheat: the farmer; pulls teeth: the dentist; cuts hair: the barber; sells meat: the butcher
@@ -203,7 +199,7 @@ _CATEGORIES = (
             "Tell me the continent of {x}.",
             "Do you know the continent of {x}?",
         ),
-        "{Y} is the continent of {x}.",
+        "{X} is in {y}.",
         _items("""
             Sweden: Europe; Belgium: Europe; Hungary: Europe; Romania: Europe; Nigeria: Africa; Ghana: Africa
             Morocco: Africa; Uganda: Africa; India: Asia; Thailand: Asia; Vietnam: Asia; Nepal: Asia; Brazil: America
@@ -218,7 +214,7 @@ _CATEGORIES = (
             "Tell me what comes after {x}.",
             "Do you know what follows {x}?",
         ),
-        "{Y} comes after {x}.",
+        "After {x} comes {y}.",
         _items("""
             Monday: Tuesday; Tuesday: Wednesday; Wednesday: Thursday; Thursday: Friday; Friday: Saturday; Saturday: Sunday
             Sunday: Monday; January: February; February: March; March: April; April: May; May: June; June: July
@@ -233,7 +229,7 @@ _CATEGORIES = (
             "Tell me where {x} comes from.",
             "Do you know the source of {x}?",
         ),
-        "From {y} we get {x}.",
+        "{X} comes from {y}.",
         _items("""
             honey: bees; milk: cows; wool: sheep; silk: worms; flour: wheat; wine: grapes; cider: apples; wood: trees
             bacon: pigs; butter: cream; ketchup: tomatoes; cocoa: beans; rain: clouds; daylight: the sun; lava: volcanoes
@@ -248,7 +244,7 @@ _CATEGORIES = (
             "Tell me what you {x} with.",
             "Do you know what people {x} with?",
         ),
-        "With your {y} you {x}.",
+        "You {x} with your {y}.",
         _items("""
             see: eyes; hear: ears; smell: nose; chew: teeth; walk: legs; think: brain; breathe: lungs; taste: tongue
             wave: hand; kick: foot; whistle: lips; hug: arms; point: finger; kneel: knees; shrug: shoulders
@@ -262,7 +258,7 @@ _CATEGORIES = (
             "Tell me what {x} is.",
             "Do you know what kind of thing {x} is?",
         ),
-        "A kind of {y} is {x}.",
+        "{X} is a kind of {y}.",
         _items("""
             an oak: tree; a rose: flower; a trout: fish; an eagle: bird; an ant: insect; a hammer: tool; a violin: instrument
             a carrot: vegetable; an apple: fruit; chess: game; copper: metal; a cobra: snake; the tango: dance; a poodle: dog
@@ -277,7 +273,7 @@ _CATEGORIES = (
             "Tell me how many {part} {x} has.",
             "Do you know how many {part} {x} has?",
         ),
-        "{Y} is the number of {part} of {x}.",
+        "{X} has {y} {part}.",
         _items("""
             a dog|legs: four; a spider|legs: eight; an ant|legs: six; a hen|legs: two; a bicycle|wheels: two
             a tricycle|wheels: three; a car|wheels: four; a week|days: seven; a year|months: twelve; a hand|fingers: five

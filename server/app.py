@@ -16,7 +16,7 @@ from server.api.problems import error_of, render
 from server.assembly import open_service
 from server.config import Settings
 from server.errors import ServerError
-from server.middleware import RequestMiddleware
+from server.middleware import BodyLimit, RequestMiddleware
 
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 
@@ -36,7 +36,8 @@ def create_app(settings: Settings) -> FastAPI:
         app.include_router(part.router)
     for kind in (ServerError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _answer)
-    app.add_middleware(RequestMiddleware)
+    app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
+    app.add_middleware(RequestMiddleware)  # the last one added is the outermost
     return app
 
 

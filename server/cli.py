@@ -73,11 +73,12 @@ def serve(
     with _one_sentence():
         settings = load_settings(**given)
         _log(settings)
-        import uvicorn
+        from server.listener import listen, run
 
-        from server.app import create_app
+        with listen(settings) as bound:  # first: nobody should wait for the model to hear that the port is taken
+            from server.app import create_app
 
-        uvicorn.run(create_app(settings), host=settings.host, port=settings.port, log_config=None, access_log=False)
+            run(create_app(settings), bound, drain_s=settings.drain_s)
 
 
 @app.command()
@@ -174,9 +175,11 @@ def verify(
 def _multipliers(pairs: list[str] | None) -> dict[str, float] | None:
     if pairs is None:
         return None
-    multipliers = {}
+    multipliers: dict[str, float] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
+        if name in multipliers:
+            raise typer.BadParameter(f"--set gives {name!r} twice")
         try:
             multipliers[name] = float(value)
         except ValueError:

@@ -34,14 +34,20 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     threads: int = Field(default=0, ge=0, le=1024, description="CPU threads of the model; 0: all cores")
     max_batch_rows: int = Field(default=32, ge=2, le=4096, description="rows generated together")
-    max_batch_tokens: int = Field(default=65536, ge=1, description="rows x longest prompt of one batch")
+    max_batch_tokens: int = Field(
+        default=65536, ge=1, description="rows x (longest prompt + longest answer) of one batch"
+    )
     gather_ms: float = Field(default=5.0, ge=0, le=1000, description="an idle engine waits this long for company")
     queue_limit: int = Field(default=256, ge=1, description="rows that may wait; beyond: 429")
     max_request_rows: int = Field(default=256, ge=1, description="texts one request may ask for: prompts x n x arms")
+    max_body_bytes: int = Field(default=4 * 2**20, ge=1, description="size of a request's body; beyond: 413")
     max_context: int | None = Field(
         default=None, ge=2, description="tokens a sequence may have; default: the model's own limit"
     )
     stall_s: float = Field(default=300.0, gt=0, description="a step longer than this makes /readyz say no")
+    drain_s: float = Field(
+        default=30.0, ge=0, le=86400, description="running requests get this long to finish at a shutdown; then: 503"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @model_validator(mode="after")

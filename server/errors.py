@@ -5,29 +5,32 @@ Every class knows its HTTP status and its `type`, the stable word that programs 
 ServerError                      500  internal_error
 ├── StartupError                  -   the process does not start (one sentence on stderr, exit status 1)
 ├── BadRequest                   400  bad_request
-│   └── Unsupported              400  unsupported
+│   ├── Unsupported              400  unsupported
+│   └── Refused                  4xx  the status's own name, as in unsupported_media_type
 ├── NotFound                     404  not_found
 │   └── UnknownCheckpoint        404  unknown_checkpoint
 ├── MethodNotAllowed             405  method_not_allowed
 ├── UnusableCheckpoint           409  unusable_checkpoint
 │   └── WrongModel               409  wrong_model
+├── BodyTooLarge                 413  body_too_large
 ├── PromptTooLong                413  prompt_too_long
 ├── InvalidField                 422  invalid_field
 │   └── UnknownAttribute         422  unknown_attribute
 ├── QueueFull                    429  queue_full           (with Retry-After)
 ├── ClientGone                   499  client_gone          (nobody is left to read it)
 ├── GenerationFailed             500  generation_failed
+│   └── NotFinite                500  not_finite
 └── EngineDown                   503  engine_down
 """
 
-from typing import ClassVar
+from http import HTTPStatus
 
 
 class ServerError(Exception):
     """An error with an HTTP status, a type, and the request field at fault where there is one."""
 
-    status: ClassVar[int] = 500
-    type: ClassVar[str] = "internal_error"
+    status: int = 500
+    type: str = "internal_error"
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -56,6 +59,16 @@ class Unsupported(BadRequest):
     type = "unsupported"
 
 
+class Refused(BadRequest):
+    """What the HTTP framework refuses with a 4xx of its own."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+        if status in {known.value for known in HTTPStatus}:
+            self.type = HTTPStatus(status).name.lower()
+
+
 class NotFound(ServerError):
     status = 404
     type = "not_found"
@@ -81,6 +94,11 @@ class WrongModel(UnusableCheckpoint):
     """A sound checkpoint, made for another base model."""
 
     type = "wrong_model"
+
+
+class BodyTooLarge(ServerError):
+    status = 413
+    type = "body_too_large"
 
 
 class PromptTooLong(ServerError):
@@ -119,6 +137,12 @@ class GenerationFailed(ServerError):
     """A step of the model failed; only the requests in that step see this."""
 
     type = "generation_failed"
+
+
+class NotFinite(GenerationFailed):
+    """The model's output is NaN or infinite, so that there is nothing to draw from or to measure."""
+
+    type = "not_finite"
 
 
 class EngineDown(ServerError):

@@ -1,17 +1,22 @@
-"""The outermost layer: a request id, one log line a request, and an answer even to what nobody foresaw."""
+"""The outermost layers: a request id, one log line a request, an answer even to what nobody foresaw, a body limit."""
 
 import logging
 import re
 import secrets
+import string
 import time
+from urllib.parse import quote
 
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.problems import error_of, render
+from server.errors import BodyTooLarge
 
 log = logging.getLogger("server.access")
 HEADER = "x-request-id"
 OWN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+LOGGED = 200  # characters of a path in the log
 
 
 class RequestMiddleware:
@@ -44,12 +49,51 @@ class RequestMiddleware:
             await render(error_of(exception), request_id)(scope, receive, tagged)
         finally:
             elapsed = (time.monotonic() - started) * 1000
-            log.info("%s %s %s %d %.1f ms", request_id, scope["method"], scope["path"], status, elapsed)
+            log.info("%s %s %s %d %.1f ms", request_id, scope["method"], _path(scope), status, elapsed)
+
+
+class BodyLimit:
+    """Answers 413 to a body of more than `limit` bytes, whether the client says its length or only sends it."""
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self._app = app
+        self._limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        announced = _header(scope, b"content-length") or ""
+        # Digits beyond these twenty would be a number that takes long to read.
+        if announced.isdecimal() and (len(announced) > 20 or int(announced) > self._limit):
+            error = BodyTooLarge(f"The body has {announced[:20]} bytes; at most {self._limit} are taken.")
+            await render(error, scope["state"]["request_id"])(scope, receive, send)
+            return
+        taken = 0
+
+        async def counted() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > self._limit:
+                # The framework lets only its own exceptions through while it reads a body.
+                raise HTTPException(BodyTooLarge.status, f"The body has more than {self._limit} bytes.")
+            return message
+
+        await self._app(scope, counted, send)
+
+
+def _header(scope: Scope, wanted: bytes) -> str | None:
+    headers: list[tuple[bytes, bytes]] = scope["headers"]
+    return next((value.decode("latin-1") for name, value in headers if name == wanted), None)
+
+
+def _path(scope: Scope) -> str:
+    """The path as it was sent, in printable ASCII: nothing that a client sends can begin a line of the log."""
+    raw = scope.get("raw_path") or scope["path"].encode(errors="replace")
+    return quote(raw, safe=string.punctuation)[:LOGGED]
 
 
 def _own_id(scope: Scope) -> str | None:
-    headers: list[tuple[bytes, bytes]] = scope["headers"]
-    for name, value in headers:
-        if name == HEADER.encode() and OWN_ID.fullmatch(text := value.decode("latin-1")):
-            return text
-    return None
+    given = _header(scope, HEADER.encode())
+    return given if given is not None and OWN_ID.fullmatch(given) else None

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,13 @@ from server.engine.types import PositionsName
 from server.errors import InvalidField, UnknownAttribute, UnknownCheckpoint, UnusableCheckpoint, WrongModel
 from steering import checkpoint as folders
 from steering.checkpoint import Checkpoint, base_model_info, verify_against, verify_sites
-from steering.columns import ColumnBank, Handle, RowSteering
+from steering.columns import ColumnBank, Handle
 from steering.errors import CheckpointError, CheckpointMismatch, NotFound, UnsupportedArchitecture
 
 log = logging.getLogger(__name__)
 PREFERRED = "demo"
 Key = tuple[str, str]  # name, version
+State = tuple[tuple[int, int], ...]  # of a folder: when each of its files was written (ns), and its size (bytes)
 OnEngine = Callable[[Callable[[], Handle]], "Future[Handle]"]
 
 
@@ -54,29 +55,22 @@ class Loaded:
 
         Raises UnknownAttribute (listing those there are), InvalidField for a value outside a column's range.
         """
-        columns = self.checkpoint.columns
-        if attributes is None:
-            return tuple(column.default_multiplier for column in columns)
         known = self.defaults
-        for name, value in attributes.items():
+        asked = known if attributes is None else attributes
+        for name, value in asked.items():
             if name not in known:
                 raise UnknownAttribute(
                     f"Checkpoint {self.name!r} has no attribute {name!r}; it has {', '.join(known)}.",
                     param=f"{param}.{name}",
                 )
             # One range holds for all columns of an attribute.
-            low, high = next(column.range for column in columns if column.attribute == name)
+            low, high = next(column.range for column in self.checkpoint.columns if column.attribute == name)
             if value and not low <= value <= high:
                 raise InvalidField(
                     f"The multiplier of {name!r} is {value:g}; it must be from {low:g} to {high:g}.",
                     param=f"{param}.{name}",
                 )
-        return tuple(attributes.get(column.attribute, 0.0) for column in columns)
-
-
-def mixed(parts: Sequence[tuple[Handle, Sequence[float]]]) -> RowSteering:
-    """What a row carries that is steered by several checkpoints, with a multiplier for each of their columns."""
-    return RowSteering.of(parts)
+        return self.checkpoint.multipliers(asked)
 
 
 @dataclass(frozen=True)
@@ -111,8 +105,8 @@ def fits_model(model: Any, name: str, revision: str | None) -> Callable[[Checkpo
 class Registry:
     """Used from several threads; what changes the bank runs on the engine's thread.
 
-    A plain name means the active version of that name, else the newest loaded one, else the newest in the folder, so
-    that a folder which appears under a running server changes nobody's answers.
+    A plain name means the active version of that name, else the version that was the newest when the plain name was
+    first asked for. Neither a folder that appears under a running server nor a request for another version changes it.
     """
 
     def __init__(self, root: Path, bank: ColumnBank, fits: Callable[[Checkpoint], None], on_engine: OnEngine) -> None:
@@ -120,12 +114,13 @@ class Registry:
         self._bank = bank
         self._fits = fits
         self._on_engine = on_engine
-        self._lock = threading.Lock()  # guards the three below
+        self._lock = threading.Lock()  # guards the four below
         self._loaded: dict[Key, Loaded] = {}
+        self._meant: dict[str, Key] = {}  # what a plain name stands for
         self._pins: dict[Key, int] = {}
         self._active: Key | None = None
         self._loading = threading.Lock()  # one load at a time
-        self._read: dict[Path, tuple[int, Checkpoint | CheckpointError]] = {}
+        self._read: dict[Path, tuple[State, Checkpoint]] = {}
 
     @property
     def active(self) -> Loaded | None:
@@ -157,23 +152,30 @@ class Registry:
 
         Raises UnknownCheckpoint, UnusableCheckpoint, WrongModel.
         """
-        name, _, version = reference.partition("@")
-        if found := self._find_loaded(name, version or None):
+        name, at, text = reference.partition("@")
+        version = text if at else None
+        if found := self._find_loaded(name, version):
             return found
         with self._loading:
+            if found := self._find_loaded(name, version):  # loaded while this call waited
+                return found
             try:
-                folder = folders.find(self._root, name, version or None)
+                folder = folders.find(self._root, name, version)
             except NotFound:
                 raise UnknownCheckpoint(f"There is no checkpoint {reference!r}.", param=param) from None
-            if found := self._find_loaded(folder.parent.name, folder.name):
-                return found
-            checkpoint = self._usable(folder, param)
-            handle = self._on_engine(lambda: self._bank.add(checkpoint.columns)).result()
-            loaded = Loaded(folder.parent.name, folder.name, checkpoint, handle)
+            loaded = self._find_loaded(name, folder.name) or self._into_bank(folder, param)
             with self._lock:
-                self._loaded[loaded.name, loaded.version] = loaded
-            log.info("loaded checkpoint %s (%d columns)", loaded.label, len(checkpoint.columns))
+                self._loaded[name, loaded.version] = loaded
+                if version is None:
+                    self._meant[name] = name, loaded.version
             return loaded
+
+    def _into_bank(self, folder: Path, param: str | None) -> Loaded:
+        checkpoint = self._usable(folder, param)
+        handle = self._on_engine(lambda: self._bank.add(checkpoint.columns)).result()
+        loaded = Loaded(folder.parent.name, folder.name, checkpoint, handle)
+        log.info("loaded checkpoint %s (%d columns)", loaded.label, len(checkpoint.columns))
+        return loaded
 
     def pin(self, loaded: Loaded) -> None:
         """A request starts to use it: its columns stay until `release`."""
@@ -203,10 +205,8 @@ class Registry:
         with self._lock:
             if version is not None:
                 return self._loaded.get((name, version))
-            if self._active and self._active[0] == name:
-                return self._loaded[self._active]
-            # Loading puts newer entries last.
-            return next((self._loaded[key] for key in reversed(self._loaded) if key[0] == name), None)
+            key = self._active if self._active and self._active[0] == name else self._meant.get(name)
+            return self._loaded[key] if key else None
 
     def _look(self, folder: Path) -> tuple[Checkpoint | None, str | None]:
         try:
@@ -235,19 +235,13 @@ class Registry:
         return f"{text[:1].upper()}{text[1:]}."
 
     def _load_folder(self, folder: Path) -> Checkpoint:
-        """Reads a folder once for each time its config.json, which is written last, has been written."""
+        """Reads a folder again when one of its files has changed, or the last try has failed."""
         try:
-            written = (folder / "config.json").stat().st_mtime_ns
-        except OSError as error:
-            raise CheckpointError(f"The checkpoint folder {folder.name!r} has gone: {error}.") from error
+            found = [(folder / name).stat() for name in (folders.CONFIG, folders.TENSORS)]
+        except OSError:
+            return folders.load(folder)  # which says what is not there
+        state = tuple((stat.st_mtime_ns, stat.st_size) for stat in found)
         known = self._read.get(folder)
-        if known is None or known[0] != written:
-            result: Checkpoint | CheckpointError
-            try:
-                result = folders.load(folder)
-            except CheckpointError as error:
-                result = error
-            known = self._read[folder] = (written, result)
-        if isinstance(known[1], CheckpointError):
-            raise known[1]
+        if known is None or known[0] != state:
+            known = self._read[folder] = (state, folders.load(folder))
         return known[1]

@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 
 from server.config import Settings
 from server.engine.engine import Engine
-from server.engine.types import UNSTEERED, Draw, Finished, Pair, PositionsName, Row, Steer
+from server.engine.types import Draw, Finished, Pair, PositionsName, Row, Steer
 from server.errors import InvalidField, UnknownCheckpoint
 from server.exchange import Answer, Ask, Comparison, Part, Result, Spelled, Spoken, SteeringReport, Use
-from server.registry import Loaded, Registry, mixed
+from server.registry import Loaded, Registry
 from server.text import Codec
 from server.ticket import Ticket
+from steering.types import RowSteering
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class _Steering:
     parts: tuple[Part, ...]
 
 
-NO_STEERING = _Steering(UNSTEERED, (), ())
+NO_STEERING = _Steering(Steer(), (), ())
 
 
 class Service:
@@ -79,7 +80,7 @@ class Service:
         parts = [(one, one.multipliers(use.attributes, f"{use.param}attributes")) for use, one in used]
         positions = _positions(ask.positions, [one for one, _ in parts])
         return _Steering(
-            Steer(mixed([(one.handle, multipliers) for one, multipliers in parts]), positions),
+            Steer(RowSteering.of([(one.handle, multipliers) for one, multipliers in parts]), positions),
             tuple(one for one, _ in parts),
             tuple(
                 Part(
@@ -101,17 +102,18 @@ class Service:
         return active
 
     def _rows(self, request: str, ask: Ask, prompts: Sequence[tuple[int, ...]], steer: Steer) -> list[Row]:
-        arms = (steer, UNSTEERED) if ask.baseline else (steer,)
+        arms = (steer, NO_STEERING.steer) if ask.baseline else (steer,)
         count = len(prompts) * ask.n * len(arms)
         if count > self.settings.max_request_rows:
             raise InvalidField(
                 f"The request asks for {count} texts (prompts x n x arms); at most {self.settings.max_request_rows}.",
                 param="n" if ask.n > 1 else "prompt",
             )
-        # One seed for both arms and every prompt; the index among the choices makes the choices differ.
-        seed = secrets.randbits(63) if ask.seed is None else ask.seed
         rows: list[Row] = []
         for number, prompt in enumerate(prompts):
+            # Both arms share a seed. Drawn ones differ by prompt, so that a prompt sent twice gives two texts; the
+            # index among the choices makes the choices differ.
+            seed = secrets.randbits(63) if ask.seed is None else ask.seed
             room = ask.sampling.max_new_tokens
             if self.codec.context is not None:
                 room = min(room, self.codec.context - len(prompt))

@@ -55,16 +55,15 @@ def list_folders(root: Path) -> None:
         try:
             checkpoint = folders.load(folder)
         except CheckpointError as error:
-            table.add_row(f"{name}@{version}", Text(f"cannot be loaded: {error}"), "", "", "")
+            table.add_row(Text(f"{name}@{version}"), Text(f"cannot be loaded: {error}"), "", "", "")
             continue
         config = checkpoint.config
-        table.add_row(
-            f"{name}@{version}", config.method, config.base_model.id, _sites(checkpoint), _defaults(checkpoint)
-        )
+        cells = (f"{name}@{version}", config.method, config.base_model.id, _sites(checkpoint), _defaults(checkpoint))
+        table.add_row(*map(Text, cells))  # as text: brackets in them are no markup
     if found:
         console.print(table)
     else:
-        console.print(f"There are no checkpoints in {root}.")
+        console.print(Text(f"There are no checkpoints in {root}."))
 
 
 def show_folder(root: Path, reference: str) -> None:
@@ -89,7 +88,7 @@ def show_folder(root: Path, reference: str) -> None:
     console.print(table)
     card = folder / "README.md"
     if card.is_file():
-        console.print(Text(card.read_text(encoding="utf-8")))
+        console.print(Text(card.read_text(encoding="utf-8", errors="replace")))
 
 
 def verify_folders(settings: Settings, reference: str | None, *, against: bool) -> bool:
@@ -124,9 +123,9 @@ def _fits(settings: Settings) -> Callable[[Checkpoint], None]:
 
 
 def _find(root: Path, reference: str) -> Path:
-    name, _, version = reference.partition("@")
+    name, at, version = reference.partition("@")
     try:
-        return folders.find(root, name, version or None)
+        return folders.find(root, name, version if at else None)
     except NotFound:
         raise UnknownCheckpoint(f"There is no checkpoint {reference!r} in {root}.") from None
 

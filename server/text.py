@@ -5,6 +5,9 @@ from typing import Any
 
 from server.errors import InvalidField, PromptTooLong
 
+# A text with more characters a token than this is refused unread: tokenizing it would take long, and be for nothing.
+LONGEST_TOKEN = 64
+
 
 class Codec:
     """A tokenizer that answers bad input with an error naming the field. Used from several threads."""
@@ -18,12 +21,17 @@ class Codec:
 
     def encode(self, prompt: str, param: str) -> tuple[int, ...]:
         """The prompt's ids, with the special tokens that the tokenizer puts around a text."""
+        self._check_text(prompt, param)
+        self._check_length(len(prompt), param)
         return self._checked(self._tokenizer(prompt)["input_ids"], param)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]], param: str) -> tuple[int, ...]:
         """The ids of a conversation under the tokenizer's chat template, open for the next answer."""
         if not getattr(self._tokenizer, "chat_template", None):
             raise InvalidField("This model has no chat template; send 'prompt' instead of 'messages'.", param=param)
+        for index, message in enumerate(messages):
+            self._check_text(message["content"], f"{param}.{index}.content")
+        self._check_length(sum(len(message["content"]) for message in messages), param)
         try:
             text = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
@@ -41,6 +49,22 @@ class Codec:
         """The text of one token, special ones included."""
         text: str = self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
         return text
+
+    @staticmethod
+    def _check_text(text: str, param: str) -> None:
+        """Half a surrogate pair is valid in JSON and in Python, but no tokenizer can read it."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InvalidField("The text holds half of a surrogate pair, which is no character.", param=param) from None
+
+    def _check_length(self, characters: int, param: str) -> None:
+        if self.context is not None and characters > LONGEST_TOKEN * self.context:
+            raise PromptTooLong(
+                f"The prompt has {characters} characters, more than fit: prompt and answer together may have "
+                f"{self.context} tokens.",
+                param=param,
+            )
 
     def _checked(self, ids: Sequence[int], param: str) -> tuple[int, ...]:
         if not ids:

@@ -2,6 +2,7 @@
 
 import html
 import json
+import shlex
 from collections.abc import Mapping
 
 PAGE = """<!doctype html>
@@ -24,7 +25,7 @@ pre {{ background: #8881; padding: 1rem; overflow-x: auto }}
 
 
 def page(*, model: str, checkpoint: str | None, attributes: Mapping[str, float], address: str) -> str:
-    """The page for what is served now; the command on it can be copied and run."""
+    """The page for what is served now at `address`, a URL; the command on it can be copied and run."""
     body = {
         "prompt": "Q: What colour is the sky? A:",
         "attributes": dict(attributes),
@@ -32,8 +33,8 @@ def page(*, model: str, checkpoint: str | None, attributes: Mapping[str, float],
         "temperature": 0,
         "baseline": True,
     }
-    quoted = json.dumps(body).replace("'", "'\\''")
-    curl = f"curl {address}/generate -H 'Content-Type: application/json' -d '{quoted}'"
+    url = shlex.quote(f"{address.rstrip('/')}/generate")
+    curl = f"curl {url} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
     shown = ", ".join(f"{name} {value:g}" for name, value in attributes.items()) or "none"
     return PAGE.format(
         model=html.escape(model),

@@ -1,6 +1,6 @@
 """Health, readiness, and the page at /."""
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.responses import HTMLResponse
 
 from server.api.bodies import HealthBody, ReadyBody
@@ -11,13 +11,18 @@ from server.errors import EngineDown
 router = APIRouter(tags=["operations"])
 
 
+# A HEAD is a GET whose answer has no body; the server drops it.
+
+
 @router.get("/healthz")
+@router.head("/healthz", include_in_schema=False)
 async def healthz() -> HealthBody:
     """The process answers."""
     return HealthBody()
 
 
 @router.get("/readyz")
+@router.head("/readyz", include_in_schema=False)
 async def readyz(service: ServiceOf) -> ReadyBody:
     """The model is loaded and the engine takes requests; 503 with the reason where it does not."""
     if trouble := service.engine.trouble:
@@ -27,15 +32,15 @@ async def readyz(service: ServiceOf) -> ReadyBody:
 
 
 @router.get("/", include_in_schema=False)
-async def home(service: ServiceOf) -> HTMLResponse:
+@router.head("/", include_in_schema=False)
+async def home(request: Request, service: ServiceOf) -> HTMLResponse:
     """What runs here, and a request to copy."""
     active = service.registry.active
-    settings = service.settings
     return HTMLResponse(
         page(
             model=service.model,
             checkpoint=active.label if active else None,
             attributes=active.defaults if active else {},
-            address=f"http://{settings.host}:{settings.port}",
+            address=str(request.base_url),
         )
     )

@@ -10,9 +10,11 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from server.api.schemas import GenerateRequest
-from server.errors import BadRequest, InvalidField, MethodNotAllowed, NotFound, ServerError
+from server.errors import BadRequest, BodyTooLarge, InvalidField, MethodNotAllowed, NotFound, Refused, ServerError
 
 SHOWN = 80  # characters of a client's value in a message
+DESCRIBED = 5  # problems of one request
+LONGEST_MESSAGE, LONGEST_PARAM = 500, 200  # characters
 UNIONS = ("prompt", "stop")  # fields of several types: below them pydantic names the type that it tried
 KINDS = ("string_type", "list_type")
 
@@ -28,21 +30,43 @@ def error_of(exception: Exception, *, method: str = "", path: str = "") -> Serve
             return NotFound(f"There is nothing at {path}.")
         case HTTPException(status_code=405):
             return MethodNotAllowed(f"{path} does not take {method}.")
+        case HTTPException(status_code=413):
+            return BodyTooLarge(exception.detail)
+        case HTTPException(status_code=400):
+            return BadRequest(f"The request cannot be read: {_unread(exception)}.")
         case HTTPException(status_code=status) if 400 <= status < 500:
-            return BadRequest(f"The request cannot be read: {exception.detail}.")
+            return Refused(f"The request is refused: {exception.detail}.", status)
         case _:
             return ServerError("The server failed on this request; its log says more.")
 
 
 def render(error: ServerError, request_id: str, headers: Mapping[str, str] | None = None) -> Response:
     """{"error": {type, message, param, request_id}}, in ASCII, so that no text a client sent can break it."""
-    detail = {"type": error.type, "message": error.message, "param": error.param, "request_id": request_id}
+    detail = {
+        "type": error.type,
+        "message": _cut(error.message, LONGEST_MESSAGE),
+        "param": None if error.param is None else _cut(error.param, LONGEST_PARAM),
+        "request_id": request_id,
+    }
     return Response(
         json.dumps({"error": detail}),
         status_code=error.status,
         headers={**(headers or {}), **error.headers},
         media_type="application/json",
     )
+
+
+def _unread(exception: HTTPException) -> str:
+    """Why a body could not be parsed, which the framework's own sentence leaves out."""
+    match exception.__cause__:
+        case UnicodeDecodeError():
+            return "its body is not JSON in UTF-8"
+        case RecursionError():
+            return "its JSON is nested too deeply"
+        case ValueError():  # what is JSON, and yet more than Python reads
+            return "its JSON holds a number with too many digits"
+        case _:
+            return exception.detail
 
 
 def _invalid(problems: Sequence[Mapping[str, Any]]) -> ServerError:
@@ -52,6 +76,8 @@ def _invalid(problems: Sequence[Mapping[str, Any]]) -> ServerError:
     if tuple(first["loc"]) == ("body",):
         if first["type"] == "missing":
             return InvalidField("The request has no body; send a JSON object.")
+        if first["type"] == "string_unicode":
+            return InvalidField("The name of a field holds half of a surrogate pair, which is no character.")
         return InvalidField("The body must be a JSON object, sent with 'Content-Type: application/json'.")
     seen: dict[str | int, Mapping[str, Any]] = {}
     for problem in problems:
@@ -59,7 +85,11 @@ def _invalid(problems: Sequence[Mapping[str, Any]]) -> ServerError:
         key = problem["loc"][1] if problem["loc"][1] in UNIONS else _param(problem["loc"])
         if key not in seen or _depth(problem) > _depth(seen[key]):
             seen[key] = problem
-    return InvalidField(" ".join(map(_sentence, seen.values())), param=_param(next(iter(seen.values()))["loc"]))
+    described = list(seen.values())[:DESCRIBED]
+    sentences = [_sentence(problem) for problem in described]
+    if more := len(seen) - len(described):
+        sentences.append(f"And {more} more.")
+    return InvalidField(" ".join(sentences), param=_param(described[0]["loc"]))
 
 
 def _depth(problem: Mapping[str, Any]) -> tuple[int, bool]:
@@ -77,8 +107,11 @@ def _param(loc: Sequence[str | int]) -> str:
 def _sentence(problem: Mapping[str, Any]) -> str:
     param = _param(problem["loc"])
     if problem["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(param, GenerateRequest.model_fields, n=1)
+        # Nobody misspells a name into a text: those are not worth the search.
+        close = difflib.get_close_matches(param, GenerateRequest.model_fields, n=1) if len(param) <= SHOWN else []
         return f"There is no field {_short(param)}" + (f"; did you mean {close[0]!r}?" if close else ".")
+    if problem["type"] == "string_unicode":
+        return f"{_short(param, quote=False)} holds half of a surrogate pair, which is no character."
     if problem["type"] == "missing":
         return f"{param} is missing."
     if problem["type"] in ("string_too_short", "too_short"):  # every minimum here is 1
@@ -91,5 +124,8 @@ def _sentence(problem: Mapping[str, Any]) -> str:
 
 def _short(value: object, *, quote: bool = True) -> str:
     """A client's value, cut to a length that fits into a message."""
-    text = repr(value) if quote else str(value)
-    return text if len(text) <= SHOWN else text[:SHOWN] + "..."
+    return _cut(repr(value) if quote else str(value), SHOWN)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[:length] + "..."

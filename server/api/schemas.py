@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from server.engine.types import PositionsName, Sampling
 from server.errors import InvalidField, Unsupported
@@ -10,17 +10,8 @@ from server.exchange import Ask, Use
 
 NOT_SERVED_YET = ("stream", "trace")
 
-
-def _speakable(text: str) -> str:
-    """Half a surrogate pair is valid in JSON and in Python, but no tokenizer can read it."""
-    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
-        raise ValueError("the text holds half of a surrogate pair, which is no character")
-    return text
-
-
-Text = Annotated[str, AfterValidator(_speakable)]
-Prompt = Annotated[Text, Field(min_length=1)]
-Stop = Annotated[Text, Field(min_length=1, max_length=256)]
+Prompt = Annotated[str, Field(min_length=1)]
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Attributes = dict[str, float]
 
 
@@ -32,7 +23,7 @@ class Message(_Request):
     """One turn of a conversation."""
 
     role: Literal["system", "user", "assistant", "tool"]
-    content: Text
+    content: str
 
 
 class SteeringPart(_Request):

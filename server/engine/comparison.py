@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from server.engine.forward import Forward, acts, steering_of
+from server.engine.forward import Forward, acts
 from server.engine.types import Divergence, Pair
+from server.errors import NotFinite
 from steering.columns import UNSTEERED
 
 # Logits held at once, in numbers: 64 Mi float32 are 256 MB.
@@ -18,7 +19,10 @@ LARGEST_EXPONENT = 700.0  # math.exp overflows beyond 709
 
 def compare(forward: Forward, pair: Pair) -> Divergence:
     """One pass of three rows over prompt and answer: the steered text steered, the steered text unsteered, the
-    baseline text unsteered. Distributions are the model's own, before temperature and other sampling rules."""
+    baseline text unsteered. Distributions are the model's own, before temperature and other sampling rules.
+
+    Raises NotFinite where the model's output is not.
+    """
     reader = _Reader(forward, pair)
     start, last = len(pair.prompt) - 1, len(pair.prompt) + max(len(pair.steered), len(pair.baseline)) - 1
     if start:
@@ -35,6 +39,9 @@ def compare(forward: Forward, pair: Pair) -> Divergence:
         kl += float(divergence[: max(0, len(pair.steered) - answer)].double().sum())
         steered += _told(base, pair.steered[answer:])
         baseline += _told(logprobs[2], pair.baseline[answer:])
+    # Before max() and min(), which would turn NaN into a number.
+    if not all(map(math.isfinite, (kl, steered, baseline))):
+        raise NotFinite("The steered and the unsteered text cannot be compared: the model's output is not finite.")
     steered_mean, baseline_mean = steered / len(pair.steered), baseline / len(pair.baseline)
     return Divergence(
         kl_per_token=max(0.0, kl / len(pair.steered)),
@@ -73,7 +80,7 @@ class _Reader:
             self._ids[:, start:stop],
             torch.arange(start, stop, device=self._forward.device).expand(self.ROWS, -1),
             cache=self._cache,
-            rows=[steering_of(self._pair.steer), UNSTEERED, UNSTEERED],
+            rows=[self._pair.steer.columns, UNSTEERED, UNSTEERED],
             token_rows=token_rows.reshape(-1),
             last_only=last_only,
         )

@@ -5,15 +5,16 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from server.engine.progress import Progress
 from server.engine.scheduler import Scheduler
 from server.engine.types import Batch, Divergence, Draw, EngineStats, Event, Failed, Pair, Row, Sink
-from server.errors import EngineDown, GenerationFailed, QueueFull
+from server.errors import EngineDown, GenerationFailed, NotFinite, QueueFull, ServerError
 
 log = logging.getLogger(__name__)
 KEPT_BATCHES = 64
@@ -28,6 +29,9 @@ class Steps(Protocol):
 
     def compare(self, pair: Pair) -> Divergence:
         """Teacher-forced comparison of two finished texts."""
+
+    def rest(self) -> None:
+        """Nothing is left to do: free what the last batch held."""
 
     def recover(self) -> None:
         """Forget the batch after a failed step; raises when the device is gone."""
@@ -83,9 +87,10 @@ class Engine:
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._calls: deque[_Call] = deque()
         self._progress: dict[Row, Progress] = {}
-        self._lock = threading.Lock()  # guards _queued and _down
+        self._lock = threading.Lock()  # guards _queued, _down and _draining
         self._queued = 0  # rows submitted and not yet admitted
         self._down: str | None = "the engine has not started"
+        self._draining = False
         self._busy_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -94,6 +99,11 @@ class Engine:
     def start(self) -> None:
         self._down = None
         self._thread.start()
+
+    def drain(self) -> None:
+        """Take no new requests, and go on with those there are until `stop`."""
+        with self._lock:
+            self._draining = True
 
     def stop(self) -> None:
         """Stop after the current step; whatever is unfinished fails with a message."""
@@ -107,7 +117,7 @@ class Engine:
         busy_since = self._busy_since
         if self._down is None and busy_since is not None and time.monotonic() - busy_since > self._stall_s:
             return f"the current step has been running for more than {self._stall_s:g} s"
-        return self._down
+        return self._down or ("the server is draining: it finishes its requests and stops" if self._draining else None)
 
     def submit(self, rows: Sequence[Row], sink: Sink) -> None:
         """Queue the rows of one request; `sink` gets one last event for each of them.
@@ -115,8 +125,8 @@ class Engine:
         Raises QueueFull, EngineDown.
         """
         with self._lock:
-            if self._down is not None:
-                raise EngineDown(f"The engine cannot take requests: {self._down}.")
+            if self._down is not None or self._draining:
+                raise EngineDown(f"The engine cannot take requests: {self._down or 'the server is shutting down'}.")
             if self._queued and self._queued + len(rows) > self._queue_limit:
                 raise QueueFull(f"{self._queued} rows are waiting already (limit {self._queue_limit}); try again soon.")
             self._queued += len(rows)
@@ -127,7 +137,10 @@ class Engine:
         self._inbox.put(_Cancel(request))
 
     def call(self, work: Callable[[], T]) -> Future[T]:
-        """Run `work` on the engine's thread between two steps: the only safe time to touch model or bank."""
+        """Run `work` on the engine's thread between two steps: the only safe time to touch model or bank.
+
+        The future's exception is a ServerError whatever `work` raises. Raises EngineDown.
+        """
         future: Future[T] = Future()
         with self._lock:
             if self._down is not None:
@@ -156,6 +169,7 @@ class Engine:
     def _receive(self) -> None:
         """Take in what has arrived; with nothing to do wait for it, and briefly for its company."""
         if self._scheduler.idle and not self._calls:
+            self._runner.rest()
             message = self._inbox.get()
             self._take(message)
             if isinstance(message, _Submit):
@@ -181,9 +195,7 @@ class Engine:
                 self._progress |= {row: Progress(row, sink, at, self._eos, self._decode) for row in rows}
                 self._scheduler.add(rows)
             case _Cancel(request):
-                for row in self._scheduler.drop(request):
-                    progress = self._progress[row]
-                    self._unqueue(0 if progress.admitted else 1)
+                for progress in self._drop(request):
                     self._end(progress.finish("cancelled"))
             case _Call():
                 self._calls.append(message)
@@ -195,38 +207,69 @@ class Engine:
         call = self._calls.popleft()
         if not call.future.set_running_or_notify_cancel():
             return
-        try:
-            call.future.set_result(call.work())
-        except Exception as error:
-            call.future.set_exception(error)
+        with self._busy():
+            try:
+                call.future.set_result(call.work())
+            except ServerError as error:
+                call.future.set_exception(error)
+            except Exception as error:
+                log.error("work between two steps failed", exc_info=error)
+                failure = GenerationFailed("The model failed on work for this request; try again.")
+                failure.__cause__ = error
+                call.future.set_exception(failure)
 
     def _step(self, batch: Batch) -> None:
         if batch.fresh:
             self._admit(batch)
-        self._busy_since = time.monotonic()
-        try:
-            draws = self._runner.step(batch)
-        except Exception as error:
-            self._fail(batch, error)
-        else:
+        with self._busy():
+            try:
+                draws = self._runner.step(batch)
+            except Exception as error:
+                self._fail(batch, error)
+                return
             for row, draw in zip(batch.rows, draws, strict=True):
-                self._deliver(row, draw)
+                if row in self._progress:  # else its request has failed with a row before it
+                    self._deliver(row, draw)
             self.stats.steps += 1
             self.stats.tokens += len(draws)
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        """While this lasts longer than `stall_s`, the engine is in trouble."""
+        self._busy_since = time.monotonic()
+        try:
+            yield
         finally:
             self._busy_since = None
 
     def _deliver(self, row: Row, draw: Draw) -> None:
+        """One draw to its row; a row that cannot go on fails its request only."""
+        if not draw.finite:
+            log.error("the logits of a row of request %s are not finite", row.request)
+            self._give_up(row.request, NotFinite("The model's output is not finite: there is no next token."))
+            return
         progress = self._progress[row]
         try:
             reason = progress.accept(draw)
-            event: Event | None = progress.finish(reason) if reason else None
-        except Exception:  # text that cannot be decoded fails its own row only
+            event = progress.finish(reason) if reason else None
+        except Exception:
             log.exception("the text of a row of request %s cannot be decoded", row.request)
-            event = Failed(row, GenerationFailed("The generated tokens could not be turned into text."))
+            self._give_up(row.request, GenerationFailed("The generated tokens could not be turned into text."))
+            return
         if event is not None:
             self._scheduler.finish(row)
             self._end(event)
+
+    def _give_up(self, request: str, error: ServerError) -> None:
+        """Fail every row of a request: its client gets no answer, whatever the others would have become."""
+        for progress in self._drop(request):
+            self._end(Failed(progress.row, error))
+
+    def _drop(self, request: str) -> list[Progress]:
+        """Take a request's rows out, wherever they are; each still owes its last event."""
+        dropped = [self._progress[row] for row in self._scheduler.drop(request)]
+        self._unqueue(sum(not progress.admitted for progress in dropped))
+        return dropped
 
     def _admit(self, batch: Batch) -> None:
         for row in batch.rows:
@@ -238,12 +281,11 @@ class Engine:
         self.stats.recent_batches = [*self.stats.recent_batches, len(batch.rows)][-KEPT_BATCHES:]
 
     def _fail(self, batch: Batch, error: Exception) -> None:
-        """A failing step fails the rows in it, and nobody else, as long as the device still answers."""
+        """A failing step fails the requests in it, and nobody else, as long as the device still answers."""
         log.error("a step with %d rows failed", len(batch.rows), exc_info=error)
         self.stats.failed_steps += 1
-        for row in batch.rows:
-            self._scheduler.finish(row)
-            self._end(Failed(row, GenerationFailed("The model failed on this request's batch; try again.")))
+        for request in dict.fromkeys(row.request for row in batch.rows):
+            self._give_up(request, GenerationFailed("The model failed on this request's batch; try again."))
         try:
             self._runner.recover()
         except Exception as fatal:

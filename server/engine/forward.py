@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from server.engine.types import PositionsName, Steer
-from steering.columns import UNSTEERED, ColumnBank, RowSteering
+from server.engine.types import PositionsName
+from steering.columns import ColumnBank, RowSteering
 
 
 class Forward:
@@ -57,11 +57,6 @@ class Forward:
             counts = self.bank.take_counts(ids.numel())
         logits: Tensor = output.logits[:, -1:] if last_only else output.logits
         return logits, counts.view(ids.shape)
-
-
-def steering_of(steer: Steer) -> RowSteering:
-    """The row as the bank knows it."""
-    return UNSTEERED if steer.columns is None else steer.columns
 
 
 def acts(positions: PositionsName, start: int, stop: int, prompt: int) -> NDArray[np.bool_]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from server.engine.comparison import compare
-from server.engine.forward import Forward, acts, steering_of
+from server.engine.forward import Forward, acts
 from server.engine.sampler import Drawn, Sampler
 from server.engine.types import Batch, Divergence, Draw, Pair, Row, TokenLogprob
 from steering.columns import UNSTEERED
@@ -57,12 +57,17 @@ class Runner:
         """See engine.comparison; the batch that is running is not touched."""
         return compare(self.forward, pair)
 
+    def rest(self) -> None:
+        """Forget the batch, which frees its cache."""
+        self._state = None
+
     def recover(self) -> None:
         """Forget the batch; raises when the device does not answer any more."""
-        self._state = None
+        self.rest()
         torch.zeros(1, device=self.forward.device).add_(1).item()
 
     def _prefill(self, rows: Sequence[Row]) -> tuple[Drawn, Tensor]:
+        self.rest()  # two caches at once may be more than the device holds
         width = max(len(row.tokens) for row in rows)
         ids = np.zeros((len(rows), width), dtype=np.int64)
         mask = np.zeros_like(ids)
@@ -80,7 +85,7 @@ class Runner:
             torch.from_numpy(ids).to(device),
             positions,
             cache=cache,
-            rows=[steering_of(row.steer) for row in rows],
+            rows=[row.steer.columns for row in rows],
             token_rows=token_rows.reshape(-1),
             mask=None if mask.all() else attention,
             last_only=True,
@@ -105,14 +110,16 @@ class Runner:
             state.tokens,
             state.position,
             cache=state.cache,
-            rows=[steering_of(row.steer) if row else UNSTEERED for row in state.rows],
+            rows=[row.steer.columns if row else UNSTEERED for row in state.rows],
             token_rows=np.array([i if self._decode_acts(row) else -1 for i, row in enumerate(state.rows)]),
             mask=state.mask,
         )
         drawn = state.sampler.draw(logits[:, -1])
         state.tokens = drawn.tokens[:, None]
-        # An ended row that is still in the tensors must not run past the model's last position.
-        state.position = (state.position + 1).clamp(max=self._context - 1 if self._context else None)
+        state.position = state.position + 1
+        if self._context is not None:
+            # An ended row that is still in the tensors must not run past the model's last position.
+            state.position = state.position.clamp(max=self._context - 1)
         return drawn, counts.sum(dim=1)
 
     @staticmethod
@@ -138,7 +145,7 @@ class Runner:
 
     def _to_host(self, drawn: Drawn, counts: Tensor) -> dict[Row, Draw]:
         """The one copy from the device a step needs; logprobs, where asked for, are a second one."""
-        tokens, steered = torch.stack([drawn.tokens, counts]).tolist()
+        tokens, steered, finite = torch.stack([drawn.tokens, counts, drawn.finite.long()]).tolist()
         chosen = drawn.logprobs.tolist() if drawn.logprobs is not None else None
         top_tokens = drawn.top_tokens.tolist() if drawn.top_tokens is not None else None
         top_logprobs = drawn.top_logprobs.tolist() if drawn.top_logprobs is not None else None
@@ -149,7 +156,8 @@ class Runner:
             wanted = row.sampling.logprobs
             logprob = TokenLogprob(tokens[i], chosen[i]) if chosen and wanted is not None else None
             top = zip(top_tokens[i], top_logprobs[i], strict=True) if top_tokens and top_logprobs and wanted else ()
-            draws[row] = Draw(tokens[i], steered[i], logprob, tuple(TokenLogprob(*pair) for pair in top)[:wanted])
+            likeliest = tuple(TokenLogprob(*pair) for pair in top)[:wanted]
+            draws[row] = Draw(tokens[i], steered[i], bool(finite[i]), logprob, likeliest)
         return draws
 
     def _running(self) -> _State:

@@ -24,6 +24,7 @@ class Drawn:
     """One step's draws of a batch, still on the device."""
 
     tokens: Tensor  # [rows] int64
+    finite: Tensor  # [rows] bool; False: NaN or infinite logits, from which nothing can be drawn
     logprobs: Tensor | None  # [rows] float32, of the drawn tokens
     top_tokens: Tensor | None  # [rows, k] int64
     top_logprobs: Tensor | None  # [rows, k] float32
@@ -103,15 +104,17 @@ class Sampler:
         return scores
 
     def _described(self, raw: Tensor, tokens: Tensor) -> Drawn:
+        # The largest logit is NaN where one is, and infinite where all or the best are.
+        finite = raw.amax(dim=-1).isfinite()
         wanted = [rule.logprobs for rule in self._rules if rule.logprobs is not None]
         if not wanted:
-            return Drawn(tokens, None, None, None)
+            return Drawn(tokens, finite, None, None, None)
         logprobs = torch.log_softmax(raw, dim=-1)
         chosen = logprobs.gather(1, tokens[:, None])[:, 0]
         if not (most := min(max(wanted), logprobs.shape[-1])):
-            return Drawn(tokens, chosen, None, None)
+            return Drawn(tokens, finite, chosen, None, None)
         top = logprobs.topk(most, dim=-1)
-        return Drawn(tokens, chosen, top.indices, top.values)
+        return Drawn(tokens, finite, chosen, top.indices, top.values)
 
     def _mark(self, prompts: Sequence[Sequence[int]], device: torch.device) -> Tensor:
         """[rows, vocab] bool: the tokens that a row has had."""

@@ -67,14 +67,14 @@ class Scheduler:
 
     def _gather(self) -> list[Row]:
         rows: list[Row] = []
-        longest = 0
+        prompt = answer = 0  # the longest ones
         while self._waiting:
             group = self._waiting[0]
-            widest = max(longest, *(len(row.tokens) for row in group))
+            prompt = max(prompt, *(len(row.tokens) for row in group))
+            answer = max(answer, *(row.sampling.max_new_tokens for row in group))
             count = len(rows) + len(group)
             # A first group is always taken, however large: otherwise it would wait for ever.
-            if rows and (count > self._max_rows or count * widest > self._max_tokens):
+            if rows and (count > self._max_rows or count * (prompt + answer) > self._max_tokens):
                 break
             rows.extend(self._waiting.popleft())
-            longest = widest
         return rows

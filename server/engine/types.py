@@ -1,13 +1,11 @@
-"""What crosses the engine's boundary. No tensors here, and no import of torch."""
+"""What crosses the engine's boundary. No tensors here."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from server.errors import ServerError
-
-if TYPE_CHECKING:
-    from steering.columns import RowSteering
+from steering.types import UNSTEERED, RowSteering
 
 PositionsName = Literal["generated", "prompt", "all"]
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -32,13 +30,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Steer:
-    """What one row carries: multipliers for loaded columns (None: unsteered), and at which tokens they act."""
+    """What one row carries: multipliers for loaded columns, and at which tokens they act."""
 
-    columns: "RowSteering | None" = None
+    columns: RowSteering = UNSTEERED
     positions: PositionsName = "generated"
-
-
-UNSTEERED = Steer()
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +45,7 @@ class Row:
     group: int
     tokens: tuple[int, ...]
     sampling: Sampling
-    steer: Steer = UNSTEERED
+    steer: Steer = field(default_factory=Steer)
 
 
 @dataclass(frozen=True)
@@ -67,6 +62,7 @@ class Draw:
 
     token: int
     steered: int  # tokens of the row steered in this step; counted on the device, inside the steering hook
+    finite: bool = True  # False: the logits were NaN or infinite, and the token means nothing
     logprob: TokenLogprob | None = None
     top: tuple[TokenLogprob, ...] = ()
 

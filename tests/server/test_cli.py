@@ -5,12 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
 from server.cli import app
+from steering.checkpoint import base_model_info
+from tests.server.conftest import columns, write
+from tests.server.test_listener import free_port
 
 runner = CliRunner(env={"COLUMNS": "160", "NO_COLOR": "1", "MATSTEER_THREADS": "1"})
 
@@ -70,13 +74,21 @@ def test_a_bad_multiplier_is_refused_before_the_model_is_loaded(pair: str) -> No
     assert "NAME=NUMBER" in result.output
 
 
+def test_a_multiplier_that_is_given_twice_is_refused() -> None:
+    result = runner.invoke(app, ["generate", "Q:", "--set", "kind=1", "--set", "kind=2", "--model", "/nowhere"])
+    assert result.exit_code == 2
+    assert "'kind' twice" in result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["serve", "--port", "0"], "Bad setting port"),
-        (["serve", "--model", "/no/model"], "There is no model folder '/no/model'"),
+        (["serve", "--model", "/no/model", "--port", str(free_port())], "There is no model folder '/no/model'"),
+        (["serve", "--model", "/no/model", "--host", "no.host.invalid"], "The server cannot listen on no.host.invalid"),
         (["generate", "Q:", "--model", "/no/model"], "There is no model folder '/no/model'"),
         (["checkpoints", "show", "nowhere"], "There is no checkpoint 'nowhere'"),
+        (["checkpoints", "show", "demo@"], "There is no checkpoint 'demo@'"),
     ],
 )
 def test_what_cannot_start_says_why_in_one_sentence(arguments: list[str], message: str) -> None:
@@ -105,6 +117,16 @@ def test_checkpoints_are_listed_shown_and_verified(model_folder: Path, checkpoin
     assert foreign.exit_code == 1
     assert "hidden_size" in foreign.output
     assert runner.invoke(app, ["checkpoints", "verify", *place]).exit_code == 1
+
+
+def test_what_a_checkpoint_says_is_printed_as_it_stands(model: Any, tmp_path: Path) -> None:
+    info = base_model_info(model, "org/[bold]model[/]", None)
+    folder = write(tmp_path, "demo", "1", info, columns(32, seed=1))
+    (folder / "README.md").write_bytes(b"caf\xe9 [/red]")
+    listed = runner.invoke(app, ["checkpoints", "list", "--checkpoints", str(tmp_path)])
+    assert "org/[bold]model[/]" in listed.output
+    shown = runner.invoke(app, ["checkpoints", "show", "demo", "--checkpoints", str(tmp_path)])
+    assert "caf\N{REPLACEMENT CHARACTER} [/red]" in shown.output
 
 
 def test_other_packages_add_commands(monkeypatch: pytest.MonkeyPatch) -> None:

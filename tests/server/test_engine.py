@@ -77,6 +77,68 @@ def test_a_dead_device_makes_the_server_unready(fresh: World, monkeypatch: pytes
     assert fresh.client.get("/healthz").status_code == 200
 
 
+def test_a_row_without_a_next_token_fails_its_request_and_no_other(fresh: World) -> None:
+    import torch
+
+    poison = fresh.service.codec.encode("~", "prompt")
+    with torch.no_grad():
+        runner_of(fresh).forward._model.get_input_embeddings().weight[list(poison)] = float("nan")
+
+    async def together() -> list[httpx.Response]:
+        async with api(fresh.app) as client:
+            common = {"max_new_tokens": 30, "ignore_eos": True, "temperature": 0}
+            bodies = [{"prompt": ["Q: What", "Q: ~", "Q: sky"], **common}, {"prompt": "Q: Where", **common}]
+            return list(await asyncio.gather(*(client.post("/generate", json=body) for body in bodies)))
+
+    broken, sound = asyncio.run(together())
+    assert (broken.status_code, broken.json()["error"]["type"]) == (500, "not_finite")
+    assert sound.json()["results"][0]["usage"]["completion_tokens"] == 30
+    stats = fresh.service.engine.stats
+    assert stats.largest_batch == 4
+    assert stats.tokens == 4 + 29, "the other rows of the broken request go on for nobody"
+    assert not fresh.service.engine._progress
+    assert fresh.service.registry.pins == 0
+
+
+def test_a_comparison_that_fails_is_named_and_disturbs_nobody(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(pair: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner_of(fresh), "compare", broken)
+        status, error = fresh.refused(prompt="a", baseline=True, max_new_tokens=2)
+    assert (status, error["type"]) == (500, "generation_failed")
+    assert "memory" not in error["message"]
+    assert fresh.post(prompt="a", baseline=True, max_new_tokens=2)["comparison"]
+
+
+def test_work_between_steps_that_takes_too_long_makes_the_server_unready(
+    fresh: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, inside, go_on = fresh.service.engine, threading.Event(), threading.Event()
+    monkeypatch.setattr(engine, "_stall_s", 0.05)
+
+    def work() -> None:
+        inside.set()
+        assert go_on.wait(10)
+
+    done = engine.call(work)
+    assert inside.wait(10)
+    time.sleep(0.1)
+    assert fresh.client.get("/readyz").status_code == 503
+    go_on.set()
+    done.result(10)
+    assert fresh.client.get("/readyz").status_code == 200
+
+
+def test_an_idle_server_holds_no_cache(fresh: World) -> None:
+    fresh.post(prompt="a", max_new_tokens=3)
+    deadline = time.monotonic() + 5
+    while runner_of(fresh)._state is not None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert runner_of(fresh).rows == 0
+
+
 def test_the_event_loop_answers_while_the_model_runs(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = runner_of(fresh)
     real, inside, go_on = runner.step, threading.Event(), threading.Event()

@@ -94,6 +94,15 @@ def test_both_arms_use_the_same_random_numbers(world: World) -> None:
     assert comparison["perplexity_ratio"] == pytest.approx(1, abs=1e-4)
 
 
+def test_a_prompt_sent_twice_without_a_seed_gives_two_texts(world: World) -> None:
+    answer = world.post(
+        prompt=[PROMPTS[1]] * 2, attributes={}, baseline=True, temperature=2.0, max_new_tokens=20, ignore_eos=True
+    )
+    texts = [result["token_ids"] for result in answer["results"]]
+    assert texts[0] != texts[1]
+    assert texts == [result["token_ids"] for result in answer["baseline"]]
+
+
 def test_choices_differ_and_the_first_is_the_text_that_comes_alone(world: World) -> None:
     body: dict[str, Any] = {"prompt": PROMPTS[:2], "temperature": 1.0, "seed": 3, "max_new_tokens": 12}
     answer = world.post(n=3, **body)

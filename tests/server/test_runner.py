@@ -9,8 +9,10 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, GPT
 from server.engine.forward import Forward
 from server.engine.runner import Runner
 from server.engine.types import Batch, Pair, Row, Sampling, Steer
+from server.errors import NotFinite
 from steering.columns import ColumnBank
 from steering.hook import Steering
+from tests.server.conftest import tiny_llama
 
 SHARED: dict[str, Any] = {
     "vocab_size": 97,
@@ -77,3 +79,24 @@ def test_a_comparison_read_in_small_chunks_is_the_same(model: Any, monkeypatch: 
     assert vars(small) == pytest.approx(vars(whole), rel=1e-4)
     assert whole.kl_per_token > 0.01
     bank.check()
+
+
+def test_a_model_without_a_known_limit_is_served(model: Any) -> None:
+    runner = Runner(Forward(model, ColumnBank(device="cpu", max_tokens=1)), context=None)
+    row = Row("r", 0, 0, (5, 6, 7), Sampling(temperature=0))
+    tokens = [runner.step(Batch((row,), fresh))[0].token for fresh in (True, False, False)]
+    ids = torch.tensor([row.tokens])
+    expected = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=3, pad_token_id=0, eos_token_id=None
+    )
+    assert tokens == expected[0, 3:].tolist()
+
+
+def test_a_comparison_that_is_no_number_is_an_error_and_not_a_zero(tokenizer: Any) -> None:
+    model = tiny_llama(len(tokenizer))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[9] = float("nan")
+    runner = Runner(Forward(model, ColumnBank(device="cpu", max_tokens=1)), context=64)
+    with pytest.raises(NotFinite):
+        runner.compare(Pair((5, 6), (9, 20, 21), (30, 31), Steer()))
+    assert runner.compare(Pair((5, 6), (8, 20, 21), (30, 31), Steer())).kl_per_token == pytest.approx(0, abs=1e-6)

@@ -113,5 +113,14 @@ def test_splitmix64_is_the_published_one() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_logits_that_are_no_numbers_give_a_token_all_the_same(value: float) -> None:
-    tokens = Sampler(RULES, PROMPTS, VOCAB, CPU).draw(torch.full((5, VOCAB), value)).tokens
-    assert ((tokens >= 0) & (tokens < VOCAB)).all()
+    drawn = Sampler(RULES, PROMPTS, VOCAB, CPU).draw(torch.full((5, VOCAB), value))
+    assert ((drawn.tokens >= 0) & (drawn.tokens < VOCAB)).all()
+    assert not drawn.finite.any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_row_with_one_logit_that_is_no_number_is_marked_and_no_other(value: float) -> None:
+    scores = logits(len(RULES))
+    scores[2, 7] = value
+    scores[3, 7] = -float("inf")
+    assert Sampler(RULES, PROMPTS, VOCAB, CPU).draw(scores).finite.tolist() == [True, True, False, True, True]

@@ -1,14 +1,14 @@
 """Who runs with whom."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine.scheduler import Scheduler
 from server.engine.types import Row, Sampling
 
 
-def row(request: str, index: int = 0, group: int = 0, length: int = 3) -> Row:
-    return Row(request, index, group, (1,) * length, Sampling())
+def row(request: str, index: int = 0, group: int = 0, length: int = 3, new: int = 1) -> Row:
+    return Row(request, index, group, (1,) * length, Sampling(max_new_tokens=new))
 
 
 def test_rows_that_wait_share_the_next_batch() -> None:
@@ -38,6 +38,15 @@ def test_a_long_prompt_does_not_make_a_batch_too_wide() -> None:
     assert [r.request for r in batch.rows] == ["a"]
 
 
+def test_a_long_answer_does_not_make_a_batch_too_wide() -> None:
+    scheduler = Scheduler(max_rows=8, max_tokens=100)
+    for name, length, new in (("a", 10, 10), ("b", 3, 40), ("c", 3, 1)):
+        scheduler.add([row(name, length=length, new=new)])
+    batch = scheduler.next()
+    assert batch is not None
+    assert [r.request for r in batch.rows] == ["a", "b"], "2 x (10 + 40) fits, 3 x (10 + 40) does not"
+
+
 def test_a_row_larger_than_every_limit_still_runs() -> None:
     scheduler = Scheduler(max_rows=2, max_tokens=10)
     scheduler.add([row("a", i, 0, length=60) for i in range(3)])
@@ -56,6 +65,7 @@ def test_a_dropped_request_is_gone_wherever_it_was() -> None:
     assert [r.request for r in batch.rows] == ["b"]
 
 
+@settings(deadline=None)  # a busy machine is not a failure
 @given(st.lists(st.integers(1, 5), max_size=12), st.integers(2, 6), st.integers(5, 40))
 def test_every_row_runs_exactly_once(groups: list[int], max_rows: int, max_tokens: int) -> None:
     scheduler = Scheduler(max_rows, max_tokens)

@@ -1,0 +1,109 @@
+"""How the server comes to its address, and how it ends."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+from server.app import create_app
+from server.config import Settings
+from server.errors import StartupError
+from server.listener import DrainingServer, listen
+from tests.server.conftest import World
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def test_an_address_that_is_taken_is_one_sentence() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(StartupError, match=rf"cannot listen on 127.0.0.1 port {port}: Address already in use\.$"):
+            listen(Settings(port=port))
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "", "x" * 300])
+def test_a_host_that_is_none_is_one_sentence(host: str) -> None:
+    with pytest.raises(StartupError, match="cannot listen on") as caught:
+        listen(Settings(host=host))
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(("host", "warned"), [("0.0.0.0", True), ("127.0.0.1", False), ("localhost", False)])
+def test_an_address_that_others_can_reach_is_warned_of(
+    caplog: pytest.LogCaptureFixture, host: str, warned: bool
+) -> None:
+    with listen(Settings(host=host, port=free_port())):
+        assert ("can be reached from other machines" in caplog.text) is warned
+
+
+class Slow:
+    """Every step of the runner takes a while; `inside` is set once the first one runs."""
+
+    def __init__(self, runner: Any) -> None:
+        self.inside = threading.Event()
+        self._real = runner.step
+        runner.step = self
+
+    def __call__(self, batch: Any) -> Any:
+        self.inside.set()
+        time.sleep(0.03)
+        return self._real(batch)
+
+
+@contextmanager
+def serving(settings: Settings, drain_s: float) -> Iterator[tuple[DrainingServer, Slow, str]]:
+    app = create_app(settings)
+    slow = Slow(app.state.service.engine._runner)
+    bound = listen(settings.model_copy(update={"port": free_port()}))
+    server = DrainingServer(app, drain_s=drain_s)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+    thread.start()
+    try:
+        deadline = time.monotonic() + 20
+        while not server.started and time.monotonic() < deadline:
+            time.sleep(0.01)
+        yield server, slow, f"http://127.0.0.1:{bound.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        bound.close()
+        assert not thread.is_alive()
+        assert app.state.service.engine.trouble
+
+
+@pytest.mark.parametrize(("drain_s", "status"), [(20, 200), (0.2, 503)])
+def test_a_shutdown_lets_running_requests_finish_for_a_while(settings: Settings, drain_s: float, status: int) -> None:
+    answers: list[httpx.Response] = []
+    with serving(settings, drain_s) as (server, slow, url):
+        body = {"prompt": "a", "max_new_tokens": 40, "ignore_eos": True}
+        asking = threading.Thread(
+            target=lambda: answers.append(httpx.post(f"{url}/generate", json=body, timeout=30, trust_env=False))
+        )
+        asking.start()
+        assert slow.inside.wait(10)
+        server.should_exit = True
+        asking.join(20)
+    assert [answer.status_code for answer in answers] == [status]
+    if status == 503:
+        assert answers[0].json()["error"]["type"] == "engine_down"
+    else:
+        assert answers[0].json()["results"][0]["usage"]["completion_tokens"] == 40
+
+
+def test_a_draining_server_is_not_ready_and_takes_nothing_new(fresh: World) -> None:
+    fresh.service.engine.drain()
+    ready = fresh.client.get("/readyz")
+    assert ready.status_code == 503
+    assert "draining" in ready.json()["error"]["message"]
+    assert fresh.refused(prompt="a")[0] == 503
+    assert fresh.client.get("/healthz").status_code == 200
