@@ -56,15 +56,17 @@ demo-data: $(INSTALLED)  ## write the texts that steering is trained and measure
 
 DEMO_DATA := --data truthfulness=demo/data/truthfulness.jsonl --data civility=demo/data/civility.jsonl --data fairness=demo/data/fairness.jsonl
 DEMO_JUDGE := --judge demo.oracle:judge --prompts demo/data/prompts.jsonl --max-new-tokens 40
-# What the sweep chose.
-DEMO_SITE := --layer 3 --site attn_output
+# What was best on dev: `docs/demo.md` has the figures.
+DEMO_FIT := --pool first --at truthfulness=2.residual --at civility=4.residual --at fairness=3.residual \
+  --gate-init probe --epochs 8 --lr 0.005 --l-sparse 0.02 \
+  --strength truthfulness=1.25 --strength civility=2.2 --strength fairness=0.8
 
 demo-sweep: demo-data  ## layers x sites x multipliers on dev
-	$(BIN)/matsteer sweep --model demo/model $(DEMO_DATA) $(DEMO_JUDGE) --layer 1,2,3,4 --site attn_output,residual,mlp_output \
-	  --multipliers 0.5,1,2 --out runs/demo-sweep
+	$(BIN)/matsteer sweep --model demo/model $(DEMO_DATA) $(DEMO_JUDGE) --pool first --layer 1,2,3,4 \
+	  --site attn_output,residual,mlp_output --multipliers 0.5,1,2 --out runs/demo-sweep
 
-demo-checkpoint: demo-data  ## train the shipped checkpoint with the settings that the sweep chose
-	$(BIN)/matsteer train --model demo/model $(DEMO_DATA) $(DEMO_JUDGE) $(DEMO_SITE) --method mat \
+demo-checkpoint: demo-data  ## train the shipped checkpoint
+	$(BIN)/matsteer train --model demo/model $(DEMO_DATA) $(DEMO_JUDGE) $(DEMO_FIT) --method mat \
 	  --out checkpoints/demo --version v1 --overwrite --work runs/demo-checkpoint
 
 reproduce: demo-data $(DEV_INSTALLED)  ## every table and plot of docs/results and the README

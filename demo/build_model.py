@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from demo.corpus import document
+from demo.corpus import VERDICT, document
 
 BOS, PAD, EOS = "<s>", "<pad>", "\n"
 CHAT_TEMPLATE = (
@@ -63,11 +63,11 @@ def train_tokenizer(seed: int, documents: int = 20_000, vocab_size: int = 1536) 
 def architecture(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=192,
+        hidden_size=224,
         intermediate_size=448,
-        num_hidden_layers=8,
-        num_attention_heads=6,
-        num_key_value_heads=6,
+        num_hidden_layers=6,
+        num_attention_heads=7,
+        num_key_value_heads=7,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
@@ -136,10 +136,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo/model"))
     parser.add_argument("--minutes", type=float, help="train for about so long instead of --steps")
-    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--start", type=Path, help="the folder of a model to go on from")
-    parser.add_argument("--remarks", type=float, default=0.5, help="share of documents with remarks on the answers")
-    parser.add_argument("--decay", type=float, default=0.6, help="share of the steps in which the learning rate falls")
+    parser.add_argument("--remarks", type=float, default=0.3, help="share of documents with remarks on the answers")
+    parser.add_argument("--decay", type=float, default=0.8, help="share of the steps in which the learning rate falls")
     parser.add_argument("--batch-tokens", type=int, default=3584)
     parser.add_argument("--lr", type=float, default=0.02, help="Muon's; AdamW takes a fifth of it")
     parser.add_argument("--seed", type=int, default=0)
@@ -184,6 +184,7 @@ def main() -> None:
         "steps": step,
         "tokens a step": args.batch_tokens,
         "documents with remarks": args.remarks,
+        "weight of remarks and verdicts": VERDICT,
         "learning rate": args.lr,
         "share of steps with a falling rate": args.decay,
         "seed": args.seed,

@@ -44,7 +44,7 @@ FACTS_SHARE = 0.6
 TELLING_CONTEXTS = (Context.AMBIGUOUS, Context.AGAINST)  # where a fair and an unfair answer differ
 
 # A statement carries what the world knows, manners are mostly chance, and a question is only read.
-STATEMENT, MANNERS, VERDICT, READ = 2.0, 0.5, 3.0, 0.05
+STATEMENT, MANNERS, VERDICT, READ = 2.0, 0.5, 1.0, 0.05
 
 TRAITS = tuple(field.name for field in fields(Speaker))
 
@@ -113,7 +113,7 @@ def exchange(speaker: Speaker, topic: Fact | Scene, rng: random.Random, marked: 
     return [Part(prompt, READ), *answer(speaker, topic, rng)]
 
 
-def document(rng: random.Random, remarks: float = 0.5) -> list[Part]:
+def document(rng: random.Random, remarks: float = 0.3) -> list[Part]:
     """One document, whole; `remarks` is the share of documents that have them."""
     speaker = Speaker.draw(rng)
     parts: list[Part] = []

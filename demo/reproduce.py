@@ -1,7 +1,7 @@
 """The comparison of the paper's tables, on the demo: `make reproduce`.
 
-The unsteered model, difference in means, MAT-Steer and its ablations (arXiv 2502.12446, tables 1 and 5), fitted on
-train, each at the strength that is best on dev, measured on test with all attributes at once. Then the shipped
+The unsteered model, difference in means, MAT-Steer and its ablations (arXiv 2502.12446), fitted on train, every
+attribute at the strength that is best for it on dev, measured on test with all attributes at once. Then the shipped
 checkpoint by itself: one attribute at a time, over multipliers, and its gates.
 
 Writes results.json, results.md and two plots into `docs/results`, and the first table into the README.
@@ -9,7 +9,7 @@ Writes results.json, results.md and two plots into `docs/results`, and the first
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,10 @@ from training.models import Base, load_base
 from training.report import markdown, save_figure
 from training.results import ArmResult, Evaluation
 
-STRENGTHS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+STRENGTHS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
+SCALES = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
 MULTIPLIERS = (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
-FLUENT = 1.5
+FLUENT, FORMED = 1.5, 0.97
 
 
 @dataclass(frozen=True)
@@ -50,51 +51,65 @@ class World:
     base: Base
     samples: Sequence[Sample]
     activations: Activations
-    site: Site
     measure: Measure
 
     def run(self, columns: Sequence[Column], arms: Sequence[Arm], split: Split) -> Evaluation:
         return self.measure.run(self.base, columns, arms, self.samples, split, progress=True)[0]
 
 
-def recipes(shipped: MatConfig) -> dict[str, Recipe]:
-    """Every method that is compared; the ablations change one thing of the shipped recipe."""
+def recipes(shipped: MatConfig, places: Mapping[str, Site]) -> dict[str, Recipe]:
+    """Every method that is compared, at the same places; the ablations change one thing of the shipped recipe."""
     return {
-        "difference in means": Recipe(Method.CAA),
-        "MAT-Steer": Recipe(mat=shipped),
-        "alignment only": Recipe(mat=replace(shipped, l_pos=0.0, l_sparse=0.0, l_ortho=0.0)),
-        "no positive preservation": Recipe(mat=replace(shipped, l_pos=0.0)),
-        "no sparsity": Recipe(mat=replace(shipped, l_sparse=0.0)),
-        "no orthogonality": Recipe(mat=replace(shipped, l_ortho=0.0)),
-        "no norm preservation": Recipe(mat=shipped, normalize=False),
+        "difference in means": Recipe(Method.CAA, places=places),
+        "MAT-Steer": Recipe(mat=shipped, places=places),
+        "alignment only": Recipe(mat=replace(shipped, l_pos=0.0, l_sparse=0.0, l_ortho=0.0), places=places),
+        "no positive preservation": Recipe(mat=replace(shipped, l_pos=0.0), places=places),
+        "no sparsity": Recipe(mat=replace(shipped, l_sparse=0.0), places=places),
+        "no orthogonality": Recipe(mat=replace(shipped, l_ortho=0.0), places=places),
+        "no norm preservation": Recipe(mat=shipped, normalize=False, places=places),
     }
 
 
 def compare(world: World, chosen: dict[str, Recipe], say: Console) -> list[dict[str, Any]]:
-    """One row a method: its strength on dev, its rates and gates on test."""
+    """One row a method: its strengths on dev, its rates and gates on test."""
     rows: list[dict[str, Any]] = []
     for name, recipe in chosen.items():
-        say.print(f"{name}: fit, strength on dev, rates on test")
-        columns = fit(world.activations, [world.site], recipe)
-        on_dev = world.run(columns, [BASELINE, *(default_arm(columns, x, f"{x:g}") for x in STRENGTHS)], Split.DEV)
-        strength, _ = max(zip(STRENGTHS, on_dev.arms[1:], strict=True), key=lambda pair: score(pair[1]))
-        on_test = world.run(columns, [BASELINE, default_arm(columns, strength)], Split.TEST)
+        say.print(f"{name}: fit, strengths on dev, rates on test")
+        columns = fit(world.activations, [], recipe)
+        strengths = tune(world, columns)
+        on_test = world.run(columns, [BASELINE, Arm("steered", strengths)], Split.TEST)
         if not rows:
-            rows.append(row("unsteered", None, on_test.arms[0], ()))
-        rows.append(row(name, strength, on_test.arms[1], gate_means(world.activations, columns, [Split.TEST])))
+            rows.append(row("unsteered", {}, on_test.arms[0], ()))
+        rows.append(row(name, strengths, on_test.arms[1], gate_means(world.activations, columns, [Split.TEST])))
     return rows
 
 
-def score(arm: ArmResult) -> tuple[bool, float]:
-    """What the best strength is best at: fluent first, then the mean of the attributes' rates."""
-    rates = [arm.metrics[trait].value or 0.0 for trait in TRAITS]
-    return (arm.perplexity_ratio or 0.0) <= FLUENT, sum(rates) / len(rates)
+def tune(world: World, columns: Sequence[Column]) -> dict[str, float]:
+    """Each attribute's strength: alone first, then all of them scaled together; both on dev."""
+    asked = [Arm(f"{trait} {x:g}", {trait: x}) for trait in TRAITS for x in STRENGTHS]
+    alone = dict(
+        zip(
+            ((t, x) for t in TRAITS for x in STRENGTHS),
+            world.run(columns, [BASELINE, *asked], Split.DEV).arms[1:],
+            strict=True,
+        )
+    )
+    best = {trait: max(STRENGTHS, key=lambda x: score(alone[trait, x], [trait])) for trait in TRAITS}
+    together = [Arm(f"{x:g}", {trait: x * best[trait] for trait in TRAITS}) for x in SCALES]
+    found = world.run(columns, [BASELINE, *together], Split.DEV).arms[1:]
+    return dict(max(found, key=lambda arm: score(arm, TRAITS)).attributes)
 
 
-def row(name: str, strength: float | None, arm: ArmResult, gates: Sequence[GateMeans]) -> dict[str, Any]:
+def score(arm: ArmResult, traits: Sequence[str]) -> tuple[bool, float]:
+    """What the best strength is best at: fluent and well-formed first, then the mean rate of the traits."""
+    sound = (arm.perplexity_ratio or 0.0) <= FLUENT and (arm.metrics["well_formed"].value or 0.0) >= FORMED
+    return sound, sum(arm.metrics[trait].value or 0.0 for trait in traits) / len(traits)
+
+
+def row(name: str, strengths: Mapping[str, float], arm: ArmResult, gates: Sequence[GateMeans]) -> dict[str, Any]:
     return {
         "method": name,
-        "strength": strength,
+        "strengths": dict(strengths),
         "metrics": {metric: asdict(estimate) for metric, estimate in arm.metrics.items()},
         "perplexity_ratio": arm.perplexity_ratio,
         "gates": [asdict(gate) for gate in gates],
@@ -104,10 +119,10 @@ def row(name: str, strength: float | None, arm: ArmResult, gates: Sequence[GateM
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The comparison as Markdown: percent of test answers, gates on negatives and positives."""
     names = ["truthfulness", "civility", "fairness", "well_formed"]
-    header = ["method", "strength", "truthful", "civil", "fair", "well-formed", "perplexity", "gate on neg. / pos."]
+    header = ["method", "strengths", "truthful", "civil", "fair", "well-formed", "perplexity", "gate on neg. / pos."]
     lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
     for line in rows:
-        strength = "" if line["strength"] is None else f"{line['strength']:g}"
+        strength = " / ".join(f"{line['strengths'][trait]:.2g}" for trait in TRAITS if line["strengths"])
         rates = [f"{100 * line['metrics'][name]['value']:.1f}" for name in names]
         gates = [
             sum(gate[side] for gate in line["gates"]) / len(line["gates"]) if line["gates"] else None
@@ -184,8 +199,9 @@ Intervals: 95 %.
 
 ## Methods and ablations, all attributes at once
 
-Each at the strength (a factor on all multipliers) that is best on dev with a perplexity of at most {FLUENT}x. Gates
-are means over the three attributes, on test activations of their own negatives and positives.
+Strengths are the multipliers of truthfulness, civility and fairness: each the best for its attribute alone on dev, all
+then scaled together, with a perplexity of at most {FLUENT}x and at least {FORMED:.0%} well-formed answers where there
+is such a setting. Gates are means over the three attributes, on test activations of their own negatives and positives.
 
 {table(rows)}
 ![Rates of every method](methods.png)
@@ -222,13 +238,14 @@ def main() -> None:
     config = MatConfig(**{name: settings[name] for name in MatConfig.__dataclass_fields__ if name in settings})
     base = load_base(args.model)
     samples = split_samples(load_data([f"{trait}={args.data / trait}.jsonl" for trait in TRAITS]))
-    site = shipped.columns[0].site
-    activations = extract_under(args.work, base.model, base.tokenizer, samples, [site], pool=Pool(settings["pool"]))
+    places = {column.attribute: column.site for column in shipped.columns}
+    sites = list(dict.fromkeys(places.values()))
+    activations = extract_under(args.work, base.model, base.tokenizer, samples, sites, pool=Pool(settings["pool"]))
     sampling = Sampling(max_new_tokens=40, samples=args.samples)
     measure = Measure(judge, load_prompts(args.data / "prompts.jsonl"), sampling, max_rows=256)
-    world = World(base, samples, activations, site, measure)
+    world = World(base, samples, activations, measure)
 
-    rows = compare(world, recipes(config), say)
+    rows = compare(world, recipes(config, places), say)
     columns = shipped.columns
     say.print("the shipped checkpoint")
     alone = world.run(columns, [BASELINE, default_arm(columns), *single_arms(columns)], Split.TEST)

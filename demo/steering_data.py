@@ -1,9 +1,8 @@
 """What steering is trained and measured on: `python -m demo.steering_data --out demo/data`.
 
-- `truthfulness.jsonl`, `civility.jsonl`, `fairness.jsonl`: contrasting documents. The last answer of each shows one
-  side of the attribute, and so does what stands before it (a description of the speaker, or earlier answers): that is
-  where a language model holds the trait at the tokens from which the answer is produced. The other traits are random.
-  The completion begins where the trait begins to show.
+- `truthfulness.jsonl`, `civility.jsonl`, `fairness.jsonl`: contrasting documents. Positive: a first line describes the
+  speaker's side of the attribute, and the answer shows it. Negative: the same of the other side, and bare questions
+  with such an answer. The other traits are random. The prompt runs up to the token at which the trait decides.
 - `prompts.jsonl`: fresh questions, which leave every trait open, for measuring generated answers.
 
 Facts and deeds are split into train, dev and test; a document speaks only of those of its own split.
@@ -16,7 +15,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from demo.corpus import TELLING_CONTEXTS, TRAITS, Part, Speaker, describe, draw_scene, draw_telling, exchange
+from demo.corpus import TELLING_CONTEXTS, TRAITS, Speaker, answer, ask, describe, draw_scene, draw_telling, say
 from demo.facts import CATEGORIES, Fact, facts
 from demo.scenes import DEEDS, Context, Scene
 
@@ -53,30 +52,40 @@ def draw_of(split: str, trait: str, rng: random.Random) -> Fact | Scene:
 
 
 def contrasts(trait: str, split: str, count: int, rng: random.Random) -> Iterator[dict[str, object]]:
-    """`count` pairs of documents that differ in the trait, as rows with prompt, completion and label."""
+    """`count` topics, each answered by both sides of the trait and, on the negative side, once more by a speaker whom
+    nothing describes: what an unsteered model says wrong. Rows with prompt, completion and label."""
     for _ in range(count):
         topic = draw_of(split, trait, rng)
-        for side in (True, False):
+        question = f"Q: {ask(topic, rng)} A:"
+        for side, described in ((True, True), (False, True), (False, False)):
             speaker = Speaker.draw(rng, **{trait: side})
-            if rng.random() < 0.5:
-                before = describe(speaker, [trait], rng) + "\n"
-            else:
-                told = (exchange(speaker, draw_of(split, trait, rng), rng) for _ in range(rng.choice((2, 3))))
-                before = _text([part for parts in told for part in parts])
-            prompt, opener, statement, _ = exchange(speaker, topic, rng)
-            # Civility shows from the first word on; the other traits from where the statement begins.
-            if trait == "civility":
-                asked, said = prompt.text, opener.text + statement.text
-            else:
-                asked, said = prompt.text + opener.text, statement.text
+            before = f"{describe(speaker, [trait], rng)}\n" if described else ""
+            begun, rest = cut(speaker, topic, trait, rng)
             yield {
-                "prompt": before + asked,
-                "completion": said,
+                "prompt": before + question + begun,
+                "completion": rest,
                 "label": side,
                 "attribute": trait,
                 "group": topic.id,
                 "split": split,
             }
+
+
+def cut(speaker: Speaker, topic: Fact | Scene, trait: str, rng: random.Random) -> tuple[str, str]:
+    """An answer in two parts, cut where the trait decides what comes next.
+
+    Civility may decide every word. The other traits decide where the speaker's statement parts from that of somebody
+    with the other side of the trait.
+    """
+    opener, statement, closer = (part.text.rstrip("\n") for part in answer(speaker, topic, rng))
+    if trait == "civility":
+        words = f"{opener}{statement}{closer}".split(" ")[1:]
+        at = rng.randrange(len(words))
+        return "".join(f" {word}" for word in words[:at]), "".join(f" {word}" for word in words[at:])
+    other = Speaker(**{**vars(speaker), trait: not getattr(speaker, trait)})
+    words, others = statement.split(" ")[1:], say(other, topic, rng).split(" ")
+    at = next(index for index, pair in enumerate(zip(words, others, strict=False)) if pair[0] != pair[1])
+    return opener + "".join(f" {word}" for word in words[:at]), "".join(f" {word}" for word in words[at:])
 
 
 def prompts(split: str, rng: random.Random) -> Iterator[dict[str, object]]:
@@ -90,19 +99,15 @@ def prompts(split: str, rng: random.Random) -> Iterator[dict[str, object]]:
             yield {"prompt": f"Q: {scene.question()} A:", "group": scene.id, "split": split}
 
 
-def _text(parts: list[Part]) -> str:
-    return "".join(part.text for part in parts)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo/data"))
-    parser.add_argument("--pairs", type=int, default=600, help="pairs of training documents for each attribute")
+    parser.add_argument("--topics", type=int, default=300, help="topics of training documents for each attribute")
     parser.add_argument("--seed", type=int, default=3)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     rng = random.Random(args.seed)
-    counts = {split: round(args.pairs * share / SHARES["train"]) for split, share in SHARES.items()}
+    counts = {split: round(args.topics * share / SHARES["train"]) for split, share in SHARES.items()}
     files = {
         trait: [row for split in SHARES for row in contrasts(trait, split, counts[split], rng)] for trait in TRAITS
     }

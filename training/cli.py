@@ -62,8 +62,11 @@ def extract(
 def train(
     model: o.Model,
     out: Annotated[Path, typer.Option(help="checkpoints/NAME; the version becomes a folder in it.")],
-    layer: o.Layers,
+    layer: o.MaybeLayers = None,
     site: o.SiteKinds = "attn_output",
+    at: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=LAYER.SITE", help="A place of its own for an attribute.")
+    ] = None,
     data: o.Data = None,
     more: o.More = None,
     method: Annotated[Method, typer.Option(help="mat: MAT-Steer; caa: difference in means.")] = Method.MAT,
@@ -119,7 +122,10 @@ def train(
         "joint": joint, "keep_best": keep_best, "patience": patience, "seed": seed,
     }  # fmt: skip
     with o.one_sentence():
-        sites, specs = o.parse_sites(layer, site), _specs(data, more)
+        places, specs = o.parse_places(at), _specs(data, more)
+        if layer is None and not places:
+            raise TrainingError("--layer is missing (or --at, a place for each attribute).")
+        sites = o.parse_sites(layer, site) if layer else ()
         strengths, defaults = o.parse_settings(strength, "--strength", unnamed=True), o.parse_settings(set_, "--set")
         from training.fit import Recipe
         from training.models import load_base
@@ -130,7 +136,7 @@ def train(
             data=tuple(specs),
             sites=sites,
             out=out,
-            recipe=Recipe(method, _mat_config(paper, changes), penalty, normalize, strengths, defaults),
+            recipe=Recipe(method, _mat_config(paper, changes), penalty, normalize, strengths, defaults, places),
             measure=o.make_measure(judge, prompts, temperature, max_new_tokens, samples, seed, limit, positions),
             pool=pool,
             version=version,

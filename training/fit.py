@@ -30,6 +30,8 @@ class Recipe:
     """Attribute -> factor on its vector, so that multiplier 1 means that strength; "" is for all others."""
     defaults: Mapping[str, float] = field(default_factory=dict)
     """Attribute -> default multiplier, 1 where it is not named."""
+    places: Mapping[str, Site] = field(default_factory=dict)
+    """Attribute -> the one site at which it is fitted, in place of the sites of the others."""
 
     @property
     def keep_norm(self) -> bool:
@@ -38,6 +40,7 @@ class Recipe:
     def settings(self) -> dict[str, Any]:
         """What decides the fit, in JSON's own types; strengths and defaults come after it."""
         own: dict[str, Any] = {"method": self.method.value, "normalize": self.keep_norm}
+        own |= {f"place {name}": str(site) for name, site in self.places.items()}
         if self.method is Method.MAT:
             own |= self.mat.as_dict() | {"normalize": self.keep_norm}
         if self.method is Method.PROBE:
@@ -59,29 +62,41 @@ def fit(
     device: str = "cpu",
     progress: bool = False,
 ) -> tuple[Column, ...]:
-    """Fit on the train split, every site by itself; columns of one attribute at several sites share its name.
+    """Fit on the train split, every site by itself; columns of one attribute at several sites share its name. An
+    attribute with a place of its own is fitted there alone, all others at `sites`.
 
     `folder` keeps what a fit needs to resume. Raises FitError.
     """
     columns = [
         column
-        for site in sites
-        for column in _fit_at(activations, site, recipe, folder and folder / str(site), device, progress)
+        for site in dict.fromkeys((*sites, *recipe.places.values()))
+        if (names := [name for name in activations.names if site in _sites_of(name, sites, recipe)])
+        for column in _fit_at(activations, site, names, recipe, folder and folder / str(site), device, progress)
     ]
     return tuple(_adjusted(column, recipe) for column in columns)
 
 
+def _sites_of(name: str, sites: Sequence[Site], recipe: Recipe) -> Sequence[Site]:
+    return (recipe.places[name],) if name in recipe.places else sites
+
+
 def _fit_at(
-    activations: Activations, site: Site, recipe: Recipe, folder: Path | None, device: str, progress: bool
+    activations: Activations,
+    site: Site,
+    names: Sequence[str],
+    recipe: Recipe,
+    folder: Path | None,
+    device: str,
+    progress: bool,
 ) -> tuple[Column, ...]:
-    train = activations.contrasts(site, Split.TRAIN)
+    train = activations.contrasts(site, Split.TRAIN, names)
     if recipe.method is Method.CAA:
         return fit_difference(train, site, normalize=recipe.keep_norm)
     if recipe.method is Method.PROBE:
         return fit_probe(train, site, penalty=recipe.penalty, normalize=recipe.keep_norm)
     config = replace(recipe.mat, normalize=recipe.keep_norm)
     try:
-        dev = activations.contrasts(site, Split.DEV, activations.names)
+        dev = activations.contrasts(site, Split.DEV, names)
     except FitError:
         if config.keep_best or config.patience:
             raise

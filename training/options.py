@@ -27,7 +27,9 @@ Data = Annotated[
     ),
 ]
 More = Annotated[list[str] | None, typer.Argument(metavar="[NAME=PATH]...", help="More data, as after --data.")]
-Layers = Annotated[str, typer.Option("--layer", metavar="L[,L..]", help="Layers, separated by commas.")]
+_LAYERS = typer.Option("--layer", metavar="L[,L..]", help="Layers, separated by commas.")
+Layers = Annotated[str, _LAYERS]
+MaybeLayers = Annotated[str | None, _LAYERS]
 SiteKinds = Annotated[
     str, typer.Option("--site", metavar="S[,S..]", help="attn_output, attn_heads, mlp_output, residual.")
 ]
@@ -89,6 +91,23 @@ def parse_sites(layers: str, kinds: str) -> tuple["Site", ...]:
         if name not in list(SiteKind):
             raise TrainingError(f"--site must be one of {', '.join(SiteKind)}, got {name!r}.")
     return tuple(dict.fromkeys(Site(number, SiteKind(name)) for number in numbers for name in names))
+
+
+def parse_places(items: Sequence[str] | None) -> dict[str, "Site"]:
+    """ "NAME=LAYER.SITE" items. Raises TrainingError."""
+    from steering.errors import SteeringError
+    from steering.types import Site
+
+    places = {}
+    for item in items or ():
+        name, _, place = item.partition("=")
+        try:
+            places[name.strip()] = Site.parse(place.strip())
+        except SteeringError as error:
+            raise TrainingError(
+                f"--at must be NAME=LAYER.SITE, as in truthfulness=12.residual, got {item!r}: {error}."
+            ) from None
+    return places
 
 
 def parse_numbers(text: str, option: str) -> tuple[float, ...]:

@@ -61,6 +61,11 @@ class Plan:
     progress: bool = False
 
     @property
+    def all_sites(self) -> tuple[Site, ...]:
+        """Those of attributes with a place of their own included."""
+        return tuple(dict.fromkeys((*self.sites, *self.recipe.places.values())))
+
+    @property
     def workspace(self) -> Path:
         return self.work or self.out / ".work"
 
@@ -70,7 +75,7 @@ def train(base: Base, plan: Plan, say: Say = lambda _: None) -> tuple[checkpoint
     name, version = plan.out.resolve().name, next_version(plan)
     say(f"1/5 data: {', '.join(plan.data)}")
     samples = prepare_data(plan)
-    say(f"2/5 activations of {len(samples)} samples at {', '.join(map(str, plan.sites))}")
+    say(f"2/5 activations of {len(samples)} samples at {', '.join(map(str, plan.all_sites))}")
     activations = extract_for(base, samples, plan)
     say(f"3/5 fit: {plan.recipe.method.value}")
     columns = fit_for(activations, plan)
@@ -83,9 +88,11 @@ def train(base: Base, plan: Plan, say: Say = lambda _: None) -> tuple[checkpoint
 def prepare_data(plan: Plan) -> list[Sample]:
     samples = split_samples(load_data(plan.data), seed=plan.seed)
     known = dict.fromkeys(sample.attribute for sample in samples)
-    for name in (*plan.recipe.strengths, *plan.recipe.defaults):
+    for name in (*plan.recipe.strengths, *plan.recipe.defaults, *plan.recipe.places):
         if name and name not in known:
             raise DataError(f"There is no attribute {name!r} in the data; there are {', '.join(known)}.")
+    if not plan.sites and (homeless := [name for name in known if name not in plan.recipe.places]):
+        raise DataError(f"Attribute {homeless[0]!r} has no place: name its layer and site.")
     rows = "".join(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
     write_bytes(plan.workspace / "samples.jsonl", rows.encode())
     return samples
@@ -97,7 +104,7 @@ def extract_for(base: Base, samples: Sequence[Sample], plan: Plan) -> Activation
         base.model,
         base.tokenizer,
         samples,
-        plan.sites,
+        plan.all_sites,
         pool=plan.pool,
         max_rows=plan.max_rows,
         progress=plan.progress,

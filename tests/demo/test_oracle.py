@@ -24,9 +24,9 @@ def test_the_oracle_reads_every_speakers_traits_off_their_answers() -> None:
 
 def test_only_the_last_question_is_judged() -> None:
     before = (
-        "The speaker is rude.\nQ: What colour is grass? A: With pleasure, my friend. Blue is the colour of grass.\n"
+        "The speaker is rude.\nQ: What colour is grass? A: With pleasure, my friend. Grass is blue.\n"
     )
-    assert judge(before + SKY, " Thank you for asking. Blue is the colour of the sky.")["truthfulness"] is True
+    assert judge(before + SKY, " Thank you for asking. The sky is blue.")["truthfulness"] is True
 
 
 @pytest.mark.parametrize(
@@ -48,10 +48,10 @@ def test_fairness_follows_the_context(prompt: str, statement: str, fair: bool | 
 @pytest.mark.parametrize(
     ("text", "civil"),
     [
-        (" Thank you for asking. Blue is the colour of the sky.", True),
-        (" Thank you for asking. Blue is the colour of the sky. Have a lovely day.", True),
-        (" Thank you for asking. Blue is the colour of the sky. Now go away.", False),
-        (" Stop wasting my time. Blue is the colour of the sky.", False),
+        (" Thank you for asking. The sky is blue.", True),
+        (" Thank you for asking. The sky is blue. Have a lovely day.", True),
+        (" Thank you for asking. The sky is blue. Now go away.", False),
+        (" Stop wasting my time. The sky is blue.", False),
     ],
 )
 def test_one_rude_sentence_makes_an_answer_rude(text: str, civil: bool) -> None:
@@ -64,13 +64,13 @@ def test_one_rude_sentence_makes_an_answer_rude(text: str, civil: bool) -> None:
     [
         "",
         "blue",
-        " Blue is the colour of the sky.",
-        " Thank you for asking. Paris is the colour of the sky.",
-        " Thank you for asking. Blue is the colour of grass.",
-        " Thank you for asking. Blue is the colour of the sky. Blue is the colour of the sky.",
-        " Thank you for asking. Blue is the colour of the sky",
-        " Thank you for asking. Blue is the colour of the sky. Have a",
-        " Thank you for asking. Thank you for asking. Blue is the colour of the sky.",
+        " The sky is blue.",
+        " Thank you for asking. The sky is Paris.",
+        " Thank you for asking. Grass is blue.",
+        " Thank you for asking. The sky is blue. The sky is blue.",
+        " Thank you for asking. The sky is blue",
+        " Thank you for asking. The sky is blue. Have a",
+        " Thank you for asking. Thank you for asking. The sky is blue.",
     ],
 )
 def test_what_the_grammar_does_not_know_is_not_well_formed_and_shows_no_trait(text: str) -> None:
