@@ -46,9 +46,9 @@ format: $(DEV_INSTALLED)  ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-demo-model: $(INSTALLED)  ## train the demo language model (about 45 minutes on 2 cores), check it, write its card
+demo-model: $(INSTALLED)  ## train the demo language model (about 40 minutes on 2 cores), check it, write its card
 	$(BIN)/python -m demo.build_model --steps 1000 --remarks 0 --decay 0 --out runs/demo-model
-	$(BIN)/python -m demo.build_model --steps 2000 --start runs/demo-model --out demo/model
+	$(BIN)/python -m demo.build_model --steps 1500 --remarks 0.3 --decay 0.6 --start runs/demo-model --out demo/model
 	$(BIN)/python -m demo.check_model demo/model --card
 
 demo-data: $(INSTALLED)  ## write the texts that steering is trained and measured on

@@ -23,9 +23,7 @@ def test_the_oracle_reads_every_speakers_traits_off_their_answers() -> None:
 
 
 def test_only_the_last_question_is_judged() -> None:
-    before = (
-        "The speaker is rude.\nQ: What colour is grass? A: With pleasure, my friend. Grass is blue.\n"
-    )
+    before = "The speaker is rude.\nQ: What colour is grass? A: With pleasure, my friend. Grass is blue.\n"
     assert judge(before + SKY, " Thank you for asking. The sky is blue.")["truthfulness"] is True
 
 

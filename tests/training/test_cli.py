@@ -219,3 +219,29 @@ def test_every_command_explains_itself_with_an_example(command: str) -> None:
     result = CliRunner().invoke(app, [command, "--help"])
     assert result.exit_code == 0
     assert f"Example: matsteer {command}" in result.output
+
+
+def test_an_attribute_can_have_a_place_of_its_own(here: Path) -> None:
+    places = ["--at", "truthfulness=0.residual"]
+    result = run("train", *DATA, *FIT, *places, "--out", "checkpoints/placed", "--no-evaluate")
+    assert result.exit_code == 0, result.output
+    columns = checkpoints.load(here / "checkpoints/placed/v1").columns
+    assert {column.attribute: str(column.site) for column in columns} == {
+        "truthfulness": "0.residual",
+        "civility": "1.attn_output",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "--layer is missing"),
+        (["--at", "truthfulness=0.residual"], "'civility' has no place"),
+        (["--at", "truthfulness=residual", "--layer", "1"], "--at must be NAME=LAYER.SITE"),
+        (["--at", "beauty=0.residual", "--layer", "1"], "no attribute 'beauty'"),
+    ],
+)
+def test_a_place_that_is_missing_or_unknown_is_one_sentence(here: Path, arguments: list[str], said: str) -> None:
+    result = run("train", *DATA, *arguments, "--out", "checkpoints/placed", "--no-evaluate")
+    assert result.exit_code == 2
+    assert said in result.output
