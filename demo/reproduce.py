@@ -9,8 +9,10 @@ Writes results.json, results.md and two plots into `docs/results`, and the first
 
 import argparse
 import json
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,8 @@ from training.report import markdown, save_figure
 from training.results import ArmResult, Evaluation
 
 STRENGTHS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
-SCALES = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
+SCALES = (0.6, 0.8, 1.0)
+DEV_PROMPTS = 140
 MULTIPLIERS = (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 FLUENT, FORMED = 1.5, 0.97
 
@@ -54,7 +57,11 @@ class World:
     measure: Measure
 
     def run(self, columns: Sequence[Column], arms: Sequence[Arm], split: Split) -> Evaluation:
-        return self.measure.run(self.base, columns, arms, self.samples, split, progress=True)[0]
+        """On dev, where many settings are tried, a part of the prompts with one answer each."""
+        measure = self.measure
+        if split is Split.DEV:
+            measure = replace(measure, limit=DEV_PROMPTS, sampling=replace(measure.sampling, samples=1))
+        return measure.run(self.base, columns, arms, self.samples, split, progress=True)[0]
 
 
 def recipes(shipped: MatConfig, places: Mapping[str, Site]) -> dict[str, Recipe]:
@@ -85,18 +92,18 @@ def compare(world: World, chosen: dict[str, Recipe], say: Console) -> list[dict[
 
 
 def tune(world: World, columns: Sequence[Column]) -> dict[str, float]:
-    """Each attribute's strength: alone first, then all of them scaled together; both on dev."""
-    asked = [Arm(f"{trait} {x:g}", {trait: x}) for trait in TRAITS for x in STRENGTHS]
-    alone = dict(
-        zip(
-            ((t, x) for t in TRAITS for x in STRENGTHS),
-            world.run(columns, [BASELINE, *asked], Split.DEV).arms[1:],
-            strict=True,
-        )
-    )
-    best = {trait: max(STRENGTHS, key=lambda x: score(alone[trait, x], [trait])) for trait in TRAITS}
-    together = [Arm(f"{x:g}", {trait: x * best[trait] for trait in TRAITS}) for x in SCALES]
-    found = world.run(columns, [BASELINE, *together], Split.DEV).arms[1:]
+    """Each attribute's strength: the best alone, then every combination of those and weaker ones; both on dev."""
+    asked = {(trait, x): Arm(f"{trait} {x:g}", {trait: x}) for trait in TRAITS for x in STRENGTHS}
+    found = world.run(columns, [BASELINE, *asked.values()], Split.DEV).arms[1:]
+    alone = dict(zip(asked, found, strict=True))
+    best: dict[str, float] = {}
+    for trait in TRAITS:
+        scores = {x: score(alone[trait, x], [trait]) for x in STRENGTHS}
+        best[trait] = max(scores, key=scores.__getitem__)
+    scales = product(SCALES, repeat=len(TRAITS))
+    together = [{trait: x * best[trait] for trait, x in zip(TRAITS, scale, strict=True)} for scale in scales]
+    arms = [Arm(f"{number}", strengths) for number, strengths in enumerate(together)]
+    found = world.run(columns, [BASELINE, *arms], Split.DEV).arms[1:]
     return dict(max(found, key=lambda arm: score(arm, TRAITS)).attributes)
 
 
@@ -199,9 +206,10 @@ Intervals: 95 %.
 
 ## Methods and ablations, all attributes at once
 
-Strengths are the multipliers of truthfulness, civility and fairness: each the best for its attribute alone on dev, all
-then scaled together, with a perplexity of at most {FLUENT}x and at least {FORMED:.0%} well-formed answers where there
-is such a setting. Gates are means over the three attributes, on test activations of their own negatives and positives.
+Strengths are the multipliers of truthfulness, civility and fairness: each the best for its attribute alone on dev,
+then the best combination of those and weaker ones, with a perplexity of at most {FLUENT}x and at least {FORMED:.0%}
+well-formed answers where there is such a setting. Gates are means over the three attributes, on test activations of
+their own negatives and positives.
 
 {table(rows)}
 ![Rates of every method](methods.png)
@@ -242,7 +250,9 @@ def main() -> None:
     sites = list(dict.fromkeys(places.values()))
     activations = extract_under(args.work, base.model, base.tokenizer, samples, sites, pool=Pool(settings["pool"]))
     sampling = Sampling(max_new_tokens=40, samples=args.samples)
-    measure = Measure(judge, load_prompts(args.data / "prompts.jsonl"), sampling, max_rows=256)
+    prompts = load_prompts(args.data / "prompts.jsonl")
+    random.Random(0).shuffle(prompts)
+    measure = Measure(judge, prompts, sampling, max_rows=512)
     world = World(base, samples, activations, measure)
 
     rows = compare(world, recipes(config, places), say)

@@ -94,7 +94,8 @@ def test_the_train_command_trains_a_checkpoint_on_rows_as_the_readme_shows_them(
     block = re.search(r"```json\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     assert block
     for name in ("facts.jsonl", "tone.jsonl"):
-        rows = [{**json.loads(line), "group": f"g{n}"} for n in range(6) for line in block[1].splitlines()]
+        lines = [line for n in range(6) for line in block[1].replace("Hamlet", f"play {n}").splitlines()]
+        rows = [{**json.loads(line), "group": json.loads(line)["prompt"]} for line in lines]
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = next(command for command in commands(README) if command.startswith("matsteer train"))
     words = shlex.split(command.replace("Qwen/Qwen2.5-0.5B-Instruct", str(ROOT / "demo/model")))[1:]

@@ -37,10 +37,10 @@ def test_the_last_answer_shows_the_side_that_the_label_says() -> None:
             assert verdict[trait] in (row["label"], None)
 
 
-def test_sides_are_balanced_and_other_traits_mixed() -> None:
+def test_a_third_of_the_rows_is_positive_and_other_traits_are_mixed() -> None:
     for trait in TRAITS:
         found = rows(trait, "train", 200)
-        assert sum(bool(row["label"]) for row in found) == len(found) / 2
+        assert sum(bool(row["label"]) for row in found) == len(found) / 3
         other = "civility" if trait != "civility" else "truthfulness"
         for side in (True, False):
             shown = [judge(*last_exchange(row))[other] for row in found if row["label"] is side]
