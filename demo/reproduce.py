@@ -42,7 +42,7 @@ from training.results import ArmResult, Evaluation
 
 STRENGTHS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
 SCALES = (0.6, 0.8, 1.0)
-DEV_PROMPTS = 140
+DEV_PROMPTS = 70
 MULTIPLIERS = (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 FLUENT, FORMED = 1.5, 0.97
 
@@ -237,7 +237,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     parser.add_argument("--work", type=Path, default=Path("runs/reproduce"))
-    parser.add_argument("--samples", type=int, default=2, help="answers to each prompt")
+    parser.add_argument("--samples", type=int, default=1, help="answers to each prompt")
     args = parser.parse_args()
     say = Console(stderr=True)
 

@@ -252,3 +252,12 @@ def test_activations_that_cannot_be_fitted_are_refused(clouds: Clouds) -> None:
 def test_settings_out_of_range_are_named(change: dict[str, float]) -> None:
     with pytest.raises(FitError, match=next(iter(change))):
         MatConfig(**change)  # type: ignore[arg-type]
+
+
+def test_stored_settings_come_back_as_they_were() -> None:
+    config = MatConfig(gate_init=GateInit.PROBE, objective=Objective.REFERENCE)
+    stored = config.as_dict()
+    again = MatConfig(**stored)  # type: ignore[arg-type]
+    assert again == config
+    assert again.gate_init is GateInit.PROBE
+    assert again.objective is Objective.REFERENCE

@@ -38,6 +38,9 @@ class MatConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        # Settings that were stored come back as their names.
+        for name, kind in (("objective", Objective), ("kernel", Kernel), ("init", Init), ("gate_init", GateInit)):
+            object.__setattr__(self, name, kind(getattr(self, name)))
         for name in ("sigma", "lr"):
             if not (isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise FitError(f"{name} must be a positive number, got {getattr(self, name)}.")
