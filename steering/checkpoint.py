@@ -28,7 +28,7 @@ from steering.checkpoint_config import (
 from steering.checkpoint_tensors import check_widths, pack, unpack
 from steering.errors import CheckpointError, CheckpointMismatch, ColumnError, NotFound
 from steering.sites import hidden_size, layers, site_width
-from steering.types import Column, Positions
+from steering.types import Column, Positions, multipliers_of
 
 __all__ = [
     "BaseModelInfo",
@@ -64,14 +64,8 @@ class Checkpoint:
         return {column.attribute: column.default_multiplier for column in self.columns}
 
     def multipliers(self, attributes: Mapping[str, float]) -> tuple[float, ...]:
-        """The multiplier of each column, for `RowSteering.of`: that of its attribute, 0 where it is not listed.
-
-        Raises ColumnError for an unknown attribute, listing the known ones.
-        """
-        for name in attributes:
-            if name not in self.attributes:
-                raise ColumnError(f"unknown attribute {name!r}; known: {', '.join(self.attributes)}")
-        return tuple(float(attributes.get(column.attribute, 0.0)) for column in self.columns)
+        """The multiplier of each column (`multipliers_of`). Raises ColumnError for an unknown attribute."""
+        return multipliers_of(self.columns, attributes)
 
 
 def save(

@@ -1,7 +1,7 @@
 """The nouns of steering: where a column acts, what it is, and what one row of a batch asks for."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Self, TypeVar
@@ -208,3 +208,20 @@ def _finite(value: float, what: str) -> float:
 
 def _float32(value: float) -> float:
     return float(np.float32(_finite(value, "sum of multipliers")))
+
+
+def attribute_names(columns: Iterable[Column]) -> tuple[str, ...]:
+    """The attributes, each once, in the order of the columns."""
+    return tuple(dict.fromkeys(column.attribute for column in columns))
+
+
+def multipliers_of(columns: Sequence[Column], attributes: Mapping[str, float]) -> tuple[float, ...]:
+    """The multiplier of each column, for `RowSteering.of`: that of its attribute, 0 where it is not listed.
+
+    Raises ColumnError for an unknown attribute, listing the known ones.
+    """
+    known = attribute_names(columns)
+    for name in attributes:
+        if name not in known:
+            raise ColumnError(f"there is no attribute {name!r}; there are {', '.join(known) or 'none'}")
+    return tuple(float(attributes.get(column.attribute, 0.0)) for column in columns)

@@ -1,10 +1,9 @@
 """What is compared: the same prompts under different multipliers."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from steering.types import Column
-from training.errors import TrainingError
+from steering.types import Column, multipliers_of
 
 
 @dataclass(frozen=True)
@@ -15,19 +14,11 @@ class Arm:
     attributes: Mapping[str, float] = field(default_factory=dict)
 
     def multipliers(self, columns: Sequence[Column]) -> tuple[float, ...]:
-        """One multiplier a column; columns of one attribute share it. Raises TrainingError for an unknown name."""
-        known = attribute_names(columns)
-        for name in self.attributes:
-            if name not in known:
-                raise TrainingError(f"There is no attribute {name!r}; there are {', '.join(known) or 'none'}.")
-        return tuple(float(self.attributes.get(column.attribute, 0.0)) for column in columns)
+        """One multiplier a column; columns of one attribute share it. Raises ColumnError for an unknown name."""
+        return multipliers_of(columns, self.attributes)
 
 
 BASELINE = Arm("unsteered")
-
-
-def attribute_names(columns: Iterable[Column]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(column.attribute for column in columns))
 
 
 def default_arm(columns: Sequence[Column], scale: float = 1.0, name: str = "steered") -> Arm:

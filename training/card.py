@@ -3,8 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from steering.types import Column
-from training.arms import attribute_names
+from steering.types import Column, attribute_names
 from training.gates import GateMeans
 from training.report import markdown
 from training.results import Evaluation

@@ -146,7 +146,7 @@ def test_one_attribute_may_have_columns_at_many_layers(tmp_path):
     made = write(tmp_path / "many", [*many, column(OUTPUT, 8, attribute="civility")])
     assert made.attributes == {"truthfulness": 1.0, "civility": 1.0}
     assert made.multipliers({"truthfulness": 2.0}) == (2.0, 2.0, 2.0, 0.0)
-    with pytest.raises(ColumnError, match="unknown attribute 'honesty'; known: truthfulness, civility"):
+    with pytest.raises(ColumnError, match="there is no attribute 'honesty'; there are truthfulness, civility"):
         made.multipliers({"honesty": 1.0})
 
 

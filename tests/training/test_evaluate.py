@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from steering import Column, Gate, Site, SiteKind, steered
+from steering.errors import ColumnError
 from training.arms import BASELINE, Arm, default_arm, single_arms
 from training.data import Sample
 from training.errors import DataError, TrainingError
@@ -104,7 +105,7 @@ def test_a_metric_counts_only_where_it_applies() -> None:
 def test_arms_name_attributes_that_exist() -> None:
     assert default_arm(COLUMNS, 0.5).multipliers(COLUMNS) == (1.0, 1.0)
     assert Arm("x", {"civility": -1}).multipliers(COLUMNS) == (0.0, -1.0)
-    with pytest.raises(TrainingError, match="no attribute 'kindness'; there are truthfulness, civility"):
+    with pytest.raises(ColumnError, match="no attribute 'kindness'; there are truthfulness, civility"):
         Arm("x", {"kindness": 1}).multipliers(COLUMNS)
 
 
