@@ -1,12 +1,13 @@
 """`matsteer extract | train | evaluate | sweep`. torch is imported by a command that runs, never by --help."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from training import options as o
-from training.choices import GateInit, Init, Kernel, Method, Objective, Pool
+from training.choices import Method, Pool
 from training.errors import DataError, TrainingError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train and evaluate steering.")
@@ -67,28 +68,31 @@ def train(
     at: Annotated[
         list[str] | None, typer.Option(metavar="NAME=LAYER.SITE", help="A place of its own for an attribute.")
     ] = None,
+    places: Annotated[
+        Path | None, typer.Option(help="Places and strengths that `sweep --alone` wrote; --at, --strength go before.")
+    ] = None,
     data: o.Data = None,
     more: o.More = None,
-    method: Annotated[Method, typer.Option(help="mat: MAT-Steer; caa: difference in means.")] = Method.MAT,
     version: Annotated[str | None, typer.Option(help="Default: the next of v1, v2, ...")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace that version.")] = False,
-    paper: Annotated[bool, typer.Option("--paper", help="The paper's settings as defaults of the fit.")] = False,
-    objective: Annotated[Objective | None, typer.Option(help="How the losses are reduced.")] = None,
-    kernel: Annotated[Kernel | None, typer.Option(help="Of the MMD.")] = None,
-    sigma: Annotated[float | None, typer.Option(help="Width of the fixed kernel.")] = None,
-    init: Annotated[Init | None, typer.Option(help="Where the vectors start.")] = None,
-    gate_init: Annotated[GateInit | None, typer.Option(help="Where the gates start.")] = None,
-    l_pos: Annotated[float | None, typer.Option(help="Weight of positive preservation.")] = None,
-    l_sparse: Annotated[float | None, typer.Option(help="Weight of sparsity.")] = None,
-    l_ortho: Annotated[float | None, typer.Option(help="Weight of orthogonality.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Positives, and negatives, of an attribute in a step.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate of Adam.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the largest side.")] = None,
-    joint: Annotated[bool | None, typer.Option(help="Steer each attribute's data with every vector.")] = None,
-    keep_best: Annotated[bool | None, typer.Option(help="Keep the epoch with the lowest dev MMD.")] = None,
-    patience: Annotated[int | None, typer.Option(help="Stop after so many epochs without a lower dev MMD.")] = None,
-    normalize: Annotated[bool | None, typer.Option(help="Keep the activation's norm; default: the method's.")] = None,
-    penalty: Annotated[float, typer.Option(min=0, help="On the probe's squared weights.")] = 1.0,
+    method: o.MethodOption = Method.MAT,
+    paper: o.PaperOption = False,
+    objective: o.ObjectiveOption = None,
+    kernel: o.KernelOption = None,
+    sigma: o.Sigma = None,
+    init: o.InitOption = None,
+    gate_init: o.GateInitOption = None,
+    l_pos: o.LossPos = None,
+    l_sparse: o.LossSparse = None,
+    l_ortho: o.LossOrtho = None,
+    batch: o.BatchSize = None,
+    lr: o.LearningRate = None,
+    epochs: o.Epochs = None,
+    joint: o.Joint = None,
+    keep_best: o.KeepBest = None,
+    patience: o.Patience = None,
+    normalize: o.Normalize = None,
+    penalty: o.Penalty = 1.0,
     strength: Annotated[
         list[str] | None, typer.Option(metavar="[NAME=]X", help="Scale vectors, so that multiplier 1 means X.")
     ] = None,
@@ -116,27 +120,32 @@ def train(
     Example: matsteer train --model Qwen/Qwen2.5-0.5B --data truthfulness=facts.jsonl --data civility=tone.jsonl
     --layer 12 --site attn_output --method mat --out checkpoints/mine
     """
-    changes = {
-        "objective": objective, "kernel": kernel, "sigma": sigma, "init": init, "gate_init": gate_init,
-        "l_pos": l_pos, "l_sparse": l_sparse, "l_ortho": l_ortho, "batch": batch, "lr": lr, "epochs": epochs,
-        "joint": joint, "keep_best": keep_best, "patience": patience, "seed": seed,
-    }  # fmt: skip
     with o.one_sentence():
-        places, specs = o.parse_places(at), _specs(data, more)
-        if layer is None and not places:
-            raise TrainingError("--layer is missing (or --at, a place for each attribute).")
+        own, specs = o.parse_places(at), _specs(data, more)
+        if layer is None and not own and places is None:
+            raise TrainingError("--layer is missing (or --at or --places, a place for each attribute).")
         sites = o.parse_sites(layer, site) if layer else ()
         strengths, defaults = o.parse_settings(strength, "--strength", unnamed=True), o.parse_settings(set_, "--set")
+        mat = o.mat_config(
+            paper, objective=objective, kernel=kernel, sigma=sigma, init=init, gate_init=gate_init, l_pos=l_pos,
+            l_sparse=l_sparse, l_ortho=l_ortho, batch=batch, lr=lr, epochs=epochs, joint=joint, keep_best=keep_best,
+            patience=patience, seed=seed,
+        )  # fmt: skip
         from training.fit import Recipe
         from training.models import load_base
         from training.pipeline import Plan
         from training.pipeline import train as run
+        from training.places import read_places
 
+        if places is not None:
+            found = read_places(places)
+            own = {name: place.site for name, place in found.items()} | own
+            strengths = {name: place.strength for name, place in found.items()} | strengths
         plan = Plan(
             data=tuple(specs),
             sites=sites,
             out=out,
-            recipe=Recipe(method, _mat_config(paper, changes), penalty, normalize, strengths, defaults, places),
+            recipe=Recipe(method, mat, penalty, normalize, strengths, defaults, own),
             measure=o.make_measure(judge, prompts, temperature, max_new_tokens, samples, seed, limit, positions),
             pool=pool,
             version=version,
@@ -190,8 +199,6 @@ def evaluate(
     """
     with o.one_sentence():
         extra, factors = o.parse_settings(set_, "--set"), o.parse_numbers(multipliers or "1", "--multipliers")
-        from dataclasses import replace
-
         from training.comparison import compare, open_checkpoint
         from training.data import Split, load_data, split_samples
         from training.models import load_base
@@ -224,12 +231,33 @@ def sweep(
     site: o.SiteKinds = "attn_output",
     data: o.Data = None,
     more: o.More = None,
-    multipliers: Annotated[str, typer.Option(metavar="X[,X..]", help="Of all attributes together.")] = "0.5,1,2",
-    method: Annotated[Method, typer.Option(help="mat: MAT-Steer; caa: difference in means.")] = Method.MAT,
-    epochs: Annotated[int | None, typer.Option(help="Of MAT-Steer.")] = None,
-    normalize: Annotated[bool | None, typer.Option(help="Keep the activation's norm; default: the method's.")] = None,
+    multipliers: Annotated[str, typer.Option(metavar="X[,X..]", help="What is tried.")] = "0.5,1,2",
+    alone: Annotated[
+        bool, typer.Option("--alone", help="Each attribute by itself: finds a place for each, then strengths together.")
+    ] = False,
+    method: o.MethodOption = Method.MAT,
+    paper: o.PaperOption = False,
+    objective: o.ObjectiveOption = None,
+    kernel: o.KernelOption = None,
+    sigma: o.Sigma = None,
+    init: o.InitOption = None,
+    gate_init: o.GateInitOption = None,
+    l_pos: o.LossPos = None,
+    l_sparse: o.LossSparse = None,
+    l_ortho: o.LossOrtho = None,
+    batch: o.BatchSize = None,
+    lr: o.LearningRate = None,
+    epochs: o.Epochs = None,
+    joint: o.Joint = None,
+    keep_best: o.KeepBest = None,
+    patience: o.Patience = None,
+    normalize: o.Normalize = None,
+    penalty: o.Penalty = 1.0,
     goal: Annotated[str | None, typer.Option(metavar="METRIC[,..]", help="What counts; default: all.")] = None,
     max_perplexity_ratio: Annotated[float, typer.Option(help="Settings beyond it rank last.")] = 1.5,
+    keep: Annotated[
+        list[str] | None, typer.Option(metavar="METRIC=X", help="Settings with less than X of it rank last.")
+    ] = None,
     pool: o.PoolOption = Pool.MEAN,
     judge: o.JudgeName = None,
     prompts: o.Prompts = None,
@@ -251,31 +279,43 @@ def sweep(
     """
     with o.one_sentence():
         sites, specs = o.parse_sites(layer, site), _specs(data, more)
-        factors = o.parse_numbers(multipliers, "--multipliers")
+        factors, least = o.parse_numbers(multipliers, "--multipliers"), o.parse_settings(keep, "--keep")
+        mat = o.mat_config(
+            paper, objective=objective, kernel=kernel, sigma=sigma, init=init, gate_init=gate_init, l_pos=l_pos,
+            l_sparse=l_sparse, l_ortho=l_ortho, batch=batch, lr=lr, epochs=epochs, joint=joint, keep_best=keep_best,
+            patience=patience, seed=seed,
+        )  # fmt: skip
         from training.data import load_data, split_samples
         from training.extraction import extract_under
         from training.fit import Recipe
+        from training.goal import Goal
         from training.models import load_base
         from training.report import terminal
-        from training.sweep import Goal, rich_table
-        from training.sweep import sweep as run
+        from training.sweep import Sweep
+        from training.sweep_report import rich_table
 
         measure = o.make_measure(judge, prompts, temperature, max_new_tokens, samples, seed, limit, positions)
+        measure = replace(measure, max_rows=max(rows, measure.max_rows))
         texts = split_samples(load_data(specs), seed=seed)
         base = load_base(model, revision=revision, device=device, dtype=dtype)
         shown = o.shows_progress()
         activations = extract_under(
             out, base.model, base.tokenizer, texts, sites, pool=pool, max_rows=rows, progress=shown
         )
-        recipe = Recipe(method, _mat_config(False, {"epochs": epochs, "seed": seed}), normalize=normalize)
-        metrics = tuple(goal.split(",")) if goal else ()
-        points = run(
-            base, texts, activations, recipe, factors, measure, out,
-            goal=Goal(metrics, max_perplexity_ratio), progress=shown, say=o.say,
+        run = Sweep(
+            base, texts, activations, Recipe(method, mat, penalty, normalize), factors, measure, out,
+            Goal(tuple(goal.split(",")) if goal else (), max_perplexity_ratio, least), progress=shown, say=o.say,
         )  # fmt: skip
-        terminal().print(rich_table(points))
-        best = points[0]
-        typer.echo(f"best: --layer {best.layer} --site {best.site}, multiplier {best.multiplier:g}; wrote {out}")
+        if alone:
+            points, found = run.alone()
+            terminal().print(rich_table(points))
+            chosen = ", ".join(f"{name} at {place.site} times {place.strength:g}" for name, place in found.items())
+            typer.echo(f"best: {chosen}; now: matsteer train --places {out / 'places.json'}")
+        else:
+            points = run.together()
+            terminal().print(rich_table(points))
+            best = points[0]
+            typer.echo(f"best: --layer {best.layer} --site {best.site}, multiplier {best.multiplier:g}; wrote {out}")
 
 
 def _specs(data: list[str] | None, more: list[str] | None) -> list[str]:
@@ -283,15 +323,6 @@ def _specs(data: list[str] | None, more: list[str] | None) -> list[str]:
     if not specs:
         raise DataError("No data was given: name at least one --data NAME=PATH.")
     return specs
-
-
-def _mat_config(paper: bool, changes: dict[str, Any]) -> Any:
-    from dataclasses import replace
-
-    from training.methods.mat_config import PAPER, MatConfig
-
-    given = {name: value for name, value in changes.items() if value is not None}
-    return replace(PAPER if paper else MatConfig(), **given)
 
 
 def _print_evaluation(evaluation: Any, title: str) -> None:

@@ -37,6 +37,10 @@ class Recipe:
     def keep_norm(self) -> bool:
         return self.method is Method.MAT if self.normalize is None else self.normalize
 
+    def at(self, places: Mapping[str, Site]) -> "Recipe":
+        """The same recipe with every attribute at its own place."""
+        return replace(self, places=places)
+
     def settings(self) -> dict[str, Any]:
         """What decides the fit, in JSON's own types; strengths and defaults come after it."""
         own: dict[str, Any] = {"method": self.method.value, "normalize": self.keep_norm}

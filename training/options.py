@@ -3,17 +3,19 @@
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from training.choices import Pool
+from training.choices import GateInit, Init, Kernel, Method, Objective, Pool
 from training.errors import TrainingError
 
 if TYPE_CHECKING:
     from steering.types import Site
     from training.measure import Measure
+    from training.methods.mat_config import MatConfig
 
 Model = Annotated[str, typer.Option(help="Hugging Face id or folder of a causal language model.")]
 Revision = Annotated[str | None, typer.Option(help="Revision of the model.")]
@@ -40,6 +42,26 @@ PoolOption = Annotated[
         "first: the last prompt token; last: the last token of the text."
     ),
 ]
+MethodOption = Annotated[
+    Method, typer.Option("--method", help="mat: MAT-Steer; caa: difference in means; probe: logistic regression.")
+]
+PaperOption = Annotated[bool, typer.Option("--paper", help="The paper's settings as defaults of the fit.")]
+ObjectiveOption = Annotated[Objective | None, typer.Option("--objective", help="How the losses are reduced.")]
+KernelOption = Annotated[Kernel | None, typer.Option("--kernel", help="Of the MMD.")]
+Sigma = Annotated[float | None, typer.Option(help="Width of the fixed kernel.")]
+InitOption = Annotated[Init | None, typer.Option("--init", help="Where the vectors start.")]
+GateInitOption = Annotated[GateInit | None, typer.Option("--gate-init", help="Where the gates start.")]
+LossPos = Annotated[float | None, typer.Option("--l-pos", help="Weight of positive preservation.")]
+LossSparse = Annotated[float | None, typer.Option("--l-sparse", help="Weight of sparsity.")]
+LossOrtho = Annotated[float | None, typer.Option("--l-ortho", help="Weight of orthogonality.")]
+BatchSize = Annotated[int | None, typer.Option("--batch", help="Positives, and negatives, of an attribute in a step.")]
+LearningRate = Annotated[float | None, typer.Option("--lr", help="Learning rate of Adam.")]
+Epochs = Annotated[int | None, typer.Option(help="Passes over the largest side.")]
+Joint = Annotated[bool | None, typer.Option(help="Steer each attribute's data with every vector.")]
+KeepBest = Annotated[bool | None, typer.Option(help="Keep the epoch with the lowest dev MMD.")]
+Patience = Annotated[int | None, typer.Option(help="Stop after so many epochs without a lower dev MMD.")]
+Normalize = Annotated[bool | None, typer.Option(help="Keep the activation's norm; default: the method's.")]
+Penalty = Annotated[float, typer.Option(min=0, help="On the probe's squared weights.")]
 Rows = Annotated[int, typer.Option("--rows", min=1, help="Rows of a batch.")]
 Seed = Annotated[int, typer.Option(help="Of the splits, the fit and the sampling.")]
 JudgeName = Annotated[
@@ -134,6 +156,14 @@ def parse_settings(items: Sequence[str] | None, option: str, *, unnamed: bool = 
         if "," in number:
             raise TrainingError(f"{option} must be NAME=NUMBER, got {item!r}.")
     return settings
+
+
+def mat_config(paper: bool, **given: object) -> "MatConfig":
+    """MAT-Steer's settings with those `given` that are not None. Raises FitError."""
+    from training.methods.mat_config import PAPER, MatConfig
+
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return replace(PAPER if paper else MatConfig(), **changes)
 
 
 def make_measure(

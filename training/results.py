@@ -18,6 +18,12 @@ class ArmResult:
     perplexity_ratio: float | None = None
     """Against the first arm."""
 
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> "ArmResult":
+        """The inverse of `dataclasses.asdict`."""
+        metrics = {name: Estimate(**estimate) for name, estimate in stored["metrics"].items()}
+        return cls(**{**stored, "metrics": metrics})
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -34,6 +40,11 @@ class Evaluation:
 
     def arm(self, name: str) -> ArmResult:
         return next(arm for arm in self.arms if arm.arm == name)
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> "Evaluation":
+        """The inverse of `as_dict`."""
+        return cls(stored["kind"], tuple(map(ArmResult.from_dict, stored["arms"])), stored["settings"])
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,185 +1,155 @@
 """Layers x sites x multipliers, measured on dev: which setting steers best."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from rich.table import Table
-
-from steering.types import Site
+from steering.types import Column, Site
 from training.activations import Activations
-from training.arms import BASELINE, default_arm
+from training.arms import BASELINE, Arm, default_arm
 from training.data.records import Sample, Split
 from training.errors import TrainingError
 from training.files import content_key, write_bytes, write_json
 from training.fit import Recipe, fit
+from training.goal import Goal
 from training.judges import judge_key
 from training.measure import Measure
 from training.models import Base
-from training.report import save_figure
+from training.places import Place, write_places
 from training.results import ArmResult
+from training.strengths import combine
+from training.sweep_report import markdown, plot
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Point:
-    """One setting of the sweep. `score` is the mean of the metrics that count."""
+    """One setting of the sweep. `score` is the mean of the metrics that count, `sound` that the text is within limits.
 
+    `attribute` is the one that was steered alone; None: all together."""
+
+    attribute: str | None
     layer: int
     site: str
     multiplier: float
     score: float
-    metrics: dict[str, float | None]
+    metrics: Mapping[str, float | None]
     perplexity_ratio: float | None
-    fluent: bool
-    """The perplexity ratio is within the limit."""
+    sound: bool
 
 
 @dataclass(frozen=True)
-class Goal:
-    """What the best setting is best at."""
+class Sweep:
+    """What is swept: every site of `activations`, every one of `multipliers`, measured on `split`."""
 
-    metrics: tuple[str, ...] = ()
-    """Those that count; none: every judged metric, or every mc2."""
-    max_perplexity_ratio: float = 1.5
+    base: Base
+    samples: Sequence[Sample]
+    activations: Activations
+    recipe: Recipe
+    multipliers: Sequence[float]
+    measure: Measure
+    out: Path
+    goal: Goal
+    split: Split = Split.DEV
+    progress: bool = False
+    say: Say = lambda _: None
 
+    def together(self) -> list[Point]:
+        """All attributes at once at every site and multiplier, the best point first.
 
-def sweep(
-    base: Base,
-    samples: Sequence[Sample],
-    activations: Activations,
-    recipe: Recipe,
-    multipliers: Sequence[float],
-    measure: Measure,
-    out: Path,
-    *,
-    goal: Goal | None = None,
-    split: Split = Split.DEV,
-    progress: bool = False,
-    say: Callable[[str], None] = lambda _: None,
-) -> list[Point]:
-    """Fit at every extracted site and measure every multiplier (of all attributes together), the best point first.
+        Sites that an earlier, interrupted call has measured are read from `out`; `sweep.json`, `sweep.md` and
+        `best.json` are written there, and a plot where matplotlib is installed. Raises TrainingError.
+        """
+        points = self._points([None])
+        self._write(points)
+        write_json(self.out / "best.json", asdict(points[0]))
+        return points
 
-    Sites that an earlier, interrupted call has measured are read from `out`; `sweep.json`, `sweep.md` and `best.json`
-    are written there at the end, and a plot where matplotlib is installed. Raises TrainingError without multipliers.
-    """
-    if not multipliers:
-        raise TrainingError("A sweep needs at least one multiplier.")
-    goal = goal or Goal()
-    points = []
-    for number, site in enumerate(activations.sites, start=1):
-        say(f"site {number}/{len(activations.sites)}: {site}")
-        key = _key(activations, recipe, multipliers, measure, split)
-        arms = _measured(out / "sites" / f"{site}.json", key)
-        if arms is None:
-            columns = fit(activations, [site], recipe, progress=progress)
-            asked = [BASELINE, *(default_arm(columns, factor, f"{factor:g}") for factor in multipliers)]
-            evaluation, _ = measure.run(base, columns, asked, samples, split, progress=progress)
-            arms = [_plain(arm) for arm in evaluation.arms[1:]]
-            write_json(out / "sites" / f"{site}.json", {"key": key, "arms": arms})
-        points += [_point(site, factor, arm, goal) for factor, arm in zip(multipliers, arms, strict=True)]
-    points.sort(key=lambda point: (not point.fluent, -point.score))
-    write_json(out / "sweep.json", [asdict(point) for point in points])
-    write_json(out / "best.json", asdict(points[0]))
-    write_bytes(out / "sweep.md", markdown(points).encode())
-    plot(points, out / "sweep.png")
-    return points
+    def alone(self) -> tuple[list[Point], dict[str, Place]]:
+        """Each attribute by itself at every site and multiplier, then all at once, every one at its best site, at
+        strengths that go together. As `together`, with `places.json` for `matsteer train --places` beside it."""
+        names = self.activations.names
+        points = self._points(names)
+        self._write(points)
+        best = {name: next(point for point in points if point.attribute == name) for name in names}
+        sites = {name: Site.parse(f"{point.layer}.{point.site}") for name, point in best.items()}
+        self.say(f"together: {', '.join(f'{name} at {site}' for name, site in sites.items())}")
+        columns = fit(self.activations, [], self.recipe.at(sites), progress=self.progress)
+        strengths = combine(
+            lambda arms: self._run(columns, arms), {name: point.multiplier for name, point in best.items()}, self.goal
+        )
+        places = {name: Place(sites[name], strengths[name]) for name in names}
+        write_places(self.out / "places.json", places)
+        return points, places
 
-
-def rich_table(points: Sequence[Point], rows: int = 20) -> Table:
-    table = Table(title="sweep, best first", caption=f"{min(rows, len(points))} of {len(points)} settings")
-    header, cells = _cells(points[:rows])
-    for name in header:
-        table.add_column(name, justify="right")
-    for line in cells:
-        table.add_row(*line)
-    return table
-
-
-def markdown(points: Sequence[Point]) -> str:
-    header, cells = _cells(points)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---:"] * len(header), *cells]) + "\n"
-
-
-def plot(points: Sequence[Point], path: Path) -> bool:
-    """Score against multiplier, a line for each site. False, and no plot, without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for layer, site in sorted({(point.layer, point.site) for point in points}):
-        own = sorted((p for p in points if (p.layer, p.site) == (layer, site)), key=lambda p: p.multiplier)
-        axes.plot([p.multiplier for p in own], [100 * p.score for p in own], marker="o", label=f"{layer}.{site}")
-    axes.set_xlabel("multiplier")
-    axes.set_ylabel("score, percent")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    save_figure(figure, path)
-    return True
-
-
-def _cells(points: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
-    names = list(dict.fromkeys(name for point in points for name in point.metrics))
-    rows = [
-        [
-            str(point.layer),
-            point.site,
-            f"{point.multiplier:g}",
-            f"{100 * point.score:.1f}",
-            *("-" if (value := point.metrics.get(name)) is None else f"{100 * value:.1f}" for name in names),
-            "-" if point.perplexity_ratio is None else f"{point.perplexity_ratio:.2f}",
+    def _points(self, attributes: Sequence[str | None]) -> list[Point]:
+        """Best first."""
+        if not self.multipliers:
+            raise TrainingError("A sweep needs at least one multiplier.")
+        points = [
+            self._point(site, attribute, factor, result)
+            for number, site in enumerate(self.activations.sites, start=1)
+            for attribute, factor, result in self._measured(number, site, attributes)
         ]
-        for point in points
-    ]
-    return ["layer", "site", "multiplier", "score", *names, "perplexity ratio"], rows
+        return sorted(points, key=lambda point: (point.sound, point.score), reverse=True)
+
+    def _measured(
+        self, number: int, site: Site, attributes: Sequence[str | None]
+    ) -> Iterator[tuple[str | None, float, ArmResult]]:
+        """The results of one site, measured now or by an earlier call."""
+        self.say(f"site {number}/{len(self.activations.sites)}: {site}")
+        settings = [(attribute, factor) for attribute in attributes for factor in self.multipliers]
+        path, key = self.out / "sites" / f"{site}.json", self._key(attributes)
+        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if stored.get("key") != key:
+            columns = fit(self.activations, [site], self.recipe, progress=self.progress)
+            results = self._run(columns, [_arm(columns, attribute, factor) for attribute, factor in settings])
+            stored = {"key": key, "arms": [asdict(result) for result in results]}
+            write_json(path, stored)
+        for (attribute, factor), arm in zip(settings, stored["arms"], strict=True):
+            yield attribute, factor, ArmResult.from_dict(arm)
+
+    def _run(self, columns: Sequence[Column], arms: Sequence[Arm]) -> Sequence[ArmResult]:
+        evaluation, _ = self.measure.run(
+            self.base, columns, [BASELINE, *arms], self.samples, self.split, progress=self.progress
+        )
+        return evaluation.arms[1:]
+
+    def _point(self, site: Site, attribute: str | None, factor: float, arm: ArmResult) -> Point:
+        return Point(
+            attribute=attribute,
+            layer=site.layer,
+            site=site.kind.value,
+            multiplier=factor,
+            score=self.goal.score(arm, attribute),
+            metrics={name: estimate.value for name, estimate in arm.metrics.items()},
+            perplexity_ratio=arm.perplexity_ratio,
+            sound=self.goal.sound(arm),
+        )
+
+    def _write(self, points: Sequence[Point]) -> None:
+        write_json(self.out / "sweep.json", [asdict(point) for point in points])
+        write_bytes(self.out / "sweep.md", markdown(points).encode())
+        plot(points, self.out / "sweep.png")
+
+    def _key(self, attributes: Sequence[str | None]) -> str:
+        content = {
+            "activations": dict(self.activations.source),
+            "recipe": self.recipe.as_dict(),
+            "multipliers": list(self.multipliers),
+            "attributes": list(attributes),
+            "judge": self.measure.judge and judge_key(self.measure.judge),
+            "prompts": [(prompt.text, prompt.split) for prompt in self.measure.prompts],
+            "sampling": asdict(self.measure.sampling),
+            "limit": self.measure.limit,
+            "positions": self.measure.positions.value,
+            "split": self.split.value,
+        }
+        return content_key(content)
 
 
-def _point(site: Site, factor: float, arm: dict[str, Any], goal: Goal) -> Point:
-    metrics: dict[str, float | None] = arm["metrics"]
-    missing = [name for name in goal.metrics if name not in metrics]
-    if missing:
-        raise TrainingError(f"There is no metric {missing[0]!r}; there are {', '.join(metrics)}.")
-    names = goal.metrics or [name for name in metrics if name.endswith(" mc2")] or list(metrics)
-    values = [value for name in names if (value := metrics[name]) is not None]
-    ratio = arm["perplexity_ratio"]
-    return Point(
-        layer=site.layer,
-        site=site.kind.value,
-        multiplier=factor,
-        score=sum(values) / len(values) if values else 0.0,
-        metrics=metrics,
-        perplexity_ratio=ratio,
-        fluent=ratio is None or ratio <= goal.max_perplexity_ratio,
-    )
-
-
-def _plain(arm: ArmResult) -> dict[str, Any]:
-    return {
-        "metrics": {name: estimate.value for name, estimate in arm.metrics.items()},
-        "perplexity_ratio": arm.perplexity_ratio,
-    }
-
-
-def _measured(path: Path, key: str) -> list[dict[str, Any]] | None:
-    if not path.exists():
-        return None
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    return stored["arms"] if stored["key"] == key else None
-
-
-def _key(activations: Activations, recipe: Recipe, multipliers: Sequence[float], measure: Measure, split: Split) -> str:
-    content = {
-        "activations": dict(activations.source),
-        "recipe": recipe.as_dict(),
-        "multipliers": list(multipliers),
-        "judge": measure.judge and judge_key(measure.judge),
-        "prompts": [(prompt.text, prompt.split) for prompt in measure.prompts],
-        "sampling": asdict(measure.sampling),
-        "limit": measure.limit,
-        "positions": measure.positions.value,
-        "split": split.value,
-    }
-    return content_key(content)
+def _arm(columns: Sequence[Column], attribute: str | None, factor: float) -> Arm:
+    name = f"{attribute or 'all'} {factor:g}"
+    return default_arm(columns, factor, name) if attribute is None else Arm(name, {attribute: factor})

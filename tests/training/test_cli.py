@@ -135,9 +135,9 @@ def test_sweep_writes_down_the_best(here: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(points) == 8
     best = json.loads((here / "swept/best.json").read_text())
     assert best == points[0]
-    fluent = [point["score"] for point in points if point["fluent"]]
-    assert fluent == sorted(fluent, reverse=True)
-    assert [point["fluent"] for point in points] == sorted((point["fluent"] for point in points), reverse=True)
+    sound = [point["score"] for point in points if point["sound"]]
+    assert sound == sorted(sound, reverse=True)
+    assert [point["sound"] for point in points] == sorted((point["sound"] for point in points), reverse=True)
     assert f"--layer {best['layer']} --site {best['site']}" in result.output
 
     def forbidden(*_: Any, **__: Any) -> None:
@@ -145,6 +145,31 @@ def test_sweep_writes_down_the_best(here: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("training.sweep.fit", forbidden)  # every site was measured already
     assert run("sweep", *arguments, "--multipliers", "0.5,1", *JUDGE).exit_code == 0
+
+
+def test_sweep_finds_a_place_for_each_attribute_and_train_takes_it(here: Path) -> None:
+    arguments = [*DATA, "--layer", "0,1", "--site", "residual", "--method", "caa", "--out", "swept", "--alone"]
+    result = run("sweep", *arguments, "--multipliers", "0.5,1")
+    assert result.exit_code == 0, result.output
+    points = json.loads((here / "swept/sweep.json").read_text())
+    assert len(points) == 8
+    places = json.loads((here / "swept/places.json").read_text())
+    for name in ("truthfulness", "civility"):
+        best = next(point for point in points if point["attribute"] == name)
+        assert places[name]["site"] == f"{best['layer']}.{best['site']}"
+        assert places[name]["strength"] > 0
+    fit = [*DATA, "--method", "caa", "--places", "swept/places.json", "--out", "checkpoints/placed", "--no-evaluate"]
+    assert run("train", *fit).exit_code == 0
+    columns = checkpoints.load(here / "checkpoints/placed/v1").columns
+    assert {column.attribute: str(column.site) for column in columns} == {n: p["site"] for n, p in places.items()}
+
+
+def test_train_names_a_file_of_places_that_is_not_one(here: Path) -> None:
+    (here / "wrong.json").write_text('{"truthfulness": 3}')
+    for name in ("wrong.json", "gone.json"):
+        result = run("train", *DATA, "--places", name, "--out", "checkpoints/x")
+        assert result.exit_code == 2
+        assert f"error: {name} does not hold places" in result.output
 
 
 def test_extract_takes_data_after_one_flag(here: Path) -> None:
@@ -187,6 +212,8 @@ TRAIN = ("train", "--out", "checkpoints/x")
         (["evaluate", "--checkpoint", "gone", *DATA, "--split", "valid"], "--split must be"),
         (["sweep", "--out", "s", *DATA, "--layer", "1", "--multipliers", "a"], "--multipliers must be numbers"),
         (["sweep", "--out", "s", *DATA, "--layer", "1", "--goal", "x", "--method", "caa"], "There is no metric 'x'"),
+        (["sweep", "--out", "s", *DATA, "--layer", "1", "--keep", "x", "--method", "caa"], "--keep must be NAME="),
+        (["sweep", "--out", "s", *DATA, "--layer", "1", "--lr", "0"], "lr must be a positive number"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(here: Path, arguments: list[str], complaint: str) -> None:

@@ -1,0 +1,66 @@
+"""A sweep's points as a table and a plot."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from training.report import save_figure
+
+if TYPE_CHECKING:
+    from training.sweep import Point
+
+
+def rich_table(points: Sequence["Point"], rows: int = 20) -> Table:
+    table = Table(title="sweep, best first", caption=f"{min(rows, len(points))} of {len(points)} settings")
+    header, cells = _cells(points[:rows])
+    for name in header:
+        table.add_column(name, justify="right")
+    for line in cells:
+        table.add_row(*line)
+    return table
+
+
+def markdown(points: Sequence["Point"]) -> str:
+    header, cells = _cells(points)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---:"] * len(header), *cells]) + "\n"
+
+
+def plot(points: Sequence["Point"], path: Path) -> bool:
+    """Score against multiplier, a line for each site and attribute. False, and no plot, without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for line in sorted({(point.attribute or "", point.layer, point.site) for point in points}):
+        own = sorted(
+            (p for p in points if (p.attribute or "", p.layer, p.site) == line), key=lambda point: point.multiplier
+        )
+        name = f"{line[0]} {line[1]}.{line[2]}".strip()
+        axes.plot([p.multiplier for p in own], [100 * p.score for p in own], marker="o", label=name)
+    axes.set_xlabel("multiplier")
+    axes.set_ylabel("score, percent")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    save_figure(figure, path)
+    return True
+
+
+def _cells(points: Sequence["Point"]) -> tuple[list[str], list[list[str]]]:
+    names = list(dict.fromkeys(name for point in points for name in point.metrics))
+    rows = [
+        [
+            point.attribute or "all",
+            str(point.layer),
+            point.site,
+            f"{point.multiplier:g}",
+            f"{100 * point.score:.1f}",
+            *("-" if (value := point.metrics.get(name)) is None else f"{100 * value:.1f}" for name in names),
+            "-" if point.perplexity_ratio is None else f"{point.perplexity_ratio:.2f}",
+        ]
+        for point in points
+    ]
+    return ["attribute", "layer", "site", "multiplier", "score", *names, "perplexity ratio"], rows
