@@ -79,9 +79,10 @@ class Entry:
 
     name: str
     version: str
-    checkpoint: Checkpoint | None  # None: damaged
-    problem: str | None  # why it cannot be loaded on this model
+    checkpoint: Checkpoint | None  # what is served, where it is loaded; None: damaged
+    problem: str | None  # why what is in the folder cannot be loaded on this model
     loaded: bool
+    changed: bool  # loaded, and the folder holds another one by now
     active: bool
 
 
@@ -191,14 +192,18 @@ class Registry:
     def entries(self, name: str | None = None) -> list[Entry]:
         """Every complete folder, or those of one name. Reads what has changed since the last look."""
         with self._lock:
-            loaded, active = set(self._loaded), self._active
+            loaded, active = dict(self._loaded), self._active
         entries = []
         for found, version, folder in folders.list_checkpoints(self._root):
             if name is not None and found != name:
                 continue
             checkpoint, problem = self._look(folder)
             key = found, version
-            entries.append(Entry(found, version, checkpoint, problem, key in loaded, key == active))
+            changed = False
+            if served := loaded.get(key):
+                changed = checkpoint is None or checkpoint.config.sha256 != served.sha256
+                checkpoint = served.checkpoint
+            entries.append(Entry(found, version, checkpoint, problem, served is not None, changed, key == active))
         return entries
 
     def _find_loaded(self, name: str, version: str | None) -> Loaded | None:

@@ -97,10 +97,15 @@ def verify_folders(settings: Settings, reference: str | None, *, against: bool) 
     chosen: Sequence[Path] = (
         [_find(root, reference)] if reference else [folder for _, _, folder in folders.list_checkpoints(root)]
     )
-    if not chosen:
+    unfinished = [] if reference else sorted({path.parent for path in root.glob(f"*/*/{folders.TENSORS}")} - {*chosen})
+    if not chosen and not unfinished:
         raise UnknownCheckpoint(f"There are no checkpoints in {root}.")
+    for folder in unfinished:
+        complete = (folder / folders.CONFIG).is_file()
+        why = "its name is not plain, or it lies elsewhere" if complete else f"incomplete, there is no {folders.CONFIG}"
+        console.print(Text(f"{folder.parent.name}@{folder.name}: {why}"))
     fits = _fits(settings) if against else None
-    sound = True
+    sound = not unfinished
     for folder in chosen:
         label = f"{folder.parent.name}@{folder.name}"
         try:

@@ -155,8 +155,9 @@ class CheckpointBody(BaseModel):
     version: str
     active: bool
     loaded: bool
+    changed: bool = Field(description="loaded, while its folder holds another one by now; what is listed is served")
     loadable: bool
-    reason: str | None = Field(description="why it cannot be loaded on this model")
+    reason: str | None = Field(description="why what is in the folder cannot be loaded on this model")
     method: str | None = None
     positions: PositionsName | None = None
     attributes: dict[str, AttributeBody] = {}

@@ -51,6 +51,7 @@ def _fields(entry: Entry) -> dict[str, Any]:
         "version": entry.version,
         "active": entry.active,
         "loaded": entry.loaded,
+        "changed": entry.changed,
         "loadable": entry.problem is None,
         "reason": entry.problem,
     }

@@ -1,6 +1,7 @@
 """The command line."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -145,3 +146,13 @@ def test_other_packages_add_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.cli.entry_points", lambda group: [entry])
     assert "sweep" in runner.invoke(app, ["--help"]).output
     assert runner.invoke(app, ["train"]).output == "training\n"
+
+
+def test_verify_names_a_folder_that_is_incomplete(checkpoints: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoints / "demo" / "1", tmp_path / "mine" / "1")
+    place = ["--checkpoints", str(tmp_path)]
+    assert runner.invoke(app, ["checkpoints", "verify", *place]).exit_code == 0
+    (tmp_path / "mine" / "1" / "config.json").unlink()
+    found = runner.invoke(app, ["checkpoints", "verify", *place])
+    assert found.exit_code == 1
+    assert "mine@1: incomplete, there is no config.json" in found.output

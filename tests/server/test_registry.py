@@ -86,3 +86,17 @@ def test_a_folder_that_has_been_damaged_since_is_listed_as_such(registry: Regist
     assert "sha256" in (registry.entries()[0].problem or "")
     tensors.unlink()
     assert "no steering.safetensors" in (registry.entries()[0].problem or "")
+
+
+def test_a_folder_that_has_been_replaced_is_listed_as_what_is_served(
+    registry: Registry, put: Callable[[str], Path]
+) -> None:
+    put("1")
+    served = registry.load("mine")
+    other = put("2")
+    assert not registry.entries()[0].changed
+    for name in ("config.json", "steering.safetensors"):
+        shutil.copy(other / name, other.parent / "1" / name)
+    entry = registry.entries()[0]
+    assert entry.changed
+    assert entry.checkpoint is served.checkpoint
