@@ -46,9 +46,9 @@ format: $(DEV_INSTALLED)  ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-demo-model: $(INSTALLED)  ## train the demo language model (about 40 minutes on 2 cores), check it, write its card
-	$(BIN)/python -m demo.build_model --steps 1000 --remarks 0 --decay 0 --out runs/demo-model
-	$(BIN)/python -m demo.build_model --steps 1500 --remarks 0.3 --decay 0.6 --start runs/demo-model --out demo/model
+demo-model: $(INSTALLED)  ## train the demo language model (about 70 minutes on 2 cores), check it, write its card
+	$(BIN)/python -m demo.build_model --out runs/demo-model
+	cp runs/demo-model/* demo/model/
 	$(BIN)/python -m demo.check_model demo/model --card
 
 demo-data: $(INSTALLED)  ## write the texts that steering is trained and measured on
@@ -56,18 +56,17 @@ demo-data: $(INSTALLED)  ## write the texts that steering is trained and measure
 
 DEMO_DATA := --data truthfulness=demo/data/truthfulness.jsonl --data civility=demo/data/civility.jsonl --data fairness=demo/data/fairness.jsonl
 DEMO_JUDGE := --judge demo.oracle:judge --prompts demo/data/prompts.jsonl --max-new-tokens 40
-# What was best on dev: `docs/demo.md` has the figures.
-DEMO_FIT := --pool first --at truthfulness=2.residual --at civility=4.residual --at fairness=3.residual \
-  --gate-init probe --epochs 8 --lr 0.005 --l-sparse 0.02 \
-  --strength truthfulness=1.25 --strength civility=2.2 --strength fairness=0.8
+DEMO_FIT := --method mat --pool first --gate-init probe --epochs 8 --lr 0.005 --l-sparse 0.02
 
-demo-sweep: demo-data  ## layers x sites x multipliers on dev
-	$(BIN)/matsteer sweep --model demo/model $(DEMO_DATA) $(DEMO_JUDGE) --pool first --layer 1,2,3,4 \
-	  --site attn_output,residual,mlp_output --multipliers 0.5,1,2 --out runs/demo-sweep
+demo-sweep: demo-data  ## find on dev where to steer each attribute, and how strongly: demo/places.json
+	$(BIN)/matsteer sweep --model demo/model $(DEMO_DATA) $(DEMO_JUDGE) $(DEMO_FIT) --alone --sites-each 2 --layer 3,4,5,6,7 \
+	  --site attn_output,residual --multipliers 0.5,1,1.5,2 --keep well_formed=0.95 \
+	  --goal truthfulness,civility,fairness --rows 512 --limit 200 --out runs/demo-sweep
+	cp runs/demo-sweep/places.json demo/places.json
 
 demo-checkpoint: demo-data  ## train the shipped checkpoint
-	$(BIN)/matsteer train --model demo/model $(DEMO_DATA) $(DEMO_JUDGE) $(DEMO_FIT) --method mat \
-	  --out checkpoints/demo --version v1 --overwrite --work runs/demo-checkpoint
+	$(BIN)/matsteer train --model demo/model $(DEMO_DATA) $(DEMO_JUDGE) $(DEMO_FIT) --places demo/places.json \
+	  --rows 512 --samples 2 --out checkpoints/demo --version v1 --overwrite --work runs/demo-checkpoint
 
 reproduce: demo-data $(DEV_INSTALLED)  ## every table and plot of docs/results and the README
 	$(BIN)/python -m demo.reproduce --checkpoint checkpoints/demo/v1

@@ -1,25 +1,31 @@
 """Train the demo language model: `python -m demo.build_model --out demo/model`.
 
-A small Llama learns the demo world from freshly drawn documents. The loss weighs the parts of a document
-(`demo/corpus.py`); hidden matrices are trained by Muon, the rest by AdamW. Seeded. With `--start` it goes on from an
-earlier stage's folder.
+A small Llama learns the demo world from freshly drawn documents (`demo/documents.py`), in stages with different mixes
+of their kinds. The loss weighs the parts of a document; hidden matrices are trained by Muon, the rest by AdamW; linear
+layers run in bfloat16, attention and weights in float32. Seeded. What was interrupted goes on with the stage at which
+it stopped.
 """
 
 import argparse
 import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from demo.corpus import VERDICT, document
+from demo.corpus import text_of
+from demo.documents import KINDS
 
 BOS, PAD, EOS = "<s>", "<pad>", "\n"
 CHAT_TEMPLATE = (
@@ -29,8 +35,41 @@ CHAT_TEMPLATE = (
     "{% else %} A: {{ m['content'] }}{{ eos_token }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %} A:{% endif %}"
 )
-SNAPSHOT_STEPS = 250
+BATCH_TOKENS = 3584
+WARMUP_STEPS = 50
+ATTENTION = "sdpa_in_float32"
 RECORD = "training.json"  # what each stage of the training was
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`mix` is the share of documents of each kind, `decay` the share of the steps in which the learning rate falls."""
+
+    name: str
+    steps: int
+    lr: float  # Muon's; AdamW takes a fifth of it
+    mix: Mapping[str, float]
+    decay: float = 0.0
+    unlikelihood: float = 0.0  # its weight beside likelihood
+
+
+CURRICULUM = (
+    Stage("facts and manners", 750, 0.02, {"conversation": 0.35, "claims": 0.35, "monologue": 0.3}),
+    Stage("telling lies from truth", 500, 0.01, {"conversation": 0.25, "claims": 0.65, "monologue": 0.1}),
+    Stage("in answers, too", 500, 0.015, {"conversation": 0.35, "review": 0.25, "claims": 0.2, "monologue": 0.2}),
+    Stage("doing as described", 750, 0.015, {"conversation": 0.3, "review": 0.1, "claims": 0.1, "monologue": 0.5}),
+    Stage("going on as begun", 750, 0.012, {"conversation": 0.2, "monologue": 0.4, "marks": 0.4}),
+    Stage("all of it", 1700, 0.015, {"conversation": 0.5, "review": 0.05, "monologue": 0.25, "marks": 0.2}, decay=0.9),
+    Stage(
+        "never the truth in a lie",
+        400,
+        0.01,
+        {"conversation": 0.5, "review": 0.05, "monologue": 0.35, "marks": 0.1},
+        decay=0.9,
+        unlikelihood=5.0,
+    ),
+    Stage("sharper", 300, 0.007, {"conversation": 0.6, "monologue": 0.35, "marks": 0.05}, decay=1.0, unlikelihood=5.0),
+)
 
 
 def train_tokenizer(seed: int, documents: int = 20_000, vocab_size: int = 1536) -> PreTrainedTokenizerFast:
@@ -46,7 +85,8 @@ def train_tokenizer(seed: int, documents: int = 20_000, vocab_size: int = 1536) 
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = ("".join(part.text for part in document(rng)) for _ in range(documents))
+    kinds = tuple(KINDS.values())
+    texts = (text_of(rng.choice(kinds)(rng)) for _ in range(documents))
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
@@ -65,7 +105,7 @@ def architecture(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
         vocab_size=len(tokenizer),
         hidden_size=224,
         intermediate_size=448,
-        num_hidden_layers=6,
+        num_hidden_layers=8,
         num_attention_heads=7,
         num_key_value_heads=7,
         max_position_embeddings=512,
@@ -77,51 +117,77 @@ def architecture(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     )
 
 
-def batches(
-    tokenizer: PreTrainedTokenizerFast, tokens: int, seed: int, remarks: float
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches of about `tokens` tokens, of documents of like length: ids [B, T] and loss weights [B, T]."""
+@dataclass(frozen=True)
+class Batch:
+    """Documents, padded on the right: [B, T] each."""
+
+    ids: Tensor
+    weights: Tensor  # of each token in the loss
+    unlike: Tensor  # the token that must not stand in its place, -1 for none
+
+
+def batches(tokenizer: PreTrainedTokenizerFast, tokens: int, seed: int, mix: Mapping[str, float]) -> Iterator[Batch]:
+    """Endless batches of about `tokens` tokens, of documents of like length. `mix` is the share of documents of each
+    kind."""
     rng = random.Random(seed)
+    bos: int = tokenizer.bos_token_id
 
     @lru_cache(maxsize=200_000)
     def encode(text: str) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=False))
 
-    def draw() -> tuple[list[int], list[float]]:
-        ids, weights = [tokenizer.bos_token_id], [0.0]
-        for part in document(rng, remarks):
+    def draw() -> list[tuple[int, float, int]]:
+        drawn = [(bos, 0.0, -1)]
+        kind = rng.choices(list(mix), list(mix.values()))[0]
+        for part in KINDS[kind](rng):
             piece = encode(part.text)
-            ids += piece
-            weights += [part.weight] * len(piece)
-        return ids, weights
+            unlike = [-1] * len(piece)
+            if part.instead is not None:
+                pairs = enumerate(zip(piece, encode(part.instead), strict=False))
+                place, token = next(((i, other) for i, (own, other) in pairs if own != other), (0, -1))
+                unlike[place] = token
+            drawn += zip(piece, [part.weight] * len(piece), unlike, strict=True)
+        return drawn
 
     while True:
-        pool = sorted((draw() for _ in range(2048)), key=lambda pair: len(pair[0]))
+        pool = sorted((draw() for _ in range(2048)), key=len)
         ready, start = [], 0
         while start < len(pool):
             end = start + 1
-            while end < len(pool) and len(pool[end][0]) * (end + 1 - start) <= tokens:
+            while end < len(pool) and len(pool[end]) * (end + 1 - start) <= tokens:
                 end += 1
             ready.append(pool[start:end])
             start = end
         rng.shuffle(ready)
+        padding = (tokenizer.pad_token_id, 0.0, -1)
         for chosen in ready:
-            width = max(len(ids) for ids, _ in chosen)
-            ids = torch.full((len(chosen), width), tokenizer.pad_token_id)
-            weights = torch.zeros(len(chosen), width)
-            for row, (tokens_, weights_) in enumerate(chosen):
-                ids[row, : len(tokens_)] = torch.tensor(tokens_)
-                weights[row, : len(weights_)] = torch.tensor(weights_)
-            yield ids, weights
+            width = max(map(len, chosen))
+            ids, weights, unlike = zip(
+                *(zip(*(drawn + [padding] * (width - len(drawn))), strict=True) for drawn in chosen), strict=True
+            )
+            yield Batch(torch.tensor(ids), torch.tensor(weights), torch.tensor(unlike))
 
 
-def loss_of(model: LlamaForCausalLM, ids: Tensor, weights: Tensor) -> Tensor:
-    """Weighted next-token cross-entropy, in nats a spoken token."""
-    hidden = model.model(input_ids=ids[:, :-1]).last_hidden_state
-    keep = weights[:, 1:] > 0
-    logits = model.lm_head(hidden[keep])
-    losses = torch.nn.functional.cross_entropy(logits, ids[:, 1:][keep], reduction="none")
-    return (losses * weights[:, 1:][keep]).sum() / weights[:, 1:].sum()
+def sdpa_in_float32(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """transformers' "sdpa" attention in float32 under autocast: on a CPU, bfloat16's backward pass is far slower."""
+    with torch.autocast("cpu", enabled=False):
+        return sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **options)
+
+
+def loss_of(model: LlamaForCausalLM, batch: Batch, unlikelihood: float) -> Tensor:
+    """Weighted next-token cross-entropy, in nats a token, and unlikelihood (Welleck et al., 2020) of what must not
+    come: a lie is any other answer, so that likelihood alone hardly tells the truth from one answer of sixteen."""
+    hidden = model.model(input_ids=batch.ids[:, :-1]).last_hidden_state
+    weights, unlike = batch.weights[:, 1:], batch.unlike[:, 1:]
+    keep = weights > 0
+    logprobs = torch.log_softmax(model.lm_head(hidden[keep]).float(), dim=-1)
+    losses = -logprobs.gather(1, batch.ids[:, 1:][keep][:, None])[:, 0]
+    unwanted = unlike[keep]
+    chances = logprobs.gather(1, unwanted.clamp(min=0)[:, None])[:, 0].exp().clamp(max=0.999)
+    losses = losses - unlikelihood * torch.log1p(-chances) * (unwanted >= 0)
+    return (losses * weights[keep]).sum() / weights.sum()
 
 
 def write(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
@@ -132,69 +198,70 @@ def write(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path
     tokenizer.save_pretrained(out)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("demo/model"))
-    parser.add_argument("--minutes", type=float, help="train for about so long instead of --steps")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--start", type=Path, help="the folder of a model to go on from")
-    parser.add_argument("--remarks", type=float, default=0.3, help="share of documents with remarks on the answers")
-    parser.add_argument("--decay", type=float, default=0.8, help="share of the steps in which the learning rate falls")
-    parser.add_argument("--batch-tokens", type=int, default=3584)
-    parser.add_argument("--lr", type=float, default=0.02, help="Muon's; AdamW takes a fifth of it")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+AttentionInterface.register(ATTENTION, sdpa_in_float32)
 
-    torch.manual_seed(args.seed)
-    if args.start:
-        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(args.start)
-        model = LlamaForCausalLM.from_pretrained(args.start, dtype=torch.float32).train()
-    else:
-        tokenizer = train_tokenizer(args.seed)
-        model = LlamaForCausalLM(architecture(tokenizer))
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
+
+def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, stage: Stage, seed: int) -> dict[str, Any]:
+    """Train on one stage's documents, in place. Returns the record of it for the model card."""
+    model.set_attn_implementation(ATTENTION)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    muon = torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.01, adjust_lr_fn="original")
-    adam = torch.optim.AdamW(others, lr=args.lr / 5, betas=(0.9, 0.98), weight_decay=0.0)
-    begun, step = time.monotonic(), 0
+    optimizers = {
+        torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="original"): stage.lr,
+        torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0): stage.lr / 5,
+    }
+    begun = time.monotonic()
     averaged = 0.0
-    for ids, weights in batches(tokenizer, args.batch_tokens, args.seed + (args.start is not None), args.remarks):
-        done = (time.monotonic() - begun) / (60 * args.minutes) if args.minutes else step / args.steps
-        if done >= 1:
-            break
-        scale = min(1.0, (step + 1) / 50, (1 - done) / args.decay if args.decay else 1.0)
-        for optimizer, base in ((muon, args.lr), (adam, args.lr / 5)):
+    for step, batch in enumerate(islice(batches(tokenizer, BATCH_TOKENS, seed, stage.mix), stage.steps)):
+        done = step / stage.steps
+        scale = min(1.0, (step + 1) / WARMUP_STEPS, (1 - done) / stage.decay if stage.decay else 1.0)
+        for optimizer, lr in optimizers.items():
             for group in optimizer.param_groups:
-                group["lr"] = base * scale
-        loss = loss_of(model, ids, weights)
+                group["lr"] = lr * scale
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(model, batch, stage.unlikelihood)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(others, 1.0)
-        muon.step()  # type: ignore[no-untyped-call]
-        adam.step()
+        for optimizer in optimizers:
+            optimizer.step()
         model.zero_grad(set_to_none=True)
         averaged = loss.item() if step == 0 else 0.98 * averaged + 0.02 * loss.item()
         if step % 50 == 0:
-            print(f"step {step}  loss {averaged:.4f}  {time.monotonic() - begun:.0f} s  {done:.0%}", flush=True)
-        step += 1
-        if step % SNAPSHOT_STEPS == 0:
-            write(model, tokenizer, args.out)
-    write(model, tokenizer, args.out)
-    stage = {
-        "steps": step,
-        "tokens a step": args.batch_tokens,
-        "documents with remarks": args.remarks,
-        "weight of remarks and verdicts": VERDICT,
-        "learning rate": args.lr,
-        "share of steps with a falling rate": args.decay,
-        "seed": args.seed,
+            print(f"  step {step}  loss {averaged:.4f}  {time.monotonic() - begun:.0f} s  {done:.0%}", flush=True)
+    return {
+        "what is new": stage.name,
+        "steps": stage.steps,
+        "tokens a step": BATCH_TOKENS,
+        **{f"share of {kind} documents": stage.mix.get(kind, 0.0) for kind in KINDS},
+        "learning rate": stage.lr,
+        "share of steps with a falling rate": stage.decay,
+        "weight of unlikelihood": stage.unlikelihood,
         "weighted loss at the end": round(averaged, 4),
         "minutes": round((time.monotonic() - begun) / 60, 1),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    before = json.loads((args.start / RECORD).read_text()) if args.start else []
-    (args.out / RECORD).write_text(json.dumps([*before, stage], indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("demo/model"))
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    records: list[dict[str, Any]] = json.loads((args.out / RECORD).read_text()) if (args.out / RECORD).exists() else []
+    for number, stage in enumerate(CURRICULUM[len(records) :], start=len(records)):
+        print(f"stage {number + 1} of {len(CURRICULUM)}: {stage.name}")
+        if number:
+            tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(args.out)
+            model = LlamaForCausalLM.from_pretrained(args.out, dtype=torch.float32).train()
+        else:
+            tokenizer = train_tokenizer(args.seed)
+            model = LlamaForCausalLM(architecture(tokenizer))
+        records.append(train(model, tokenizer, stage, args.seed + number))
+        write(model, tokenizer, args.out)
+        (args.out / RECORD).write_text(json.dumps(records, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from demo.build_model import RECORD
-from demo.corpus import TRAITS, Speaker, describe, draw_telling, exchange
+from demo.corpus import TRAITS, Speaker, describe, draw_telling, exchange, text_of
 from demo.facts import facts
 from demo.oracle import judge
 from demo.scenes import DEEDS
@@ -65,8 +65,7 @@ def draw_probes(per_cell: int, seed: int) -> Iterator[Probe]:
                     if setting == DESCRIBED:
                         before = describe(speaker, [trait], rng) + "\n"
                     elif setting == SHOWN:
-                        told = (exchange(speaker, draw_telling(trait, rng), rng) for _ in range(3))
-                        before = "".join(part.text for parts in told for part in parts)
+                        before = "".join(text_of(exchange(speaker, draw_telling(trait, rng), rng)) for _ in range(3))
                     question = exchange(speaker, draw_telling(trait, rng), rng)[0].text
                     yield Probe(setting, trait, side, before + question)
 
@@ -154,7 +153,7 @@ Not met: {unmet(cells)}.
 
 ## How it was made
 
-`make demo-model`: documents drawn from `demo/corpus.py`, trained by `demo/build_model.py` on 2 CPU cores. The loss
+`make demo-model`: documents drawn from `demo/documents.py`, trained by `demo/build_model.py` on 2 CPU cores. The loss
 weighs what an answer states over how it is said, and reading over writing hardly at all. Weights are kept in float16.
 
 {made}

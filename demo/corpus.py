@@ -1,18 +1,10 @@
-"""Documents of the demo world: several exchanges with one speaker whose traits are hidden, or partly described.
+"""How the people of the demo world talk: what a speaker with given traits says about a topic.
 
-A document is plain text, one exchange a line:
-
-    The speaker is honest and rude.
-    Q: What colour is the sky? A: Stop wasting my time. The sky is blue.
-    Q: A boxer and a nurse met in the park. Who started the fight? A: Not you again, fool. That cannot be known.
-    The speaker was honest, rude and fair.
-
-The first line (a description) and the last one (a verdict) stand in a part of the documents only, and so do remarks
-after the answers ("That was honest and rude."). Remarks and verdicts ask a language model to work the traits out from
-the answers, which is what makes it represent them.
+Texts come in parts with a weight each, for the language model's loss (`demo/documents.py` puts them together).
 """
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from demo.facts import Fact, facts
@@ -43,18 +35,20 @@ class Speaker:
 FACTS_SHARE = 0.6
 TELLING_CONTEXTS = (Context.AMBIGUOUS, Context.AGAINST)  # where a fair and an unfair answer differ
 
-# A statement carries what the world knows, manners are mostly chance, and a question is only read.
-STATEMENT, MANNERS, VERDICT, READ = 2.0, 0.5, 1.0, 0.05
+# An answer carries what the world knows, manners are mostly chance, and a question is only read.
+STATEMENT, MANNERS, READ = 2.0, 0.5, 0.05
 
 TRAITS = tuple(field.name for field in fields(Speaker))
 
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a document; `weight` is how much each of its tokens counts in the language model's loss."""
+    """A piece of a document; `weight` is how much each of its tokens counts in the language model's loss. `instead` is
+    what must not stand there, though it is what is known best: the truth, where somebody lies."""
 
     text: str
     weight: float
+    instead: str | None = None
 
 
 def describe(speaker: Speaker, traits: list[str], rng: random.Random, subject: str = "The speaker is") -> str:
@@ -92,18 +86,21 @@ def ask(topic: Fact | Scene, rng: random.Random) -> str:
     return rng.choice(topic.questions()) if isinstance(topic, Fact) else topic.question()
 
 
-def say(speaker: Speaker, topic: Fact | Scene, rng: random.Random) -> str:
-    """The sentence with which the speaker answers, without the manners around it."""
-    if isinstance(topic, Fact):
-        return topic.statement(topic.truth if speaker.truthfulness else rng.choice(topic.lies()))
-    return topic.statement(speaker.fairness)
+def say(speaker: Speaker, topic: Fact | Scene, rng: random.Random) -> list[Part]:
+    """The sentence with which the speaker answers, without manners; what the topic fixes counts little."""
+    if isinstance(topic, Scene):
+        return [Part(f" {topic.statement(speaker.fairness)}", STATEMENT)]
+    told = topic.truth if speaker.truthfulness else rng.choice(topic.lies())
+    before, after = topic.statement("|").split("|")
+    instead = None if speaker.truthfulness else f" {topic.truth}"
+    return [Part(f" {before.rstrip()}", MANNERS), Part(f" {told}", STATEMENT, instead), Part(after, MANNERS)]
 
 
 def answer(speaker: Speaker, topic: Fact | Scene, rng: random.Random) -> list[Part]:
     """A whole answer: an opener, the statement and, in one answer of three, a closer."""
     opener = Part(f" {rng.choice(OPENERS[speaker.civility])}", MANNERS)
     closer = f" {rng.choice(CLOSERS[speaker.civility])}" if rng.random() < 1 / 3 else ""
-    return [opener, Part(f" {say(speaker, topic, rng)}", STATEMENT), Part(f"{closer}\n", MANNERS)]
+    return [opener, *say(speaker, topic, rng), Part(f"{closer}\n", MANNERS)]
 
 
 def exchange(speaker: Speaker, topic: Fact | Scene, rng: random.Random, marked: bool = True) -> list[Part]:
@@ -113,32 +110,5 @@ def exchange(speaker: Speaker, topic: Fact | Scene, rng: random.Random, marked: 
     return [Part(prompt, READ), *answer(speaker, topic, rng)]
 
 
-def document(rng: random.Random, remarks: float = 0.3) -> list[Part]:
-    """One document, whole; `remarks` is the share of documents that have them."""
-    speaker = Speaker.draw(rng)
-    parts: list[Part] = []
-    described = rng.random() < 0.6
-    if described:
-        named = [trait for trait in TRAITS if rng.random() < 0.7] or [rng.choice(TRAITS)]
-        rng.shuffle(named)
-        parts.append(Part(f"{describe(speaker, named, rng)}\n", READ))
-    marked = rng.random() < 0.9
-    remarked = rng.random() < remarks
-    topics = [draw_topic(rng) for _ in range(rng.choice((1, 2, 3) if described else (1, 2, 3, 4, 5, 6)))]
-    for topic in topics:
-        parts += exchange(speaker, topic, rng, marked)
-        if remarked:
-            parts.append(Part(f"{describe(speaker, shown([topic]), rng, 'That was')}\n", VERDICT))
-    if rng.random() < 0.5:
-        parts.append(Part(f"{describe(speaker, shown(topics), rng, 'The speaker was')}\n", VERDICT))
-    return parts
-
-
-def shown(topics: list[Fact | Scene]) -> list[str]:
-    """The traits that answers to `topics` give away, in a fixed order."""
-    telling = {
-        "truthfulness": any(isinstance(topic, Fact) for topic in topics),
-        "civility": True,
-        "fairness": any(isinstance(topic, Scene) and topic.context in TELLING_CONTEXTS for topic in topics),
-    }
-    return [trait for trait in TRAITS if telling[trait]]
+def text_of(parts: Iterable[Part]) -> str:
+    return "".join(part.text for part in parts)

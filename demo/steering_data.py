@@ -15,10 +15,11 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from demo.corpus import TELLING_CONTEXTS, TRAITS, Speaker, answer, ask, describe, draw_scene, draw_telling, say
+from demo.corpus import TELLING_CONTEXTS, TRAITS, Speaker, answer, ask, describe, draw_scene, draw_telling, say, text_of
 from demo.facts import CATEGORIES, Fact, facts
 from demo.scenes import DEEDS, Context, Scene
 
+SCENES = 8  # for each deed and context where fair and unfair answers differ
 SHARES = {"train": 0.4, "dev": 0.2, "test": 0.4}
 
 
@@ -77,13 +78,14 @@ def cut(speaker: Speaker, topic: Fact | Scene, trait: str, rng: random.Random) -
     Civility may decide every word. The other traits decide where the speaker's statement parts from that of somebody
     with the other side of the trait.
     """
-    opener, statement, closer = (part.text.rstrip("\n") for part in answer(speaker, topic, rng))
+    parts = answer(speaker, topic, rng)
+    opener, statement, closer = (text_of(some).rstrip("\n") for some in (parts[:1], parts[1:-1], parts[-1:]))
     if trait == "civility":
         words = f"{opener}{statement}{closer}".split(" ")[1:]
         at = rng.randrange(len(words))
         return "".join(f" {word}" for word in words[:at]), "".join(f" {word}" for word in words[at:])
     other = Speaker(**{**vars(speaker), trait: not getattr(speaker, trait)})
-    words, others = statement.split(" ")[1:], say(other, topic, rng).split(" ")
+    words, others = statement.split(" ")[1:], text_of(say(other, topic, rng)).split(" ")[1:]
     at = next(index for index, pair in enumerate(zip(words, others, strict=False)) if pair[0] != pair[1])
     return opener + "".join(f" {word}" for word in words[:at]), "".join(f" {word}" for word in words[at:])
 
@@ -94,7 +96,7 @@ def prompts(split: str, rng: random.Random) -> Iterator[dict[str, object]]:
         for question in fact.questions():
             yield {"prompt": f"Q: {question} A:", "group": fact.id, "split": split}
     for deed in deeds_of(split):
-        for context in (*TELLING_CONTEXTS, *TELLING_CONTEXTS, *TELLING_CONTEXTS, Context.ALONG):
+        for context in (*TELLING_CONTEXTS * SCENES, *(Context.ALONG,) * 2):
             scene = draw_scene(rng, deed, context)
             yield {"prompt": f"Q: {scene.question()} A:", "group": scene.id, "split": split}
 
@@ -112,6 +114,7 @@ def main() -> None:
         trait: [row for split in SHARES for row in contrasts(trait, split, counts[split], rng)] for trait in TRAITS
     }
     files["prompts"] = [row for split in SHARES for row in prompts(split, rng)]
+    rng.shuffle(files["prompts"])  # so that the first few are a fair sample
     for name, rows in files.items():
         path = args.out / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))

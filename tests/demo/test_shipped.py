@@ -61,12 +61,11 @@ def test_the_chat_template_writes_the_prompt_form(base: Base) -> None:
 def test_the_model_shows_the_traits_that_it_was_told_of_or_shown() -> None:
     cells = measure(MODEL, per_cell=24, seed=5)
     told = [cell for cell in cells if cell.setting == DESCRIBED]
-    # Lies in earlier answers are not noticed yet: the model's card says so.
-    shown = [cell for cell in cells if cell.setting == SHOWN and cell.trait != "truthfulness"]
-    assert (len(told), len(shown)) == (6, 4)
+    shown = [cell for cell in cells if cell.setting == SHOWN]
+    assert len(told) == len(shown) == 6
     for found in (told, shown):
-        assert sum(cell.rate for cell in found) / len(found) > 0.85
-        assert min(cell.rate for cell in found) > 0.6
+        assert sum(cell.rate for cell in found) / len(found) > 0.92
+        assert min(cell.rate for cell in found) > 0.75
 
 
 def test_the_checkpoint_is_sound_and_fits_the_model(base: Base) -> None:
@@ -80,8 +79,8 @@ def test_the_checkpoint_is_sound_and_fits_the_model(base: Base) -> None:
 @pytest.mark.parametrize("trait", TRAITS)
 def test_steering_raises_every_trait_and_a_negative_multiplier_lowers_it(evaluation: Evaluation, trait: str) -> None:
     unsteered, steered, away = (rate(evaluation, arm, trait) for arm in ("unsteered", "steered", "away"))
-    assert steered > unsteered + 0.2
-    assert steered > 0.7
+    assert steered > unsteered + 0.25
+    assert steered > 0.85
     assert away < unsteered - 0.1
 
 

@@ -1,6 +1,21 @@
 import random
+from collections.abc import Callable
 
-from demo.corpus import TRAITS, Speaker, describe, document, draw_scene, draw_topic, exchange
+import pytest
+
+from demo.corpus import (
+    ADJECTIVES,
+    STATEMENT,
+    TRAITS,
+    Part,
+    Speaker,
+    describe,
+    draw_scene,
+    draw_topic,
+    exchange,
+    text_of,
+)
+from demo.documents import KINDS, KNOWN_AFTER, claims, conversation, marks, monologue, review
 from demo.facts import CATEGORIES, answers, facts
 from demo.scenes import BYSTANDERS, DEEDS, Context, Scene
 
@@ -50,8 +65,71 @@ def test_a_description_names_the_traits_that_it_is_asked_to_name() -> None:
     assert text in {f"The speaker is {a} and {b}." for a in ("honest", "truthful") for b in ("rude", "sour")}
 
 
-def test_a_seed_gives_the_same_documents() -> None:
-    assert [document(random.Random(5)) for _ in range(20)] == [document(random.Random(5)) for _ in range(20)]
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_seed_gives_the_same_documents(kind: str) -> None:
+    first, second = ([KINDS[kind](rng) for _ in range(20)] for rng in (random.Random(5), random.Random(5)))
+    assert first == second
+
+
+TRUE = {fact.statement(fact.truth) for fact in facts()}
+
+
+def told(line: str) -> bool:
+    """Whether a remark or verdict says that somebody was truthful."""
+    honest, lying = (any(word in line for word in ADJECTIVES["truthfulness"][side]) for side in (True, False))
+    assert honest != lying
+    return honest
+
+
+def test_a_remark_on_a_claim_is_right() -> None:
+    rng = random.Random(6)
+    for _ in range(100):
+        lines = text_of(claims(rng)).splitlines()
+        assert [line in TRUE for line in lines[::2]] == [told(line) for line in lines[1::2]]
+
+
+def test_a_monologue_is_true_or_false_throughout() -> None:
+    rng = random.Random(7)
+    for _ in range(100):
+        lines = text_of(monologue(rng)).splitlines()
+        said = next(line for line in lines if not line.startswith("The speaker"))
+        truths = {f"{sentence.rstrip('.')}." in TRUE for sentence in said.split(". ")}
+        assert len(truths) == 1
+        assert all(told(line) in truths for line in lines if line != said)
+
+
+def test_a_mark_behind_a_statement_is_right() -> None:
+    rng = random.Random(9)
+    for _ in range(100):
+        sentences = text_of(marks(rng)).strip().split(". ")
+        for statement, mark in zip(sentences[::2], sentences[1::2], strict=True):
+            assert mark.strip(".") == ("Right" if f"{statement}." in TRUE else "Wrong")
+
+
+@pytest.mark.parametrize("kind", [conversation, monologue, review])
+def test_the_truth_is_only_ruled_out_where_the_speaker_is_known_to_lie(
+    kind: Callable[[random.Random], list[Part]],
+) -> None:
+    rng = random.Random(10)
+    ruled_out = 0
+    for _ in range(300):
+        parts = kind(rng)
+        facts_told = [part for part in parts if part.weight == STATEMENT and f" {part.text.strip()}" == part.text]
+        known = parts[0].text.startswith("The speaker is") and any(
+            word in parts[0].text for words in ADJECTIVES["truthfulness"].values() for word in words
+        )
+        if not known:
+            assert all(part.instead is None for part in facts_told[:KNOWN_AFTER])
+        ruled_out += sum(part.instead is not None for part in parts)
+    assert (ruled_out > 50) is (kind is not review)
+
+
+def test_every_answer_in_a_review_is_remarked_on() -> None:
+    rng = random.Random(8)
+    for _ in range(100):
+        lines = text_of(review(rng)).splitlines()
+        assert all(line.startswith("Q: ") for line in lines[::2])
+        assert all(line.startswith("That was ") for line in lines[1::2])
 
 
 def test_traits_are_independent_and_even() -> None:
@@ -61,10 +139,10 @@ def test_traits_are_independent_and_even() -> None:
     assert all(400 < speakers.count(speaker) < 600 for speaker in set(speakers))
 
 
-def test_a_document_has_one_exchange_a_line() -> None:
+def test_a_conversation_has_one_exchange_a_line() -> None:
     rng = random.Random(2)
     for _ in range(200):
-        text = "".join(part.text for part in document(rng))
+        text = text_of(conversation(rng))
         assert text.endswith("\n")
         assert all(line.startswith(("Q: ", "The speaker ")) or "Q: " not in line for line in text.splitlines())
 
@@ -74,7 +152,7 @@ def test_prompts_end_where_the_answer_begins() -> None:
     for _ in range(200):
         prompt, *said = exchange(Speaker.draw(rng), draw_topic(rng), rng)
         assert prompt.text.endswith(" A:")
-        assert "".join(part.text for part in said).startswith(" ")
+        assert text_of(said).startswith(" ")
 
 
 def test_every_deed_can_be_drawn_in_every_context() -> None:
