@@ -66,7 +66,8 @@ def train(
     layer: o.MaybeLayers = None,
     site: o.SiteKinds = "attn_output",
     at: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=LAYER.SITE", help="A place of its own for an attribute.")
+        list[str] | None,
+        typer.Option(metavar="NAME=LAYER.SITE", help="A place of its own for an attribute; repeat for more."),
     ] = None,
     places: Annotated[
         Path | None, typer.Option(help="Places and strengths that `sweep --alone` wrote; --at, --strength go before.")
@@ -139,7 +140,7 @@ def train(
 
         if places is not None:
             found = read_places(places)
-            own = {name: place.site for name, place in found.items()} | own
+            own = {name: place.sites for name, place in found.items()} | own
             strengths = {name: place.strength for name, place in found.items()} | strengths
         plan = Plan(
             data=tuple(specs),
@@ -235,6 +236,7 @@ def sweep(
     alone: Annotated[
         bool, typer.Option("--alone", help="Each attribute by itself: finds a place for each, then strengths together.")
     ] = False,
+    sites_each: Annotated[int, typer.Option(min=1, help="With --alone: so many places for an attribute.")] = 1,
     method: o.MethodOption = Method.MAT,
     paper: o.PaperOption = False,
     objective: o.ObjectiveOption = None,
@@ -307,9 +309,12 @@ def sweep(
             Goal(tuple(goal.split(",")) if goal else (), max_perplexity_ratio, least), progress=shown, say=o.say,
         )  # fmt: skip
         if alone:
-            points, found = run.alone()
+            points, found = run.alone(sites_each)
             terminal().print(rich_table(points))
-            chosen = ", ".join(f"{name} at {place.site} times {place.strength:g}" for name, place in found.items())
+            chosen = ", ".join(
+                f"{name} at {' and '.join(map(str, place.sites))} times {place.strength:g}"
+                for name, place in found.items()
+            )
             typer.echo(f"best: {chosen}; now: matsteer train --places {out / 'places.json'}")
         else:
             points = run.together()

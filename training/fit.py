@@ -30,21 +30,26 @@ class Recipe:
     """Attribute -> factor on its vector, so that multiplier 1 means that strength; "" is for all others."""
     defaults: Mapping[str, float] = field(default_factory=dict)
     """Attribute -> default multiplier, 1 where it is not named."""
-    places: Mapping[str, Site] = field(default_factory=dict)
-    """Attribute -> the one site at which it is fitted, in place of the sites of the others."""
+    places: Mapping[str, tuple[Site, ...]] = field(default_factory=dict)
+    """Attribute -> the sites at which it is fitted, in place of the sites of the others."""
 
     @property
     def keep_norm(self) -> bool:
         return self.method is Method.MAT if self.normalize is None else self.normalize
 
-    def at(self, places: Mapping[str, Site]) -> "Recipe":
-        """The same recipe with every attribute at its own place."""
+    @property
+    def own_sites(self) -> tuple[Site, ...]:
+        """Those of attributes with places of their own, each once."""
+        return tuple(dict.fromkeys(site for sites in self.places.values() for site in sites))
+
+    def at(self, places: Mapping[str, tuple[Site, ...]]) -> "Recipe":
+        """The same recipe with every attribute at its own places."""
         return replace(self, places=places)
 
     def settings(self) -> dict[str, Any]:
         """What decides the fit, in JSON's own types; strengths and defaults come after it."""
         own: dict[str, Any] = {"method": self.method.value, "normalize": self.keep_norm}
-        own |= {f"place {name}": str(site) for name, site in self.places.items()}
+        own |= {f"place {name}": ", ".join(map(str, sites)) for name, sites in self.places.items()}
         if self.method is Method.MAT:
             own |= self.mat.as_dict() | {"normalize": self.keep_norm}
         if self.method is Method.PROBE:
@@ -67,13 +72,13 @@ def fit(
     progress: bool = False,
 ) -> tuple[Column, ...]:
     """Fit on the train split, every site by itself; columns of one attribute at several sites share its name. An
-    attribute with a place of its own is fitted there alone, all others at `sites`.
+    attribute with places of its own is fitted there alone, all others at `sites`.
 
     `folder` keeps what a fit needs to resume. Raises FitError.
     """
     columns = [
         column
-        for site in dict.fromkeys((*sites, *recipe.places.values()))
+        for site in dict.fromkeys((*sites, *recipe.own_sites))
         if (names := [name for name in activations.names if site in _sites_of(name, sites, recipe)])
         for column in _fit_at(activations, site, names, recipe, folder and folder / str(site), device, progress)
     ]
@@ -81,7 +86,7 @@ def fit(
 
 
 def _sites_of(name: str, sites: Sequence[Site], recipe: Recipe) -> Sequence[Site]:
-    return (recipe.places[name],) if name in recipe.places else sites
+    return recipe.places.get(name, sites)
 
 
 def _fit_at(

@@ -115,16 +115,16 @@ def parse_sites(layers: str, kinds: str) -> tuple["Site", ...]:
     return tuple(dict.fromkeys(Site(number, SiteKind(name)) for number in numbers for name in names))
 
 
-def parse_places(items: Sequence[str] | None) -> dict[str, "Site"]:
-    """ "NAME=LAYER.SITE" items. Raises TrainingError."""
+def parse_places(items: Sequence[str] | None) -> dict[str, tuple["Site", ...]]:
+    """ "NAME=LAYER.SITE" items, one name in several of them at several sites. Raises TrainingError."""
     from steering.errors import SteeringError
     from steering.types import Site
 
-    places = {}
+    places: dict[str, tuple[Site, ...]] = {}
     for item in items or ():
         name, _, place = item.partition("=")
         try:
-            places[name.strip()] = Site.parse(place.strip())
+            places[name.strip()] = (*places.get(name.strip(), ()), Site.parse(place.strip()))
         except SteeringError as error:
             raise TrainingError(
                 f"--at must be NAME=LAYER.SITE, as in truthfulness=12.residual, got {item!r}: {error}."

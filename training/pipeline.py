@@ -62,8 +62,8 @@ class Plan:
 
     @property
     def all_sites(self) -> tuple[Site, ...]:
-        """Those of attributes with a place of their own included."""
-        return tuple(dict.fromkeys((*self.sites, *self.recipe.places.values())))
+        """Those of attributes with places of their own included."""
+        return tuple(dict.fromkeys((*self.sites, *self.recipe.own_sites)))
 
     @property
     def workspace(self) -> Path:

@@ -13,20 +13,25 @@ from training.files import write_json
 
 @dataclass(frozen=True)
 class Place:
-    site: Site
+    """The sites at which an attribute has a column each, and the factor on their vectors."""
+
+    sites: tuple[Site, ...]
     strength: float
 
 
 def write_places(path: Path, places: Mapping[str, Place]) -> None:
-    """`{"truthfulness": {"site": "12.residual", "strength": 1.5}, ...}`"""
-    write_json(path, {name: {"site": str(place.site), "strength": place.strength} for name, place in places.items()})
+    """`{"truthfulness": {"sites": ["12.residual"], "strength": 1.5}, ...}`"""
+    stored = {name: {"sites": [*map(str, place.sites)], "strength": place.strength} for name, place in places.items()}
+    write_json(path, stored)
 
 
 def read_places(path: Path) -> dict[str, Place]:
     """Raises TrainingError, naming the file, where it is not what `write_places` writes."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        return {name: Place(Site.parse(one["site"]), float(one["strength"])) for name, one in stored.items()}
+        return {
+            name: Place(tuple(map(Site.parse, one["sites"])), float(one["strength"])) for name, one in stored.items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SteeringError) as error:
         raise TrainingError(
             f"{path} does not hold places as `matsteer sweep --alone` writes them: {error!r}."

@@ -22,6 +22,7 @@ from training.strengths import combine
 from training.sweep_report import markdown, plot
 
 Say = Callable[[str], None]
+CANDIDATES = 3  # further sites that are tried for an attribute, the best by themselves first
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,10 @@ class Point:
     metrics: Mapping[str, float | None]
     perplexity_ratio: float | None
     sound: bool
+
+    @property
+    def place(self) -> Site:
+        return Site.parse(f"{self.layer}.{self.site}")
 
 
 @dataclass(frozen=True)
@@ -67,22 +72,45 @@ class Sweep:
         write_json(self.out / "best.json", asdict(points[0]))
         return points
 
-    def alone(self) -> tuple[list[Point], dict[str, Place]]:
+    def alone(self, sites_each: int = 1) -> tuple[list[Point], dict[str, Place]]:
         """Each attribute by itself at every site and multiplier, then all at once, every one at its best site, at
-        strengths that go together. As `together`, with `places.json` for `matsteer train --places` beside it."""
+        strengths that go together. With more `sites_each`, an attribute takes further sites as long as they help. As
+        `together`, with `places.json` for `matsteer train --places` beside it."""
         names = self.activations.names
         points = self._points(names)
         self._write(points)
-        best = {name: next(point for point in points if point.attribute == name) for name in names}
-        sites = {name: Site.parse(f"{point.layer}.{point.site}") for name, point in best.items()}
-        self.say(f"together: {', '.join(f'{name} at {site}' for name, site in sites.items())}")
-        columns = fit(self.activations, [], self.recipe.at(sites), progress=self.progress)
+        best = {name: self._best_sites(name, [p for p in points if p.attribute == name], sites_each) for name in names}
+        self.say(f"together: {', '.join(f'{name} at {_listed(place.sites)}' for name, place in best.items())}")
+        columns = fit(self.activations, [], self._recipe_at(best), progress=self.progress)
         strengths = combine(
-            lambda arms: self._run(columns, arms), {name: point.multiplier for name, point in best.items()}, self.goal
+            lambda arms: self._run(columns, arms), {name: place.strength for name, place in best.items()}, self.goal
         )
-        places = {name: Place(sites[name], strengths[name]) for name in names}
+        places = {name: Place(place.sites, strengths[name]) for name, place in best.items()}
         write_places(self.out / "places.json", places)
         return points, places
+
+    def _best_sites(self, name: str, points: Sequence[Point], most: int) -> Place:
+        """The best of an attribute's `points`, which come best first, and further sites of theirs that help."""
+        ranked = list(dict.fromkeys(point.place for point in points))
+        chosen, strength = ranked[:1], points[0].multiplier
+        rank = points[0].sound, points[0].score
+        while len(chosen) < most:
+            tried = []
+            for site in [site for site in ranked if site not in chosen][:CANDIDATES]:
+                place = Place((*chosen, site), strength)
+                self.say(f"{name} at {_listed(place.sites)}")
+                columns = fit(self.activations, [], self._recipe_at({name: place}), progress=self.progress)
+                results = self._run(columns, [Arm(f"{name} {x:g}", {name: x}) for x in self.multipliers])
+                ranks = [self.goal.rank(result, name) for result in results]
+                tried.append((max(ranks), site, self.multipliers[ranks.index(max(ranks))]))
+            if not tried or max(tried, key=lambda one: one[0])[0] <= rank:
+                break
+            rank, site, strength = max(tried, key=lambda one: one[0])
+            chosen.append(site)
+        return Place(tuple(chosen), strength)
+
+    def _recipe_at(self, places: Mapping[str, Place]) -> Recipe:
+        return self.recipe.at({name: place.sites for name, place in places.items()})
 
     def _points(self, attributes: Sequence[str | None]) -> list[Point]:
         """Best first."""
@@ -148,6 +176,10 @@ class Sweep:
             "split": self.split.value,
         }
         return content_key(content)
+
+
+def _listed(sites: Sequence[Site]) -> str:
+    return " and ".join(map(str, sites))
 
 
 def _arm(columns: Sequence[Column], attribute: str | None, factor: float) -> Arm:
