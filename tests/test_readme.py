@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from demo.readme import ANSWERS, RESULTS, commands, requests, served, shown
-from demo.reproduce import table
+from demo.results import table
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
