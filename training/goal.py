@@ -20,15 +20,21 @@ class Goal:
         values = [value for name in self._counted(arm, attribute) if (value := arm.metrics[name].value) is not None]
         return sum(values) / len(values) if values else 0.0
 
-    def sound(self, arm: ArmResult) -> bool:
-        """Whether the text stays within the limits. Raises TrainingError for a metric that is not there."""
-        if arm.perplexity_ratio is not None and arm.perplexity_ratio > self.max_perplexity_ratio:
-            return False
-        return all((_metric(arm, name) or 0.0) >= least for name, least in self.keep.items())
+    def shortfall(self, arm: ArmResult) -> float:
+        """By how much the text misses the limits, each miss as a share of its limit; 0 within all of them. Raises
+        TrainingError for a metric that is not there."""
+        excess = (arm.perplexity_ratio or 0.0) / self.max_perplexity_ratio - 1
+        missing = [1 - (_metric(arm, name) or 0.0) / least for name, least in self.keep.items() if least > 0]
+        return sum(max(0.0, miss) for miss in (excess, *missing))
 
-    def rank(self, arm: ArmResult, attribute: str | None = None) -> tuple[bool, float]:
-        """What settings are ordered by: sound ones first, then by score."""
-        return self.sound(arm), self.score(arm, attribute)
+    def sound(self, arm: ArmResult) -> bool:
+        """Whether the text stays within the limits."""
+        return self.shortfall(arm) == 0
+
+    def rank(self, arm: ArmResult, attribute: str | None = None) -> tuple[float, float]:
+        """What settings are ordered by, upwards: sound ones last, by score; the others by how near they come to the
+        limits, since a setting that breaks the text can have any score."""
+        return -self.shortfall(arm), self.score(arm, attribute)
 
     def _counted(self, arm: ArmResult, attribute: str | None) -> list[str]:
         if attribute is not None:

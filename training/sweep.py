@@ -27,7 +27,8 @@ CANDIDATES = 3  # further sites that are tried for an attribute, the best by the
 
 @dataclass(frozen=True)
 class Point:
-    """One setting of the sweep. `score` is the mean of the metrics that count, `sound` that the text is within limits.
+    """One setting of the sweep. `score` is the mean of the metrics that count, `shortfall` by how much the text misses
+    the limits.
 
     `attribute` is the one that was steered alone; None: all together."""
 
@@ -38,7 +39,7 @@ class Point:
     score: float
     metrics: Mapping[str, float | None]
     perplexity_ratio: float | None
-    sound: bool
+    shortfall: float
 
     @property
     def place(self) -> Site:
@@ -93,7 +94,7 @@ class Sweep:
         """The best of an attribute's `points`, which come best first, and further sites of theirs that help."""
         ranked = list(dict.fromkeys(point.place for point in points))
         chosen, strength = ranked[:1], points[0].multiplier
-        rank = points[0].sound, points[0].score
+        rank = -points[0].shortfall, points[0].score
         while len(chosen) < most:
             tried = []
             for site in [site for site in ranked if site not in chosen][:CANDIDATES]:
@@ -121,7 +122,7 @@ class Sweep:
             for number, site in enumerate(self.activations.sites, start=1)
             for attribute, factor, result in self._measured(number, site, attributes)
         ]
-        return sorted(points, key=lambda point: (point.sound, point.score), reverse=True)
+        return sorted(points, key=lambda point: (-point.shortfall, point.score), reverse=True)
 
     def _measured(
         self, number: int, site: Site, attributes: Sequence[str | None]
@@ -154,7 +155,7 @@ class Sweep:
             score=self.goal.score(arm, attribute),
             metrics={name: estimate.value for name, estimate in arm.metrics.items()},
             perplexity_ratio=arm.perplexity_ratio,
-            sound=self.goal.sound(arm),
+            shortfall=self.goal.shortfall(arm),
         )
 
     def _write(self, points: Sequence[Point]) -> None:

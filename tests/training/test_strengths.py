@@ -41,6 +41,13 @@ def test_a_sound_setting_goes_before_a_better_one_that_is_not() -> None:
     assert goal.rank(result(formed=0.9)) > goal.rank(result(formed=0.8, truth=1.0))
 
 
+def test_of_settings_that_are_not_sound_the_nearest_to_the_limits_goes_first() -> None:
+    goal = Goal(keep={"formed": 0.9})
+    assert goal.rank(result(formed=0.8)) > goal.rank(result(formed=0.5, truth=1.0))
+    assert goal.rank(result(formed=0.9, ratio=1.6)) > goal.rank(result(formed=0.9, ratio=3.0))
+    assert goal.shortfall(result(formed=0.45, ratio=3.0)) == pytest.approx(1.5)
+
+
 @pytest.mark.parametrize("goal", [Goal(("truht",)), Goal(keep={"truht": 1})])
 def test_an_unknown_metric_is_named(goal: Goal) -> None:
     with pytest.raises(TrainingError, match="no metric 'truht'; there are truth"):
