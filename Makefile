@@ -46,7 +46,7 @@ format: $(DEV_INSTALLED)  ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-demo-model: $(INSTALLED)  ## train the demo language model (about 70 minutes on 2 cores), check it, write its card
+demo-model: $(INSTALLED)  ## train the demo language model (about 80 minutes on 2 cores), check it, write its card
 	$(BIN)/python -m demo.build_model --out runs/demo-model
 	cp runs/demo-model/* demo/model/
 	$(BIN)/python -m demo.check_model demo/model --card

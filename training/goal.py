@@ -1,4 +1,4 @@
-"""What a setting is best at: the mean of the metrics that count, among settings that keep the text sound."""
+"""What a setting is best at: the mean of the metrics that count, among settings that keep the text in limits."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,13 +27,9 @@ class Goal:
         missing = [1 - (_metric(arm, name) or 0.0) / least for name, least in self.keep.items() if least > 0]
         return sum(max(0.0, miss) for miss in (excess, *missing))
 
-    def sound(self, arm: ArmResult) -> bool:
-        """Whether the text stays within the limits."""
-        return self.shortfall(arm) == 0
-
     def rank(self, arm: ArmResult, attribute: str | None = None) -> tuple[float, float]:
-        """What settings are ordered by, upwards: sound ones last, by score; the others by how near they come to the
-        limits, since a setting that breaks the text can have any score."""
+        """What settings are ordered by, upwards: those within the limits last, by score; the others by how near they
+        come to the limits, since a setting that breaks the text can have any score."""
         return -self.shortfall(arm), self.score(arm, attribute)
 
     def _counted(self, arm: ArmResult, attribute: str | None) -> list[str]:

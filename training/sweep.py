@@ -42,6 +42,11 @@ class Point:
     shortfall: float
 
     @property
+    def rank(self) -> tuple[float, float]:
+        """As `Goal.rank` of its result."""
+        return -self.shortfall, self.score
+
+    @property
     def place(self) -> Site:
         return Site.parse(f"{self.layer}.{self.site}")
 
@@ -94,7 +99,7 @@ class Sweep:
         """The best of an attribute's `points`, which come best first, and further sites of theirs that help."""
         ranked = list(dict.fromkeys(point.place for point in points))
         chosen, strength = ranked[:1], points[0].multiplier
-        rank = -points[0].shortfall, points[0].score
+        rank = points[0].rank
         while len(chosen) < most:
             tried = []
             for site in [site for site in ranked if site not in chosen][:CANDIDATES]:
@@ -122,7 +127,7 @@ class Sweep:
             for number, site in enumerate(self.activations.sites, start=1)
             for attribute, factor, result in self._measured(number, site, attributes)
         ]
-        return sorted(points, key=lambda point: (-point.shortfall, point.score), reverse=True)
+        return sorted(points, key=lambda point: point.rank, reverse=True)
 
     def _measured(
         self, number: int, site: Site, attributes: Sequence[str | None]

@@ -33,7 +33,7 @@ def test_multiple_choice_counts_mc2() -> None:
     ("ratio", "formed", "sound"), [(1.5, 0.9, True), (1.51, 0.9, False), (1.0, 0.89, False), (None, 1.0, True)]
 )
 def test_a_setting_beyond_the_limits_is_not_sound(ratio: float | None, formed: float, sound: bool) -> None:
-    assert Goal(keep={"formed": 0.9}).sound(result(ratio=ratio, formed=formed)) is sound
+    assert (Goal(keep={"formed": 0.9}).shortfall(result(ratio=ratio, formed=formed)) == 0) is sound
 
 
 def test_a_sound_setting_goes_before_a_better_one_that_is_not() -> None:
