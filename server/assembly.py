@@ -5,10 +5,11 @@ import time
 
 from server.config import Settings
 from server.engine.engine import Engine
-from server.engine.forward import Forward
+from server.engine.kv_cache import KVCache
 from server.engine.model import LoadedModel, load_model
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
+from server.engine.support import cache_size, open_forward, text_limit
 from server.errors import ServerError, StartupError
 from server.registry import Registry, fits_model
 from server.service import Service
@@ -47,16 +48,20 @@ def open_service(settings: Settings) -> Service:
 
 def _wire(settings: Settings, loaded: LoadedModel) -> Service:
     fits = fits_model(loaded.model, settings.served_name, settings.revision)
-    bank = ColumnBank(device=loaded.device, max_tokens=settings.max_batch_rows)
+    bank = ColumnBank(device=loaded.device, max_tokens=settings.step_tokens)
+    forward = open_forward(loaded.model, bank, settings.served_name)
     Steering(loaded.model, bank).install()
-    codec = Codec(loaded.tokenizer, vocab=loaded.vocab, context=loaded.context)
+    limit = text_limit(loaded.model, loaded.context)
+    largest, count = cache_size(forward, limit=limit, rows=settings.max_batch_rows, mib=settings.cache_mib)
+    forward.attention.allocate(largest * count)
+    cache = KVCache(largest, count)
+    codec = Codec(loaded.tokenizer, vocab=loaded.vocab, context=min(limit or largest, largest))
     engine = Engine(
-        Runner(Forward(loaded.model, bank), context=loaded.context),
-        Scheduler(settings.max_batch_rows, settings.max_batch_tokens),
+        Runner(forward, cache, step_tokens=settings.step_tokens),
+        Scheduler(cache, max_rows=settings.max_batch_rows, step_tokens=settings.step_tokens),
         eos=loaded.eos,
         decode=codec.decode,
         queue_limit=settings.queue_limit,
-        gather_s=settings.gather_ms / 1000,
         stall_s=settings.stall_s,
     )
     return Service(settings, codec, engine, Registry(settings.checkpoints, bank, fits, engine.call))

@@ -117,7 +117,6 @@ def generate(
             device=device,
             dtype=dtype,
             log_level="warning",
-            gather_ms=0,
         )
         _log(settings)
         from server.assembly import open_service

@@ -34,10 +34,12 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     threads: int = Field(default=0, ge=0, le=1024, description="CPU threads of the model; 0: all cores")
     max_batch_rows: int = Field(default=32, ge=2, le=4096, description="rows generated together")
-    max_batch_tokens: int = Field(
-        default=65536, ge=1, description="rows x (longest prompt + longest answer) of one batch"
+    step_tokens: int = Field(
+        default=512, ge=2, le=2**20, description="tokens of one forward pass: longer prompts are read in several"
     )
-    gather_ms: float = Field(default=5.0, ge=0, le=1000, description="an idle engine waits this long for company")
+    cache_mib: int = Field(
+        default=0, ge=0, description="memory for keys and values; 0: a quarter of what is free, on a GPU nine tenths"
+    )
     queue_limit: int = Field(default=256, ge=1, description="rows that may wait; beyond: 429")
     max_request_rows: int = Field(default=256, ge=1, description="texts one request may ask for: prompts x n x arms")
     max_body_bytes: int = Field(default=4 * 2**20, ge=1, description="size of a request's body; beyond: 413")
@@ -49,6 +51,14 @@ class Settings(BaseSettings):
         default=30.0, ge=0, le=86400, description="running requests get this long to finish at a shutdown; then: 503"
     )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @model_validator(mode="after")
+    def _every_row_has_its_token(self) -> Self:
+        if self.step_tokens < self.max_batch_rows:
+            raise ValueError(
+                f"step_tokens is {self.step_tokens}, but must be at least max_batch_rows, {self.max_batch_rows}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _checkpoint_is_named(self) -> Self:

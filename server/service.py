@@ -40,7 +40,7 @@ class Service:
         self.registry = registry
 
     async def generate(self, ask: Ask) -> Answer:
-        """Every prompt, `n` times, and with `baseline` each once more unsteered, in the same batch.
+        """Every prompt, `n` times, and with `baseline` each once more unsteered.
 
         A cancelled call (the client has gone) ends its rows before the engine's next step.
         """
@@ -110,7 +110,7 @@ class Service:
                 param="n" if ask.n > 1 else "prompt",
             )
         rows: list[Row] = []
-        for number, prompt in enumerate(prompts):
+        for prompt in prompts:
             # Both arms share a seed. Drawn ones differ by prompt, so that a prompt sent twice gives two texts; the
             # index among the choices makes the choices differ.
             seed = secrets.randbits(63) if ask.seed is None else ask.seed
@@ -119,8 +119,7 @@ class Service:
                 room = min(room, self.codec.context - len(prompt))
             for choice in range(ask.n):
                 sampling = replace(ask.sampling, max_new_tokens=room, seed=seed, choice=choice)
-                group = number * ask.n + choice
-                rows += [Row(request, len(rows) + i, group, prompt, sampling, arm) for i, arm in enumerate(arms)]
+                rows += [Row(request, len(rows) + i, prompt, sampling, arm) for i, arm in enumerate(arms)]
         return rows
 
     async def _run(self, rows: Sequence[Row], loaded: Sequence[Loaded]) -> list[Finished]:

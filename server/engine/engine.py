@@ -9,32 +9,18 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from server.engine.progress import Progress
+from server.engine.reading import compare, score
+from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
-from server.engine.types import Batch, Divergence, Draw, EngineStats, Event, Failed, Pair, Row, Sink
+from server.engine.tape import Tape, Work
+from server.engine.types import Divergence, Draw, EngineStats, Event, Failed, Job, Pair, Row, Sink, Steer
 from server.errors import EngineDown, GenerationFailed, NotFinite, QueueFull, ServerError
 
 log = logging.getLogger(__name__)
-KEPT_BATCHES = 64
 T = TypeVar("T")
-
-
-class Steps(Protocol):
-    """What the engine asks of a runner."""
-
-    def step(self, batch: Batch) -> Sequence[Draw]:
-        """One forward and one draw for each row of the batch, in its order."""
-
-    def compare(self, pair: Pair) -> Divergence:
-        """Teacher-forced comparison of two finished texts."""
-
-    def rest(self) -> None:
-        """Nothing is left to do: free what the last batch held."""
-
-    def recover(self) -> None:
-        """Forget the batch after a failed step; raises when the device is gone."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +37,7 @@ class _Cancel:
 
 @dataclass(frozen=True)
 class _Call:
-    work: Callable[[], Any]
+    job: Job[Any]
     future: Future[Any]
 
 
@@ -63,17 +49,16 @@ Message = _Submit | _Cancel | _Call | _Wake
 
 
 class Engine:
-    """Runs batches until stopped. `submit`, `cancel` and `call` may be used from any thread."""
+    """Runs steps until stopped. `submit`, `cancel` and `call` may be used from any thread."""
 
     def __init__(
         self,
-        runner: Steps,
+        runner: Runner,
         scheduler: Scheduler,
         *,
         eos: frozenset[int],
         decode: Callable[..., str],
         queue_limit: int = 256,
-        gather_s: float = 0.0,
         stall_s: float = 300.0,
     ) -> None:
         self.stats = EngineStats()
@@ -82,10 +67,10 @@ class Engine:
         self._eos = eos
         self._decode = decode
         self._queue_limit = queue_limit
-        self._gather_s = gather_s
         self._stall_s = stall_s
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._calls: deque[_Call] = deque()
+        self._call: _Call | None = None  # begun
         self._progress: dict[Row, Progress] = {}
         self._lock = threading.Lock()  # guards _queued, _down and _draining
         self._queued = 0  # rows submitted and not yet admitted
@@ -141,16 +126,31 @@ class Engine:
 
         The future's exception is a ServerError whatever `work` raises. Raises EngineDown.
         """
+
+        def job() -> Job[T]:
+            yield from ()
+            return work()
+
+        return self.begin(job())
+
+    def begin(self, job: Job[T]) -> Future[T]:
+        """The same for work in parts: between two of them the engine makes a step."""
         future: Future[T] = Future()
         with self._lock:
             if self._down is not None:
                 raise EngineDown(f"The engine cannot take requests: {self._down}.")
-            self._inbox.put(_Call(work, future))
+            self._inbox.put(_Call(job, future))
         return future
 
     def compare(self, pair: Pair) -> Future[Divergence]:
-        """Measure how far steering moved the model on two finished texts, between two steps."""
-        return self.call(lambda: self._runner.compare(pair))
+        """How far steering moved the model on two finished texts."""
+        return self.begin(compare(self._runner, pair))
+
+    def score(
+        self, prompt: tuple[int, ...], continuations: Sequence[tuple[int, ...]], steer: Steer
+    ) -> Future[list[tuple[float, ...]]]:
+        """The log-probability of each token of each continuation, steered as if it were being generated (nats)."""
+        return self.begin(score(self._runner, prompt, continuations, steer))
 
     # --- the engine's thread --------------------------------------------------------------------
 
@@ -159,33 +159,23 @@ class Engine:
             while self._down is None:
                 self._receive()
                 self._work_off()
-                if batch := self._scheduler.next():
-                    self._step(batch)
+                if works := self._scheduler.next():
+                    self._step(works)
         except Exception as error:  # a bug in the loop itself: say so, answer everybody, never hang
             log.exception("the engine's loop broke")
             self._close(f"its loop broke: {error}")
         self._shut()
 
     def _receive(self) -> None:
-        """Take in what has arrived; with nothing to do wait for it, and briefly for its company."""
-        if self._scheduler.idle and not self._calls:
-            self._runner.rest()
-            message = self._inbox.get()
+        """Take in what has arrived; with nothing to do wait for it."""
+        if self._scheduler.idle and not self._calls and self._call is None:
+            self._take(self._inbox.get())
+        while (message := self._poll()) is not None:
             self._take(message)
-            if isinstance(message, _Submit):
-                self._gather()
-        while (message_or_none := self._poll(0)) is not None:
-            self._take(message_or_none)
 
-    def _gather(self) -> None:
-        deadline = time.monotonic() + self._gather_s
-        while not self._scheduler.full and (left := deadline - time.monotonic()) > 0:
-            if (message := self._poll(left)) is not None:
-                self._take(message)
-
-    def _poll(self, timeout_s: float) -> Message | None:
+    def _poll(self) -> Message | None:
         try:
-            return self._inbox.get(block=timeout_s > 0, timeout=timeout_s or None)
+            return self._inbox.get_nowait()
         except queue.Empty:
             return None
 
@@ -193,45 +183,54 @@ class Engine:
         match message:
             case _Submit(rows, sink, at):
                 self._progress |= {row: Progress(row, sink, at, self._eos, self._decode) for row in rows}
-                self._scheduler.add(rows)
+                self._scheduler.add(map(Tape.of, rows))
             case _Cancel(request):
-                for progress in self._drop(request):
-                    self._end(progress.finish("cancelled"))
+                for tape, progress in self._drop(request):
+                    self._end(progress.finish("cancelled", sum(tape.steered)))
             case _Call():
                 self._calls.append(message)
 
     def _work_off(self) -> None:
-        """One call a step, so that calls delay nobody for long."""
-        if not self._calls:
-            return
-        call = self._calls.popleft()
-        if not call.future.set_running_or_notify_cancel():
-            return
+        """One part of one call a step, so that calls delay nobody for long."""
+        if self._call is None:
+            if not self._calls or not self._calls[0].future.set_running_or_notify_cancel():
+                if self._calls:
+                    self._calls.popleft()
+                return
+            self._call = self._calls.popleft()
+        future = self._call.future
         with self._busy():
             try:
-                call.future.set_result(call.work())
+                self._scheduler.hold = next(self._call.job)
+                return
+            except StopIteration as done:
+                future.set_result(done.value)
             except ServerError as error:
-                call.future.set_exception(error)
+                future.set_exception(error)
             except Exception as error:
                 log.error("work between two steps failed", exc_info=error)
                 failure = GenerationFailed("The model failed on work for this request; try again.")
                 failure.__cause__ = error
-                call.future.set_exception(failure)
+                future.set_exception(failure)
+        self._call, self._scheduler.hold = None, False
 
-    def _step(self, batch: Batch) -> None:
-        if batch.fresh:
-            self._admit(batch)
+    def _step(self, works: Sequence[Work]) -> None:
+        self._admit(works)
         with self._busy():
             try:
-                draws = self._runner.step(batch)
+                outcomes = self._runner.step(works)
             except Exception as error:
-                self._fail(batch, error)
+                self._fail(works, error)
                 return
-            for row, draw in zip(batch.rows, draws, strict=True):
-                if row in self._progress:  # else its request has failed with a row before it
-                    self._deliver(row, draw)
             self.stats.steps += 1
-            self.stats.tokens += len(draws)
+            self.stats.computed_tokens += sum(map(len, works))
+            for work, outcome in zip(works, outcomes, strict=True):
+                if work.tape.extent is None:
+                    continue  # its request has failed with a row before it
+                self._scheduler.done(work, outcome.steered)
+                if outcome.draw is not None:
+                    self.stats.tokens += 1
+                    self._deliver(work.tape, outcome.draw)
 
     @contextmanager
     def _busy(self) -> Iterator[None]:
@@ -242,50 +241,55 @@ class Engine:
         finally:
             self._busy_since = None
 
-    def _deliver(self, row: Row, draw: Draw) -> None:
+    def _deliver(self, tape: Tape, draw: Draw) -> None:
         """One draw to its row; a row that cannot go on fails its request only."""
+        row = tape.row
+        assert row is not None, "only rows draw"
         if not draw.finite:
             log.error("the logits of a row of request %s are not finite", row.request)
-            self._give_up(row.request, NotFinite("The model's output is not finite: there is no next token."))
+            broken = NotFinite("The model's output is not finite: there is no next token.")
+            self._give_up(row.request, broken, keep=False)
             return
+        tape.tokens.append(draw.token)
         progress = self._progress[row]
         try:
             reason = progress.accept(draw)
-            event = progress.finish(reason) if reason else None
+            event = progress.finish(reason, sum(tape.steered)) if reason else None
         except Exception:
             log.exception("the text of a row of request %s cannot be decoded", row.request)
             self._give_up(row.request, GenerationFailed("The generated tokens could not be turned into text."))
             return
         if event is not None:
-            self._scheduler.finish(row)
+            self._scheduler.finish(tape)
             self._end(event)
 
-    def _give_up(self, request: str, error: ServerError) -> None:
+    def _give_up(self, request: str, error: ServerError, *, keep: bool = True) -> None:
         """Fail every row of a request: its client gets no answer, whatever the others would have become."""
-        for progress in self._drop(request):
+        for _, progress in self._drop(request, keep=keep):
             self._end(Failed(progress.row, error))
 
-    def _drop(self, request: str) -> list[Progress]:
+    def _drop(self, request: str, *, keep: bool = True) -> list[tuple[Tape, Progress]]:
         """Take a request's rows out, wherever they are; each still owes its last event."""
-        dropped = [self._progress[row] for row in self._scheduler.drop(request)]
-        self._unqueue(sum(not progress.admitted for progress in dropped))
+        dropped = [(tape, self._progress[tape.row]) for tape in self._scheduler.drop(request, keep=keep) if tape.row]
+        self._unqueue(sum(not progress.admitted for _, progress in dropped))
         return dropped
 
-    def _admit(self, batch: Batch) -> None:
-        for row in batch.rows:
-            self._progress[row].admit()
-        self._unqueue(len(batch.rows))
-        self.stats.batches += 1
-        self.stats.rows += len(batch.rows)
-        self.stats.largest_batch = max(self.stats.largest_batch, len(batch.rows))
-        self.stats.recent_batches = [*self.stats.recent_batches, len(batch.rows)][-KEPT_BATCHES:]
+    def _admit(self, works: Sequence[Work]) -> None:
+        rows = [self._progress[work.tape.row] for work in works if work.tape.row]
+        new = [progress for progress in rows if not progress.admitted]
+        for progress in new:
+            progress.admit()
+        self._unqueue(len(new))
+        self.stats.rows += len(new)
+        self.stats.largest_batch = max(self.stats.largest_batch, len(works))
 
-    def _fail(self, batch: Batch, error: Exception) -> None:
+    def _fail(self, works: Sequence[Work], error: Exception) -> None:
         """A failing step fails the requests in it, and nobody else, as long as the device still answers."""
-        log.error("a step with %d rows failed", len(batch.rows), exc_info=error)
+        log.error("a step with %d rows failed", len(works), exc_info=error)
         self.stats.failed_steps += 1
-        for request in dict.fromkeys(row.request for row in batch.rows):
-            self._give_up(request, GenerationFailed("The model failed on this request's batch; try again."))
+        for request in dict.fromkeys(work.tape.row.request for work in works if work.tape.row):
+            failure = GenerationFailed("The model failed on this request's batch; try again.")
+            self._give_up(request, failure, keep=False)
         try:
             self._runner.recover()
         except Exception as fatal:
@@ -300,8 +304,9 @@ class Engine:
             log.exception("nobody took the last event of request %s", event.row.request)
 
     def _unqueue(self, rows: int) -> None:
-        with self._lock:
-            self._queued -= rows
+        if rows:
+            with self._lock:
+                self._queued -= rows
 
     def _close(self, why: str) -> None:
         with self._lock:
@@ -310,11 +315,15 @@ class Engine:
 
     def _shut(self) -> None:
         """Answer everything that is left. Nothing new can arrive: submit and call look at _down under the lock."""
-        while (message := self._poll(0)) is not None:
+        while (message := self._poll()) is not None:
             self._take(message)
         why = EngineDown(f"The engine stopped: {self._down}.")
-        for row in self._scheduler.clear():
-            self._end(Failed(row, why))
+        for tape in self._scheduler.clear():
+            if tape.row:
+                self._end(Failed(tape.row, why))
+        if self._call is not None:
+            self._call.job.close()
+            self._call.future.set_exception(why)
         for call in self._calls:
             if call.future.set_running_or_notify_cancel():
                 call.future.set_exception(why)

@@ -6,67 +6,60 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from server.engine.types import PositionsName
-from steering.columns import ColumnBank, RowSteering
+from server.engine.attention import NAME, Attention
+from server.engine.tape import Work, acts
+from steering.columns import ColumnBank
+from steering.types import RowSteering
 
 
 class Forward:
-    """A Hugging Face causal language model whose hooks read `bank`."""
+    """A Hugging Face causal language model whose hooks read `bank` and whose attention reads `attention`."""
 
     def __init__(self, model: Any, bank: ColumnBank) -> None:
         self.bank = bank
         self.device: torch.device = bank.device
-        self.config: Any = model.config
+        self.vocab: int = model.get_output_embeddings().weight.shape[0]
+        self.attention = Attention(bank.device)
         self._model = model
-        accepted = inspect.signature(model.forward).parameters
-        self._takes_positions = "position_ids" in accepted
-        self._takes_keep = "logits_to_keep" in accepted
+        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        model.set_attn_implementation(NAME)
 
-    def __call__(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        *,
-        cache: Any,
-        rows: Sequence[RowSteering],
-        token_rows: NDArray[np.int64],
-        mask: Tensor | None = None,
-        last_only: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """ids, positions [rows, tokens]; mask [rows, cached + tokens], 0 where padded; token_rows [rows * tokens]: the
-        index into `rows` of what steers a token, -1 for none -> logits [rows, tokens or 1, vocab] in the model's
-        dtype, and how often each token was steered [rows, tokens] int64, as the hooks counted it.
+    def __call__(self, works: Sequence[Work], wanted: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Computes the works as one line of N tokens. `wanted`: the tokens, by their place in the line, whose logits
+        are needed -> logits [wanted, vocab] in the model's dtype, and how often each token of the line was steered
+        [N] int64, as the hooks counted it.
         """
-        self.bank.reserve(ids.numel())
-        self.bank.fill(rows, token_rows)
-        extra: dict[str, Any] = {}
-        if self._takes_positions:
-            extra["position_ids"] = positions
-        if self._takes_keep and last_only:
-            extra["logits_to_keep"] = 1
+        tokens = [token for work in works for token in work.tape.tokens[work.start : work.stop]]
+        places = np.concatenate([np.arange(work.start, work.stop) for work in works])
+        self.bank.reserve(len(tokens))
+        self._steer(works)
+        line = torch.from_numpy(np.stack([np.array(tokens, dtype=np.int64), places])).to(self.device)
+        keep = torch.tensor(wanted, dtype=torch.int64).to(self.device)
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), self.attention.using(works):
                 output = self._model(
-                    input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, return_dict=True, **extra
+                    input_ids=line[:1],
+                    position_ids=line[1:],
+                    use_cache=False,
+                    return_dict=True,
+                    **({"logits_to_keep": keep} if self._keeps else {}),
                 )
         finally:
             # Taken even from a pass that failed, so that nothing is counted twice.
-            counts = self.bank.take_counts(ids.numel())
-        logits: Tensor = output.logits[:, -1:] if last_only else output.logits
-        return logits, counts.view(ids.shape)
+            counts = self.bank.take_counts(len(tokens))
+        logits: Tensor = output.logits[0] if self._keeps else output.logits[0, keep]
+        return logits, counts
 
-
-def acts(positions: PositionsName, start: int, stop: int, prompt: int) -> NDArray[np.bool_]:
-    """Which of the tokens start..stop of a sequence with `prompt` prompt tokens are steered.
-
-    `generated` begins at the last prompt token: it is the one that produces the first new token.
-    """
-    index = np.arange(start, stop)
-    if positions == "generated":
-        return index >= prompt - 1
-    if positions == "prompt":
-        return index < prompt
-    return np.ones(stop - start, dtype=np.bool_)
+    def _steer(self, works: Sequence[Work]) -> None:
+        rows: dict[RowSteering, int] = {}
+        token_rows = []
+        for work in works:
+            steer, prompt = work.tape.steer, work.tape.prompt
+            row = rows.setdefault(steer.columns, len(rows))
+            if len(work) == 1 and work.start >= prompt:
+                token_rows.append([-1 if steer.positions == "prompt" else row])
+            else:
+                token_rows.append(np.where(acts(steer.positions, work.start, work.stop, prompt), row, -1).tolist())
+        self.bank.fill(tuple(rows), np.fromiter((row for part in token_rows for row in part), dtype=np.int64))

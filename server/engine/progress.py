@@ -20,7 +20,6 @@ class Progress:
         self._detokenizer = Detokenizer(decode, row.tokens)
         self._tokens: list[int] = []
         self._draws: list[Draw] = []
-        self._steered = 0
         self._text = ""
 
     @property
@@ -29,14 +28,14 @@ class Progress:
         return self._admitted is not None
 
     def admit(self) -> None:
-        """The row's first step is about to run."""
-        self._admitted = time.monotonic()
+        """The row's first step is about to run; later ones change nothing."""
+        if self._admitted is None:
+            self._admitted = time.monotonic()
 
     def accept(self, draw: Draw) -> FinishReason | None:
         """Take one step's draw; returns why the row ends, or None while it goes on."""
         self._first = time.monotonic() if self._first is None else self._first
         self._tokens.append(draw.token)
-        self._steered += draw.steered
         if self.row.sampling.logprobs is not None:
             self._draws.append(draw)
         if draw.token in self._eos:
@@ -46,8 +45,8 @@ class Progress:
             return "stop"
         return "length" if len(self._tokens) >= self.row.sampling.max_new_tokens else None
 
-    def finish(self, reason: FinishReason) -> Finished:
-        """The row's last event."""
+    def finish(self, reason: FinishReason, steered: int) -> Finished:
+        """The row's last event. `steered`: how many of its tokens were."""
         if self._read(final=True) and reason == "length":
             reason = "stop"
         return Finished(
@@ -55,7 +54,7 @@ class Progress:
             tokens=tuple(self._tokens),
             text=self._text,
             reason=reason,
-            steered_tokens=self._steered,
+            steered_tokens=steered,
             timing=self._timing(),
             draws=tuple(self._draws),
         )

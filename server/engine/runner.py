@@ -1,4 +1,4 @@
-"""Tensors: runs the batch that the scheduler chose, one forward and one draw a step."""
+"""Tensors: computes the works that the scheduler chose, and draws the tokens that are due."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,161 +6,86 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from server.engine.comparison import compare
-from server.engine.forward import Forward, acts
+from server.engine.forward import Forward
+from server.engine.kv_cache import KVCache
 from server.engine.sampler import Drawn, Sampler
-from server.engine.types import Batch, Divergence, Draw, Pair, Row, TokenLogprob
-from steering.columns import UNSTEERED
-
-# Ended rows stay in the tensors until this share of them has ended: taking rows out copies the whole cache.
-CROWDED = 0.25
+from server.engine.tape import Tape, Work
+from server.engine.types import Draw, Row, TokenLogprob
 
 
-@dataclass(eq=False)
-class _State:
-    """One static batch on the device: left-padded, so that every row's last token is in the last column."""
+@dataclass(frozen=True)
+class Outcome:
+    """What one step gives one work."""
 
-    rows: list[Row | None]  # None: ended, and still in the tensors
-    cache: DynamicCache
-    mask: Tensor | None  # [rows, cached tokens] int64, 0 where padded; None: no padding
-    position: Tensor  # [rows, 1] int64, of the next token to feed
-    tokens: Tensor  # [rows, 1] int64, the next token to feed
-    sampler: Sampler
+    steered: list[int]  # how often each token was steered; counted on the device, inside the steering hook
+    draw: Draw | None  # None: the work did not reach the end of its tape
 
 
 class Runner:
-    """Keeps one batch between its steps."""
+    """One forward pass and one draw a step."""
 
-    def __init__(self, forward: Forward, *, context: int | None) -> None:
+    def __init__(self, forward: Forward, cache: KVCache, *, step_tokens: int) -> None:
+        """`step_tokens`: how many tokens one forward pass may have."""
         self.forward = forward
-        self._context = context
-        self._state: _State | None = None
+        self.cache = cache
+        self.step_tokens = step_tokens
+        self.vocab: int = forward.vocab
+        self._rows: list[Row | None] = []  # those the sampler was made for
+        self._sampler: Sampler | None = None
 
-    @property
-    def rows(self) -> int:
-        """Rows in the tensors now, ended ones included."""
-        return len(self._state.rows) if self._state else 0
+    def step(self, works: Sequence[Work]) -> list[Outcome]:
+        """The outcome of each work, in order."""
+        ends = np.cumsum([len(work) for work in works]).tolist()
+        drawing = [work.tape for work in works if work.draws]
+        logits, counts = self.compute(works, [end - 1 for work, end in zip(works, ends, strict=True) if work.draws])
+        drawn = self._draw(drawing, logits) if drawing else None
+        # The one copy from the device that a step needs; logprobs, where asked for, are a second one.
+        parts = [counts] if drawn is None else [counts, drawn.tokens, drawn.finite.long()]
+        host = torch.cat(parts).tolist()
+        draws = iter(() if drawn is None else _draws(drawing, drawn, host[ends[-1] :]))
+        return [
+            Outcome(host[end - len(work) : end], next(draws) if work.draws else None)
+            for work, end in zip(works, ends, strict=True)
+        ]
 
-    def step(self, batch: Batch) -> list[Draw]:
-        """One token for each row of the batch, in its order. A fresh batch is prefilled, another one decoded."""
-        if batch.fresh:
-            drawn, counts = self._prefill(batch.rows)
-        else:
-            self._settle(batch.rows)
-            drawn, counts = self._decode()
-        draws = self._to_host(drawn, counts)
-        return [draws[row] for row in batch.rows]
-
-    def compare(self, pair: Pair) -> Divergence:
-        """See engine.comparison; the batch that is running is not touched."""
-        return compare(self.forward, pair)
-
-    def rest(self) -> None:
-        """Forget the batch, which frees its cache."""
-        self._state = None
+    def compute(self, works: Sequence[Work], wanted: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """See `Forward`; before it, the keys and values that texts take over from others are copied."""
+        moves, self.cache.moves = self.cache.moves, []
+        with torch.inference_mode():
+            self.forward.attention.move(moves)
+        return self.forward(works, wanted)
 
     def recover(self) -> None:
-        """Forget the batch; raises when the device does not answer any more."""
-        self.rest()
+        """After a failed step: forget what may be damaged; raises when the device does not answer any more."""
+        self.cache.forget()
+        self._sampler, self._rows = None, []
         torch.zeros(1, device=self.forward.device).add_(1).item()
 
-    def _prefill(self, rows: Sequence[Row]) -> tuple[Drawn, Tensor]:
-        self.rest()  # two caches at once may be more than the device holds
-        width = max(len(row.tokens) for row in rows)
-        ids = np.zeros((len(rows), width), dtype=np.int64)
-        mask = np.zeros_like(ids)
-        token_rows = np.full_like(ids, -1)
-        for index, row in enumerate(rows):
-            length = len(row.tokens)
-            ids[index, width - length :] = row.tokens
-            mask[index, width - length :] = 1
-            token_rows[index, width - length :] = np.where(acts(row.steer.positions, 0, length, length), index, -1)
-        device = self.forward.device
-        attention = torch.from_numpy(mask).to(device)
-        positions = (attention.cumsum(dim=1) - 1).clamp(min=0)
-        cache = DynamicCache(config=self.forward.config)
-        logits, counts = self.forward(
-            torch.from_numpy(ids).to(device),
-            positions,
-            cache=cache,
-            rows=[row.steer.columns for row in rows],
-            token_rows=token_rows.reshape(-1),
-            mask=None if mask.all() else attention,
-            last_only=True,
-        )
-        sampler = Sampler([row.sampling for row in rows], [row.tokens for row in rows], logits.shape[-1], device)
-        drawn = sampler.draw(logits[:, -1])
-        self._state = _State(
-            rows=list(rows),
-            cache=cache,
-            mask=None if mask.all() else attention,
-            position=positions[:, -1:] + 1,
-            tokens=drawn.tokens[:, None],
-            sampler=sampler,
-        )
-        return drawn, counts.sum(dim=1)
-
-    def _decode(self) -> tuple[Drawn, Tensor]:
-        state = self._running()
-        if state.mask is not None:
-            state.mask = torch.cat([state.mask, state.mask.new_ones(len(state.rows), 1)], dim=1)
-        logits, counts = self.forward(
-            state.tokens,
-            state.position,
-            cache=state.cache,
-            rows=[row.steer.columns if row else UNSTEERED for row in state.rows],
-            token_rows=np.array([i if self._decode_acts(row) else -1 for i, row in enumerate(state.rows)]),
-            mask=state.mask,
-        )
-        drawn = state.sampler.draw(logits[:, -1])
-        state.tokens = drawn.tokens[:, None]
-        state.position = state.position + 1
-        if self._context is not None:
-            # An ended row that is still in the tensors must not run past the model's last position.
-            state.position = state.position.clamp(max=self._context - 1)
-        return drawn, counts.sum(dim=1)
-
-    @staticmethod
-    def _decode_acts(row: Row | None) -> bool:
-        return row is not None and row.steer.positions != "prompt"
-
-    def _settle(self, rows: Sequence[Row]) -> None:
-        """Note which rows have ended; take them out of the tensors once there are enough of them."""
-        state = self._running()
-        alive = set(rows)
-        state.rows = [row if row in alive else None for row in state.rows]
-        ended = state.rows.count(None)
-        if ended == 0 or ended < CROWDED * len(state.rows):
-            return
-        kept = torch.tensor([i for i, row in enumerate(state.rows) if row], device=self.forward.device)
+    def _draw(self, tapes: Sequence[Tape], logits: Tensor) -> Drawn:
+        rows = [tape.row for tape in tapes]
+        if self._sampler is None or rows != self._rows:
+            rules = [row.sampling for row in rows if row]
+            self._sampler, self._rows = Sampler(rules, logits.shape[-1], logits.device), rows
         with torch.inference_mode():
-            state.cache.batch_select_indices(kept)
-        state.mask = state.mask[kept] if state.mask is not None else None
-        state.position = state.position[kept]
-        state.tokens = state.tokens[kept]
-        state.sampler.select(kept)
-        state.rows = [row for row in state.rows if row]
+            return self._sampler.draw(
+                logits, [tape.tokens for tape in tapes], [len(tape.tokens) - tape.prompt for tape in tapes]
+            )
 
-    def _to_host(self, drawn: Drawn, counts: Tensor) -> dict[Row, Draw]:
-        """The one copy from the device a step needs; logprobs, where asked for, are a second one."""
-        tokens, steered, finite = torch.stack([drawn.tokens, counts, drawn.finite.long()]).tolist()
-        chosen = drawn.logprobs.tolist() if drawn.logprobs is not None else None
-        top_tokens = drawn.top_tokens.tolist() if drawn.top_tokens is not None else None
-        top_logprobs = drawn.top_logprobs.tolist() if drawn.top_logprobs is not None else None
-        draws = {}
-        for i, row in enumerate(self._running().rows):
-            if row is None:
-                continue
-            wanted = row.sampling.logprobs
-            logprob = TokenLogprob(tokens[i], chosen[i]) if chosen and wanted is not None else None
-            top = zip(top_tokens[i], top_logprobs[i], strict=True) if top_tokens and top_logprobs and wanted else ()
-            likeliest = tuple(TokenLogprob(*pair) for pair in top)[:wanted]
-            draws[row] = Draw(tokens[i], steered[i], bool(finite[i]), logprob, likeliest)
-        return draws
 
-    def _running(self) -> _State:
-        if self._state is None:
-            raise RuntimeError("a batch must be prefilled before it is decoded")
-        return self._state
+def _draws(tapes: Sequence[Tape], drawn: Drawn, host: list[int]) -> list[Draw]:
+    tokens, finite = host[: len(tapes)], host[len(tapes) :]
+    if drawn.logprobs is None:
+        return [Draw(token, bool(sound)) for token, sound in zip(tokens, finite, strict=True)]
+    chosen = drawn.logprobs.tolist()
+    top_tokens = drawn.top_tokens.tolist() if drawn.top_tokens is not None else [[]] * len(tapes)
+    top_logprobs = drawn.top_logprobs.tolist() if drawn.top_logprobs is not None else [[]] * len(tapes)
+    draws = []
+    for i, tape in enumerate(tapes):
+        wanted = tape.row.sampling.logprobs if tape.row else None
+        if wanted is None:
+            draws.append(Draw(tokens[i], bool(finite[i])))
+            continue
+        top = [TokenLogprob(*pair) for pair in zip(top_tokens[i], top_logprobs[i], strict=True)]
+        draws.append(Draw(tokens[i], bool(finite[i]), TokenLogprob(tokens[i], chosen[i]), tuple(top[:wanted])))
+    return draws

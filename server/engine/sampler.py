@@ -31,16 +31,15 @@ class Drawn:
 
 
 class Sampler:
-    """The sampling state of one batch; rows are fixed at the start and only ever leave."""
+    """The rules of the rows of a batch, on the device; made anew when other rows draw."""
 
-    def __init__(
-        self, rules: Sequence[Sampling], prompts: Sequence[Sequence[int]], vocab: int, device: torch.device
-    ) -> None:
+    def __init__(self, rules: Sequence[Sampling], vocab: int, device: torch.device) -> None:
         def column(values: Sequence[float]) -> Tensor:
             return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
 
         self._rules = list(rules)
-        self._vocab = vocab
+        self._device = device
+        self._samples = any(rule.temperature >= GREEDY_BELOW for rule in rules)
         self._temperature = column([max(rule.temperature, GREEDY_BELOW) for rule in rules])
         self._greedy = torch.tensor([rule.temperature < GREEDY_BELOW for rule in rules], device=device)
         self._penalty = column([rule.repetition_penalty for rule in rules])
@@ -48,41 +47,35 @@ class Sampler:
         self._top_p = column([rule.top_p for rule in rules])
         self._min_p = column([rule.min_p for rule in rules])
         self._keys = _keys([(rule.seed, rule.choice) for rule in rules]).to(device)
-        self._step = 0
-        self._seen = self._mark(prompts, device) if any(rule.repetition_penalty != 1 for rule in rules) else None
 
-    def select(self, rows: Tensor) -> None:
-        """Keep only the rows with these indices, in this order."""
-        self._rules = [self._rules[row] for row in rows.tolist()]
-        for name in ("_temperature", "_greedy", "_penalty", "_top_k", "_top_p", "_min_p", "_keys"):
-            setattr(self, name, getattr(self, name)[rows])
-        if self._seen is not None:
-            self._seen = self._seen[rows]
-
-    def draw(self, logits: Tensor) -> Drawn:
-        """logits [rows, vocab] of any float type -> one token a row. Rules act in the order of transformers'
-        `generate`: repetition penalty, temperature, top_k, top_p, min_p."""
+    def draw(self, logits: Tensor, texts: Sequence[Sequence[int]], steps: Sequence[int]) -> Drawn:
+        """logits [rows, vocab] of any float type -> one token a row. `texts`: what each row has had, prompt included;
+        `steps`: how many tokens it has drawn. Rules act in the order of transformers' `generate`: repetition penalty,
+        temperature, top_k, top_p, min_p."""
         raw = logits.float()
-        scores = self._penalise(raw)
+        scores = self._penalise(raw, texts)
         tokens = scores.argmax(dim=-1)
-        if any(rule.temperature >= GREEDY_BELOW for rule in self._rules):
-            tokens = torch.where(self._greedy, tokens, self._sample(scores))
-        if self._seen is not None:
-            self._seen.scatter_(1, tokens[:, None], True)
-        self._step += 1
+        if self._samples:
+            tokens = torch.where(self._greedy, tokens, self._sample(scores, steps))
         return self._described(raw, tokens)
 
-    def _penalise(self, raw: Tensor) -> Tensor:
-        if self._seen is None:
+    def _penalise(self, raw: Tensor, texts: Sequence[Sequence[int]]) -> Tensor:
+        penalised = [row for row, rule in enumerate(self._rules) if rule.repetition_penalty != 1]
+        if not penalised:
             return raw
-        return torch.where(self._seen, torch.where(raw < 0, raw * self._penalty, raw / self._penalty), raw)
+        seen = torch.zeros(raw.shape, dtype=torch.bool)
+        for row in penalised:
+            seen[row, torch.tensor(texts[row])] = True
+        seen = seen.to(self._device)
+        return torch.where(seen, torch.where(raw < 0, raw * self._penalty, raw / self._penalty), raw)
 
-    def _sample(self, scores: Tensor) -> Tensor:
+    def _sample(self, scores: Tensor, steps: Sequence[int]) -> Tensor:
         scores = self._restrict(scores / self._temperature)
         # In float64, so that the sum's rounding does not depend on how many rows share the batch.
         cumulative = torch.softmax(scores, dim=-1).double().cumsum(dim=-1)
         total = cumulative[:, -1:]
-        target = torch.minimum(uniforms(self._keys, self._step)[:, None] * total, total.nextafter(total - 1))
+        chances = uniforms(self._keys, torch.tensor(steps, device=self._device))
+        target = torch.minimum(chances[:, None] * total, total.nextafter(total - 1))
         # right=True: the first token whose cumulative probability exceeds the target, hence one with some probability.
         return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=scores.shape[-1] - 1)
 
@@ -116,17 +109,10 @@ class Sampler:
         top = logprobs.topk(most, dim=-1)
         return Drawn(tokens, finite, chosen, top.indices, top.values)
 
-    def _mark(self, prompts: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-        """[rows, vocab] bool: the tokens that a row has had."""
-        seen = torch.zeros(len(prompts), self._vocab, dtype=torch.bool)
-        for row, prompt in zip(seen, prompts, strict=True):
-            row[torch.tensor(prompt)] = True
-        return seen.to(device)
 
-
-def uniforms(keys: Tensor, step: int) -> Tensor:
-    """keys [rows] int64 -> [rows] float64 in [0, 1): splitmix64 (Steele, Lea, Flood 2014) of key and step."""
-    mixed = _mix(keys + _wrapped(GOLDEN * (step + 1)))
+def uniforms(keys: Tensor, steps: Tensor) -> Tensor:
+    """keys, steps [rows] int64 -> [rows] float64 in [0, 1): splitmix64 (Steele, Lea, Flood 2014) of key and step."""
+    mixed = _mix(keys + (steps + 1) * GOLDEN)
     return _shift(mixed, 11).double() * 2.0**-53
 
 

@@ -1,14 +1,17 @@
 """What crosses the engine's boundary. No tensors here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 from server.errors import ServerError
 from steering.types import UNSTEERED, RowSteering
 
 PositionsName = Literal["generated", "prompt", "all"]
 FinishReason = Literal["stop", "length", "cancelled"]
+T = TypeVar("T")
+# Work in parts, one between two steps each; yields whether it waits for space that running rows will free.
+Job = Generator[bool, None, T]
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,10 @@ class Steer:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One sequence to generate. Rows of one `group` (the arms of a comparison) always share a batch."""
+    """One sequence to generate."""
 
     request: str
     index: int  # position among the request's rows
-    group: int
     tokens: tuple[int, ...]
     sampling: Sampling
     steer: Steer = field(default_factory=Steer)
@@ -58,10 +60,9 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Draw:
-    """What one step gives one row."""
+    """What was drawn for one row."""
 
     token: int
-    steered: int  # tokens of the row steered in this step; counted on the device, inside the steering hook
     finite: bool = True  # False: the logits were NaN or infinite, and the token means nothing
     logprob: TokenLogprob | None = None
     top: tuple[TokenLogprob, ...] = ()
@@ -101,14 +102,6 @@ Event = Finished | Failed
 Sink = Callable[[Event], None]  # called on the engine's thread; must return at once
 
 
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """One step's work. A fresh batch starts with a prefill; afterwards its rows only ever become fewer."""
-
-    rows: tuple[Row, ...]
-    fresh: bool
-
-
 @dataclass(frozen=True)
 class Pair:
     """A steered continuation of a prompt, beside the unsteered one, to be compared."""
@@ -132,10 +125,9 @@ class Divergence:
 class EngineStats:
     """Counted by the engine; read by anyone."""
 
-    batches: int = 0
     steps: int = 0
-    tokens: int = 0
+    tokens: int = 0  # drawn
+    computed_tokens: int = 0  # through the model, prompts included
     rows: int = 0  # rows admitted
     failed_steps: int = 0
-    largest_batch: int = 0  # rows
-    recent_batches: list[int] = field(default_factory=list)  # rows of the last batches, newest last
+    largest_batch: int = 0  # rows in one step

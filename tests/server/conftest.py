@@ -159,7 +159,7 @@ class World:
 
 @pytest.fixture(scope="session")
 def settings(model_folder: Path, checkpoints: Path) -> Settings:
-    return Settings(model=str(model_folder), checkpoints=checkpoints, device="cpu", threads=1, gather_ms=30)
+    return Settings(model=str(model_folder), checkpoints=checkpoints, device="cpu", threads=1)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steering.sites import site_module
 from steering.types import Column, Gate
 
 
@@ -34,18 +35,21 @@ def greedy(
     ids = list(prompt)
 
     def hook(module: Any, args: Any, output: Any) -> Any:
-        hidden = output[0].clone()
+        whole = isinstance(output, Tensor)
+        hidden = (output if whole else output[0]).clone()
         for index in range(hidden.shape[1]):
             at_prompt, at_generated = index < len(prompt), index >= len(prompt) - 1
             if {"prompt": at_prompt, "generated": at_generated, "all": True}[positions]:
                 hidden[0, index] = steered(hidden[0, index], columns, multipliers).to(hidden.dtype)
-        return (hidden, *output[1:])
+        return hidden if whole else (hidden, *output[1:])
 
-    handle = model.model.layers[columns[0].site.layer].self_attn.register_forward_hook(hook)
+    module, side = site_module(model, columns[0].site)
+    assert side == "output"
+    handle = module.register_forward_hook(hook)
     try:
         for _ in range(new):
             with torch.no_grad():
-                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+                ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
             if ids[-1] == eos:
                 break
     finally:

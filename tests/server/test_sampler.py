@@ -54,49 +54,42 @@ def test_a_row_is_drawn_from_the_distribution_that_transformers_makes(index: int
         Sampling(**{**vars(rule), "choice": choice}) for choice in range(draws) for rule in (RULES[index], RULES[0])
     ]
     prompts = [PROMPTS[index], PROMPTS[0]] * draws
-    drawn = Sampler(rules, prompts, VOCAB, CPU).draw(scores[[index, 0]].repeat(draws, 1)).tokens[::2]
+    drawn = Sampler(rules, VOCAB, CPU).draw(scores[[index, 0]].repeat(draws, 1), prompts, [0] * len(rules)).tokens[::2]
     seen = torch.bincount(drawn, minlength=VOCAB) / draws
     assert not seen[expected == 0].any()
     assert (seen - expected).abs().max() < 0.03
 
 
-def test_a_draw_does_not_depend_on_the_neighbours() -> None:
-    together = Sampler(RULES, PROMPTS, VOCAB, CPU)
-    alone = [Sampler([rule], [prompt], VOCAB, CPU) for rule, prompt in zip(RULES, PROMPTS, strict=True)]
+def test_a_draw_does_not_depend_on_the_neighbours_nor_on_their_steps() -> None:
+    together = Sampler(RULES, VOCAB, CPU)
+    alone = [Sampler([rule], VOCAB, CPU) for rule in RULES]
     for step in range(50):
-        scores = logits(len(RULES), seed=step)
-        tokens = together.draw(scores).tokens.tolist()
-        assert tokens == [int(one.draw(scores[i : i + 1]).tokens) for i, one in enumerate(alone)]
-
-
-def test_rows_that_stay_go_on_as_before_when_others_leave() -> None:
-    stays, leaves = Sampler(RULES, PROMPTS, VOCAB, CPU), Sampler(RULES, PROMPTS, VOCAB, CPU)
-    for sampler in (stays, leaves):
-        sampler.draw(logits(5, seed=1))
-    kept = torch.tensor([1, 3])
-    leaves.select(kept)
-    for step in range(20):
-        scores = logits(5, seed=step)
-        assert stays.draw(scores).tokens[kept].tolist() == leaves.draw(scores[kept]).tokens.tolist()
+        scores, steps = logits(len(RULES), seed=step), [step + 3 * i for i in range(len(RULES))]
+        tokens = together.draw(scores, PROMPTS, steps).tokens.tolist()
+        assert tokens == [
+            int(one.draw(scores[i : i + 1], PROMPTS[i : i + 1], steps[i : i + 1]).tokens) for i, one in enumerate(alone)
+        ]
 
 
 def test_temperature_zero_is_greedy_beside_rows_that_are_not() -> None:
     rules = [Sampling(temperature=0), Sampling(temperature=3), Sampling(temperature=1e-300)]
     scores = logits(3)
-    tokens = Sampler(rules, [[0]] * 3, VOCAB, CPU).draw(scores).tokens
+    tokens = Sampler(rules, VOCAB, CPU).draw(scores, [[0]] * 3, [0] * 3).tokens
     assert tokens[0] == scores[0].argmax()
     assert tokens[2] == scores[2].argmax()
 
 
 def test_a_greedy_row_keeps_to_its_repetition_penalty() -> None:
-    sampler = Sampler([Sampling(temperature=0, repetition_penalty=100.0)], [[0]], VOCAB, CPU)
-    scores = logits(1).abs()
-    assert len({int(sampler.draw(scores).tokens) for _ in range(10)}) == 10
+    sampler = Sampler([Sampling(temperature=0, repetition_penalty=100.0)], VOCAB, CPU)
+    scores, text = logits(1).abs(), [0]
+    for step in range(10):
+        text.append(int(sampler.draw(scores, [text], [step]).tokens))
+    assert len(set(text[1:])) == 10
 
 
 def test_the_random_numbers_are_uniform_and_their_own_for_each_seed_and_step() -> None:
     keys = torch.arange(1000)
-    numbers = torch.cat([uniforms(keys, step) for step in range(100)])
+    numbers = torch.cat([uniforms(keys, torch.full_like(keys, step)) for step in range(100)])
     assert 0 <= float(numbers.min()) < float(numbers.max()) < 1
     assert len(numbers.unique()) == len(numbers)
     assert float(numbers.mean()) == pytest.approx(0.5, abs=0.005)
@@ -106,14 +99,14 @@ def test_the_random_numbers_are_uniform_and_their_own_for_each_seed_and_step() -
 def test_splitmix64_is_the_published_one() -> None:
     """The first outputs for seed 0: 0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F."""
     expected = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
-    assert [float(uniforms(torch.zeros(1, dtype=torch.int64), step)) for step in range(3)] == [
+    assert [float(uniforms(torch.zeros(1, dtype=torch.int64), torch.tensor([step]))) for step in range(3)] == [
         (value >> 11) * 2.0**-53 for value in expected
     ]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_logits_that_are_no_numbers_give_a_token_all_the_same(value: float) -> None:
-    drawn = Sampler(RULES, PROMPTS, VOCAB, CPU).draw(torch.full((5, VOCAB), value))
+    drawn = Sampler(RULES, VOCAB, CPU).draw(torch.full((5, VOCAB), value), PROMPTS, [0] * 5)
     assert ((drawn.tokens >= 0) & (drawn.tokens < VOCAB)).all()
     assert not drawn.finite.any()
 
@@ -123,4 +116,4 @@ def test_a_row_with_one_logit_that_is_no_number_is_marked_and_no_other(value: fl
     scores = logits(len(RULES))
     scores[2, 7] = value
     scores[3, 7] = -float("inf")
-    assert Sampler(RULES, PROMPTS, VOCAB, CPU).draw(scores).finite.tolist() == [True, True, False, True, True]
+    assert Sampler(RULES, VOCAB, CPU).draw(scores, PROMPTS, [0] * 5).finite.tolist() == [True, True, False, True, True]

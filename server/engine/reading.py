@@ -1,0 +1,140 @@
+"""Given texts instead of new ones: teacher-forced passes in parts, between the engine's steps."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from server.engine.runner import Runner
+from server.engine.tape import Tape, Work
+from server.engine.types import Divergence, Job, Pair, Steer
+from server.errors import NotFinite, PromptTooLong
+
+# Logits held at once, in numbers: 64 Mi float32 are 256 MB.
+BUDGET = 64 * 2**20
+LARGEST_EXPONENT = 700.0  # math.exp overflows beyond 709
+TOGETHER = 8  # continuations that are scored in one pass
+
+
+class Reading:
+    """Texts that are read side by side: of each, the logits from its last prompt token on.
+
+    `open` it, `read` until it is `finished`, `close` it.
+    """
+
+    def __init__(self, runner: Runner, tapes: Sequence[Tape]) -> None:
+        self._runner = runner
+        self._tapes = tapes
+        self._step = max(1, min(runner.step_tokens, BUDGET // runner.vocab) // len(tapes))  # tokens a text
+
+    @property
+    def finished(self) -> bool:
+        return all(not tape.pending for tape in self._tapes)
+
+    def open(self) -> Job[None]:
+        """Takes space for all of the texts; holds none while it waits for the rest."""
+        cache = self._runner.cache
+        if not all(cache.fits(len(tape.tokens)) for tape in self._tapes):
+            raise PromptTooLong(f"The text has more tokens than the cache holds, {cache.extents.largest}.")
+        while True:
+            opened = [tape for tape in self._tapes if cache.open(tape, len(tape.tokens))]
+            if len(opened) == len(self._tapes):
+                return
+            for tape in opened:
+                cache.close(tape, keep=False)
+            yield True
+
+    def read(self) -> list[Tensor]:
+        """One pass: log-probabilities [tokens, vocab] float32 for each text, of what may come after the tokens read."""
+        behind = [tape for tape in self._tapes if tape.cached < tape.prompt - 1]
+        works = []
+        for tape in behind or [tape for tape in self._tapes if tape.pending]:
+            end = tape.prompt - 1 if behind else len(tape.tokens)
+            works.append(Work(tape, tape.cached, min(end, tape.cached + self._step)))
+        wanted = [] if behind else list(range(sum(map(len, works))))
+        logits, counts = self._runner.compute(works, wanted or [0])
+        steered = counts.tolist()
+        parts: dict[Tape, Tensor] = {}
+        place = 0
+        for work in works:
+            work.tape.cached = work.stop
+            work.tape.steered += steered[place : place + len(work)]
+            if wanted:
+                parts[work.tape] = torch.log_softmax(logits[place : place + len(work)].float(), dim=-1)
+            place += len(work)
+        nothing = logits.new_empty(0, logits.shape[-1], dtype=torch.float32)
+        return [parts.get(tape, nothing) for tape in self._tapes]
+
+    def close(self) -> None:
+        for tape in self._tapes:
+            if tape.extent is not None:
+                self._runner.cache.close(tape)
+
+
+def compare(runner: Runner, pair: Pair) -> Job[Divergence]:
+    """The steered text with and without steering, side by side, then the baseline text without. Distributions are the
+    model's own, before temperature and other sampling rules.
+
+    Raises NotFinite where the model's output is not.
+    """
+    kl = steered = 0.0
+    texts = [_tape(pair.prompt, pair.steered, steer) for steer in (pair.steer, Steer())]
+    reading = Reading(runner, texts)
+    yield from reading.open()
+    try:
+        while not reading.finished:
+            start = texts[0].cached - len(pair.prompt) + 1
+            mine, base = reading.read()
+            # A token that is impossible under the model adds nothing; its difference of infinities would be NaN.
+            kl += float((mine.exp() * (mine - base)).masked_fill(mine == -torch.inf, 0.0).sum(dim=-1).double().sum())
+            steered += sum(_told(base, pair.steered, start))
+            yield False
+    finally:
+        reading.close()
+    (told,) = yield from score(runner, pair.prompt, [pair.baseline], Steer())
+    baseline = sum(told)
+    # Before max() and min(), which would turn NaN into a number.
+    if not all(map(math.isfinite, (kl, steered, baseline))):
+        raise NotFinite("The steered and the unsteered text cannot be compared: the model's output is not finite.")
+    steered_mean, baseline_mean = steered / len(pair.steered), baseline / len(pair.baseline)
+    return Divergence(
+        kl_per_token=max(0.0, kl / len(pair.steered)),
+        logprob_under_baseline=steered_mean,
+        perplexity_ratio=math.exp(min(LARGEST_EXPONENT, baseline_mean - steered_mean)),
+    )
+
+
+def score(
+    runner: Runner, prompt: tuple[int, ...], continuations: Sequence[tuple[int, ...]], steer: Steer
+) -> Job[list[tuple[float, ...]]]:
+    """The log-probability of each token of each continuation, steered as if it were being generated (nats)."""
+    scores: list[tuple[float, ...]] = []
+    # The first alone: the others begin with the same prompt, whose keys and values they then share.
+    groups = [continuations[:1], *(continuations[i : i + TOGETHER] for i in range(1, len(continuations), TOGETHER))]
+    for group in groups:
+        tapes = [_tape(prompt, continuation, steer) for continuation in group]
+        told: list[list[float]] = [[] for _ in group]
+        reading = Reading(runner, tapes)
+        yield from reading.open()
+        try:
+            while not reading.finished:
+                for mine, continuation, logprobs in zip(told, group, reading.read(), strict=True):
+                    mine += _told(logprobs, continuation, len(mine))
+                yield False
+        finally:
+            reading.close()
+        scores += map(tuple, told)
+    return scores
+
+
+def _tape(prompt: tuple[int, ...], text: tuple[int, ...], steer: Steer) -> Tape:
+    """A text to read; nothing is asked of what follows its last token."""
+    return Tape([*prompt, *text[:-1]], len(prompt), steer)
+
+
+def _told(logprobs: Tensor, text: tuple[int, ...], start: int) -> list[float]:
+    """logprobs [tokens, vocab] of what comes at text[start] and after -> those of the tokens that came."""
+    came = torch.tensor(text[start : start + len(logprobs)], dtype=torch.int64, device=logprobs.device)
+    told: list[float] = logprobs.gather(1, came[:, None])[:, 0].tolist()
+    return told

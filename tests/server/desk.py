@@ -1,0 +1,70 @@
+"""An engine without threads, to be driven step by step: scheduler, cache and runner over a real model."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from server.engine.kv_cache import KVCache
+from server.engine.runner import Runner
+from server.engine.scheduler import Scheduler
+from server.engine.support import open_forward
+from server.engine.tape import Tape
+from server.engine.types import Job, Row, T
+from steering.columns import ColumnBank
+from steering.hook import Steering
+
+
+class Desk:
+    """Texts of at most `largest` tokens; `roots` such texts fit into the cache."""
+
+    def __init__(
+        self, model: Any, *, largest: int = 64, roots: int = 8, max_rows: int = 8, step_tokens: int = 64
+    ) -> None:
+        self.bank = ColumnBank(device="cpu", max_tokens=step_tokens)
+        forward = open_forward(model, self.bank, "tiny")
+        self.steering = Steering(model, self.bank).install()
+        self.cache = KVCache(largest, roots)
+        forward.attention.allocate(largest * roots)
+        self.scheduler = Scheduler(self.cache, max_rows=max_rows, step_tokens=step_tokens)
+        self.runner = Runner(forward, self.cache, step_tokens=step_tokens)
+        self.computed: list[int] = []  # tokens of each step
+        self.texts: dict[Row, list[int]] = {}
+        self.steered: dict[Row, int] = {}
+
+    def step(self) -> None:
+        works = self.scheduler.next()
+        self.cache.check()
+        if not works:
+            return
+        self.computed.append(sum(map(len, works)))
+        for work, outcome in zip(works, self.runner.step(works), strict=True):
+            tape = work.tape
+            self.scheduler.done(work, outcome.steered)
+            if outcome.draw is None:
+                continue
+            assert tape.row is not None
+            assert outcome.draw.finite
+            tape.tokens.append(outcome.draw.token)
+            if len(tape.tokens) - tape.prompt == tape.row.sampling.max_new_tokens:
+                self.texts[tape.row] = tape.tokens[tape.prompt :]
+                self.steered[tape.row] = sum(tape.steered)
+                self.scheduler.finish(tape)
+
+    def run(self, rows: Sequence[Row], *, arrivals: Sequence[int] = ()) -> dict[Row, list[int]]:
+        """The texts of rows; row i arrives before step `arrivals[i]`, or at once."""
+        step = 0
+        left = sorted(zip([*arrivals] + [0] * (len(rows) - len(arrivals)), range(len(rows)), strict=True))
+        while left or not self.scheduler.idle:
+            while left and left[0][0] <= step:
+                self.scheduler.add([Tape.of(rows[left.pop(0)[1]])])
+            self.step()
+            step += 1
+        return {row: self.texts[row] for row in rows}
+
+    def finish(self, job: Job[T]) -> T:
+        """What a job gives that has all the space it wants."""
+        while True:
+            try:
+                assert not next(job), "the job waits for space"
+            except StopIteration as done:
+                result: T = done.value
+                return result

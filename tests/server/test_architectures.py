@@ -1,0 +1,166 @@
+"""What the engine says is what `transformers` says, token for token, in every architecture that it claims."""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from server.engine.support import open_forward, text_limit
+from server.engine.types import Row, Sampling, Steer
+from server.errors import StartupError
+from steering.columns import ColumnBank
+from steering.types import Column, Gate, RowSteering, Site
+from tests.server.desk import Desk
+from tests.server.reference import greedy, plain
+from tests.steering.families import FAMILIES, GROUPED, HIDDEN, VOCABULARY, Family
+
+WINDOW = 7  # shorter than most of the prompts
+SLIDING: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": WINDOW},
+    "gemma2": {"sliding_window": WINDOW},
+    "gemma3": {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "phi3": {"sliding_window": WINDOW},
+    "starcoder2": {"sliding_window": WINDOW},
+    "cohere2": {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+}
+MORE = {
+    "llama with scaled rotary embeddings": Family(
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        GROUPED
+        | {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500.0,
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+    ),
+    "gpt_oss": Family(
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        GROUPED
+        | {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": 16,
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+}
+# Gemma's residual stream is wide, and a norm behind the attention takes the rest of what is done to its output.
+SITES = {"gemma": ("1.residual", 20.0), "gemma2": ("1.residual", 20.0), "gemma3": ("1.residual", 20.0)}
+
+
+def tiny(name: str) -> Any:
+    family = {**FAMILIES, **MORE}[name]
+    settings = family.settings | SLIDING.get(name, {}) | {"bos_token_id": None, "eos_token_id": None}
+    config = getattr(transformers, family.config)(**settings)
+    torch.manual_seed(1)
+    model = getattr(transformers, family.model)(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, 0, 0.25)  # wide enough for logits without ties
+    return model
+
+
+def rows(number: random.Random, steers: list[Steer]) -> list[Row]:
+    """Prompts of 1 to 40 tokens, some with a common beginning; answers of 1 to 20."""
+    stem = tuple(number.randrange(3, VOCABULARY) for _ in range(20))
+    made = []
+    for index in range(10):
+        own = tuple(number.randrange(3, VOCABULARY) for _ in range(number.randint(1, 20)))
+        prompt = stem[: number.choice((0, 0, 5, 20))] + own
+        sampling = Sampling(max_new_tokens=number.randint(1, 20), temperature=0)
+        made.append(Row("r", index, prompt, sampling, steers[index % len(steers)]))
+    return [
+        *made,
+        *(Row("r", 10 + i, stem, Sampling(max_new_tokens=8, temperature=0), one) for i, one in enumerate(steers)),
+    ]
+
+
+def columns(name: str) -> list[Column]:
+    site, scale = SITES.get(name, ("1.attn_output", 2.0))
+    generator = torch.Generator().manual_seed(3)
+
+    def column(attribute: str, gate: Gate) -> Column:
+        return Column(
+            attribute=attribute,
+            site=Site.parse(site),
+            gate=gate,
+            vector=scale * torch.randn(HIDDEN, generator=generator),
+            gate_weight=torch.randn(HIDDEN, generator=generator),
+            gate_bias=0.1,
+            keep_norm=True,
+            range=(-2.0, 2.0),
+        )
+
+    return [column("kind", Gate.SIGMOID), column("fair", Gate.CONSTANT)]
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *MORE])
+def test_rows_equal_the_plain_model_whatever_happens_to_them(name: str) -> None:
+    """Mixed lengths and steerings, random arrivals, chunked prompts, shared beginnings, a cache that is too small."""
+    reference = tiny(name)
+    desk = Desk(tiny(name), largest=64, roots=2, max_rows=6, step_tokens=12)
+    handle = desk.bank.add(columns(name))
+    mixes = [(1.0, 0.0), (-1.0, 1.5)]
+    steers = [Steer(), *(Steer(RowSteering.of([(handle, mix)])) for mix in mixes)]
+    number = random.Random(0)
+    asked = rows(number, steers)
+    texts = desk.run(asked, arrivals=[number.randint(0, 40) for _ in asked])
+    assert desk.scheduler.preemptions, "the cache was not small enough to prove anything"
+    assert desk.cache.shared_tokens > 40
+    moved = 0
+    for row, text in texts.items():
+        new = row.sampling.max_new_tokens
+        unsteered = plain(reference, row.tokens, new=new)
+        if not row.steer.columns.slots:
+            assert text == unsteered, row
+            assert desk.steered[row] == 0
+            continue
+        multipliers = dict(zip(("kind", "fair"), row.steer.columns.parts[0][1], strict=True))
+        assert text == greedy(reference, row.tokens, columns(name), multipliers, new=new, eos=None), row
+        assert desk.steered[row] == new
+        moved += text != unsteered
+    assert moved > 4, "the test steers too weakly to prove anything"
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "settings"),
+    [
+        ("GPTJForCausalLM", "GPTJConfig", {"n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8}),
+        ("BloomForCausalLM", "BloomConfig", {"hidden_size": 32, "n_layer": 2, "n_head": 2}),
+        ("MptForCausalLM", "MptConfig", {"d_model": 32, "n_layers": 2, "n_heads": 2}),
+        ("MambaForCausalLM", "MambaConfig", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
+        (
+            "FalconForCausalLM",
+            "FalconConfig",
+            {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "alibi": True},
+        ),
+    ],
+)
+def test_a_model_that_cannot_be_served_is_refused_with_a_sentence(
+    model: str, config: str, settings: dict[str, Any]
+) -> None:
+    torch.manual_seed(0)
+    made = getattr(transformers, model)(getattr(transformers, config)(vocab_size=61, **settings)).eval()
+    with pytest.raises(StartupError, match=rf"The model 'odd' \({model}\) cannot be served: .*\.$"):
+        open_forward(made, ColumnBank(device="cpu", max_tokens=64), "odd")
+
+
+def test_rotary_embeddings_that_depend_on_the_longest_text_bound_every_text() -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 32}
+    config = transformers.LlamaConfig(**(GROUPED | {"rope_parameters": rope}))
+    model = transformers.LlamaForCausalLM(config)
+    assert text_limit(model, 64) == 32
+    assert text_limit(model, None) == 32
+    assert text_limit(tiny("llama"), 64) == 64
+    assert text_limit(tiny("gemma3"), 64) == 64
