@@ -6,6 +6,7 @@ import time
 from server.config import Settings
 from server.engine.engine import Engine
 from server.engine.kv_cache import KVCache
+from server.engine.linears import pack
 from server.engine.model import LoadedModel, load_model
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
@@ -16,7 +17,6 @@ from server.service import Service
 from server.text import Codec
 from steering.columns import ColumnBank
 from steering.errors import UnsupportedArchitecture
-from steering.hook import Steering
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +48,10 @@ def open_service(settings: Settings) -> Service:
 
 def _wire(settings: Settings, loaded: LoadedModel) -> Service:
     fits = fits_model(loaded.model, settings.served_name, settings.revision)
+    pack(loaded.model)
     bank = ColumnBank(device=loaded.device, max_tokens=settings.step_tokens)
     forward = open_forward(loaded.model, bank, settings.served_name)
-    Steering(loaded.model, bank).install()
+    forward.steering.install()
     limit = text_limit(loaded.model, loaded.context)
     largest, count = cache_size(forward, limit=limit, rows=settings.max_batch_rows, mib=settings.cache_mib)
     forward.attention.allocate(largest * count)

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 
-from server.engine.types import Event, Failed, Finished
+from server.engine.types import Event, Failed, Finished, Piece
 from server.errors import ServerError
 
 
@@ -20,6 +20,8 @@ class Ticket:
 
     def __call__(self, event: Event) -> None:
         """On the engine's thread."""
+        if isinstance(event, Piece):
+            return
         if isinstance(event, Failed):
             self._error = self._error or event.error
         else:

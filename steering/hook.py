@@ -68,6 +68,13 @@ class Steering:
             self._hooks.pop(site).remove()
         self.traces.clear()
 
+    def record(self, on: bool) -> None:
+        """Fill `traces` in the passes that follow, or do not."""
+        if on != self.traced:
+            self.traced = on
+            if self._installed:
+                self._sync()
+
     def __enter__(self) -> Self:
         return self.install()
 

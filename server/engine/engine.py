@@ -16,7 +16,7 @@ from server.engine.reading import compare, score
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 from server.engine.tape import Tape, Work
-from server.engine.types import Divergence, Draw, EngineStats, Event, Failed, Job, Pair, Row, Sink, Steer
+from server.engine.types import Divergence, Draw, EngineStats, Event, Failed, Finished, Job, Pair, Row, Sink, Steer
 from server.errors import EngineDown, GenerationFailed, NotFinite, QueueFull, ServerError
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,8 @@ class Engine:
         return self._down or ("the server is draining: it finishes its requests and stops" if self._draining else None)
 
     def submit(self, rows: Sequence[Row], sink: Sink) -> None:
-        """Queue the rows of one request; `sink` gets one last event for each of them.
+        """Queue the rows of one request; `sink` gets one last event for each of them, and before it, of rows that
+        stream, a Piece for each token.
 
         Raises QueueFull, EngineDown.
         """
@@ -255,10 +256,13 @@ class Engine:
         try:
             reason = progress.accept(draw)
             event = progress.finish(reason, sum(tape.steered)) if reason else None
+            piece = progress.piece(draw, last=event is not None) if row.stream else None
         except Exception:
             log.exception("the text of a row of request %s cannot be decoded", row.request)
             self._give_up(row.request, GenerationFailed("The generated tokens could not be turned into text."))
             return
+        if piece is not None:
+            self._tell(progress, piece)
         if event is not None:
             self._scheduler.finish(tape)
             self._end(event)
@@ -296,12 +300,15 @@ class Engine:
             log.critical("the device does not answer any more", exc_info=fatal)
             self._close(f"the device failed: {fatal}")
 
-    def _end(self, event: Event) -> None:
-        progress = self._progress.pop(event.row)
+    def _end(self, event: Finished | Failed) -> None:
+        self._tell(self._progress.pop(event.row), event)
+
+    @staticmethod
+    def _tell(progress: Progress, event: Event) -> None:
         try:
             progress.sink(event)
         except Exception:  # a sink whose event loop has closed must not take the engine down
-            log.exception("nobody took the last event of request %s", event.row.request)
+            log.exception("nobody took an event of request %s", event.row.request)
 
     def _unqueue(self, rows: int) -> None:
         if rows:

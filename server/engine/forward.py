@@ -11,16 +11,20 @@ from torch import Tensor
 from server.engine.attention import NAME, Attention
 from server.engine.tape import Work, acts
 from steering.columns import ColumnBank
+from steering.hook import Steering
 from steering.types import RowSteering
 
 
 class Forward:
-    """A Hugging Face causal language model whose hooks read `bank` and whose attention reads `attention`."""
+    """A Hugging Face causal language model whose attention reads `attention` and whose steering hooks, once they are
+    installed, read `bank`."""
 
     def __init__(self, model: Any, bank: ColumnBank) -> None:
         self.bank = bank
+        self.steering = Steering(model, bank)
         self.device: torch.device = bank.device
-        self.vocab: int = model.get_output_embeddings().weight.shape[0]
+        head = model.get_output_embeddings()
+        self.vocab: int = head.out_features if hasattr(head, "out_features") else head.weight.shape[0]
         self.attention = Attention(bank.device)
         self._model = model
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from server.engine.detokenizer import Detokenizer
-from server.engine.types import Draw, Finished, FinishReason, Row, Sink, Timing
+from server.engine.types import Draw, Finished, FinishReason, Piece, Row, Sink, Timing
 
 
 class Progress:
@@ -16,11 +16,12 @@ class Progress:
         self._submitted = submitted
         self._admitted: float | None = None
         self._first: float | None = None
-        self._eos = frozenset() if row.sampling.ignore_eos else eos
+        self._ends = (frozenset() if row.sampling.ignore_eos else eos) | set(row.sampling.stop_ids)
         self._detokenizer = Detokenizer(decode, row.tokens)
         self._tokens: list[int] = []
         self._draws: list[Draw] = []
         self._text = ""
+        self._given = 0  # characters of it that pieces have given out
 
     @property
     def admitted(self) -> bool:
@@ -36,12 +37,12 @@ class Progress:
         """Take one step's draw; returns why the row ends, or None while it goes on."""
         self._first = time.monotonic() if self._first is None else self._first
         self._tokens.append(draw.token)
-        if self.row.sampling.logprobs is not None:
+        if self.row.sampling.logprobs is not None or self.row.trace:
             self._draws.append(draw)
-        if draw.token in self._eos:
+        if draw.token in self._ends:
             return "stop"
         self._detokenizer.push(draw.token)
-        if self.row.sampling.stop and self._read():
+        if (self.row.sampling.stop or self.row.stream) and self._read():
             return "stop"
         return "length" if len(self._tokens) >= self.row.sampling.max_new_tokens else None
 
@@ -58,6 +59,12 @@ class Progress:
             timing=self._timing(),
             draws=tuple(self._draws),
         )
+
+    def piece(self, draw: Draw, *, last: bool) -> Piece:
+        """What the draw that was accepted adds to the text that is certain."""
+        certain = len(self._text) - (0 if last else _begun(self.row.sampling.stop, self._text))
+        text, self._given = self._text[self._given : certain], max(self._given, certain)
+        return Piece(self.row, len(self._tokens) - 1, draw, text)
 
     def _read(self, *, final: bool = False) -> bool:
         """Decode what is new; cut the text before the first stop string, and say whether there is one."""
@@ -87,3 +94,12 @@ def _first_of(needles: Sequence[str], text: str, start: int) -> int | None:
     """Where the earliest of the needles begins, at or after `start`."""
     places = [place for needle in needles if (place := text.find(needle, start)) >= 0]
     return min(places, default=None)
+
+
+def _begun(needles: Sequence[str], text: str) -> int:
+    """How many characters at the end of the text may be the beginning of a needle."""
+    longest = max(map(len, needles), default=0)
+    for length in range(min(longest - 1, len(text)), 0, -1):
+        if any(needle.startswith(text[-length:]) for needle in needles):
+            return length
+    return 0

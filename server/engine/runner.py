@@ -11,7 +11,7 @@ from server.engine.forward import Forward
 from server.engine.kv_cache import KVCache
 from server.engine.sampler import Drawn, Sampler
 from server.engine.tape import Tape, Work
-from server.engine.types import Draw, Row, TokenLogprob
+from server.engine.types import Draw, Row, TokenLogprob, Touch
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,15 @@ class Runner:
     def step(self, works: Sequence[Work]) -> list[Outcome]:
         """The outcome of each work, in order."""
         ends = np.cumsum([len(work) for work in works]).tolist()
-        drawing = [work.tape for work in works if work.draws]
-        logits, counts = self.compute(works, [end - 1 for work, end in zip(works, ends, strict=True) if work.draws])
-        drawn = self._draw(drawing, logits) if drawing else None
+        drawing = {work.tape: end - 1 for work, end in zip(works, ends, strict=True) if work.draws}
+        self.forward.steering.record(any(tape.row and tape.row.trace for tape in drawing))
+        logits, counts = self.compute(works, list(drawing.values()))
+        drawn = self._draw(list(drawing), logits) if drawing else None
         # The one copy from the device that a step needs; logprobs, where asked for, are a second one.
         parts = [counts] if drawn is None else [counts, drawn.tokens, drawn.finite.long()]
         host = torch.cat(parts).tolist()
-        draws = iter(() if drawn is None else _draws(drawing, drawn, host[ends[-1] :]))
+        touches = [self._touches(tape, place) for tape, place in drawing.items()]
+        draws = iter(() if drawn is None else _draws(list(drawing), drawn, host[ends[-1] :], touches))
         return [
             Outcome(host[end - len(work) : end], next(draws) if work.draws else None)
             for work, end in zip(works, ends, strict=True)
@@ -62,6 +64,15 @@ class Runner:
         self._sampler, self._rows = None, []
         torch.zeros(1, device=self.forward.device).add_(1).item()
 
+    def _touches(self, tape: Tape, place: int) -> tuple[Touch, ...]:
+        """What the columns that the tape asks for did to the token at a place of the line."""
+        if tape.row is None or not tape.row.trace:
+            return ()
+        asked = [(h.attributes[i], *slot) for h in tape.steer.columns.handles for i, slot in enumerate(h.slots)]
+        traces = self.forward.steering.traces
+        numbers = {site: traces[site][place].tolist() for _, site, _ in asked}
+        return tuple(Touch(attribute, str(site), *numbers[site][index]) for attribute, site, index in asked)
+
     def _draw(self, tapes: Sequence[Tape], logits: Tensor) -> Drawn:
         rows = [tape.row for tape in tapes]
         if self._sampler is None or rows != self._rows:
@@ -73,19 +84,20 @@ class Runner:
             )
 
 
-def _draws(tapes: Sequence[Tape], drawn: Drawn, host: list[int]) -> list[Draw]:
+def _draws(tapes: Sequence[Tape], drawn: Drawn, host: list[int], touches: Sequence[tuple[Touch, ...]]) -> list[Draw]:
     tokens, finite = host[: len(tapes)], host[len(tapes) :]
-    if drawn.logprobs is None:
-        return [Draw(token, bool(sound)) for token, sound in zip(tokens, finite, strict=True)]
-    chosen = drawn.logprobs.tolist()
-    top_tokens = drawn.top_tokens.tolist() if drawn.top_tokens is not None else [[]] * len(tapes)
-    top_logprobs = drawn.top_logprobs.tolist() if drawn.top_logprobs is not None else [[]] * len(tapes)
+    chosen = drawn.logprobs.tolist() if drawn.logprobs is not None else None
+    top_tokens = drawn.top_tokens.tolist() if drawn.top_tokens is not None else None
+    top_logprobs = drawn.top_logprobs.tolist() if drawn.top_logprobs is not None else None
     draws = []
     for i, tape in enumerate(tapes):
         wanted = tape.row.sampling.logprobs if tape.row else None
-        if wanted is None:
-            draws.append(Draw(tokens[i], bool(finite[i])))
-            continue
-        top = [TokenLogprob(*pair) for pair in zip(top_tokens[i], top_logprobs[i], strict=True)]
-        draws.append(Draw(tokens[i], bool(finite[i]), TokenLogprob(tokens[i], chosen[i]), tuple(top[:wanted])))
+        logprob: TokenLogprob | None = None
+        top: tuple[TokenLogprob, ...] = ()
+        if chosen and wanted is not None:
+            logprob = TokenLogprob(tokens[i], chosen[i])
+        if top_tokens and top_logprobs and wanted:
+            pairs = zip(top_tokens[i][:wanted], top_logprobs[i], strict=False)
+            top = tuple(TokenLogprob(*pair) for pair in pairs)
+        draws.append(Draw(tokens[i], bool(finite[i]), logprob, top, touches[i]))
     return draws

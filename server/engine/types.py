@@ -27,6 +27,7 @@ class Sampling:
     seed: int = 0
     choice: int = 0  # the index among the `n` choices: an own stream of random numbers under one seed
     stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
 
@@ -48,6 +49,8 @@ class Row:
     tokens: tuple[int, ...]
     sampling: Sampling
     steer: Steer = field(default_factory=Steer)
+    stream: bool = False  # a Piece for every token
+    trace: bool = False  # a Touch for every token and column
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,18 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True)
+class Touch:
+    """What one column did to the activation from which a token came (steering.operators.Trace)."""
+
+    attribute: str
+    site: str
+    gate: float
+    strength: float  # multiplier x gate
+    delta_norm: float
+    cosine: float  # between what was added and the activation
+
+
+@dataclass(frozen=True)
 class Draw:
     """What was drawn for one row."""
 
@@ -66,6 +81,7 @@ class Draw:
     finite: bool = True  # False: the logits were NaN or infinite, and the token means nothing
     logprob: TokenLogprob | None = None
     top: tuple[TokenLogprob, ...] = ()
+    touches: tuple[Touch, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,7 +103,7 @@ class Finished:
     reason: FinishReason
     steered_tokens: int
     timing: Timing
-    draws: tuple[Draw, ...] = ()  # kept only where logprobs were asked for
+    draws: tuple[Draw, ...] = ()  # kept only where logprobs or a trace were asked for
 
 
 @dataclass(frozen=True)
@@ -98,7 +114,18 @@ class Failed:
     error: ServerError
 
 
-Event = Finished | Failed
+@dataclass(frozen=True)
+class Piece:
+    """One token of a row that streams, and the text that is certain by now: none while a character is unfinished or a
+    stop string may have begun."""
+
+    row: Row
+    index: int  # of the token among the row's new ones
+    draw: Draw
+    text: str
+
+
+Event = Piece | Finished | Failed
 Sink = Callable[[Event], None]  # called on the engine's thread; must return at once
 
 

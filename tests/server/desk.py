@@ -10,7 +10,6 @@ from server.engine.support import open_forward
 from server.engine.tape import Tape
 from server.engine.types import Job, Row, T
 from steering.columns import ColumnBank
-from steering.hook import Steering
 
 
 class Desk:
@@ -21,7 +20,7 @@ class Desk:
     ) -> None:
         self.bank = ColumnBank(device="cpu", max_tokens=step_tokens)
         forward = open_forward(model, self.bank, "tiny")
-        self.steering = Steering(model, self.bank).install()
+        forward.steering.install()
         self.cache = KVCache(largest, roots)
         forward.attention.allocate(largest * roots)
         self.scheduler = Scheduler(self.cache, max_rows=max_rows, step_tokens=step_tokens)

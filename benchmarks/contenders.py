@@ -1,0 +1,215 @@
+"""The ways to generate that are compared. Each takes requests and returns when the last one is answered."""
+
+import importlib
+import queue
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.workload import Request, columns, llama
+from server.engine.engine import Engine
+from server.engine.kv_cache import KVCache
+from server.engine.linears import pack
+from server.engine.runner import Runner
+from server.engine.scheduler import Scheduler
+from server.engine.support import open_forward
+from server.engine.types import Event, Finished, Row, Sampling, Steer
+from steering.columns import ColumnBank
+from steering.hook import steered
+from steering.operators import steer
+from steering.types import RowSteering
+
+CONTEXT = 4096
+
+
+class Contender(Protocol):
+    """`subset`: answers only this many requests, because it is slow; None: all."""
+
+    name: str
+    subset: int | None
+
+    def __call__(self, requests: Sequence[Request]) -> None: ...
+
+
+class Ours:
+    """The engine: its thread, scheduler, cache and hooks, without HTTP."""
+
+    subset: int | None = None
+
+    def __init__(
+        self,
+        shape: str,
+        dtype: torch.dtype,
+        rows: int,
+        *,
+        mixes: Sequence[tuple[float, ...]] = ((1.0, 0.5, -0.5),),
+        step_tokens: int = 512,
+        packed: bool = True,
+        name: str = "mat-steer, steered",
+    ) -> None:
+        """`mixes`: the multipliers that the requests ask for in turn; none: unsteered."""
+        self.name = name
+        model = llama(shape, dtype)
+        if packed:
+            pack(model)
+        self.bank = ColumnBank(device="cpu", max_tokens=max(512, step_tokens))
+        forward = open_forward(model, self.bank, shape)
+        forward.steering.install()
+        self.token_bytes = forward.attention.token_bytes
+        forward.attention.allocate(CONTEXT * 8)
+        self.cache = KVCache(CONTEXT, 8)
+        handle = self.bank.add(columns(shape))
+        self.steers = [Steer(RowSteering.of([(handle, mix)])) for mix in mixes] or [Steer()]
+        self.engine = Engine(
+            Runner(forward, self.cache, step_tokens=step_tokens),
+            Scheduler(self.cache, max_rows=rows, step_tokens=step_tokens),
+            eos=frozenset(),
+            decode=lambda ids: "",
+            queue_limit=10**6,
+        )
+        self.engine.start()
+
+    def __call__(self, requests: Sequence[Request]) -> None:
+        self.answers(requests)
+
+    def row(self, index: int, request: Request, *, stream: bool = False) -> Row:
+        rules = Sampling(max_new_tokens=request.new, temperature=0)
+        return Row(f"bench-{index}", index, request.prompt, rules, self.steers[index % len(self.steers)], stream=stream)
+
+    def answers(self, requests: Sequence[Request]) -> list[Finished]:
+        """In the order in which they end."""
+        self.cache.forget()  # between runs nothing is running: every run reads its prompts anew
+        told: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        rows = [
+            Row(
+                "bench",
+                i,
+                one.prompt,
+                Sampling(max_new_tokens=one.new, temperature=0),
+                self.steers[i % len(self.steers)],
+            )
+            for i, one in enumerate(requests)
+        ]
+        self.engine.submit(rows, told.put)
+        events = [told.get() for _ in rows]
+        finished = [event for event in events if isinstance(event, Finished)]
+        assert len(finished) == len(rows), events
+        return finished
+
+
+class Generate:
+    """transformers.generate: batches of a fixed number of rows, each until its longest answer ends."""
+
+    subset: int | None = None
+
+    def __init__(self, shape: str, dtype: torch.dtype, rows: int) -> None:
+        self.name = f"transformers.generate, static batches of {rows}"
+        self._model: Any = llama(shape, dtype)
+        self._shape = shape
+        self._rows = rows
+
+    def __call__(self, requests: Sequence[Request]) -> None:
+        for start in range(0, len(requests), self._rows):
+            batch = requests[start : start + self._rows]
+            width = max(len(one.prompt) for one in batch)
+            ids = torch.tensor([[0] * (width - len(one.prompt)) + list(one.prompt) for one in batch])
+            mask = torch.tensor([[0] * (width - len(one.prompt)) + [1] * len(one.prompt) for one in batch])
+            with torch.inference_mode(), steered(self._model, columns(self._shape), (1.0, 0.5, -0.5)):
+                self._model.generate(
+                    ids, attention_mask=mask, do_sample=False, max_new_tokens=max(one.new for one in batch)
+                )
+
+
+class ContinuousBatching:
+    """transformers' own continuous batching, unsteered: it has no place for multipliers."""
+
+    subset: int | None = None
+
+    def __init__(self, shape: str, dtype: torch.dtype, rows: int) -> None:
+        from transformers import ContinuousBatchingConfig, GenerationConfig
+
+        self.name = "transformers' continuous batching, unsteered"
+        self._model: Any = llama(shape, dtype)
+        self._model.set_attn_implementation("paged|sdpa")
+        self._generation: Any = GenerationConfig(  # type: ignore[no-untyped-call]
+            do_sample=False, max_new_tokens=128, eos_token_id=-1, pad_token_id=0
+        )
+        self._config = ContinuousBatchingConfig(max_requests_per_batch=rows, max_batch_tokens=512, num_blocks=256)
+
+    def __call__(self, requests: Sequence[Request]) -> None:
+        manager = self._model.init_continuous_batching(
+            generation_config=self._generation, continuous_batching_config=self._config
+        )
+        manager.start()
+        try:
+            for one in requests:
+                manager.add_request(list(one.prompt), max_new_tokens=one.new)
+            left = len(requests)
+            while left:
+                result = manager.get_result(timeout=60)
+                assert result is not None, "continuous batching gives no answer"
+                left -= result.is_finished()
+        finally:
+            manager.stop(block=True)
+
+
+class Pyvene:
+    """One request after the other through pyvene, as the method's published code does."""
+
+    subset: int | None = 4
+    name = "pyvene, one by one"
+
+    def __init__(self, shape: str, dtype: torch.dtype, rows: int) -> None:
+        pyvene: Any = importlib.import_module("pyvene")  # optional
+
+        made = columns(shape)
+        parts = (
+            torch.stack([column.vector for column in made]),
+            torch.stack([column.gate_weight for column in made]),
+            torch.tensor([column.gate_bias for column in made]),
+            torch.tensor([column.gate.code for column in made], dtype=torch.int8),
+            torch.tensor([column.keep_norm for column in made]),
+        )
+
+        class MatSteer(pyvene.ConstantSourceIntervention):  # type: ignore[misc]
+            def __init__(self, **options: Any) -> None:
+                super().__init__(**options, keep_last_dim=True)
+
+            def forward(self, base: Tensor, source: Any = None, subspaces: Any = None, **_: Any) -> Tensor:
+                tokens = base.reshape(-1, base.shape[-1])
+                multipliers = torch.tensor([[1.0, 0.5, -0.5]]).repeat(len(tokens), 1)
+                return steer(tokens, *parts, multipliers).reshape(base.shape)
+
+        layer = made[0].site.layer
+        self._model: Any = pyvene.IntervenableModel(
+            [{"component": f"model.layers[{layer}].self_attn.o_proj.output", "intervention": MatSteer()}],
+            model=llama(shape, dtype),
+        )
+
+    def __call__(self, requests: Sequence[Request]) -> None:
+        for one in requests:
+            ids = torch.tensor([one.prompt])
+            base = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            with torch.inference_mode():
+                _, out = self._model.generate(
+                    base, unit_locations=None, max_new_tokens=one.new, do_sample=False, intervene_on_prompt=True
+                )
+            assert out.shape[1] == len(one.prompt) + one.new
+
+
+def product_seconds(model: nn.Module, tokens: int, dtype: torch.dtype, repeat: int = 20) -> float:
+    """What the products of a model's (packed) linear layers with so many tokens take, seconds: the floor of a step."""
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "in_features")]
+    inputs = {layer.in_features: torch.randn(1, tokens, layer.in_features, dtype=dtype) for layer in layers}
+    times = []
+    with torch.inference_mode():
+        for _ in range(repeat):
+            start = time.perf_counter()
+            for layer in layers:
+                layer(inputs[layer.in_features])
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)

@@ -1,0 +1,71 @@
+"""What every contender is asked: the same requests of the same random models."""
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from steering.types import Column, Gate, Site
+
+SHAPES = {
+    "5M": {"hidden_size": 256, "num_hidden_layers": 6, "vocab_size": 4096, "num_attention_heads": 4},
+    "100M": {"hidden_size": 768, "num_hidden_layers": 12, "vocab_size": 32000, "num_attention_heads": 12},
+}
+ATTRIBUTES = ("truthfulness", "toxicity", "fairness")
+
+
+@dataclass(frozen=True)
+class Request:
+    prompt: tuple[int, ...]
+    new: int
+
+
+def requests(count: int, vocab: int, *, seed: int = 0, shortest: int = 16, longest: int = 128) -> list[Request]:
+    """Prompts and answers of 16 to 128 tokens."""
+    number = random.Random(seed)
+    return [
+        Request(
+            tuple(number.randrange(vocab) for _ in range(number.randint(shortest, longest))),
+            number.randint(shortest, longest),
+        )
+        for _ in range(count)
+    ]
+
+
+def llama(shape: str, dtype: torch.dtype) -> Any:
+    """A random Llama, the same every time."""
+    torch.manual_seed(0)
+    hidden = SHAPES[shape]["hidden_size"]
+    sizes: dict[str, Any] = SHAPES[shape]
+    config = LlamaConfig(
+        **sizes,
+        intermediate_size=hidden * 8 // 3 // 64 * 64,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        eos_token_id=None,
+        bos_token_id=None,
+        pad_token_id=0,
+    )
+    model: Any = LlamaForCausalLM(config)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def columns(shape: str) -> list[Column]:
+    """Three attributes at the attention's output of the middle layer."""
+    width, layer = SHAPES[shape]["hidden_size"], SHAPES[shape]["num_hidden_layers"] // 2
+    random_ = torch.Generator().manual_seed(1)
+    return [
+        Column(
+            attribute=attribute,
+            site=Site.parse(f"{layer}.attn_output"),
+            gate=Gate.SIGMOID,
+            vector=0.1 * torch.randn(width, generator=random_),
+            gate_weight=torch.randn(width, generator=random_),
+            gate_bias=0.0,
+            keep_norm=True,
+            range=(-5.0, 5.0),
+        )
+        for attribute in ATTRIBUTES
+    ]

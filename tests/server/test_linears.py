@@ -1,0 +1,53 @@
+"""Packed layers compute what the plain ones do."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from server.engine.linears import PackedLinear, pack
+from steering.sites import site_width
+from steering.types import SiteKind
+from tests.server.test_architectures import tiny
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_layer_computes_the_same_for_any_number_of_tokens(dtype: torch.dtype, bias: bool) -> None:
+    layer = nn.Linear(48, 80, bias=bias).to(dtype)
+    holder = nn.Sequential(layer)
+    assert pack(holder) == 1
+    assert isinstance(holder[0], PackedLinear)
+    assert torch.equal(holder[0].weight, layer.weight)
+    for tokens in (1, 2, 7, 33, 300):
+        x = torch.randn(1, tokens, 48, dtype=dtype)
+        with torch.inference_mode():
+            assert torch.allclose(holder(x), layer(x), rtol=2e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-2)
+
+
+def test_a_conv1d_is_a_linear_layer_with_its_weight_turned() -> None:
+    layer = Conv1D(80, 48)
+    holder = nn.Sequential(layer)
+    pack(holder)
+    x = torch.randn(3, 48)
+    with torch.inference_mode():
+        assert torch.allclose(holder(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_not_exactly_a_linear_layer_stays() -> None:
+    class Own(nn.Linear):
+        pass
+
+    holder = nn.Sequential(Own(4, 4), nn.Linear(4, 4, dtype=torch.float16), nn.Embedding(4, 4))
+    assert pack(holder) == 0
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "mixtral"])
+def test_a_packed_model_says_the_same_and_has_the_same_sites(name: str) -> None:
+    plain, packed = tiny(name), tiny(name)
+    widths = site_width(packed, SiteKind.ATTN_HEADS)
+    assert pack(packed) >= 3
+    assert site_width(packed, SiteKind.ATTN_HEADS) == widths
+    ids = torch.randint(0, 61, (1, 20))
+    with torch.inference_mode():
+        assert torch.allclose(packed(ids).logits, plain(ids).logits, rtol=1e-3, atol=1e-3)
