@@ -5,7 +5,6 @@ Every class knows its HTTP status and its `type`, the stable word that programs 
 ServerError                      500  internal_error
 ├── StartupError                  -   the process does not start (one sentence on stderr, exit status 1)
 ├── BadRequest                   400  bad_request
-│   ├── Unsupported              400  unsupported
 │   └── Refused                  4xx  the status's own name, as in unsupported_media_type
 ├── NotFound                     404  not_found
 │   └── UnknownCheckpoint        404  unknown_checkpoint
@@ -51,12 +50,6 @@ class StartupError(ServerError):
 class BadRequest(ServerError):
     status = 400
     type = "bad_request"
-
-
-class Unsupported(BadRequest):
-    """A field that this server knows but does not serve."""
-
-    type = "unsupported"
 
 
 class Refused(BadRequest):

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
-from server.engine.types import FinishReason, PositionsName, Sampling, Timing
+from server.engine.types import FinishReason, PositionsName, Sampling, Timing, Touch
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Ask:
     seed: int | None = None  # None: one is drawn
     n: int = 1
     baseline: bool = False
+    trace: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,28 @@ class Spoken:
 
 
 @dataclass(frozen=True)
+class Traced:
+    """A generated token, and what each attribute's columns did to the activation from which it came."""
+
+    token_id: int
+    token: str
+    touches: tuple[Touch, ...]
+
+
+@dataclass(frozen=True)
+class Told:
+    """One token of a text that is being generated, and the text that is certain by now: put together, these are the
+    whole text."""
+
+    arm: Literal["steered", "baseline"]
+    index: int  # of the text among its arm's results
+    token_id: int
+    text: str
+    logprob: Spoken | None
+    trace: Traced | None
+
+
+@dataclass(frozen=True)
 class Result:
     """One generated text."""
 
@@ -77,6 +101,7 @@ class Result:
     steering: SteeringReport
     timing: Timing
     logprobs: tuple[Spoken, ...] | None
+    trace: tuple[Traced, ...] | None
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,15 @@
 import asyncio
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
 from server.config import Settings
 from server.engine.engine import Engine
 from server.engine.types import Draw, Finished, Pair, PositionsName, Row, Steer
 from server.errors import InvalidField, UnknownCheckpoint
-from server.exchange import Answer, Ask, Comparison, Part, Result, Spelled, Spoken, SteeringReport, Use
+from server.exchange import Answer, Ask, Comparison, Part, Result, Spelled, Spoken, SteeringReport, Told, Traced, Use
 from server.registry import Loaded, Registry
 from server.text import Codec
 from server.ticket import Ticket
@@ -29,6 +30,17 @@ class _Steering:
 NO_STEERING = _Steering(Steer(), (), ())
 
 
+@dataclass(frozen=True)
+class _Run:
+    """A request that the engine has taken: of each text `arms` rows, neighbours."""
+
+    created: int
+    rows: list[Row]
+    steering: _Steering
+    arms: int
+    ticket: Ticket
+
+
 class Service:
     """What the server can do, for any front end."""
 
@@ -44,18 +56,52 @@ class Service:
 
         A cancelled call (the client has gone) ends its rows before the engine's next step.
         """
+        run = await self._begin(ask, stream=False)
+        async with self._until_done(run):
+            return await self._answer(run)
+
+    async def stream(self, ask: Ask) -> AsyncIterator[Told | Answer]:
+        """The same, token by token, and the answer at the end. What is wrong with `ask` is raised at once."""
+        return self._tell(await self._begin(ask, stream=True))
+
+    async def _begin(self, ask: Ask, *, stream: bool) -> _Run:
         created = int(time.time())
         prompts = await asyncio.to_thread(self._encode, ask)
         steering = await asyncio.to_thread(self._resolve, ask)
-        rows = self._rows(f"gen-{secrets.token_hex(12)}", ask, prompts, steering.steer)
-        finished = await self._run(rows, steering.loaded)
-        arms = 2 if ask.baseline else 1
-        steered, baseline = finished[::arms], finished[1::arms] if ask.baseline else None
+        rows = self._rows(f"gen-{secrets.token_hex(12)}", ask, prompts, steering.steer, stream=stream)
+        return _Run(created, rows, steering, 2 if ask.baseline else 1, self._submit(rows, steering.loaded))
+
+    async def _tell(self, run: _Run) -> AsyncIterator[Told | Answer]:
+        async with self._until_done(run):
+            async for piece in run.ticket.pieces():
+                index, arm = divmod(piece.row.index, run.arms)
+                yield Told(
+                    arm="baseline" if arm else "steered",
+                    index=index,
+                    token_id=piece.draw.token,
+                    text=piece.text,
+                    logprob=None if piece.draw.logprob is None else self._spoken(piece.draw),
+                    trace=self._traced(piece.draw) if piece.row.trace else None,
+                )
+            yield await self._answer(run)
+
+    @asynccontextmanager
+    async def _until_done(self, run: _Run) -> AsyncIterator[None]:
+        """Whoever leaves before the answer is there takes the rows with them."""
+        try:
+            yield
+        except (asyncio.CancelledError, GeneratorExit):
+            self.engine.cancel(run.rows[0].request)
+            raise
+
+    async def _answer(self, run: _Run) -> Answer:
+        finished = await run.ticket.finished()
+        steered, baseline = finished[:: run.arms], finished[1 :: run.arms] if run.arms > 1 else None
         return Answer(
-            id=rows[0].request,
-            created=created,
+            id=run.rows[0].request,
+            created=run.created,
             model=self.model,
-            results=tuple(self._result(event, steering) for event in steered),
+            results=tuple(self._result(event, run.steering) for event in steered),
             baseline=tuple(self._result(event, NO_STEERING) for event in baseline) if baseline else None,
             comparisons=await self._compare(steered, baseline) if baseline else None,
         )
@@ -101,7 +147,9 @@ class Service:
             )
         return active
 
-    def _rows(self, request: str, ask: Ask, prompts: Sequence[tuple[int, ...]], steer: Steer) -> list[Row]:
+    def _rows(
+        self, request: str, ask: Ask, prompts: Sequence[tuple[int, ...]], steer: Steer, *, stream: bool
+    ) -> list[Row]:
         arms = (steer, NO_STEERING.steer) if ask.baseline else (steer,)
         count = len(prompts) * ask.n * len(arms)
         if count > self.settings.max_request_rows:
@@ -119,10 +167,12 @@ class Service:
                 room = min(room, self.codec.context - len(prompt))
             for choice in range(ask.n):
                 sampling = replace(ask.sampling, max_new_tokens=room, seed=seed, choice=choice)
-                rows += [Row(request, len(rows) + i, prompt, sampling, arm) for i, arm in enumerate(arms)]
+                rows += [
+                    Row(request, len(rows) + i, prompt, sampling, arm, stream, ask.trace) for i, arm in enumerate(arms)
+                ]
         return rows
 
-    async def _run(self, rows: Sequence[Row], loaded: Sequence[Loaded]) -> list[Finished]:
+    def _submit(self, rows: Sequence[Row], loaded: Sequence[Loaded]) -> Ticket:
         for one in loaded:
             self.registry.pin(one)
 
@@ -136,11 +186,7 @@ class Service:
         except Exception:
             release()
             raise
-        try:
-            return await ticket.finished()
-        except asyncio.CancelledError:
-            self.engine.cancel(rows[0].request)
-            raise
+        return ticket
 
     async def _compare(self, steered: Sequence[Finished], baseline: Sequence[Finished]) -> tuple[Comparison, ...]:
         compared = []
@@ -166,7 +212,11 @@ class Service:
             steering=SteeringReport(steering.parts, event.row.steer.positions, event.steered_tokens),
             timing=event.timing,
             logprobs=None if event.row.sampling.logprobs is None else tuple(map(self._spoken, event.draws)),
+            trace=tuple(map(self._traced, event.draws)) if event.row.trace else None,
         )
+
+    def _traced(self, draw: Draw) -> Traced:
+        return Traced(draw.token, self.codec.spell(draw.token), draw.touches)
 
     def _spoken(self, draw: Draw) -> Spoken:
         assert draw.logprob is not None, "a row that asks for logprobs gets them"

@@ -1,18 +1,22 @@
-"""Brings the engine's last events of one request back to the event loop."""
+"""Brings the engine's events of one request back to the event loop."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 from server.engine.types import Event, Failed, Finished, Piece
 from server.errors import ServerError
 
 
 class Ticket:
-    """The sink of one request. Await `finished`; `on_end` runs once, when the engine holds none of its rows."""
+    """The sink of one request. Await `finished`, after all `pieces` where rows stream; `on_end` runs once, when the
+    engine holds none of its rows."""
 
     def __init__(self, rows: int, on_end: Callable[[], None]) -> None:
         self._loop = asyncio.get_running_loop()
         self._future: asyncio.Future[list[Finished]] = self._loop.create_future()
+        # A failure that nobody awaits, because the client has gone, is no surprise.
+        self._future.add_done_callback(lambda future: future.cancelled() or future.exception())
+        self._pieces: asyncio.Queue[Piece | None] = asyncio.Queue()  # None: no more will come
         self._left = rows
         self._finished: list[Finished] = []
         self._error: ServerError | None = None
@@ -21,6 +25,7 @@ class Ticket:
     def __call__(self, event: Event) -> None:
         """On the engine's thread."""
         if isinstance(event, Piece):
+            self._loop.call_soon_threadsafe(self._pieces.put_nowait, event)
             return
         if isinstance(event, Failed):
             self._error = self._error or event.error
@@ -35,7 +40,13 @@ class Ticket:
         """Every row's last event, in the order of the rows. Raises the first failure."""
         return await self._future
 
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """The tokens of the rows that stream, as they come; ends when all rows have."""
+        while (piece := await self._pieces.get()) is not None:
+            yield piece
+
     def _settle(self) -> None:
+        self._pieces.put_nowait(None)
         if self._future.cancelled():  # the client has gone
             return
         if self._error is not None:

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from server.engine.types import FinishReason, PositionsName
-from server.exchange import Answer, Comparison, Result, Spelled, SteeringReport
+from server.exchange import Answer, Comparison, Result, Spelled, Spoken, SteeringReport, Told, Traced
 
 Attributes = dict[str, float]
 
@@ -72,6 +72,37 @@ class TokenLogprobBody(LogprobBody):
 
     top: list[LogprobBody]
 
+    @classmethod
+    def told(cls, spoken: Spoken) -> "TokenLogprobBody":
+        return cls(**vars(spoken.chosen), top=[LogprobBody.of(one) for one in spoken.top])
+
+
+class TouchBody(BaseModel):
+    """What one column of an attribute did to an activation."""
+
+    attribute: str
+    site: str = Field(description="layer.site")
+    gate: float = Field(description="how open the gate was")
+    strength: float = Field(description="multiplier x gate")
+    delta_norm: float = Field(description="norm of what was added, before the activation's norm is restored")
+    cosine: float = Field(description="between what was added and the activation")
+
+
+class TraceBody(BaseModel):
+    """A generated token, and what steering did to the activation from which it came."""
+
+    token_id: int
+    token: str
+    columns: list[TouchBody]
+
+    @classmethod
+    def of(cls, traced: Traced) -> "TraceBody":
+        return cls(
+            token_id=traced.token_id,
+            token=traced.token,
+            columns=[TouchBody(**vars(touch)) for touch in traced.touches],
+        )
+
 
 class ResultBody(BaseModel):
     text: str
@@ -81,16 +112,10 @@ class ResultBody(BaseModel):
     steering: SteeringBody
     timing: TimingBody
     logprobs: list[TokenLogprobBody] | None
-    trace: None = None
+    trace: list[TraceBody] | None = Field(description="by token; null where it was not asked for")
 
     @classmethod
     def of(cls, result: Result) -> "ResultBody":
-        logprobs = None
-        if result.logprobs is not None:
-            logprobs = [
-                TokenLogprobBody(**vars(spoken.chosen), top=[LogprobBody.of(one) for one in spoken.top])
-                for spoken in result.logprobs
-            ]
         return cls(
             text=result.text,
             token_ids=list(result.token_ids),
@@ -98,7 +123,8 @@ class ResultBody(BaseModel):
             usage=UsageBody(prompt_tokens=result.prompt_tokens, completion_tokens=len(result.token_ids)),
             steering=SteeringBody.of(result.steering),
             timing=TimingBody(**vars(result.timing)),
-            logprobs=logprobs,
+            logprobs=None if result.logprobs is None else [TokenLogprobBody.told(one) for one in result.logprobs],
+            trace=None if result.trace is None else [TraceBody.of(one) for one in result.trace],
         )
 
 
@@ -134,6 +160,28 @@ class GenerateResponse(BaseModel):
             results=[ResultBody.of(result) for result in answer.results],
             baseline=None if answer.baseline is None else [ResultBody.of(result) for result in answer.baseline],
             comparison=_one_or_all(answer.comparisons),
+        )
+
+
+class TokenBody(BaseModel):
+    """The data of a `token` event of a stream."""
+
+    arm: Literal["steered", "baseline"]
+    index: int = Field(description="of the text among the arm's results")
+    token_id: int
+    text: str = Field(description="what is certain by now; an arm's texts put together are its whole text")
+    logprob: TokenLogprobBody | None
+    trace: TraceBody | None
+
+    @classmethod
+    def of(cls, told: Told) -> "TokenBody":
+        return cls(
+            arm=told.arm,
+            index=told.index,
+            token_id=told.token_id,
+            text=told.text,
+            logprob=None if told.logprob is None else TokenLogprobBody.told(told.logprob),
+            trace=None if told.trace is None else TraceBody.of(told.trace),
         )
 
 

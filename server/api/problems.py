@@ -40,7 +40,7 @@ def error_of(exception: Exception, *, method: str = "", path: str = "") -> Serve
             return ServerError("The server failed on this request; its log says more.")
 
 
-def render(error: ServerError, request_id: str, headers: Mapping[str, str] | None = None) -> Response:
+def spell(error: ServerError, request_id: str) -> str:
     """{"error": {type, message, param, request_id}}, in ASCII, so that no text a client sent can break it."""
     detail = {
         "type": error.type,
@@ -48,8 +48,13 @@ def render(error: ServerError, request_id: str, headers: Mapping[str, str] | Non
         "param": None if error.param is None else _cut(error.param, LONGEST_PARAM),
         "request_id": request_id,
     }
+    return json.dumps({"error": detail})
+
+
+def render(error: ServerError, request_id: str, headers: Mapping[str, str] | None = None) -> Response:
+    """The response that tells of an error."""
     return Response(
-        json.dumps({"error": detail}),
+        spell(error, request_id),
         status_code=error.status,
         headers={**(headers or {}), **error.headers},
         media_type="application/json",

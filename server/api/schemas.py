@@ -5,10 +5,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from server.engine.types import PositionsName, Sampling
-from server.errors import InvalidField, Unsupported
+from server.errors import InvalidField
 from server.exchange import Ask, Use
-
-NOT_SERVED_YET = ("stream", "trace")
 
 Prompt = Annotated[str, Field(min_length=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
@@ -80,14 +78,11 @@ class GenerateRequest(_Request):
     n: int = Field(1, ge=1, le=128, description="answers per prompt")
     logprobs: int | None = Field(None, ge=0, le=20, description="log-probabilities of each token and k alternatives")
     baseline: bool = Field(False, description="also generate unsteered: same prompt, seed, sampling and batch")
-    trace: bool = Field(False, description="not served yet")
-    stream: bool = Field(False, description="not served yet")
+    trace: bool = Field(False, description="per token and attribute: gate, multiplier x gate, norm, cosine")
+    stream: bool = Field(False, description="server-sent events: `token`s, then `done` with the response, or `error`")
 
     def ask(self) -> Ask:
-        """What the service is asked. Raises Unsupported, InvalidField."""
-        for name in NOT_SERVED_YET:
-            if getattr(self, name):
-                raise Unsupported(f"This server does not serve {name!r} yet; leave it out or send false.", param=name)
+        """What the service is asked. Raises InvalidField."""
         if (self.prompt is None) == (self.messages is None):
             raise InvalidField("Send exactly one of 'prompt' and 'messages'.", param="prompt")
         return Ask(
@@ -100,6 +95,7 @@ class GenerateRequest(_Request):
             seed=self.seed,
             n=self.n,
             baseline=self.baseline,
+            trace=self.trace,
         )
 
     def _uses(self) -> tuple[Use, ...]:

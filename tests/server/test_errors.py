@@ -70,8 +70,6 @@ from tests.server.conftest import CONTEXT, World
         ({"prompt": "a", "steering": [{"checkpoint": "demo"}, {"checkpoint": "demo@2"}]}, 422, "steering.1.checkpoint"),
         ({"prompt": "a", "steering": [{"strength": 1}]}, 422, "steering.0.strength"),
         ({"prompt": "a", "steering": [{}], "attributes": {}}, 422, "steering"),
-        ({"prompt": "a", "stream": True}, 400, "stream"),
-        ({"prompt": "a", "trace": True}, 400, "trace"),
         ({"prompt": "a", "temprature": 1}, 422, "temprature"),
     ],
 )

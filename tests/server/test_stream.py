@@ -1,0 +1,136 @@
+"""A stream tells the same as the answer at once, and never leaves anybody waiting."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from tests.server.conftest import World
+from tests.server.test_engine import _disconnecting, api, runner_of
+
+BODY: dict[str, Any] = {
+    "prompt": ["Q: What colour", "Q: Where"],
+    "attributes": {"kind": 1.0},
+    "temperature": 2.0,
+    "seed": 5,
+    "max_new_tokens": 20,
+    "baseline": True,
+    "n": 2,
+}
+
+
+def told(text: str) -> list[tuple[str, Any]]:
+    """The events of a stream."""
+    events = []
+    for block in text.split("\n\n")[:-1]:
+        name, data = block.split("\n")
+        assert name.startswith("event: ")
+        assert data.startswith("data: ")
+        events.append((name.removeprefix("event: "), json.loads(data.removeprefix("data: "))))
+    return events
+
+
+def lasting(answer: dict[str, Any]) -> dict[str, Any]:
+    """What two answers to one request have in common."""
+    answer = json.loads(json.dumps(answer))
+    for result in [*answer["results"], *(answer["baseline"] or [])]:
+        del result["timing"]
+    return {key: value for key, value in answer.items() if key in ("model", "results", "baseline")}
+
+
+def test_a_stream_ends_with_the_answer_that_comes_at_once(world: World) -> None:
+    whole = world.post(**BODY, trace=True, logprobs=2)
+    response = world.client.post("/generate", json=BODY | {"stream": True, "trace": True, "logprobs": 2})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *tokens, (last, done) = told(response.text)
+    assert {name for name, _ in tokens} == {"token"}
+    assert last == "done"
+    assert lasting(done)["baseline"] == lasting(whole)["baseline"]
+    assert [r["text"] for r in done["results"]] == [r["text"] for r in whole["results"]]
+    for arm, results in (("steered", done["results"]), ("baseline", done["baseline"])):
+        for index, result in enumerate(results):
+            own = [data for _, data in tokens if (data["arm"], data["index"]) == (arm, index)]
+            assert "".join(data["text"] for data in own) == result["text"]
+            assert [data["token_id"] for data in own] == result["token_ids"]
+            assert [data["trace"] for data in own] == result["trace"]
+            assert [data["logprob"] for data in own] == result["logprobs"]
+
+
+def test_a_trace_names_every_attribute_of_every_token(world: World) -> None:
+    answer = world.post(
+        prompt="Q: What", attributes={"kind": 1.5, "true": -1.0}, trace=True, baseline=True, max_new_tokens=5
+    )
+    (result,), (base,) = answer["results"], answer["baseline"]
+    assert [token["token_id"] for token in result["trace"]] == result["token_ids"]
+    for token in result["trace"]:
+        by_name = {column["attribute"]: column for column in token["columns"]}
+        assert set(by_name) == {"kind", "true", "fair"}
+        assert by_name["kind"]["strength"] == pytest.approx(1.5 * by_name["kind"]["gate"], rel=1e-5)
+        assert by_name["kind"]["delta_norm"] > 0
+        assert by_name["fair"]["strength"] == 0
+        assert all(-1 <= column["cosine"] <= 1 for column in token["columns"])
+    assert all(not token["columns"] for token in base["trace"]), "nothing steers the baseline"
+    assert world.post(prompt="Q: What", max_new_tokens=2)["results"][0]["trace"] is None
+
+
+def test_a_bad_request_to_stream_is_an_ordinary_error(world: World) -> None:
+    assert world.refused(prompt="a", stream=True, attributes={"nonsense": 1})[0] == 422
+    assert world.refused(prompt="a", stream=True, checkpoint="nothing")[0] == 404
+
+
+def test_what_fails_under_way_ends_the_stream_with_an_error(fresh: World) -> None:
+    with torch.no_grad():
+        poison = fresh.service.codec.encode("~", "prompt")
+        runner_of(fresh).forward._model.get_input_embeddings().weight[list(poison)] = float("nan")
+    response = fresh.client.post("/generate", json={"prompt": ["Q: What", "Q: ~"], "stream": True})
+    assert response.status_code == 200
+    name, data = told(response.text)[-1]
+    assert name == "error"
+    assert data["error"]["type"] == "not_finite"
+    assert data["error"]["request_id"] == response.headers["x-request-id"]
+
+
+def test_a_client_that_leaves_a_stream_takes_its_rows_along(fresh: World) -> None:
+    engine = fresh.service.engine
+
+    async def story() -> list[Any]:
+        gone = asyncio.Event()
+        body = b'{"prompt": "a", "max_new_tokens": 80, "ignore_eos": true, "stream": true, "n": 3, "baseline": true}'
+        leaving = asyncio.create_task(_disconnecting(fresh.app, body, gone))
+        while engine.stats.tokens < 12:
+            await asyncio.sleep(0.001)
+        gone.set()
+        return await leaving
+
+    asyncio.run(story())
+    for _ in range(200):
+        if not engine._progress:
+            break
+        asyncio.run(asyncio.sleep(0.01))
+    assert not engine._progress
+    assert fresh.service.registry.pins == 0
+    assert engine.stats.tokens < 6 * 80
+    runner_of(fresh).cache.check()
+    assert not runner_of(fresh).cache._open
+
+
+def test_many_streams_at_once_each_get_their_own_text(world: World) -> None:
+    async def together() -> list[tuple[str, str]]:
+        async with api(world.app) as client:
+            bodies: list[dict[str, Any]] = [
+                {"prompt": f"Q: {'sky ' * (i % 4)}", "seed": i, "max_new_tokens": 5 + i, "temperature": 2}
+                for i in range(12)
+            ]
+            streams = [client.post("/generate", json=body | {"stream": True}) for body in bodies]
+            streamed = await asyncio.gather(*streams)
+            whole = [await client.post("/generate", json=body) for body in bodies]
+        texts = []
+        for stream, plain in zip(streamed, whole, strict=True):
+            text = "".join(data["text"] for name, data in told(stream.text) if name == "token")
+            texts.append((text, plain.json()["results"][0]["text"]))
+        return texts
+
+    for streamed, whole in asyncio.run(together()):
+        assert streamed == whole
