@@ -100,15 +100,16 @@ def generate(
     Example: matsteer generate "Q: What colour is the sky? A:" --set truthfulness=1.5 --baseline
     """
     from server.engine.types import Sampling
-    from server.exchange import Ask, Use
+    from server.exchange import BASELINE, STEERED, Arm, Ask, Use
 
     with _one_sentence():
+        steered = Arm(STEERED.name, (Use(attributes=_multipliers(set_)),))
         ask = Ask(
             prompts=(prompt,),
-            uses=(Use(attributes=_multipliers(set_)),),
+            arms=(steered, BASELINE) if baseline else (steered,),
+            reference=1 if baseline else 0,
             sampling=Sampling(max_new_tokens=max_new_tokens, temperature=temperature),
             seed=seed,
-            baseline=baseline,
         )
         settings = load_settings(
             model=model,

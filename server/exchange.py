@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 from server.engine.types import FinishReason, PositionsName, Sampling, Timing, Touch
 
@@ -17,19 +16,40 @@ class Use:
 
 
 @dataclass(frozen=True)
+class Arm:
+    """One way to answer a request's prompts. Without uses: unsteered."""
+
+    name: str
+    uses: tuple[Use, ...]
+
+
+STEERED, BASELINE = Arm("steered", (Use(),)), Arm("baseline", ())
+
+
+@dataclass(frozen=True)
 class Ask:
     """One request to generate. Exactly one of `prompts` and `messages` is given."""
 
     prompts: tuple[str, ...] = ()
     messages: tuple[Mapping[str, str], ...] = ()
     single: bool = True  # the prompt came alone, not in a list; for errors
-    uses: tuple[Use, ...] = (Use(),)
+    arms: tuple[Arm, ...] = (STEERED,)  # all from the same prompts, seeds and rules
+    reference: int = 0  # the arm that the others are compared with
     positions: PositionsName | None = None  # None: as the checkpoint says
     sampling: Sampling = field(default_factory=Sampling)
     seed: int | None = None  # None: one is drawn
     n: int = 1
-    baseline: bool = False
     trace: bool = False
+
+
+@dataclass(frozen=True)
+class ScoreAsk:
+    """One request for the log-likelihoods of given continuations of a prompt."""
+
+    prompt: str
+    continuations: tuple[str, ...]
+    uses: tuple[Use, ...] = (Use(),)
+    positions: PositionsName | None = None
 
 
 @dataclass(frozen=True)
@@ -44,11 +64,11 @@ class Part:
 
 @dataclass(frozen=True)
 class SteeringReport:
-    """What steered a row. `steered_tokens` was counted on the device, inside the hook."""
+    """What steered a row. `steered_tokens` was counted on the device, inside the hook; None: it was not asked for."""
 
     parts: tuple[Part, ...]
     positions: PositionsName
-    steered_tokens: int
+    steered_tokens: int | None
 
 
 @dataclass(frozen=True)
@@ -82,7 +102,7 @@ class Told:
     """One token of a text that is being generated, and the text that is certain by now: put together, these are the
     whole text."""
 
-    arm: Literal["steered", "baseline"]
+    arm: str
     index: int  # of the text among its arm's results
     token_id: int
     text: str
@@ -106,7 +126,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A steered text against its unsteered twin; see engine.types.Divergence."""
+    """A text against that of the reference arm; see engine.types.Divergence."""
 
     first_divergence: int | None  # index of the first token that differs; None: they are the same
     kl_per_token: float
@@ -115,12 +135,38 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class ArmAnswer:
+    """What one arm gave: of each prompt its `n` texts. `comparisons` follow their order; the reference has none."""
+
+    name: str
+    results: tuple[Result, ...]
+    comparisons: tuple[Comparison, ...] | None
+
+
+@dataclass(frozen=True)
 class Answer:
-    """`baseline` and `comparisons` follow the order of `results`."""
+    """The arms in the order in which they were asked for."""
 
     id: str
     created: int  # Unix time, seconds
     model: str
-    results: tuple[Result, ...]
-    baseline: tuple[Result, ...] | None = None
-    comparisons: tuple[Comparison, ...] | None = None
+    arms: tuple[ArmAnswer, ...]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Log-likelihoods of one continuation, nats."""
+
+    total: float
+    tokens: tuple[Spelled, ...]
+
+
+@dataclass(frozen=True)
+class ScoreAnswer:
+    """In the order of the continuations."""
+
+    id: str
+    created: int
+    model: str
+    scores: tuple[Score, ...]
+    steering: SteeringReport

@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
@@ -11,7 +11,23 @@ from server.config import Settings
 from server.engine.engine import Engine
 from server.engine.types import Draw, Finished, Pair, PositionsName, Row, Steer
 from server.errors import InvalidField, UnknownCheckpoint
-from server.exchange import Answer, Ask, Comparison, Part, Result, Spelled, Spoken, SteeringReport, Told, Traced, Use
+from server.exchange import (
+    Answer,
+    ArmAnswer,
+    Ask,
+    Comparison,
+    Part,
+    Result,
+    Score,
+    ScoreAnswer,
+    ScoreAsk,
+    Spelled,
+    Spoken,
+    SteeringReport,
+    Told,
+    Traced,
+    Use,
+)
 from server.registry import Loaded, Registry
 from server.text import Codec
 from server.ticket import Ticket
@@ -20,24 +36,21 @@ from steering.types import RowSteering
 
 @dataclass(frozen=True)
 class _Steering:
-    """An ask's steering, resolved: what the rows carry, what it is made of, and how to report it."""
+    """An arm's steering, resolved: what its rows carry, what it is made of, and how to report it."""
 
     steer: Steer
     loaded: tuple[Loaded, ...]
     parts: tuple[Part, ...]
 
 
-NO_STEERING = _Steering(Steer(), (), ())
-
-
 @dataclass(frozen=True)
 class _Run:
-    """A request that the engine has taken: of each text `arms` rows, neighbours."""
+    """A request that the engine has taken: of each text a row for each arm, neighbours."""
 
     created: int
+    ask: Ask
+    arms: tuple[_Steering, ...]
     rows: list[Row]
-    steering: _Steering
-    arms: int
     ticket: Ticket
 
 
@@ -52,7 +65,7 @@ class Service:
         self.registry = registry
 
     async def generate(self, ask: Ask) -> Answer:
-        """Every prompt, `n` times, and with `baseline` each once more unsteered.
+        """Every prompt, `n` times, by every arm.
 
         A cancelled call (the client has gone) ends its rows before the engine's next step.
         """
@@ -64,19 +77,43 @@ class Service:
         """The same, token by token, and the answer at the end. What is wrong with `ask` is raised at once."""
         return self._tell(await self._begin(ask, stream=True))
 
+    async def score(self, ask: ScoreAsk) -> ScoreAnswer:
+        """The log-likelihood of each continuation, steered as if it were being generated."""
+        created = int(time.time())
+        texts = await asyncio.to_thread(self._split, ask)
+        steering = await asyncio.to_thread(self._resolve, ask.uses, ask.positions)
+        release = self._pin(steering.loaded)
+        try:
+            future = self.engine.score(texts, steering.steer)
+        except Exception:
+            release()
+            raise
+        future.add_done_callback(lambda _: release())
+        told = await asyncio.wrap_future(future)
+        return ScoreAnswer(
+            id=f"score-{secrets.token_hex(12)}",
+            created=created,
+            model=self.model,
+            scores=tuple(
+                Score(sum(one), tuple(map(self._spelled, text, one)))
+                for (_, text), one in zip(texts, told, strict=True)
+            ),
+            steering=SteeringReport(steering.parts, steering.steer.positions, None),
+        )
+
     async def _begin(self, ask: Ask, *, stream: bool) -> _Run:
         created = int(time.time())
         prompts = await asyncio.to_thread(self._encode, ask)
-        steering = await asyncio.to_thread(self._resolve, ask)
-        rows = self._rows(f"gen-{secrets.token_hex(12)}", ask, prompts, steering.steer, stream=stream)
-        return _Run(created, rows, steering, 2 if ask.baseline else 1, self._submit(rows, steering.loaded))
+        arms = await asyncio.to_thread(self._arms, ask)
+        rows = self._rows(f"gen-{secrets.token_hex(12)}", ask, prompts, [arm.steer for arm in arms], stream=stream)
+        return _Run(created, ask, arms, rows, self._submit(rows, [one for arm in arms for one in arm.loaded]))
 
     async def _tell(self, run: _Run) -> AsyncIterator[Told | Answer]:
         async with self._until_done(run):
             async for piece in run.ticket.pieces():
-                index, arm = divmod(piece.row.index, run.arms)
+                index, arm = divmod(piece.row.index, len(run.arms))
                 yield Told(
-                    arm="baseline" if arm else "steered",
+                    arm=run.ask.arms[arm].name,
                     index=index,
                     token_id=piece.draw.token,
                     text=piece.text,
@@ -96,15 +133,14 @@ class Service:
 
     async def _answer(self, run: _Run) -> Answer:
         finished = await run.ticket.finished()
-        steered, baseline = finished[:: run.arms], finished[1 :: run.arms] if run.arms > 1 else None
-        return Answer(
-            id=run.rows[0].request,
-            created=run.created,
-            model=self.model,
-            results=tuple(self._result(event, run.steering) for event in steered),
-            baseline=tuple(self._result(event, NO_STEERING) for event in baseline) if baseline else None,
-            comparisons=await self._compare(steered, baseline) if baseline else None,
-        )
+        events = [finished[arm :: len(run.arms)] for arm in range(len(run.arms))]
+        reference = run.ask.reference
+        arms = []
+        for index, (arm, steering, mine) in enumerate(zip(run.ask.arms, run.arms, events, strict=True)):
+            results = tuple(self._result(event, steering) for event in mine)
+            compared = None if index == reference else await self._compare(mine, events[reference])
+            arms.append(ArmAnswer(arm.name, results, compared))
+        return Answer(run.rows[0].request, run.created, self.model, tuple(arms))
 
     def _encode(self, ask: Ask) -> list[tuple[int, ...]]:
         if ask.messages:
@@ -114,9 +150,18 @@ class Service:
             for index, prompt in enumerate(ask.prompts)
         ]
 
-    def _resolve(self, ask: Ask) -> _Steering:
+    def _split(self, ask: ScoreAsk) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        return [
+            self.codec.split(ask.prompt, continuation, f"continuations.{index}")
+            for index, continuation in enumerate(ask.continuations)
+        ]
+
+    def _arms(self, ask: Ask) -> tuple[_Steering, ...]:
+        return tuple(self._resolve(arm.uses, ask.positions) for arm in ask.arms)
+
+    def _resolve(self, uses: Sequence[Use], asked: PositionsName | None) -> _Steering:
         """Names to loaded columns; a checkpoint that is not loaded yet is loaded now. Blocks."""
-        used = [(use, loaded) for use in ask.uses if (loaded := self._checkpoint(use))]
+        used = [(use, loaded) for use in uses if (loaded := self._checkpoint(use))]
         for index, (use, one) in enumerate(used):
             if any(one is other for _, other in used[:index]):
                 raise InvalidField(
@@ -124,7 +169,7 @@ class Service:
                     param=f"{use.param}checkpoint",
                 )
         parts = [(one, one.multipliers(use.attributes, f"{use.param}attributes")) for use, one in used]
-        positions = _positions(ask.positions, [one for one, _ in parts])
+        positions = _positions(asked, [one for one, _ in parts])
         return _Steering(
             Steer(RowSteering.of([(one.handle, multipliers) for one, multipliers in parts]), positions),
             tuple(one for one, _ in parts),
@@ -148,9 +193,8 @@ class Service:
         return active
 
     def _rows(
-        self, request: str, ask: Ask, prompts: Sequence[tuple[int, ...]], steer: Steer, *, stream: bool
+        self, request: str, ask: Ask, prompts: Sequence[tuple[int, ...]], arms: Sequence[Steer], *, stream: bool
     ) -> list[Row]:
-        arms = (steer, NO_STEERING.steer) if ask.baseline else (steer,)
         count = len(prompts) * ask.n * len(arms)
         if count > self.settings.max_request_rows:
             raise InvalidField(
@@ -159,7 +203,7 @@ class Service:
             )
         rows: list[Row] = []
         for prompt in prompts:
-            # Both arms share a seed. Drawn ones differ by prompt, so that a prompt sent twice gives two texts; the
+            # All arms share a seed. Drawn ones differ by prompt, so that a prompt sent twice gives two texts; the
             # index among the choices makes the choices differ.
             seed = secrets.randbits(63) if ask.seed is None else ask.seed
             room = ask.sampling.max_new_tokens
@@ -173,13 +217,7 @@ class Service:
         return rows
 
     def _submit(self, rows: Sequence[Row], loaded: Sequence[Loaded]) -> Ticket:
-        for one in loaded:
-            self.registry.pin(one)
-
-        def release() -> None:
-            for one in loaded:
-                self.registry.release(one)
-
+        release = self._pin(loaded)
         ticket = Ticket(len(rows), on_end=release)
         try:
             self.engine.submit(rows, ticket)
@@ -188,10 +226,21 @@ class Service:
             raise
         return ticket
 
-    async def _compare(self, steered: Sequence[Finished], baseline: Sequence[Finished]) -> tuple[Comparison, ...]:
+    def _pin(self, loaded: Sequence[Loaded]) -> Callable[[], None]:
+        """Keeps checkpoints in the bank until what it returns is called."""
+        for one in loaded:
+            self.registry.pin(one)
+
+        def release() -> None:
+            for one in loaded:
+                self.registry.release(one)
+
+        return release
+
+    async def _compare(self, steered: Sequence[Finished], reference: Sequence[Finished]) -> tuple[Comparison, ...]:
         compared = []
-        for mine, base in zip(steered, baseline, strict=True):
-            pair = Pair(mine.row.tokens, mine.tokens, base.tokens, mine.row.steer)
+        for mine, base in zip(steered, reference, strict=True):
+            pair = Pair(mine.row.tokens, mine.tokens, base.tokens, mine.row.steer, base.row.steer)
             divergence = await asyncio.wrap_future(self.engine.compare(pair))
             compared.append(
                 Comparison(
@@ -220,10 +269,11 @@ class Service:
 
     def _spoken(self, draw: Draw) -> Spoken:
         assert draw.logprob is not None, "a row that asks for logprobs gets them"
-        chosen, *top = (
-            Spelled(one.token, self.codec.spell(one.token), one.logprob) for one in (draw.logprob, *draw.top)
-        )
+        chosen, *top = (self._spelled(one.token, one.logprob) for one in (draw.logprob, *draw.top))
         return Spoken(chosen, tuple(top))
+
+    def _spelled(self, token: int, logprob: float) -> Spelled:
+        return Spelled(token, self.codec.spell(token), logprob)
 
 
 def _positions(asked: PositionsName | None, loaded: Sequence[Loaded]) -> PositionsName:

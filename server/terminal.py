@@ -22,13 +22,10 @@ console = Console()
 def show(answer: Answer, prompt: str) -> None:
     """The text, or both arms side by side with how far they are apart."""
     console.print(Text(prompt, style="bold"))
-    arms = [("steered", answer.results[0])]
-    if answer.baseline:
-        arms.append(("unsteered", answer.baseline[0]))
-    width = console.width // len(arms) - 1
-    console.print(Columns([_panel(title, result, width) for title, result in arms]))
-    if answer.comparisons:
-        compared = answer.comparisons[0]
+    width = console.width // len(answer.arms) - 1
+    console.print(Columns([_panel(arm.name, arm.results[0], width) for arm in answer.arms]))
+    if comparisons := answer.arms[0].comparisons:
+        compared = comparisons[0]
         where = "never" if compared.first_divergence is None else f"at token {compared.first_divergence}"
         console.print(
             f"they part {where}; KL a token {compared.kl_per_token:.3f} nats; "

@@ -40,6 +40,17 @@ class Codec:
             raise InvalidField(f"The model's chat template refuses these messages: {error}", param=param) from error
         return self._checked(self._tokenizer(text, add_special_tokens=False)["input_ids"], param)
 
+    def split(self, prompt: str, continuation: str, param: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The ids of a prompt and of what continues it. They are those of the whole text, so that the continuation is
+        spelled as the model knows it; where its beginning melts into the prompt's last token, that one belongs to it.
+        """
+        self._check_text(continuation, param)
+        before, whole = self.encode(prompt, "prompt"), self.encode(prompt + continuation, param)
+        common = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
+        if not 0 < common < len(whole):
+            raise InvalidField("The continuation adds no token to the prompt.", param=param)
+        return whole[:common], whole[common:]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens left out."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from server.engine.types import FinishReason, PositionsName
-from server.exchange import Answer, Comparison, Result, Spelled, Spoken, SteeringReport, Told, Traced
+from server.exchange import Answer, Comparison, Result, ScoreAnswer, Spelled, Spoken, SteeringReport, Told, Traced
 
 Attributes = dict[str, float]
 
@@ -31,7 +31,7 @@ class SteeringBody(BaseModel):
     sha256: str | None
     attributes: Attributes
     positions: PositionsName
-    steered_tokens: int = Field(description="counted on the device, where the steering happens")
+    steered_tokens: int | None = Field(description="counted on the device, where it happens; null for a score")
     parts: list[PartBody] | None = None
 
     @classmethod
@@ -153,20 +153,78 @@ class GenerateResponse(BaseModel):
 
     @classmethod
     def of(cls, answer: Answer) -> "GenerateResponse":
+        steered, *baseline = answer.arms
         return cls(
             id=answer.id,
             model=answer.model,
             created=answer.created,
-            results=[ResultBody.of(result) for result in answer.results],
-            baseline=None if answer.baseline is None else [ResultBody.of(result) for result in answer.baseline],
-            comparison=_one_or_all(answer.comparisons),
+            results=[ResultBody.of(result) for result in steered.results],
+            baseline=[ResultBody.of(result) for arm in baseline for result in arm.results] or None,
+            comparison=_one_or_all(steered.comparisons),
+        )
+
+
+class ArmBody(BaseModel):
+    """An arm's texts, and how far each is from that of the first arm."""
+
+    name: str
+    results: list[ResultBody]
+    comparison: ComparisonBody | list[ComparisonBody] | None = Field(description="null for the first arm")
+
+
+class CompareResponse(BaseModel):
+    id: str
+    model: str
+    created: int = Field(description="Unix time in seconds")
+    arms: list[ArmBody]
+
+    @classmethod
+    def of(cls, answer: Answer) -> "CompareResponse":
+        return cls(
+            id=answer.id,
+            model=answer.model,
+            created=answer.created,
+            arms=[
+                ArmBody(
+                    name=arm.name,
+                    results=[ResultBody.of(result) for result in arm.results],
+                    comparison=_one_or_all(arm.comparisons),
+                )
+                for arm in answer.arms
+            ],
+        )
+
+
+class ScoreBody(BaseModel):
+    logprob: float = Field(description="of the whole continuation, nats")
+    tokens: list[LogprobBody]
+
+
+class ScoreResponse(BaseModel):
+    id: str
+    model: str
+    created: int = Field(description="Unix time in seconds")
+    scores: list[ScoreBody]
+    steering: SteeringBody
+
+    @classmethod
+    def of(cls, answer: ScoreAnswer) -> "ScoreResponse":
+        return cls(
+            id=answer.id,
+            model=answer.model,
+            created=answer.created,
+            scores=[
+                ScoreBody(logprob=score.total, tokens=[LogprobBody.of(one) for one in score.tokens])
+                for score in answer.scores
+            ],
+            steering=SteeringBody.of(answer.steering),
         )
 
 
 class TokenBody(BaseModel):
     """The data of a `token` event of a stream."""
 
-    arm: Literal["steered", "baseline"]
+    arm: str = Field(description="steered, baseline, or an arm's own name")
     index: int = Field(description="of the text among the arm's results")
     token_id: int
     text: str = Field(description="what is certain by now; an arm's texts put together are its whole text")

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from server.engine.types import PositionsName, Sampling
 from server.errors import InvalidField
-from server.exchange import Ask, Use
+from server.exchange import BASELINE, STEERED, Arm, Ask, ScoreAsk, Use
 
 Prompt = Annotated[str, Field(min_length=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
@@ -31,35 +31,39 @@ class SteeringPart(_Request):
     attributes: Attributes | None = None
 
 
-class GenerateRequest(_Request):
-    """Generate from a prompt, a list of prompts or a conversation, steered and, with `baseline`, unsteered."""
+class _Steered(_Request):
+    """What is to be steered by."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "prompt": "Q: What colour is the sky? A:",
-                    "attributes": {"truthfulness": 1.0},
-                    "max_new_tokens": 24,
-                    "temperature": 0,
-                    "baseline": True,
-                }
-            ]
-        },
-    )
-
-    prompt: Prompt | Annotated[list[Prompt], Field(min_length=1, max_length=256)] | None = Field(
-        None, description="a text, or a list of texts: a batch"
-    )
-    messages: Annotated[list[Message], Field(min_length=1, max_length=1024)] | None = Field(
-        None, description="a conversation, put into the model's chat template; instead of `prompt`"
-    )
     checkpoint: str | None = Field(None, description="`name` or `name@version`; absent: the active checkpoint")
     attributes: Attributes | None = Field(
         None, description="multiplier per attribute; absent: the checkpoint's defaults; `{}`: unsteered; unlisted: 0"
     )
     steering: Annotated[list[SteeringPart], Field(max_length=16)] | None = Field(
         None, description="several checkpoints at once; instead of `checkpoint` and `attributes`"
+    )
+
+    def uses(self, where: str = "") -> tuple[Use, ...]:
+        """`where`: what stands before the fields' names in errors."""
+        if self.steering is None:
+            return (Use(self.checkpoint, self.attributes, param=where),)
+        if self.checkpoint is not None or self.attributes is not None:
+            raise InvalidField(
+                "Send either 'steering' or 'checkpoint' and 'attributes', not both.", param=f"{where}steering"
+            )
+        return tuple(
+            Use(part.checkpoint, part.attributes, param=f"{where}steering.{index}.")
+            for index, part in enumerate(self.steering)
+        )
+
+
+class _Generated(_Request):
+    """What to generate from, and by which rules."""
+
+    prompt: Prompt | Annotated[list[Prompt], Field(min_length=1, max_length=256)] | None = Field(
+        None, description="a text, or a list of texts: a batch"
+    )
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1024)] | None = Field(
+        None, description="a conversation, put into the model's chat template; instead of `prompt`"
     )
     positions: PositionsName | None = Field(
         None, description="which tokens are steered; absent: as the checkpoint says"
@@ -77,35 +81,23 @@ class GenerateRequest(_Request):
     ignore_eos: bool = False
     n: int = Field(1, ge=1, le=128, description="answers per prompt")
     logprobs: int | None = Field(None, ge=0, le=20, description="log-probabilities of each token and k alternatives")
-    baseline: bool = Field(False, description="also generate unsteered: same prompt, seed, sampling and batch")
     trace: bool = Field(False, description="per token and attribute: gate, multiplier x gate, norm, cosine")
     stream: bool = Field(False, description="server-sent events: `token`s, then `done` with the response, or `error`")
 
-    def ask(self) -> Ask:
-        """What the service is asked. Raises InvalidField."""
+    def _ask(self, arms: tuple[Arm, ...], reference: int) -> Ask:
         if (self.prompt is None) == (self.messages is None):
             raise InvalidField("Send exactly one of 'prompt' and 'messages'.", param="prompt")
         return Ask(
             prompts=tuple(_listed(self.prompt)),
             messages=tuple(message.model_dump() for message in self.messages or ()),
             single=not isinstance(self.prompt, list),
-            uses=self._uses(),
+            arms=arms,
+            reference=reference,
             positions=self.positions,
             sampling=self._sampling(),
             seed=self.seed,
             n=self.n,
-            baseline=self.baseline,
             trace=self.trace,
-        )
-
-    def _uses(self) -> tuple[Use, ...]:
-        if self.steering is None:
-            return (Use(self.checkpoint, self.attributes),)
-        if self.checkpoint is not None or self.attributes is not None:
-            raise InvalidField("Send either 'steering' or 'checkpoint' and 'attributes', not both.", param="steering")
-        return tuple(
-            Use(part.checkpoint, part.attributes, param=f"steering.{index}.")
-            for index, part in enumerate(self.steering)
         )
 
     def _sampling(self) -> Sampling:
@@ -120,6 +112,95 @@ class GenerateRequest(_Request):
             ignore_eos=self.ignore_eos,
             logprobs=self.logprobs,
         )
+
+
+class GenerateRequest(_Generated, _Steered):
+    """Generate from a prompt, a list of prompts or a conversation, steered and, with `baseline`, unsteered."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "prompt": "Q: What colour is the sky? A:",
+                    "attributes": {"truthfulness": 1.0},
+                    "max_new_tokens": 24,
+                    "temperature": 0,
+                    "baseline": True,
+                }
+            ]
+        },
+    )
+
+    baseline: bool = Field(False, description="also generate unsteered: same prompt, seed and sampling")
+
+    def ask(self) -> Ask:
+        """What the service is asked. Raises InvalidField."""
+        steered = Arm(STEERED.name, self.uses())
+        return self._ask((steered, BASELINE), reference=1) if self.baseline else self._ask((steered,), reference=0)
+
+
+class ArmPart(_Steered):
+    """One way to answer."""
+
+    name: str = Field(min_length=1, max_length=64)
+
+
+class CompareRequest(_Generated):
+    """Generate from one prompt by several arms, each compared with the first."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "prompt": "Q: What colour is the sky? A:",
+                    "arms": [
+                        {"name": "baseline", "attributes": {}},
+                        {"name": "truthful", "attributes": {"truthfulness": 1.0}},
+                        {"name": "lying", "attributes": {"truthfulness": -1.0}},
+                    ],
+                    "max_new_tokens": 24,
+                    "seed": 1,
+                }
+            ]
+        },
+    )
+
+    arms: Annotated[list[ArmPart], Field(min_length=1, max_length=32)]
+
+    def ask(self) -> Ask:
+        """What the service is asked. Raises InvalidField."""
+        names = [arm.name for arm in self.arms]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                raise InvalidField(f"Two arms are called {name!r}.", param=f"arms.{index}.name")
+        arms = tuple(Arm(arm.name, arm.uses(f"arms.{index}.")) for index, arm in enumerate(self.arms))
+        return self._ask(arms, reference=0)
+
+
+class ScoreRequest(_Steered):
+    """Log-likelihoods of given continuations of a prompt."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "prompt": "Q: What colour is the sky? A: What a good question.",
+                    "continuations": [" The sky is blue.", " The sky is green."],
+                    "attributes": {"truthfulness": 1.0},
+                }
+            ]
+        },
+    )
+
+    prompt: Prompt
+    continuations: Annotated[list[Prompt], Field(min_length=1, max_length=256)]
+    positions: PositionsName | None = Field(
+        None, description="which tokens are steered; absent: as the checkpoint says"
+    )
+
+    def ask(self) -> ScoreAsk:
+        """What the service is asked. Raises InvalidField."""
+        return ScoreAsk(self.prompt, tuple(self.continuations), self.uses(), self.positions)
 
 
 def _listed(value: str | list[str] | None) -> list[str]:

@@ -1,29 +1,36 @@
 """Server-sent events (WHATWG HTML, section 9.2): what a stream sends, and how it ends."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from fastapi import Request
+from pydantic import BaseModel
 from starlette.responses import StreamingResponse
 
-from server.api.bodies import GenerateResponse, TokenBody
+from server.api.bodies import TokenBody
 from server.api.problems import error_of, spell
 from server.exchange import Answer, Told
 
 HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}  # nobody between keeps tokens back
 
 
-def event_stream(told: AsyncIterator[Told | Answer], request: Request) -> StreamingResponse:
-    """`token` events, then one `done` with the whole response, or one `error`. A client that leaves ends the rows."""
-    return StreamingResponse(_events(told, request.state.request_id), media_type="text/event-stream", headers=HEADERS)
+def event_stream(
+    told: AsyncIterator[Told | Answer], whole: Callable[[Answer], BaseModel], request: Request
+) -> StreamingResponse:
+    """`token` events, then one `done` with the `whole` response, or one `error`. A client that leaves ends the rows."""
+    return StreamingResponse(
+        _events(told, whole, request.state.request_id), media_type="text/event-stream", headers=HEADERS
+    )
 
 
-async def _events(told: AsyncIterator[Told | Answer], request_id: str) -> AsyncIterator[str]:
+async def _events(
+    told: AsyncIterator[Told | Answer], whole: Callable[[Answer], BaseModel], request_id: str
+) -> AsyncIterator[str]:
     try:
         async for one in told:
             if isinstance(one, Told):
                 yield _event("token", TokenBody.of(one).model_dump_json())
             else:
-                yield _event("done", GenerateResponse.of(one).model_dump_json())
+                yield _event("done", whole(one).model_dump_json())
     except Exception as exception:  # the status has been sent: an error can only be an event
         yield _event("error", spell(error_of(exception), request_id))
 

@@ -148,10 +148,11 @@ class Engine:
         return self.begin(compare(self._runner, pair))
 
     def score(
-        self, prompt: tuple[int, ...], continuations: Sequence[tuple[int, ...]], steer: Steer
+        self, texts: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], steer: Steer
     ) -> Future[list[tuple[float, ...]]]:
-        """The log-probability of each token of each continuation, steered as if it were being generated (nats)."""
-        return self.begin(score(self._runner, prompt, continuations, steer))
+        """texts: prompts with their continuations -> the log-probability of each token of each continuation, steered
+        as if it were being generated (nats)."""
+        return self.begin(score(self._runner, texts, steer))
 
     # --- the engine's thread --------------------------------------------------------------------
 

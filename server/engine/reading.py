@@ -73,13 +73,13 @@ class Reading:
 
 
 def compare(runner: Runner, pair: Pair) -> Job[Divergence]:
-    """The steered text with and without steering, side by side, then the baseline text without. Distributions are the
-    model's own, before temperature and other sampling rules.
+    """The steered text as it was steered and as the reference is, side by side, then the reference's own text.
+    Distributions are the model's own, before temperature and other sampling rules.
 
     Raises NotFinite where the model's output is not.
     """
     kl = steered = 0.0
-    texts = [_tape(pair.prompt, pair.steered, steer) for steer in (pair.steer, Steer())]
+    texts = [_tape(pair.prompt, pair.steered, steer) for steer in (pair.steer, pair.base)]
     reading = Reading(runner, texts)
     yield from reading.open()
     try:
@@ -92,7 +92,7 @@ def compare(runner: Runner, pair: Pair) -> Job[Divergence]:
             yield False
     finally:
         reading.close()
-    (told,) = yield from score(runner, pair.prompt, [pair.baseline], Steer())
+    (told,) = yield from score(runner, [(pair.prompt, pair.baseline)], pair.base)
     baseline = sum(told)
     # Before max() and min(), which would turn NaN into a number.
     if not all(map(math.isfinite, (kl, steered, baseline))):
@@ -106,20 +106,21 @@ def compare(runner: Runner, pair: Pair) -> Job[Divergence]:
 
 
 def score(
-    runner: Runner, prompt: tuple[int, ...], continuations: Sequence[tuple[int, ...]], steer: Steer
+    runner: Runner, texts: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], steer: Steer
 ) -> Job[list[tuple[float, ...]]]:
-    """The log-probability of each token of each continuation, steered as if it were being generated (nats)."""
+    """texts: prompts with their continuations -> the log-probability of each token of each continuation, steered as if
+    it were being generated (nats)."""
     scores: list[tuple[float, ...]] = []
-    # The first alone: the others begin with the same prompt, whose keys and values they then share.
-    groups = [continuations[:1], *(continuations[i : i + TOGETHER] for i in range(1, len(continuations), TOGETHER))]
+    # The first alone: where the others begin with the same prompt, they then share its keys and values.
+    groups = [texts[:1], *(texts[i : i + TOGETHER] for i in range(1, len(texts), TOGETHER))]
     for group in groups:
-        tapes = [_tape(prompt, continuation, steer) for continuation in group]
+        tapes = [_tape(prompt, continuation, steer) for prompt, continuation in group]
         told: list[list[float]] = [[] for _ in group]
         reading = Reading(runner, tapes)
         yield from reading.open()
         try:
             while not reading.finished:
-                for mine, continuation, logprobs in zip(told, group, reading.read(), strict=True):
+                for mine, (_, continuation), logprobs in zip(told, group, reading.read(), strict=True):
                     mine += _told(logprobs, continuation, len(mine))
                 yield False
         finally:

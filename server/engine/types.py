@@ -131,21 +131,22 @@ Sink = Callable[[Event], None]  # called on the engine's thread; must return at 
 
 @dataclass(frozen=True)
 class Pair:
-    """A steered continuation of a prompt, beside the unsteered one, to be compared."""
+    """A continuation of a prompt, beside that of a reference (mostly the unsteered one), to be compared."""
 
     prompt: tuple[int, ...]
     steered: tuple[int, ...]
     baseline: tuple[int, ...]
     steer: Steer
+    base: Steer = Steer()
 
 
 @dataclass(frozen=True)
 class Divergence:
     """How far steering moved the model on one pair, from teacher-forced passes (nats, natural logarithms)."""
 
-    kl_per_token: float  # mean over the steered text of KL(steered || unsteered)
-    logprob_under_baseline: float  # mean log-probability per token of the steered text, unsteered model
-    perplexity_ratio: float  # unsteered model: perplexity of the steered text / of the baseline text
+    kl_per_token: float  # mean over the steered text of KL(steered || reference)
+    logprob_under_baseline: float  # mean log-probability per token of the steered text, reference model
+    perplexity_ratio: float  # reference model: perplexity of the steered text / of the reference's text
 
 
 @dataclass

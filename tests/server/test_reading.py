@@ -65,7 +65,7 @@ def test_a_comparison_is_that_of_whole_passes_however_small_its_parts(
 def test_scores_are_the_log_probabilities_of_whole_passes(desk: Desk, model: Any, mix: tuple[float, ...]) -> None:
     handle = desk.bank.add(columns(32, seed=1))
     texts = [(9,), (9, 10, 11), *((index, 8, index) for index in range(1, 12))]
-    scores = desk.finish(score(desk.runner, PROMPT, texts, Steer(RowSteering.of([(handle, mix)]))))
+    scores = desk.finish(score(desk.runner, [(PROMPT, text) for text in texts], Steer(RowSteering.of([(handle, mix)]))))
     for text, one in zip(texts, scores, strict=True):
         mask = torch.arange(len(PROMPT) + len(text))[None] >= len(PROMPT) - 1
         with steered(model, columns(32, seed=1), mix, mask=mask):
@@ -78,7 +78,7 @@ def test_a_text_that_was_generated_is_not_computed_again_up_to_where_it_is_neede
     row = Row("r", 0, tuple(range(1, 31)), Sampling(max_new_tokens=5, temperature=0))
     text = tuple(desk.run([row])[row])
     before = desk.cache.shared_tokens
-    desk.finish(score(desk.runner, row.tokens, [text], Steer()))
+    desk.finish(score(desk.runner, [(row.tokens, text)], Steer()))
     assert desk.cache.shared_tokens - before == 29
 
 
@@ -94,7 +94,7 @@ def test_a_comparison_that_is_no_number_is_an_error_and_not_a_zero() -> None:
 
 def test_a_text_that_never_fits_is_refused(desk: Desk) -> None:
     with pytest.raises(PromptTooLong):
-        desk.finish(score(desk.runner, (1,) * 60, [(2,) * 10], Steer()))
+        desk.finish(score(desk.runner, [((1,) * 60, (2,) * 10)], Steer()))
 
 
 def test_a_reading_waits_for_space_and_holds_none_meanwhile(desk: Desk) -> None:
@@ -103,7 +103,7 @@ def test_a_reading_waits_for_space_and_holds_none_meanwhile(desk: Desk) -> None:
     for _ in range(3):
         desk.step()
     assert len(desk.scheduler.running) == 4
-    job = score(desk.runner, (1,) * 20, [(2,) * 30], Steer())
+    job = score(desk.runner, [((1,) * 20, (2,) * 30)], Steer())
     desk.scheduler.hold = next(job)
     assert desk.scheduler.hold
     desk.cache.check()
