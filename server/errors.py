@@ -11,6 +11,7 @@ ServerError                      500  internal_error
 ├── MethodNotAllowed             405  method_not_allowed
 ├── UnusableCheckpoint           409  unusable_checkpoint
 │   └── WrongModel               409  wrong_model
+├── CheckpointInUse              409  checkpoint_in_use
 ├── BodyTooLarge                 413  body_too_large
 ├── PromptTooLong                413  prompt_too_long
 ├── InvalidField                 422  invalid_field
@@ -87,6 +88,13 @@ class WrongModel(UnusableCheckpoint):
     """A sound checkpoint, made for another base model."""
 
     type = "wrong_model"
+
+
+class CheckpointInUse(ServerError):
+    """The active checkpoint cannot be unloaded."""
+
+    status = 409
+    type = "checkpoint_in_use"
 
 
 class BodyTooLarge(ServerError):

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from server.engine.types import PositionsName
-from server.errors import InvalidField, UnknownAttribute, UnknownCheckpoint, UnusableCheckpoint, WrongModel
+from server.errors import (
+    CheckpointInUse,
+    EngineDown,
+    InvalidField,
+    UnknownAttribute,
+    UnknownCheckpoint,
+    UnusableCheckpoint,
+    WrongModel,
+)
 from steering import checkpoint as folders
 from steering.checkpoint import Checkpoint, base_model_info, verify_against, verify_sites
 from steering.columns import ColumnBank, Handle
@@ -19,7 +27,7 @@ log = logging.getLogger(__name__)
 PREFERRED = "demo"
 Key = tuple[str, str]  # name, version
 State = tuple[tuple[int, int], ...]  # of a folder: when each of its files was written (ns), and its size (bytes)
-OnEngine = Callable[[Callable[[], Handle]], "Future[Handle]"]
+OnEngine = Callable[[Callable[[], Any]], "Future[Any]"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +115,8 @@ class Registry:
     """Used from several threads; what changes the bank runs on the engine's thread.
 
     A plain name means the active version of that name, else the version that was the newest when the plain name was
-    first asked for. Neither a folder that appears under a running server nor a request for another version changes it.
+    first asked for. Neither a folder that appears under a running server nor a request for another version changes it;
+    `renew` and `activate` do. What is replaced or unloaded serves the requests that hold it to their end.
     """
 
     def __init__(self, root: Path, bank: ColumnBank, fits: Callable[[Checkpoint], None], on_engine: OnEngine) -> None:
@@ -118,7 +127,7 @@ class Registry:
         self._lock = threading.Lock()  # guards the four below
         self._loaded: dict[Key, Loaded] = {}
         self._meant: dict[str, Key] = {}  # what a plain name stands for
-        self._pins: dict[Key, int] = {}
+        self._pins: dict[Loaded, int] = {}
         self._active: Key | None = None
         self._loading = threading.Lock()  # one load at a time
         self._read: dict[Path, tuple[State, Checkpoint]] = {}
@@ -136,7 +145,45 @@ class Registry:
 
     def activate(self, reference: str) -> Loaded:
         """Make NAME or NAME@VERSION the one that requests get when they name none."""
-        loaded = self.load(reference)
+        return self._activate(self.load(reference))
+
+    def renew(self, name: str, version: str | None = None, *, activate: bool = False) -> Loaded:
+        """Load a version, or the newest, as its folder is now; the plain name means it from now on.
+
+        What was loaded of it before, and is another one, is replaced between two steps. A folder that cannot be used
+        changes nothing. Raises UnknownCheckpoint, UnusableCheckpoint, WrongModel.
+        """
+        with self._loading:
+            folder = self._folder(name, version, "name" if version is None else "version")
+            checkpoint, key = self._usable(folder, None), (name, folder.name)
+            with self._lock:
+                old = self._loaded.get(key)
+            new = old if old and old.checkpoint.config == checkpoint.config else self._into_bank(folder, None)
+            with self._lock:
+                self._loaded[key], self._meant[name] = new, key
+        if old is not None and old is not new:
+            self._retire(old)
+        return self._activate(new) if activate else new
+
+    def unload(self, name: str, version: str | None = None) -> list[str]:
+        """Take a version, or all versions of a name, out; says which there were.
+
+        Raises UnknownCheckpoint, CheckpointInUse for the active one.
+        """
+        with self._lock:
+            gone = [key for key in self._loaded if key[0] == name and version in (None, key[1])]
+            if self._active in gone:
+                raise CheckpointInUse(f"Checkpoint {'@'.join(self._active)} is active; activate another one first.")
+            retired = [self._loaded.pop(key) for key in gone]
+            if self._meant.get(name) in gone:
+                del self._meant[name]
+        if not gone:
+            self._folder(name, version, "name" if version is None else "version")
+        for one in retired:
+            self._retire(one)
+        return [one.label for one in retired]
+
+    def _activate(self, loaded: Loaded) -> Loaded:
         with self._lock:
             self._active = (loaded.name, loaded.version)
         return loaded
@@ -160,10 +207,7 @@ class Registry:
         with self._loading:
             if found := self._find_loaded(name, version):  # loaded while this call waited
                 return found
-            try:
-                folder = folders.find(self._root, name, version)
-            except NotFound:
-                raise UnknownCheckpoint(f"There is no checkpoint {reference!r}.", param=param) from None
+            folder = self._folder(name, version, param)
             loaded = self._find_loaded(name, folder.name) or self._into_bank(folder, param)
             with self._lock:
                 self._loaded[name, loaded.version] = loaded
@@ -178,16 +222,49 @@ class Registry:
         log.info("loaded checkpoint %s (%d columns)", loaded.label, len(checkpoint.columns))
         return loaded
 
-    def pin(self, loaded: Loaded) -> None:
-        """A request starts to use it: its columns stay until `release`."""
-        with self._lock:
-            key = loaded.name, loaded.version
-            self._pins[key] = self._pins.get(key, 0) + 1
+    def _folder(self, name: str, version: str | None, param: str | None) -> Path:
+        try:
+            return folders.find(self._root, name, version)
+        except NotFound:
+            reference = name if version is None else f"{name}@{version}"
+            raise UnknownCheckpoint(f"There is no checkpoint {reference!r}.", param=param) from None
+
+    def hold(self, reference: str | None, param: str | None = None) -> Loaded | None:
+        """What a request uses (None: the active one, if there is one): it stays until `release`. Blocks as `load`."""
+        while True:
+            loaded = self.active if reference is None else self.load(reference, param)
+            if loaded is None:
+                return None
+            with self._lock:
+                # Else it has been replaced or unloaded since.
+                if self._loaded.get((loaded.name, loaded.version)) is loaded:
+                    self._pins[loaded] = self._pins.get(loaded, 0) + 1
+                    return loaded
 
     def release(self, loaded: Loaded) -> None:
         """A request has ended."""
         with self._lock:
-            self._pins[loaded.name, loaded.version] -= 1
+            self._pins[loaded] -= 1
+            if self._pins[loaded]:
+                return
+            del self._pins[loaded]
+            stays = self._loaded.get((loaded.name, loaded.version)) is loaded
+        if not stays:
+            self._out_of_bank(loaded)
+
+    def _retire(self, loaded: Loaded) -> None:
+        """It is not in `_loaded` any more: takes it out of the bank, now or when its last request ends."""
+        with self._lock:
+            used = loaded in self._pins
+        if not used:
+            self._out_of_bank(loaded)
+
+    def _out_of_bank(self, loaded: Loaded) -> None:
+        try:
+            self._on_engine(lambda: self._bank.remove(loaded.handle))
+        except EngineDown:  # and the bank with it
+            return
+        log.info("unloaded checkpoint %s", loaded.label)
 
     def entries(self, name: str | None = None) -> list[Entry]:
         """Every complete folder, or those of one name. Reads what has changed since the last look."""
@@ -201,7 +278,7 @@ class Registry:
             key = found, version
             changed = False
             if served := loaded.get(key):
-                changed = checkpoint is None or checkpoint.config.sha256 != served.sha256
+                changed = checkpoint is None or checkpoint.config != served.checkpoint.config
                 checkpoint = served.checkpoint
             entries.append(Entry(found, version, checkpoint, problem, served is not None, changed, key == active))
         return entries
@@ -250,3 +327,43 @@ class Registry:
         if known is None or known[0] != state:
             known = self._read[folder] = (state, folders.load(folder))
         return known[1]
+
+
+class Holding:
+    """The checkpoints that one request uses, until everybody who has a claim has let go: threads may differ."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._lock = threading.Lock()
+        self._held: list[Loaded] = []
+        self._claims = 0
+        self.close = self.claim()
+
+    def claim(self) -> Callable[[], None]:
+        """Keeps what is held until the returned function is called, which may be called again for nothing."""
+        once = threading.Lock()
+        with self._lock:
+            self._claims += 1
+
+        def let_go() -> None:
+            if not once.acquire(blocking=False):
+                return
+            with self._lock:
+                self._claims -= 1
+                held, self._held = ([], self._held) if self._claims else (self._held, [])
+            for loaded in held:
+                self._registry.release(loaded)
+
+        return let_go
+
+    def take(self, reference: str | None, param: str | None = None) -> Loaded | None:
+        """See `Registry.hold`."""
+        loaded = self._registry.hold(reference, param)
+        if loaded is None:
+            return None
+        with self._lock:
+            if self._claims:
+                self._held.append(loaded)
+                return loaded
+        self._registry.release(loaded)  # the request has gone meanwhile
+        return loaded

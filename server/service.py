@@ -3,7 +3,8 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+import weakref
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
@@ -28,7 +29,7 @@ from server.exchange import (
     Traced,
     Use,
 )
-from server.registry import Loaded, Registry
+from server.registry import Holding, Loaded, Registry
 from server.text import Codec
 from server.ticket import Ticket
 from steering.types import RowSteering
@@ -39,7 +40,6 @@ class _Steering:
     """An arm's steering, resolved: what its rows carry, what it is made of, and how to report it."""
 
     steer: Steer
-    loaded: tuple[Loaded, ...]
     parts: tuple[Part, ...]
 
 
@@ -52,6 +52,7 @@ class _Run:
     arms: tuple[_Steering, ...]
     rows: list[Row]
     ticket: Ticket
+    holding: Holding
 
 
 class Service:
@@ -75,21 +76,23 @@ class Service:
 
     async def stream(self, ask: Ask) -> AsyncIterator[Told | Answer]:
         """The same, token by token, and the answer at the end. What is wrong with `ask` is raised at once."""
-        return self._tell(await self._begin(ask, stream=True))
+        run = await self._begin(ask, stream=True)
+        told = self._tell(run)
+        # A client that leaves before the first token is asked for never gets `told` to begin, nor to end.
+        weakref.finalize(told, run.holding.close)
+        return told
 
     async def score(self, ask: ScoreAsk) -> ScoreAnswer:
         """The log-likelihood of each continuation, steered as if it were being generated."""
         created = int(time.time())
         texts = await asyncio.to_thread(self._split, ask)
-        steering = await asyncio.to_thread(self._resolve, ask.uses, ask.positions)
-        release = self._pin(steering.loaded)
+        holding = Holding(self.registry)
         try:
+            steering = await asyncio.to_thread(self._resolve, ask.uses, ask.positions, holding)
             future = self.engine.score(texts, steering.steer)
-        except Exception:
-            release()
-            raise
-        future.add_done_callback(lambda _: release())
-        told = await asyncio.wrap_future(future)
+            told = await asyncio.wrap_future(future)
+        finally:
+            holding.close()
         return ScoreAnswer(
             id=f"score-{secrets.token_hex(12)}",
             created=created,
@@ -104,9 +107,21 @@ class Service:
     async def _begin(self, ask: Ask, *, stream: bool) -> _Run:
         created = int(time.time())
         prompts = await asyncio.to_thread(self._encode, ask)
-        arms = await asyncio.to_thread(self._arms, ask)
-        rows = self._rows(f"gen-{secrets.token_hex(12)}", ask, prompts, [arm.steer for arm in arms], stream=stream)
-        return _Run(created, ask, arms, rows, self._submit(rows, [one for arm in arms for one in arm.loaded]))
+        holding = Holding(self.registry)
+        try:
+            arms = await asyncio.to_thread(self._arms, ask, holding)
+            rows = self._rows(f"gen-{secrets.token_hex(12)}", ask, prompts, [arm.steer for arm in arms], stream=stream)
+            ended = holding.claim()
+            ticket = Ticket(len(rows), on_end=ended)
+            try:
+                self.engine.submit(rows, ticket)
+            except Exception:
+                ended()
+                raise
+        except BaseException:  # a client that goes away cancels
+            holding.close()
+            raise
+        return _Run(created, ask, arms, rows, ticket, holding)
 
     async def _tell(self, run: _Run) -> AsyncIterator[Told | Answer]:
         async with self._until_done(run):
@@ -130,6 +145,8 @@ class Service:
         except (asyncio.CancelledError, GeneratorExit):
             self.engine.cancel(run.rows[0].request)
             raise
+        finally:
+            run.holding.close()
 
     async def _answer(self, run: _Run) -> Answer:
         finished = await run.ticket.finished()
@@ -156,12 +173,12 @@ class Service:
             for index, continuation in enumerate(ask.continuations)
         ]
 
-    def _arms(self, ask: Ask) -> tuple[_Steering, ...]:
-        return tuple(self._resolve(arm.uses, ask.positions) for arm in ask.arms)
+    def _arms(self, ask: Ask, holding: Holding) -> tuple[_Steering, ...]:
+        return tuple(self._resolve(arm.uses, ask.positions, holding) for arm in ask.arms)
 
-    def _resolve(self, uses: Sequence[Use], asked: PositionsName | None) -> _Steering:
+    def _resolve(self, uses: Sequence[Use], asked: PositionsName | None, holding: Holding) -> _Steering:
         """Names to loaded columns; a checkpoint that is not loaded yet is loaded now. Blocks."""
-        used = [(use, loaded) for use in uses if (loaded := self._checkpoint(use))]
+        used = [(use, loaded) for use in uses if (loaded := self._checkpoint(use, holding))]
         for index, (use, one) in enumerate(used):
             if any(one is other for _, other in used[:index]):
                 raise InvalidField(
@@ -172,7 +189,6 @@ class Service:
         positions = _positions(asked, [one for one, _ in parts])
         return _Steering(
             Steer(RowSteering.of([(one.handle, multipliers) for one, multipliers in parts]), positions),
-            tuple(one for one, _ in parts),
             tuple(
                 Part(
                     one.name, one.version, one.sha256, dict(one.defaults if use.attributes is None else use.attributes)
@@ -181,16 +197,15 @@ class Service:
             ),
         )
 
-    def _checkpoint(self, use: Use) -> Loaded | None:
-        if use.checkpoint is not None:
-            return self.registry.load(use.checkpoint, f"{use.param}checkpoint")
-        active = self.registry.active
-        if active is None and use.attributes:
+    @staticmethod
+    def _checkpoint(use: Use, holding: Holding) -> Loaded | None:
+        loaded = holding.take(use.checkpoint, f"{use.param}checkpoint")
+        if loaded is None and use.attributes:
             raise UnknownCheckpoint(
                 "No checkpoint is active, so there are no attributes; name one in 'checkpoint'.",
                 param=f"{use.param}attributes",
             )
-        return active
+        return loaded
 
     def _rows(
         self, request: str, ask: Ask, prompts: Sequence[tuple[int, ...]], arms: Sequence[Steer], *, stream: bool
@@ -215,27 +230,6 @@ class Service:
                     Row(request, len(rows) + i, prompt, sampling, arm, stream, ask.trace) for i, arm in enumerate(arms)
                 ]
         return rows
-
-    def _submit(self, rows: Sequence[Row], loaded: Sequence[Loaded]) -> Ticket:
-        release = self._pin(loaded)
-        ticket = Ticket(len(rows), on_end=release)
-        try:
-            self.engine.submit(rows, ticket)
-        except Exception:
-            release()
-            raise
-        return ticket
-
-    def _pin(self, loaded: Sequence[Loaded]) -> Callable[[], None]:
-        """Keeps checkpoints in the bank until what it returns is called."""
-        for one in loaded:
-            self.registry.pin(one)
-
-        def release() -> None:
-            for one in loaded:
-                self.registry.release(one)
-
-        return release
 
     async def _compare(self, steered: Sequence[Finished], reference: Sequence[Finished]) -> tuple[Comparison, ...]:
         compared = []

@@ -7,6 +7,7 @@ from pydantic import BaseModel, Field
 
 from server.engine.types import FinishReason, PositionsName
 from server.exchange import Answer, Comparison, Result, ScoreAnswer, Spelled, Spoken, SteeringReport, Told, Traced
+from server.registry import Loaded
 
 Attributes = dict[str, float]
 
@@ -284,6 +285,22 @@ class CheckpointListBody(BaseModel):
 class CheckpointVersionsBody(BaseModel):
     name: str
     versions: list[CheckpointDetailBody]
+
+
+class LoadedBody(BaseModel):
+    """The checkpoint that is served from now on."""
+
+    name: str
+    version: str
+    sha256: str
+
+    @classmethod
+    def of(cls, loaded: Loaded) -> "LoadedBody":
+        return cls(name=loaded.name, version=loaded.version, sha256=loaded.sha256)
+
+
+class UnloadedBody(BaseModel):
+    unloaded: list[str] = Field(description="name@version of what was loaded")
 
 
 class ErrorDetail(BaseModel):

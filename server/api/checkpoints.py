@@ -1,4 +1,4 @@
-"""GET /checkpoints and /checkpoints/{name}."""
+"""What checkpoints there are; loading, activating and unloading them."""
 
 from typing import Any
 
@@ -10,8 +10,11 @@ from server.api.bodies import (
     CheckpointDetailBody,
     CheckpointListBody,
     CheckpointVersionsBody,
+    LoadedBody,
+    UnloadedBody,
 )
 from server.api.deps import ServiceOf
+from server.api.schemas import VersionRequest
 from server.errors import UnknownCheckpoint
 from server.registry import Entry
 
@@ -37,6 +40,24 @@ def checkpoint(name: str, service: ServiceOf) -> CheckpointVersionsBody:
     if not entries:
         raise UnknownCheckpoint(f"There is no checkpoint {name!r}.", param="name")
     return CheckpointVersionsBody(name=name, versions=[_detail(entry) for entry in entries])
+
+
+@router.post("/{name}/load")
+def load(name: str, service: ServiceOf, body: VersionRequest | None = None) -> LoadedBody:
+    """Load a version (absent: the newest) as its folder is now. Requests that run finish on what they began with."""
+    return LoadedBody.of(service.registry.renew(name, body.version if body else None))
+
+
+@router.post("/{name}/activate")
+def activate(name: str, service: ServiceOf, body: VersionRequest | None = None) -> LoadedBody:
+    """The same, and requests that name no checkpoint get it from now on."""
+    return LoadedBody.of(service.registry.renew(name, body.version if body else None, activate=True))
+
+
+@router.delete("/{name}")
+def unload(name: str, service: ServiceOf, version: str | None = None) -> UnloadedBody:
+    """Take a version (absent: all) out of the device's memory; the folder stays, and a request loads it again."""
+    return UnloadedBody(unloaded=service.registry.unload(name, version))
 
 
 def _detail(entry: Entry) -> CheckpointDetailBody:

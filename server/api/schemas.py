@@ -203,5 +203,11 @@ class ScoreRequest(_Steered):
         return ScoreAsk(self.prompt, tuple(self.continuations), self.uses(), self.positions)
 
 
+class VersionRequest(_Request):
+    """Which version of a checkpoint."""
+
+    version: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+
+
 def _listed(value: str | list[str] | None) -> list[str]:
     return [] if value is None else [value] if isinstance(value, str) else value

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from typing import Any
 
 import pytest
@@ -89,8 +90,15 @@ def test_what_fails_under_way_ends_the_stream_with_an_error(fresh: World) -> Non
     assert data["error"]["request_id"] == response.headers["x-request-id"]
 
 
-def test_a_client_that_leaves_a_stream_takes_its_rows_along(fresh: World) -> None:
-    engine = fresh.service.engine
+def test_a_client_that_leaves_a_stream_takes_its_rows_along(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, runner = fresh.service.engine, runner_of(fresh)
+    real = runner.step
+
+    def slow(works: Any) -> Any:
+        time.sleep(0.01)
+        return real(works)
+
+    monkeypatch.setattr(runner, "step", slow)
 
     async def story() -> list[Any]:
         gone = asyncio.Event()
