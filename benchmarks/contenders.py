@@ -60,7 +60,7 @@ class Ours:
         forward = open_forward(model, self.bank, shape)
         forward.steering.install()
         self.token_bytes = forward.attention.token_bytes
-        forward.attention.allocate(CONTEXT * 8)
+        forward.allocate(CONTEXT * 8)
         self.cache = KVCache(CONTEXT, 8)
         handle = self.bank.add(columns(shape))
         self.steers = [Steer(RowSteering.of([(handle, mix)])) for mix in mixes] or [Steer()]

@@ -54,7 +54,7 @@ def _wire(settings: Settings, loaded: LoadedModel) -> Service:
     forward.steering.install()
     limit = text_limit(loaded.model, loaded.context)
     largest, count = cache_size(forward, limit=limit, rows=settings.max_batch_rows, mib=settings.cache_mib)
-    forward.attention.allocate(largest * count)
+    forward.allocate(largest * count, graphs=loaded.device.type == "cuda")
     cache = KVCache(largest, count)
     codec = Codec(loaded.tokenizer, vocab=loaded.vocab, context=min(limit or largest, largest))
     engine = Engine(

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from server.engine.attention import NAME, Attention
+from server.engine.attention import NAME, Attention, PassPlan
+from server.engine.graphs import Graphs
+from server.engine.plan import Plan
 from server.engine.tape import Work, acts
 from steering.columns import ColumnBank
 from steering.hook import Steering
@@ -26,44 +28,65 @@ class Forward:
         head = model.get_output_embeddings()
         self.vocab: int = head.out_features if hasattr(head, "out_features") else head.weight.shape[0]
         self.attention = Attention(bank.device)
+        self._graphs: Graphs | None = None
         self._model = model
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         model.set_attn_implementation(NAME)
+
+    def allocate(self, tokens: int, *, graphs: bool = False) -> None:
+        """Makes room for the keys and values of so many tokens. `graphs`: decoding steps have static shapes, and are
+        replayed from CUDA graphs where the device has them."""
+        self.attention.allocate(tokens + 1)  # the last one belongs to rows of a graph that are idle
+        self._graphs = Graphs(self._run, self.device, idle=tokens) if graphs else None
 
     def __call__(self, works: Sequence[Work], wanted: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Computes the works as one line of N tokens. `wanted`: the tokens, by their place in the line, whose logits
         are needed -> logits [wanted, vocab] in the model's dtype, and how often each token of the line was steered
         [N] int64, as the hooks counted it.
         """
-        tokens = [token for work in works for token in work.tape.tokens[work.start : work.stop]]
-        places = np.concatenate([np.arange(work.start, work.stop) for work in works])
-        self.bank.reserve(len(tokens))
-        self._steer(works)
-        line = torch.from_numpy(np.stack([np.array(tokens, dtype=np.int64), places])).to(self.device)
-        keep = torch.tensor(wanted, dtype=torch.int64).to(self.device)
+        tokens = sum(map(len, works))
+        static = self._graphs if self._graphs and self._graphs.fits(works) and not self.steering.traced else None
+        room = static.rows(works) if static else tokens
+        self.bank.reserve(room)
+        self._steer(works, room)
         try:
-            with torch.inference_mode(), self.attention.using(works):
-                output = self._model(
-                    input_ids=line[:1],
-                    position_ids=line[1:],
-                    use_cache=False,
-                    return_dict=True,
-                    **({"logits_to_keep": keep} if self._keeps else {}),
-                )
+            with torch.inference_mode():
+                if static:
+                    if static.prepare(works, self.bank.version):
+                        self.bank.take_counts()  # passes that were only made to record
+                    logits = static(works)
+                else:
+                    logits = self._eager(works, wanted)
         finally:
             # Taken even from a pass that failed, so that nothing is counted twice.
-            counts = self.bank.take_counts(len(tokens))
-        logits: Tensor = output.logits[0] if self._keeps else output.logits[0, keep]
+            counts = self.bank.take_counts(tokens)
         return logits, counts
 
-    def _steer(self, works: Sequence[Work]) -> None:
+    def _eager(self, works: Sequence[Work], wanted: Sequence[int]) -> Tensor:
+        tokens = [token for work in works for token in work.tape.tokens[work.start : work.stop]]
+        places = np.concatenate([np.arange(work.start, work.stop) for work in works])
+        line = torch.from_numpy(np.stack([np.array(tokens, dtype=np.int64), places])).to(self.device)
+        keep = torch.tensor(wanted, dtype=torch.int64).to(self.device)
+        return self._run(line[:1], line[1:], Plan.of(works, self.device), keep)
+
+    def _run(self, ids: Tensor, positions: Tensor, plan: PassPlan, keep: Tensor | None = None) -> Tensor:
+        """ids, positions [1, N] -> logits [N, vocab], or those of the tokens to `keep`."""
+        selected = {"logits_to_keep": keep} if self._keeps and keep is not None else {}
+        with self.attention.using(plan):
+            output = self._model(input_ids=ids, position_ids=positions, use_cache=False, return_dict=True, **selected)
+        logits: Tensor = output.logits[0]
+        return logits if selected or keep is None else logits[keep]
+
+    def _steer(self, works: Sequence[Work], room: int) -> None:
+        """Fills the bank for the tokens of the works, and for idle ones up to `room`."""
         rows: dict[RowSteering, int] = {}
-        token_rows = []
+        token_rows: list[int] = []
         for work in works:
             steer, prompt = work.tape.steer, work.tape.prompt
             row = rows.setdefault(steer.columns, len(rows))
             if len(work) == 1 and work.start >= prompt:
-                token_rows.append([-1 if steer.positions == "prompt" else row])
+                token_rows.append(-1 if steer.positions == "prompt" else row)
             else:
-                token_rows.append(np.where(acts(steer.positions, work.start, work.stop, prompt), row, -1).tolist())
-        self.bank.fill(tuple(rows), np.fromiter((row for part in token_rows for row in part), dtype=np.int64))
+                token_rows += np.where(acts(steer.positions, work.start, work.stop, prompt), row, -1).tolist()
+        token_rows += [-1] * (room - len(token_rows))
+        self.bank.fill(tuple(rows), np.array(token_rows, dtype=np.int64))

@@ -16,13 +16,20 @@ class Desk:
     """Texts of at most `largest` tokens; `roots` such texts fit into the cache."""
 
     def __init__(
-        self, model: Any, *, largest: int = 64, roots: int = 8, max_rows: int = 8, step_tokens: int = 64
+        self,
+        model: Any,
+        *,
+        largest: int = 64,
+        roots: int = 8,
+        max_rows: int = 8,
+        step_tokens: int = 64,
+        graphs: bool = False,
     ) -> None:
-        self.bank = ColumnBank(device="cpu", max_tokens=step_tokens)
+        self.bank = ColumnBank(device=next(model.parameters()).device, max_tokens=step_tokens)
         forward = open_forward(model, self.bank, "tiny")
         forward.steering.install()
         self.cache = KVCache(largest, roots)
-        forward.attention.allocate(largest * roots)
+        forward.allocate(largest * roots, graphs=graphs)
         self.scheduler = Scheduler(self.cache, max_rows=max_rows, step_tokens=step_tokens)
         self.runner = Runner(forward, self.cache, step_tokens=step_tokens)
         self.computed: list[int] = []  # tokens of each step

@@ -105,11 +105,13 @@ def columns(name: str) -> list[Column]:
     return [column("kind", Gate.SIGMOID), column("fair", Gate.CONSTANT)]
 
 
+@pytest.mark.parametrize("graphs", [False, True], ids=["", "static steps"])
 @pytest.mark.parametrize("name", [*FAMILIES, *MORE])
-def test_rows_equal_the_plain_model_whatever_happens_to_them(name: str) -> None:
-    """Mixed lengths and steerings, random arrivals, chunked prompts, shared beginnings, a cache that is too small."""
+def test_rows_equal_the_plain_model_whatever_happens_to_them(name: str, graphs: bool) -> None:
+    """Mixed lengths and steerings, random arrivals, chunked prompts, shared beginnings, a cache that is too small;
+    with the steps that are captured on a GPU, too."""
     reference = tiny(name)
-    desk = Desk(tiny(name), largest=64, roots=2, max_rows=6, step_tokens=12)
+    desk = Desk(tiny(name), largest=64, roots=2, max_rows=6, step_tokens=12, graphs=graphs)
     handle = desk.bank.add(columns(name))
     mixes = [(1.0, 0.0), (-1.0, 1.5)]
     steers = [Steer(), *(Steer(RowSteering.of([(handle, mix)])) for mix in mixes)]

@@ -4,9 +4,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.attention import Attention, Shape
+from server.engine.attention import Attention
 from server.engine.extents import Extents
 from server.engine.kv_cache import KVCache, Move
+from server.engine.store import Shape
 from server.engine.tape import Extent, Tape
 from server.engine.types import PositionsName, Row, Sampling, Steer
 from steering.columns import ColumnBank, RowSteering
@@ -100,7 +101,7 @@ def test_moves_are_made_in_order_and_may_overlap() -> None:
     attention = Attention(torch.device("cpu"))
     attention.shapes[0] = Shape(2, 3, 5, torch.float32)
     attention.allocate(64)
-    store = attention._stores[0]
+    store = attention.stores[0]
     keys, values = store.read(Extent(16, 16), 1, 0, 10)
     keys.copy_(torch.randn(keys.shape))
     values.copy_(torch.randn(values.shape))

@@ -1,0 +1,53 @@
+"""On a CUDA device: decoding steps are captured in graphs, and say what the plain model says on the CPU."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from server.engine.types import Row, Steer
+from steering.types import RowSteering
+from tests.server.desk import Desk
+from tests.server.reference import greedy, plain
+from tests.server.test_architectures import columns, rows, tiny
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mistral", "qwen3", "gpt_neox"])
+def test_captured_steps_equal_the_plain_model(name: str) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    reference = tiny(name)
+    desk = Desk(tiny(name).to("cuda"), largest=64, roots=8, max_rows=6, step_tokens=12, graphs=True)
+    handle = desk.bank.add(columns(name))
+    mixes = [(1.0, 0.0), (-1.0, 1.5)]
+    steers = [Steer(), *(Steer(RowSteering.of([(handle, mix)])) for mix in mixes)]
+    number = random.Random(0)
+    asked = rows(number, steers)
+    texts = desk.run(asked, arrivals=[number.randint(0, 40) for _ in asked])
+    for row, text in texts.items():
+        new = row.sampling.max_new_tokens
+        if row.steer.columns.slots:
+            multipliers = dict(zip(("kind", "fair"), row.steer.columns.parts[0][1], strict=True))
+            assert text == greedy(reference, row.tokens, columns(name), multipliers, new=new, eos=None), row
+            assert desk.steered[row] == new, "a captured hook counts every token"
+        else:
+            assert text == plain(reference, row.tokens, new=new), row
+
+
+def test_columns_that_come_while_graphs_exist_act() -> None:
+    name = "llama"
+    desk = Desk(tiny(name).to("cuda"), largest=64, roots=8, graphs=True)
+    row = rows(random.Random(0), [Steer()])[0]
+    before = desk.run([row])[row]
+    handle = desk.bank.add(columns(name))
+    steered: Row = replace(row, steer=Steer(RowSteering.of([(handle, (2.0, 2.0))])))
+    again = replace(row)
+    texts = desk.run([steered, again])
+    assert texts[again] == before
+    assert texts[steered] != before
+    assert desk.steered[steered] == row.sampling.max_new_tokens
