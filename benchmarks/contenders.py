@@ -1,10 +1,15 @@
 """The ways to generate that are compared. Each takes requests and returns when the last one is answered."""
 
 import importlib
+import json
+import os
 import queue
 import statistics
+import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +39,8 @@ class Contender(Protocol):
 
     def __call__(self, requests: Sequence[Request]) -> None: ...
 
+    def close(self) -> None: ...
+
 
 class Ours:
     """The engine: its thread, scheduler, cache and hooks, without HTTP."""
@@ -49,21 +56,25 @@ class Ours:
         mixes: Sequence[tuple[float, ...]] = ((1.0, 0.5, -0.5),),
         step_tokens: int = 512,
         packed: bool = True,
+        device: torch.device | str = "cpu",
         name: str = "mat-steer, steered",
     ) -> None:
         """`mixes`: the multipliers that the requests ask for in turn; none: unsteered."""
         self.name = name
-        model = llama(shape, dtype)
+        model = llama(shape, dtype, device)
+        self.weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
         if packed:
             pack(model)
-        self.bank = ColumnBank(device="cpu", max_tokens=max(512, step_tokens))
+        self.bank = ColumnBank(device=device, max_tokens=max(512, step_tokens))
         forward = open_forward(model, self.bank, shape)
         forward.steering.install()
         self.token_bytes = forward.attention.token_bytes
-        forward.allocate(CONTEXT * 8)
-        self.cache = KVCache(CONTEXT, 8)
+        texts = max(8, rows // 8)
+        forward.allocate(CONTEXT * texts, graphs=self.bank.device.type == "cuda")
+        self.cache = KVCache(CONTEXT, texts)
         handle = self.bank.add(columns(shape))
-        self.steers = [Steer(RowSteering.of([(handle, mix)])) for mix in mixes] or [Steer()]
+        self.unsteered = [Steer()]
+        self.steers = [Steer(RowSteering.of([(handle, mix)])) for mix in mixes] or self.unsteered
         self.engine = Engine(
             Runner(forward, self.cache, step_tokens=step_tokens),
             Scheduler(self.cache, max_rows=rows, step_tokens=step_tokens),
@@ -75,6 +86,9 @@ class Ours:
 
     def __call__(self, requests: Sequence[Request]) -> None:
         self.answers(requests)
+
+    def close(self) -> None:
+        self.engine.stop()
 
     def row(self, index: int, request: Request, *, stream: bool = False) -> Row:
         rules = Sampling(max_new_tokens=request.new, temperature=0)
@@ -106,18 +120,24 @@ class Generate:
 
     subset: int | None = None
 
-    def __init__(self, shape: str, dtype: torch.dtype, rows: int) -> None:
+    def __init__(self, shape: str, dtype: torch.dtype, rows: int, *, device: torch.device | str = "cpu") -> None:
         self.name = f"transformers.generate, static batches of {rows}"
-        self._model: Any = llama(shape, dtype)
+        self._model: Any = llama(shape, dtype, device)
+        self._device = device
         self._shape = shape
         self._rows = rows
+
+    def close(self) -> None:
+        pass
 
     def __call__(self, requests: Sequence[Request]) -> None:
         for start in range(0, len(requests), self._rows):
             batch = requests[start : start + self._rows]
             width = max(len(one.prompt) for one in batch)
-            ids = torch.tensor([[0] * (width - len(one.prompt)) + list(one.prompt) for one in batch])
-            mask = torch.tensor([[0] * (width - len(one.prompt)) + [1] * len(one.prompt) for one in batch])
+            ids = torch.tensor([[0] * (width - len(one.prompt)) + list(one.prompt) for one in batch]).to(self._device)
+            mask = torch.tensor([[0] * (width - len(one.prompt)) + [1] * len(one.prompt) for one in batch]).to(
+                self._device
+            )
             with torch.inference_mode(), steered(self._model, columns(self._shape), (1.0, 0.5, -0.5)):
                 self._model.generate(
                     ids, attention_mask=mask, do_sample=False, max_new_tokens=max(one.new for one in batch)
@@ -139,6 +159,9 @@ class ContinuousBatching:
             do_sample=False, max_new_tokens=128, eos_token_id=-1, pad_token_id=0
         )
         self._config = ContinuousBatchingConfig(max_requests_per_batch=rows, max_batch_tokens=512, num_blocks=256)
+
+    def close(self) -> None:
+        pass
 
     def __call__(self, requests: Sequence[Request]) -> None:
         manager = self._model.init_continuous_batching(
@@ -163,17 +186,22 @@ class Pyvene:
     subset: int | None = 4
     name = "pyvene, one by one"
 
-    def __init__(self, shape: str, dtype: torch.dtype, rows: int) -> None:
+    def __init__(self, shape: str, dtype: torch.dtype, rows: int, *, device: torch.device | str = "cpu") -> None:
         pyvene: Any = importlib.import_module("pyvene")  # optional
 
         made = columns(shape)
-        parts = (
-            torch.stack([column.vector for column in made]),
-            torch.stack([column.gate_weight for column in made]),
-            torch.tensor([column.gate_bias for column in made]),
-            torch.tensor([column.gate.code for column in made], dtype=torch.int8),
-            torch.tensor([column.keep_norm for column in made]),
-        )
+        parts = [
+            part.to(device)
+            for part in (
+                torch.stack([column.vector for column in made]),
+                torch.stack([column.gate_weight for column in made]),
+                torch.tensor([column.gate_bias for column in made]),
+                torch.tensor([column.gate.code for column in made], dtype=torch.int8),
+                torch.tensor([column.keep_norm for column in made]),
+            )
+        ]
+        mix = torch.tensor([[1.0, 0.5, -0.5]], device=device)
+        self._device = device
 
         class MatSteer(pyvene.ConstantSourceIntervention):  # type: ignore[misc]
             def __init__(self, **options: Any) -> None:
@@ -181,24 +209,70 @@ class Pyvene:
 
             def forward(self, base: Tensor, source: Any = None, subspaces: Any = None, **_: Any) -> Tensor:
                 tokens = base.reshape(-1, base.shape[-1])
-                multipliers = torch.tensor([[1.0, 0.5, -0.5]]).repeat(len(tokens), 1)
-                return steer(tokens, *parts, multipliers).reshape(base.shape)
+                return steer(tokens, *parts, mix.expand(len(tokens), -1)).reshape(base.shape)
 
         layer = made[0].site.layer
         self._model: Any = pyvene.IntervenableModel(
             [{"component": f"model.layers[{layer}].self_attn.o_proj.output", "intervention": MatSteer()}],
-            model=llama(shape, dtype),
+            model=llama(shape, dtype, device),
         )
+
+    def close(self) -> None:
+        pass
 
     def __call__(self, requests: Sequence[Request]) -> None:
         for one in requests:
-            ids = torch.tensor([one.prompt])
+            ids = torch.tensor([one.prompt]).to(self._device)
             base = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             with torch.inference_mode():
                 _, out = self._model.generate(
                     base, unit_locations=None, max_new_tokens=one.new, do_sample=False, intervene_on_prompt=True
                 )
             assert out.shape[1] == len(one.prompt) + one.new
+
+
+class Vllm:
+    """vLLM's CPU build, unsteered, in a process and a Python of its own."""
+
+    subset: int | None = None
+
+    def __init__(self, python: str, shape: str, dtype: torch.dtype, rows: int, *, compiled: bool) -> None:
+        self.name = f"vLLM on the CPU, {'compiled' if compiled else 'eager'}, unsteered"
+        self._folder = tempfile.TemporaryDirectory()
+        llama(shape, dtype).save_pretrained(self._folder.name)
+        worker = Path(__file__).with_name("vllm_worker.py")
+        libraries = [str(path) for path in Path(python).parents[1].rglob("libiomp5.so")]
+        environment = {
+            "VLLM_CPU_KVCACHE_SPACE": "2",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_NO_USAGE_STATS": "1",
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),
+            **({"LD_PRELOAD": libraries[0]} if libraries else {}),
+        }
+        self._process = subprocess.Popen(
+            [python, str(worker), self._folder.name, str(dtype)[6:], str(rows), "compiled" if compiled else "eager"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | environment,
+        )
+        self._expect("ready")
+
+    def __call__(self, requests: Sequence[Request]) -> None:
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps([[one.prompt, one.new] for one in requests]) + "\n")
+        self._process.stdin.flush()
+        self._expect("done")
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait()
+        self._folder.cleanup()
+
+    def _expect(self, word: str) -> None:
+        assert self._process.stdout
+        if self._process.stdout.readline().strip() != word:
+            raise RuntimeError("vLLM's process has ended; its reason is above")
 
 
 def product_seconds(model: nn.Module, tokens: int, dtype: torch.dtype, repeat: int = 20) -> float:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.contenders import Contender, ContinuousBatching, Generate, Ours, Pyvene, product_seconds
+from benchmarks.contenders import Contender, ContinuousBatching, Generate, Ours, Pyvene, Vllm, product_seconds
 from benchmarks.workload import SHAPES, llama, requests
 from server.engine.linears import pack
 
@@ -55,11 +55,15 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--vllm", metavar="PYTHON", help="a Python that has vLLM's CPU build, to be measured, too")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/engine-cpu"), help=".json and .md")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    names = args.contenders.split(",")
+    if args.vllm:
+        for way in ("eager", "compiled"):
+            CONTENDERS[f"vllm-{way}"] = lambda *at, way=way: Vllm(args.vllm, *at, compiled=way == "compiled")
+    names = args.contenders.split(",") + [name for name in CONTENDERS if name.startswith("vllm")]
     if names[0] != "steered" or set(names) - set(CONTENDERS):
         parser.error(f"--contenders starts with steered and has names of {', '.join(CONTENDERS)}")
 
@@ -78,7 +82,7 @@ def measure(shape: str, dtype: str, rows: int, names: Sequence[str], *, count: i
     for name in names:
         try:
             contenders.append(CONTENDERS[name](shape, DTYPES[dtype], rows))
-        except ImportError as error:
+        except (ImportError, RuntimeError) as error:
             print(f"{name} is left out: {error}", file=sys.stderr)
     rates: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for number in range(rounds + 1):  # the first one warms up
@@ -98,8 +102,7 @@ def measure(shape: str, dtype: str, rows: int, names: Sequence[str], *, count: i
         for name, seen in rates.items()
     ]
     for contender in contenders:
-        if isinstance(contender, Ours):
-            contender.engine.stop()
+        contender.close()
     return {
         "model": shape,
         "dtype": dtype,

@@ -49,7 +49,7 @@ def main() -> None:
         "checkpoint_loaded_under_load": swap(steps[512], args.model, args.rounds),
     }
     for ours in steps.values():
-        ours.engine.stop()
+        ours.close()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(results, indent=1))

@@ -12,6 +12,14 @@ from steering.types import Column, Gate, Site
 SHAPES = {
     "5M": {"hidden_size": 256, "num_hidden_layers": 6, "vocab_size": 4096, "num_attention_heads": 4},
     "100M": {"hidden_size": 768, "num_hidden_layers": 12, "vocab_size": 32000, "num_attention_heads": 12},
+    "8B": {
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "vocab_size": 128256,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+    },
 }
 ATTRIBUTES = ("truthfulness", "toxicity", "fairness")
 
@@ -34,22 +42,22 @@ def requests(count: int, vocab: int, *, seed: int = 0, shortest: int = 16, longe
     ]
 
 
-def llama(shape: str, dtype: torch.dtype) -> Any:
+def llama(shape: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
     """A random Llama, the same every time."""
     torch.manual_seed(0)
     hidden = SHAPES[shape]["hidden_size"]
-    sizes: dict[str, Any] = SHAPES[shape]
+    sizes: dict[str, Any] = {"intermediate_size": hidden * 8 // 3 // 64 * 64, **SHAPES[shape]}
     config = LlamaConfig(
         **sizes,
-        intermediate_size=hidden * 8 // 3 // 64 * 64,
         max_position_embeddings=4096,
-        tie_word_embeddings=True,
+        tie_word_embeddings=shape != "8B",
         eos_token_id=None,
         bos_token_id=None,
         pad_token_id=0,
     )
-    model: Any = LlamaForCausalLM(config)
-    return model.to(dtype).eval().requires_grad_(False)
+    with torch.device(device):
+        model: Any = LlamaForCausalLM._from_config(config, dtype=dtype)
+    return model.eval().requires_grad_(False)
 
 
 def columns(shape: str) -> list[Column]:

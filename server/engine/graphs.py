@@ -55,7 +55,7 @@ class StaticPlan:
         self._shared.clear()
 
     def lines(self, heads: int) -> Tensor:
-        _, places, starts, sizes, _ = self.inputs
+        _, places, starts, sizes, _ = self.inputs.unbind()
         head = torch.arange(heads, device=places.device)
         return self._once(
             ("lines", heads), lambda: ((starts * heads + places)[:, None] + head * sizes[:, None]).reshape(-1)
@@ -72,7 +72,7 @@ class StaticPlan:
 
     def _where(self, heads: int) -> Tensor:
         """[rows, heads, keys]: the lines of each row's tokens; beyond its last one, the last."""
-        _, places, starts, sizes, _ = self.inputs
+        _, places, starts, sizes, _ = self.inputs.unbind()
 
         def where() -> Tensor:
             token = torch.minimum(torch.arange(self.keys, device=places.device), places[:, None])
