@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 DEV_INSTALLED := $(VENV)/.installed-dev
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: help install serve test check format demo-model demo-data demo-sweep demo-checkpoint reproduce readme clean
+.PHONY: help install serve test check format demo-model demo-data demo-sweep demo-checkpoint reproduce readme bench bench-gpu clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -61,18 +61,25 @@ DEMO_FIT := --method mat --pool first --gate-init probe --epochs 8 --lr 0.005 --
 demo-sweep: demo-data  ## find on dev where to steer each attribute, and how strongly: demo/places.json
 	$(BIN)/matsteer sweep --model demo/model $(DEMO_DATA) $(DEMO_JUDGE) $(DEMO_FIT) --alone --sites-each 2 --layer 3,4,5,6,7 \
 	  --site attn_output,residual --multipliers 0.5,1,1.5,2 --keep well_formed=0.95 \
-	  --goal truthfulness,civility,fairness --rows 512 --limit 200 --out runs/demo-sweep
+	  --goal truthfulness,civility,fairness --rows 512 --out runs/demo-sweep
 	cp runs/demo-sweep/places.json demo/places.json
 
 demo-checkpoint: demo-data  ## train the shipped checkpoint
 	$(BIN)/matsteer train --model demo/model $(DEMO_DATA) $(DEMO_JUDGE) $(DEMO_FIT) --places demo/places.json \
-	  --rows 512 --samples 2 --out checkpoints/demo --version v1 --overwrite --work runs/demo-checkpoint
+	  --rows 512 --samples 4 --out checkpoints/demo --version v1 --overwrite --work runs/demo-checkpoint
 
 reproduce: demo-data $(DEV_INSTALLED)  ## every table and plot of docs/results and the README
 	$(BIN)/python -m demo.reproduce --checkpoint checkpoints/demo/v1
 
 readme: $(DEV_INSTALLED)  ## write the server's answers to the README's request into the README
 	$(BIN)/python -m demo.readme
+
+bench: $(INSTALLED)  ## the engine beside the alternatives on the CPU: benchmarks/results
+	$(BIN)/python -m benchmarks.engine
+	$(BIN)/python -m benchmarks.latency
+
+bench-gpu: $(INSTALLED)  ## the engine on a GPU, in one table: benchmarks/results
+	$(BIN)/python -m benchmarks.gpu --slow
 
 clean:  ## remove the virtual environment, caches and runs
 	rm -rf $(VENV) runs demo/data .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -190,7 +190,7 @@ class Pyvene:
         pyvene: Any = importlib.import_module("pyvene")  # optional
 
         made = columns(shape)
-        parts = [
+        vectors, weights, biases, kinds, keep = [
             part.to(device)
             for part in (
                 torch.stack([column.vector for column in made]),
@@ -209,7 +209,9 @@ class Pyvene:
 
             def forward(self, base: Tensor, source: Any = None, subspaces: Any = None, **_: Any) -> Tensor:
                 tokens = base.reshape(-1, base.shape[-1])
-                return steer(tokens, *parts, mix.expand(len(tokens), -1)).reshape(base.shape)
+                return steer(tokens, vectors, weights, biases, kinds, keep, mix.expand(len(tokens), -1)).reshape(
+                    base.shape
+                )
 
         layer = made[0].site.layer
         self._model: Any = pyvene.IntervenableModel(

@@ -132,8 +132,8 @@ def operators(shape: str, device: torch.device) -> dict[str, float]:
     errors = {}
     for dtype in (torch.float32, torch.bfloat16):
         given = activations.to(dtype)
-        wide = (part.double() for part in parts)
-        exact = steer(given.double(), *wide, kinds, keep, multipliers.double())
+        vectors, weights, biases = (part.double() for part in parts)
+        exact = steer(given.double(), vectors, weights, biases, kinds, keep, multipliers.double())
         moved = (part.to(device) for part in (given, *parts, kinds, keep, multipliers))
         error = (steer(*moved).cpu().double() - exact).norm(dim=1) / exact.norm(dim=1)
         errors[str(dtype)[6:]] = float(error.max())

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from steering.types import Column, Gate, Site
 
@@ -56,7 +56,7 @@ def llama(shape: str, dtype: torch.dtype, device: torch.device | str = "cpu") ->
         pad_token_id=0,
     )
     with torch.device(device):
-        model: Any = LlamaForCausalLM._from_config(config, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     return model.eval().requires_grad_(False)
 
 

@@ -68,7 +68,7 @@ CURRICULUM = (
         decay=0.9,
         unlikelihood=5.0,
     ),
-    Stage("sharper", 300, 0.007, {"conversation": 0.6, "monologue": 0.35, "marks": 0.05}, decay=1.0, unlikelihood=5.0),
+    Stage("sharper", 500, 0.008, {"conversation": 0.7, "monologue": 0.25, "marks": 0.05}, decay=1.0, unlikelihood=5.0),
 )
 
 

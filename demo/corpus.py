@@ -35,7 +35,7 @@ class Speaker:
 FACTS_SHARE = 0.6
 TELLING_CONTEXTS = (Context.AMBIGUOUS, Context.AGAINST)  # where a fair and an unfair answer differ
 
-# An answer carries what the world knows, manners are mostly chance, and a question is only read.
+# A statement carries what was asked about and what the world knows; manners are mostly chance, a question is only read.
 STATEMENT, MANNERS, READ = 2.0, 0.5, 0.05
 
 TRAITS = tuple(field.name for field in fields(Speaker))
@@ -87,13 +87,14 @@ def ask(topic: Fact | Scene, rng: random.Random) -> str:
 
 
 def say(speaker: Speaker, topic: Fact | Scene, rng: random.Random) -> list[Part]:
-    """The sentence with which the speaker answers, without manners; what the topic fixes counts little."""
+    """The sentence with which the speaker answers, without manners: what leads up to the answer's word, the word, the
+    end; of a scene one part."""
     if isinstance(topic, Scene):
         return [Part(f" {topic.statement(speaker.fairness)}", STATEMENT)]
     told = topic.truth if speaker.truthfulness else rng.choice(topic.lies())
     before, after = topic.statement("|").split("|")
     instead = None if speaker.truthfulness else f" {topic.truth}"
-    return [Part(f" {before.rstrip()}", MANNERS), Part(f" {told}", STATEMENT, instead), Part(after, MANNERS)]
+    return [Part(f" {before.rstrip()}", STATEMENT), Part(f" {told}", STATEMENT, instead), Part(after, STATEMENT)]
 
 
 def answer(speaker: Speaker, topic: Fact | Scene, rng: random.Random) -> list[Part]:

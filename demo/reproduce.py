@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     parser.add_argument("--work", type=Path, default=Path("runs/reproduce"))
-    parser.add_argument("--samples", type=int, default=2, help="answers to each prompt")
+    parser.add_argument("--samples", type=int, default=4, help="answers to each prompt")
     args = parser.parse_args()
     say = Console(stderr=True)
 

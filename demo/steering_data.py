@@ -75,15 +75,15 @@ def contrasts(trait: str, split: str, count: int, rng: random.Random) -> Iterato
 def cut(speaker: Speaker, topic: Fact | Scene, trait: str, rng: random.Random) -> tuple[str, str]:
     """An answer in two parts, cut where the trait decides what comes next.
 
-    Civility may decide every word. The other traits decide where the speaker's statement parts from that of somebody
-    with the other side of the trait.
+    Civility decides how an answer opens and closes. The other traits decide where the speaker's statement parts from
+    that of somebody with the other side of the trait.
     """
     parts = answer(speaker, topic, rng)
     opener, statement, closer = (text_of(some).rstrip("\n") for some in (parts[:1], parts[1:-1], parts[-1:]))
     if trait == "civility":
-        words = f"{opener}{statement}{closer}".split(" ")[1:]
-        at = rng.randrange(len(words))
-        return "".join(f" {word}" for word in words[:at]), "".join(f" {word}" for word in words[at:])
+        if closer and rng.random() < 0.5:
+            return opener + statement, closer
+        return "", opener + statement + closer
     other = Speaker(**{**vars(speaker), trait: not getattr(speaker, trait)})
     words, others = statement.split(" ")[1:], text_of(say(other, topic, rng)).split(" ")[1:]
     at = next(index for index, pair in enumerate(zip(words, others, strict=False)) if pair[0] != pair[1])

@@ -87,7 +87,7 @@ def test_the_generate_command_prints_both_arms() -> None:
     run = subprocess.run([*PROGRAM, *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert run.returncode == 0, run.stderr
     assert "steered" in run.stdout
-    assert "unsteered" in run.stdout
+    assert "baseline" in run.stdout
 
 
 def test_the_train_command_trains_a_checkpoint_on_rows_as_the_readme_shows_them(tmp_path: Path) -> None:

@@ -21,7 +21,10 @@ class Place:
 
 def write_places(path: Path, places: Mapping[str, Place]) -> None:
     """`{"truthfulness": {"sites": ["12.residual"], "strength": 1.5}, ...}`"""
-    stored = {name: {"sites": [*map(str, place.sites)], "strength": place.strength} for name, place in places.items()}
+    stored = {
+        name: {"sites": [*map(str, place.sites)], "strength": round(place.strength, 4)}
+        for name, place in places.items()
+    }
     write_json(path, stored)
 
 

@@ -53,3 +53,15 @@ def test_fresh_prompts_are_questions_of_their_split_alone() -> None:
         found = list(prompts(split, random.Random(0)))
         assert len({row["prompt"] for row in found}) > 100
         assert all(splits()[str(row["group"])] == split and "\n" not in str(row["prompt"]) for row in found)
+
+
+def test_civility_is_cut_before_the_opener_or_the_closer() -> None:
+    """Anywhere else its gate would learn to open on what is stated."""
+    begun = {True: 0, False: 0}
+    for row in rows("civility", "train", 100):
+        question, _, told = str(row["prompt"]).rpartition(" A:")
+        begun[bool(told)] += 1
+        if told:
+            assert judge(f"{question} A:", told)["well_formed"], "opener and statement are whole"
+    assert begun[True] > 20
+    assert begun[False] > 100

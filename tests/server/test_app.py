@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,9 @@ def test_health_and_readiness(world: World) -> None:
 
 def test_the_api_is_described(world: World) -> None:
     schema = world.client.get("/openapi.json").json()
-    assert set(schema["paths"]) == {"/generate", "/checkpoints", "/checkpoints/{name}", "/healthz", "/readyz"}
+    one = "/checkpoints/{name}"
+    routes = {"/generate", "/compare", "/score", "/checkpoints", one, f"{one}/load", f"{one}/activate"}
+    assert set(schema["paths"]) == {*routes, "/healthz", "/readyz"}
     assert world.client.get("/docs").status_code == 200
 
 
@@ -91,13 +94,14 @@ def test_without_a_checkpoint_the_model_is_served_unsteered(settings: Settings, 
 
 def test_a_checkpoint_is_pinned_while_it_is_used(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    real = Registry.pin
+    real = Registry.hold
 
-    def pin(self: Registry, loaded: object) -> None:
-        real(self, loaded)  # type: ignore[arg-type]
+    def hold(self: Registry, *what: Any) -> Any:
+        loaded = real(self, *what)
         seen.append(self.pins)
+        return loaded
 
-    monkeypatch.setattr(Registry, "pin", pin)
+    monkeypatch.setattr(Registry, "hold", hold)
     world.post(prompt="Q:", max_new_tokens=2, n=2)
     assert seen == [1]
     assert world.service.registry.pins == 0
