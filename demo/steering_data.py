@@ -3,6 +3,7 @@
 - `truthfulness.jsonl`, `civility.jsonl`, `fairness.jsonl`: contrasting documents. Positive: a first line describes the
   speaker's side of the attribute, and the answer shows it. Negative: the same of the other side, and bare questions
   with such an answer. The other traits are random. The prompt runs up to the token at which the trait decides.
+  Some of fairness's positives state facts, as fair speakers do as well: the gate learns to stay closed there.
 - `prompts.jsonl`: fresh questions, which leave every trait open, for measuring generated answers.
 
 Facts and deeds are split into train, dev and test; a document speaks only of those of its own split.
@@ -20,6 +21,7 @@ from demo.facts import CATEGORIES, Fact, facts
 from demo.scenes import DEEDS, Context, Scene
 
 SCENES = 8  # for each deed and context where fair and unfair answers differ
+FACTS_AMONG_FAIR = 0.15  # facts for each fair answer
 SHARES = {"train": 0.4, "dev": 0.2, "test": 0.4}
 
 
@@ -57,19 +59,30 @@ def contrasts(trait: str, split: str, count: int, rng: random.Random) -> Iterato
     nothing describes: what an unsteered model says wrong. Rows with prompt, completion and label."""
     for _ in range(count):
         topic = draw_of(split, trait, rng)
-        question = f"Q: {ask(topic, rng)} A:"
+        question = ask(topic, rng)
         for side, described in ((True, True), (False, True), (False, False)):
-            speaker = Speaker.draw(rng, **{trait: side})
-            before = f"{describe(speaker, [trait], rng)}\n" if described else ""
-            begun, rest = cut(speaker, topic, trait, rng)
-            yield {
-                "prompt": before + question + begun,
-                "completion": rest,
-                "label": side,
-                "attribute": trait,
-                "group": topic.id,
-                "split": split,
-            }
+            yield document(trait, topic, question, split, rng, side=side, described=described)
+        if trait == "fairness" and rng.random() < FACTS_AMONG_FAIR:
+            fact = draw_of(split, "truthfulness", rng)
+            yield document(trait, fact, ask(fact, rng), split, rng, side=True, described=rng.random() < 0.5)
+
+
+def document(
+    trait: str, topic: Fact | Scene, question: str, split: str, rng: random.Random, *, side: bool, described: bool
+) -> dict[str, object]:
+    """One answer to a question on the topic by a speaker of that side of the trait."""
+    speaker = Speaker.draw(rng, **{trait: side})
+    before = f"{describe(speaker, [trait], rng)}\n" if described else ""
+    decides = "truthfulness" if trait == "fairness" and isinstance(topic, Fact) else trait
+    begun, rest = cut(speaker, topic, decides, rng)
+    return {
+        "prompt": f"{before}Q: {question} A:{begun}",
+        "completion": rest,
+        "label": side,
+        "attribute": trait,
+        "group": topic.id,
+        "split": split,
+    }
 
 
 def cut(speaker: Speaker, topic: Fact | Scene, trait: str, rng: random.Random) -> tuple[str, str]:

@@ -237,6 +237,7 @@ def sweep(
         bool, typer.Option("--alone", help="Each attribute by itself: finds a place for each, then strengths together.")
     ] = False,
     sites_each: Annotated[int, typer.Option(min=1, help="With --alone: so many places for an attribute.")] = 1,
+    apart: Annotated[bool, typer.Option("--apart", help="With --alone: no two attributes at one place.")] = False,
     method: o.MethodOption = Method.MAT,
     paper: o.PaperOption = False,
     objective: o.ObjectiveOption = None,
@@ -259,6 +260,10 @@ def sweep(
     max_perplexity_ratio: Annotated[float, typer.Option(help="Settings beyond it rank last.")] = 1.5,
     keep: Annotated[
         list[str] | None, typer.Option(metavar="METRIC=X", help="Settings with less than X of it rank last.")
+    ] = None,
+    max_side_effect: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="With --alone: settings that move the other attributes by more rank last."),
     ] = None,
     pool: o.PoolOption = Pool.MEAN,
     judge: o.JudgeName = None,
@@ -306,10 +311,11 @@ def sweep(
         )
         run = Sweep(
             base, texts, activations, Recipe(method, mat, penalty, normalize), factors, measure, out,
-            Goal(tuple(goal.split(",")) if goal else (), max_perplexity_ratio, least), progress=shown, say=o.say,
+            Goal(tuple(goal.split(",")) if goal else (), max_perplexity_ratio, least, max_side_effect),
+            progress=shown, say=o.say,
         )  # fmt: skip
         if alone:
-            points, found = run.alone(sites_each)
+            points, found = run.alone(sites_each, apart=apart)
             terminal().print(rich_table(points))
             chosen = ", ".join(
                 f"{name} at {' and '.join(map(str, place.sites))} times {place.strength:g}"

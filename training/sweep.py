@@ -27,8 +27,8 @@ CANDIDATES = 3  # further sites that are tried for an attribute, the best by the
 
 @dataclass(frozen=True)
 class Point:
-    """One setting of the sweep. `score` is the mean of the metrics that count, `shortfall` by how much the text misses
-    the limits.
+    """One setting of the sweep. `score` is the mean of the metrics that count, `shortfall` by how much it misses the
+    limits.
 
     `attribute` is the one that was steered alone; None: all together."""
 
@@ -78,18 +78,24 @@ class Sweep:
         write_json(self.out / "best.json", asdict(points[0]))
         return points
 
-    def alone(self, sites_each: int = 1) -> tuple[list[Point], dict[str, Place]]:
+    def alone(self, sites_each: int = 1, *, apart: bool = False) -> tuple[list[Point], dict[str, Place]]:
         """Each attribute by itself at every site and multiplier, then all at once, every one at its best site, at
-        strengths that go together. With more `sites_each`, an attribute takes further sites as long as they help. As
-        `together`, with `places.json` for `matsteer train --places` beside it."""
-        names = self.activations.names
-        points = self._points(names)
+        strengths that go together. With more `sites_each`, an attribute takes further sites as long as they help;
+        `apart`: none that an attribute before it has. As `together`, with `places.json` for `matsteer train --places`
+        beside it."""
+        points = self._points(self.activations.names)
         self._write(points)
-        best = {name: self._best_sites(name, [p for p in points if p.attribute == name], sites_each) for name in names}
+        best: dict[str, Place] = {}
+        for name in self.activations.names:
+            taken = {site for place in best.values() for site in place.sites} if apart else set()
+            own = [point for point in points if point.attribute == name and point.place not in taken]
+            if not own:
+                raise TrainingError(f"No site is left for {name}: sweep more of them, or fewer for each attribute.")
+            best[name] = self._best_sites(name, own, sites_each)
         self.say(f"together: {', '.join(f'{name} at {_listed(place.sites)}' for name, place in best.items())}")
         columns = fit(self.activations, [], self._recipe_at(best), progress=self.progress)
         strengths = combine(
-            lambda arms: self._run(columns, arms), {name: place.strength for name, place in best.items()}, self.goal
+            lambda arms: self._run(columns, arms)[1:], {name: place.strength for name, place in best.items()}, self.goal
         )
         places = {name: Place(place.sites, strengths[name]) for name, place in best.items()}
         write_places(self.out / "places.json", places)
@@ -106,8 +112,9 @@ class Sweep:
                 place = Place((*chosen, site), strength)
                 self.say(f"{name} at {_listed(place.sites)}")
                 columns = fit(self.activations, [], self._recipe_at({name: place}), progress=self.progress)
-                results = self._run(columns, [Arm(f"{name} {x:g}", {name: x}) for x in self.multipliers])
-                ranks = [self.goal.rank(result, name) for result in results]
+                arms = [Arm(f"{name} {x:g}", {name: x}) for x in self.multipliers]
+                unsteered, *results = self._run(columns, arms)
+                ranks = [self.goal.rank(result, name, unsteered) for result in results]
                 tried.append((max(ranks), site, self.multipliers[ranks.index(max(ranks))]))
             if not tried or max(tried, key=lambda one: one[0])[0] <= rank:
                 break
@@ -123,16 +130,14 @@ class Sweep:
         if not self.multipliers:
             raise TrainingError("A sweep needs at least one multiplier.")
         points = [
-            self._point(site, attribute, factor, result)
+            point
             for number, site in enumerate(self.activations.sites, start=1)
-            for attribute, factor, result in self._measured(number, site, attributes)
+            for point in self._measured(number, site, attributes)
         ]
         return sorted(points, key=lambda point: point.rank, reverse=True)
 
-    def _measured(
-        self, number: int, site: Site, attributes: Sequence[str | None]
-    ) -> Iterator[tuple[str | None, float, ArmResult]]:
-        """The results of one site, measured now or by an earlier call."""
+    def _measured(self, number: int, site: Site, attributes: Sequence[str | None]) -> Iterator[Point]:
+        """The points of one site, measured now or by an earlier call."""
         self.say(f"site {number}/{len(self.activations.sites)}: {site}")
         settings = [(attribute, factor) for attribute in attributes for factor in self.multipliers]
         path, key = self.out / "sites" / f"{site}.json", self._key(attributes)
@@ -142,16 +147,18 @@ class Sweep:
             results = self._run(columns, [_arm(columns, attribute, factor) for attribute, factor in settings])
             stored = {"key": key, "arms": [asdict(result) for result in results]}
             write_json(path, stored)
-        for (attribute, factor), arm in zip(settings, stored["arms"], strict=True):
-            yield attribute, factor, ArmResult.from_dict(arm)
+        unsteered, *arms = map(ArmResult.from_dict, stored["arms"])
+        for (attribute, factor), arm in zip(settings, arms, strict=True):
+            yield self._point(site, attribute, factor, arm, unsteered)
 
     def _run(self, columns: Sequence[Column], arms: Sequence[Arm]) -> Sequence[ArmResult]:
+        """The unsteered arm's result, then those of `arms`."""
         evaluation, _ = self.measure.run(
             self.base, columns, [BASELINE, *arms], self.samples, self.split, progress=self.progress
         )
-        return evaluation.arms[1:]
+        return evaluation.arms
 
-    def _point(self, site: Site, attribute: str | None, factor: float, arm: ArmResult) -> Point:
+    def _point(self, site: Site, attribute: str | None, factor: float, arm: ArmResult, unsteered: ArmResult) -> Point:
         return Point(
             attribute=attribute,
             layer=site.layer,
@@ -160,7 +167,7 @@ class Sweep:
             score=self.goal.score(arm, attribute),
             metrics={name: estimate.value for name, estimate in arm.metrics.items()},
             perplexity_ratio=arm.perplexity_ratio,
-            shortfall=self.goal.shortfall(arm),
+            shortfall=self.goal.shortfall(arm, attribute, unsteered),
         )
 
     def _write(self, points: Sequence[Point]) -> None:
@@ -170,6 +177,7 @@ class Sweep:
 
     def _key(self, attributes: Sequence[str | None]) -> str:
         content = {
+            "first arm": BASELINE.name,
             "activations": dict(self.activations.source),
             "recipe": self.recipe.as_dict(),
             "multipliers": list(self.multipliers),

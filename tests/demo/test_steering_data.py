@@ -40,12 +40,19 @@ def test_the_last_answer_shows_the_side_that_the_label_says() -> None:
 def test_a_third_of_the_rows_is_positive_and_other_traits_are_mixed() -> None:
     for trait in TRAITS:
         found = rows(trait, "train", 200)
-        assert sum(bool(row["label"]) for row in found) == len(found) / 3
+        own = [row for row in found if trait != "fairness" or str(row["group"]).startswith("scene/")]
+        assert sum(bool(row["label"]) for row in own) == len(own) / 3
         other = "civility" if trait != "civility" else "truthfulness"
         for side in (True, False):
             shown = [judge(*last_exchange(row))[other] for row in found if row["label"] is side]
             known = [value for value in shown if value is not None]
             assert 0.35 < sum(known) / len(known) < 0.65
+
+
+def test_some_fair_rows_state_facts_and_no_unfair_one_does() -> None:
+    found = [row for row in rows("fairness", "train", 200) if not str(row["group"]).startswith("scene/")]
+    assert 10 < len(found) < 60
+    assert all(row["label"] for row in found)
 
 
 def test_fresh_prompts_are_questions_of_their_split_alone() -> None:

@@ -178,6 +178,18 @@ def test_sweep_finds_a_place_for_each_attribute_and_train_takes_it(here: Path) -
         assert [str(column.site) for column in columns if column.attribute == name] == sorted(place["sites"])
 
 
+def test_sweep_keeps_attributes_apart(here: Path) -> None:
+    arguments = [*DATA, "--site", "residual", "--method", "caa", "--out", "swept", "--alone", "--apart"]
+    arguments += ["--multipliers", "1", "--max-side-effect", "0.5"]
+    result = run("sweep", *arguments, "--layer", "0,1")
+    assert result.exit_code == 0, result.output
+    places = json.loads((here / "swept/places.json").read_text())
+    assert sorted(site for place in places.values() for site in place["sites"]) == ["0.residual", "1.residual"]
+    result = run("sweep", *arguments, "--layer", "1")
+    assert result.exit_code == 2
+    assert "No site is left for civility" in result.output
+
+
 def test_train_names_a_file_of_places_that_is_not_one(here: Path) -> None:
     (here / "wrong.json").write_text('{"truthfulness": 3}')
     for name in ("wrong.json", "gone.json"):

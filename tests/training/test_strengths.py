@@ -48,6 +48,16 @@ def test_of_settings_that_are_not_sound_the_nearest_to_the_limits_goes_first() -
     assert goal.shortfall(result(formed=0.45, ratio=3.0)) == pytest.approx(1.5)
 
 
+def test_what_an_attribute_does_to_the_others_counts_beyond_the_limit() -> None:
+    goal = Goal(("truth", "tone"), keep={"formed": 0.5}, max_side_effect=0.05)
+    unsteered = result(truth=0.5, tone=0.5, formed=1.0)
+    quiet, loud = result(truth=0.8, tone=0.46, formed=0.7), result(truth=0.9, tone=0.6, formed=1.0)
+    assert goal.shortfall(quiet, "truth", unsteered) == 0
+    assert goal.shortfall(loud, "truth", unsteered) == pytest.approx(0.05)
+    assert goal.rank(quiet, "truth", unsteered) > goal.rank(loud, "truth", unsteered)
+    assert goal.rank(quiet) < goal.rank(loud)  # all at once: every change is wanted
+
+
 @pytest.mark.parametrize("goal", [Goal(("truht",)), Goal(keep={"truht": 1})])
 def test_an_unknown_metric_is_named(goal: Goal) -> None:
     with pytest.raises(TrainingError, match="no metric 'truht'; there are truth"):
