@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from server.api import checkpoints, generate, ops
 from server.api.bodies import ErrorBody
+from server.api.openai import routes as openai
 from server.api.problems import error_of, render
 from server.assembly import open_service
 from server.config import Settings
@@ -32,7 +33,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     app = FastAPI(title="mat-steer", lifespan=lifespan, responses=ERRORS)
     app.state.service = service
-    for part in (generate, checkpoints, ops):
+    for part in (generate, checkpoints, openai, ops):
         app.include_router(part.router)
     for kind in (ServerError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _answer)

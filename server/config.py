@@ -73,14 +73,14 @@ class Settings(BaseSettings):
 
     @property
     def served_name(self) -> str:
-        """The name clients see: as given, else the id, else the folder (or its parent, for a folder called "model")."""
+        """The name clients see: as given, else the id, else the folder (a "model" with its parent)."""
         if self.model_name:
             return self.model_name
         path = Path(self.model_path)
         if not path.is_dir():
             return self.model_path
         path = path.resolve()
-        return path.parent.name if path.name == "model" else path.name
+        return f"{path.parent.name}-model" if path.name == "model" else path.name
 
 
 def load_settings(**given: Any) -> Settings:

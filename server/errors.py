@@ -5,9 +5,11 @@ Every class knows its HTTP status and its `type`, the stable word that programs 
 ServerError                      500  internal_error
 ├── StartupError                  -   the process does not start (one sentence on stderr, exit status 1)
 ├── BadRequest                   400  bad_request
+│   ├── UnsupportedField         400  unsupported_field    (on the OpenAI routes)
 │   └── Refused                  4xx  the status's own name, as in unsupported_media_type
 ├── NotFound                     404  not_found
-│   └── UnknownCheckpoint        404  unknown_checkpoint
+│   ├── UnknownCheckpoint        404  unknown_checkpoint
+│   └── UnknownModel             404  model_not_found      (OpenAI's word)
 ├── MethodNotAllowed             405  method_not_allowed
 ├── UnusableCheckpoint           409  unusable_checkpoint
 │   └── WrongModel               409  wrong_model
@@ -63,6 +65,12 @@ class Refused(BadRequest):
             self.type = HTTPStatus(status).name.lower()
 
 
+class UnsupportedField(BadRequest):
+    """A field, or a value of one, that OpenAI's API has and this server does not."""
+
+    type = "unsupported_field"
+
+
 class NotFound(ServerError):
     status = 404
     type = "not_found"
@@ -70,6 +78,12 @@ class NotFound(ServerError):
 
 class UnknownCheckpoint(NotFound):
     type = "unknown_checkpoint"
+
+
+class UnknownModel(NotFound):
+    """A name that is neither the base model's nor a checkpoint's."""
+
+    type = "model_not_found"
 
 
 class MethodNotAllowed(ServerError):

@@ -13,6 +13,7 @@ class Use:
     checkpoint: str | None = None
     attributes: Mapping[str, float] | None = None
     param: str = ""  # where in the request it stands, as in "steering.0."; for errors
+    named_by: str = ""  # the field that names the checkpoint; empty: `param` and "checkpoint"
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ STEERED, BASELINE = Arm("steered", (Use(),)), Arm("baseline", ())
 class Ask:
     """One request to generate. Exactly one of `prompts` and `messages` is given."""
 
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[str | tuple[int, ...], ...] = ()  # texts, or their token ids
     messages: tuple[Mapping[str, str], ...] = ()
     single: bool = True  # the prompt came alone, not in a list; for errors
     arms: tuple[Arm, ...] = (STEERED,)  # all from the same prompts, seeds and rules
@@ -40,6 +41,7 @@ class Ask:
     seed: int | None = None  # None: one is drawn
     n: int = 1
     trace: bool = False
+    echo: bool = False  # the prompts come back as the first arm reads them
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,16 @@ class Spoken:
 
     chosen: Spelled
     top: tuple[Spelled, ...]
+
+
+@dataclass(frozen=True)
+class Echo:
+    """A prompt as the model has read it. `spoken` follows its tokens from the second one on, as if they had been
+    generated under the request's steering; None where log-probabilities were not asked for."""
+
+    text: str
+    first: str  # its first token, before which there is nothing
+    spoken: tuple[Spoken, ...] | None
 
 
 @dataclass(frozen=True)
@@ -151,6 +163,7 @@ class Answer:
     created: int  # Unix time, seconds
     model: str
     arms: tuple[ArmAnswer, ...]
+    echoes: tuple[Echo, ...] = ()  # of the prompts, where they were asked for
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class Loaded:
     version: str
     checkpoint: Checkpoint
     handle: Handle
+    created: int = field(default_factory=lambda: int(time.time()))  # Unix time, seconds
 
     @property
     def label(self) -> str:
@@ -136,6 +138,12 @@ class Registry:
     def active(self) -> Loaded | None:
         with self._lock:
             return self._loaded[self._active] if self._active else None
+
+    @property
+    def loaded(self) -> list[Loaded]:
+        """By name and version."""
+        with self._lock:
+            return [self._loaded[key] for key in sorted(self._loaded)]
 
     @property
     def pins(self) -> int:

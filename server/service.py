@@ -5,18 +5,20 @@ import secrets
 import time
 import weakref
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
 from server.config import Settings
 from server.engine.engine import Engine
-from server.engine.types import Draw, Finished, Pair, PositionsName, Row, Steer
-from server.errors import InvalidField, UnknownCheckpoint
+from server.engine.types import Draw, Finished, Likelihood, Pair, PositionsName, Row, Steer, TokenLogprob
+from server.errors import InvalidField, UnknownCheckpoint, UnknownModel
 from server.exchange import (
     Answer,
     ArmAnswer,
     Ask,
     Comparison,
+    Echo,
     Part,
     Result,
     Score,
@@ -53,6 +55,7 @@ class _Run:
     rows: list[Row]
     ticket: Ticket
     holding: Holding
+    echoes: "Future[list[tuple[Likelihood, ...]]] | None"  # of prompts without their first tokens, while it is made
 
 
 class Service:
@@ -61,6 +64,7 @@ class Service:
     def __init__(self, settings: Settings, codec: Codec, engine: Engine, registry: Registry) -> None:
         self.settings = settings
         self.model = settings.served_name
+        self.created = int(time.time())
         self.codec = codec
         self.engine = engine
         self.registry = registry
@@ -74,8 +78,8 @@ class Service:
         async with self._until_done(run):
             return await self._answer(run)
 
-    async def stream(self, ask: Ask) -> AsyncIterator[Told | Answer]:
-        """The same, token by token, and the answer at the end. What is wrong with `ask` is raised at once."""
+    async def stream(self, ask: Ask) -> AsyncIterator[Echo | Told | Answer]:
+        """The same, token by token after the echoes, and the answer at the end. What is wrong is raised at once."""
         run = await self._begin(ask, stream=True)
         told = self._tell(run)
         # A client that leaves before the first token is asked for never gets `told` to begin, nor to end.
@@ -98,8 +102,8 @@ class Service:
             created=created,
             model=self.model,
             scores=tuple(
-                Score(sum(one), tuple(map(self._spelled, text, one)))
-                for (_, text), one in zip(texts, told, strict=True)
+                Score(sum(one.token.logprob for one in text), tuple(self._spelled(one.token) for one in text))
+                for text in told
             ),
             steering=SteeringReport(steering.parts, steering.steer.positions, None),
         )
@@ -118,13 +122,24 @@ class Service:
             except Exception:
                 ended()
                 raise
+            echoes = self._score_prompts(ask, prompts, arms[0].steer)
         except BaseException:  # a client that goes away cancels
             holding.close()
             raise
-        return _Run(created, ask, arms, rows, ticket, holding)
+        return _Run(created, ask, arms, rows, ticket, holding, echoes)
 
-    async def _tell(self, run: _Run) -> AsyncIterator[Told | Answer]:
+    def _score_prompts(
+        self, ask: Ask, prompts: Sequence[tuple[int, ...]], steer: Steer
+    ) -> "Future[list[tuple[Likelihood, ...]]] | None":
+        if not ask.echo or ask.sampling.logprobs is None:
+            return None
+        given = [(prompt[:1], prompt[1:]) for prompt in prompts if len(prompt) > 1]
+        return self.engine.score(given, steer, ask.sampling.logprobs)
+
+    async def _tell(self, run: _Run) -> AsyncIterator[Echo | Told | Answer]:
         async with self._until_done(run):
+            for echo in await self._echoes(run):
+                yield echo
             async for piece in run.ticket.pieces():
                 index, arm = divmod(piece.row.index, len(run.arms))
                 yield Told(
@@ -132,7 +147,7 @@ class Service:
                     index=index,
                     token_id=piece.draw.token,
                     text=piece.text,
-                    logprob=None if piece.draw.logprob is None else self._spoken(piece.draw),
+                    logprob=self._spoken(piece.draw.likelihood) if piece.draw.likelihood else None,
                     trace=self._traced(piece.draw) if piece.row.trace else None,
                 )
             yield await self._answer(run)
@@ -157,7 +172,21 @@ class Service:
             results = tuple(self._result(event, steering) for event in mine)
             compared = None if index == reference else await self._compare(mine, events[reference])
             arms.append(ArmAnswer(arm.name, results, compared))
-        return Answer(run.rows[0].request, run.created, self.model, tuple(arms))
+        return Answer(run.rows[0].request, run.created, self.model, tuple(arms), await self._echoes(run))
+
+    async def _echoes(self, run: _Run) -> tuple[Echo, ...]:
+        if not run.ask.echo:
+            return ()
+        scored: list[tuple[Likelihood, ...]] = []
+        if run.echoes:
+            scored = await asyncio.wrap_future(run.echoes)
+        given = iter(scored)
+        echoes = []
+        for row in run.rows[:: run.ask.n * len(run.arms)]:
+            likelihoods = next(given) if run.echoes and len(row.tokens) > 1 else ()
+            spoken = tuple(map(self._spoken, likelihoods)) if run.echoes else None
+            echoes.append(Echo(self.codec.decode(row.tokens), self.codec.spell(row.tokens[0]), spoken))
+        return tuple(echoes)
 
     def _encode(self, ask: Ask) -> list[tuple[int, ...]]:
         if ask.messages:
@@ -199,7 +228,14 @@ class Service:
 
     @staticmethod
     def _checkpoint(use: Use, holding: Holding) -> Loaded | None:
-        loaded = holding.take(use.checkpoint, f"{use.param}checkpoint")
+        try:
+            loaded = holding.take(use.checkpoint, use.named_by or f"{use.param}checkpoint")
+        except UnknownCheckpoint:
+            if use.named_by != "model":
+                raise
+            raise UnknownModel(
+                f"There is no model {use.checkpoint!r}; GET /v1/models lists those there are.", param="model"
+            ) from None
         if loaded is None and use.attributes:
             raise UnknownCheckpoint(
                 "No checkpoint is active, so there are no attributes; name one in 'checkpoint'.",
@@ -254,20 +290,20 @@ class Service:
             prompt_tokens=len(event.row.tokens),
             steering=SteeringReport(steering.parts, event.row.steer.positions, event.steered_tokens),
             timing=event.timing,
-            logprobs=None if event.row.sampling.logprobs is None else tuple(map(self._spoken, event.draws)),
+            logprobs=None
+            if event.row.sampling.logprobs is None
+            else tuple(self._spoken(draw.likelihood) for draw in event.draws if draw.likelihood),
             trace=tuple(map(self._traced, event.draws)) if event.row.trace else None,
         )
 
     def _traced(self, draw: Draw) -> Traced:
         return Traced(draw.token, self.codec.spell(draw.token), draw.touches)
 
-    def _spoken(self, draw: Draw) -> Spoken:
-        assert draw.logprob is not None, "a row that asks for logprobs gets them"
-        chosen, *top = (self._spelled(one.token, one.logprob) for one in (draw.logprob, *draw.top))
-        return Spoken(chosen, tuple(top))
+    def _spoken(self, likelihood: Likelihood) -> Spoken:
+        return Spoken(self._spelled(likelihood.token), tuple(map(self._spelled, likelihood.top)))
 
-    def _spelled(self, token: int, logprob: float) -> Spelled:
-        return Spelled(token, self.codec.spell(token), logprob)
+    def _spelled(self, one: TokenLogprob) -> Spelled:
+        return Spelled(one.token, self.codec.spell(one.token), one.logprob)
 
 
 def _positions(asked: PositionsName | None, loaded: Sequence[Loaded]) -> PositionsName:

@@ -19,8 +19,10 @@ class Codec:
         # The first call may set the tokenizer up; later ones only read it.
         tokenizer("warm")
 
-    def encode(self, prompt: str, param: str) -> tuple[int, ...]:
-        """The prompt's ids, with the special tokens that the tokenizer puts around a text."""
+    def encode(self, prompt: str | tuple[int, ...], param: str) -> tuple[int, ...]:
+        """The prompt's ids, with the special tokens that the tokenizer puts around a text; ids stay as they are."""
+        if not isinstance(prompt, str):
+            return self._checked(prompt, param)
         self._check_text(prompt, param)
         self._check_length(len(prompt), param)
         return self._checked(self._tokenizer(prompt)["input_ids"], param)

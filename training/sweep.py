@@ -143,13 +143,20 @@ class Sweep:
         path, key = self.out / "sites" / f"{site}.json", self._key(attributes)
         stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if stored.get("key") != key:
-            columns = fit(self.activations, [site], self.recipe, progress=self.progress)
+            columns = [column for attribute in attributes for column in self._fit(site, attribute)]
             results = self._run(columns, [_arm(columns, attribute, factor) for attribute, factor in settings])
             stored = {"key": key, "arms": [asdict(result) for result in results]}
             write_json(path, stored)
         unsteered, *arms = map(ArmResult.from_dict, stored["arms"])
         for (attribute, factor), arm in zip(settings, arms, strict=True):
             yield self._point(site, attribute, factor, arm, unsteered)
+
+    def _fit(self, site: Site, attribute: str | None) -> Sequence[Column]:
+        """All attributes together, or one as if there were no other: at one site they shape each other."""
+        if attribute is None:
+            return fit(self.activations, [site], self.recipe, progress=self.progress)
+        recipe = self._recipe_at({attribute: Place((site,), 1.0)})
+        return fit(self.activations, [], recipe, progress=self.progress)
 
     def _run(self, columns: Sequence[Column], arms: Sequence[Arm]) -> Sequence[ArmResult]:
         """The unsteered arm's result, then those of `arms`."""

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,14 +10,33 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from server.api.schemas import GenerateRequest
-from server.errors import BadRequest, BodyTooLarge, InvalidField, MethodNotAllowed, NotFound, Refused, ServerError
+from server.api.openai.requests import NEUTRAL, ChatRequest, CompletionRequest
+from server.api.schemas import GenerateRequest, StrictRequest
+from server.errors import (
+    BadRequest,
+    BodyTooLarge,
+    InvalidField,
+    MethodNotAllowed,
+    NotFound,
+    Refused,
+    ServerError,
+    UnsupportedField,
+)
 
 SHOWN = 80  # characters of a client's value in a message
 DESCRIBED = 5  # problems of one request
 LONGEST_MESSAGE, LONGEST_PARAM = 500, 200  # characters
-UNIONS = ("prompt", "stop")  # fields of several types: below them pydantic names the type that it tried
+UNIONS = {  # fields of several types, below which pydantic names the type that it tried
+    "prompt": "a string or a list of strings",
+    "stop": "a string or a list of strings",
+    "content": "a string or a list of parts",
+}
+BODIES: Mapping[str, type[StrictRequest]] = {
+    "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatRequest,
+}  # others: GenerateRequest
 KINDS = ("string_type", "list_type")
+TYPE_NAME = re.compile(r"^str$|^constrained-|\[")  # as pydantic writes the members of a union
 
 
 def error_of(exception: Exception, *, method: str = "", path: str = "") -> ServerError:
@@ -25,7 +45,7 @@ def error_of(exception: Exception, *, method: str = "", path: str = "") -> Serve
         case ServerError():
             return exception
         case RequestValidationError():
-            return _invalid(exception.errors())
+            return _invalid(exception.errors(), path)
         case HTTPException(status_code=404):
             return NotFound(f"There is nothing at {path}.")
         case HTTPException(status_code=405):
@@ -74,7 +94,7 @@ def _unread(exception: HTTPException) -> str:
             return exception.detail
 
 
-def _invalid(problems: Sequence[Mapping[str, Any]]) -> ServerError:
+def _invalid(problems: Sequence[Mapping[str, Any]], path: str) -> ServerError:
     first = problems[0]
     if first["type"] == "json_invalid":
         return BadRequest(f"The body is not JSON: {first['ctx']['error']}, at character {first['loc'][-1]}.")
@@ -84,17 +104,19 @@ def _invalid(problems: Sequence[Mapping[str, Any]]) -> ServerError:
         if first["type"] == "string_unicode":
             return InvalidField("The name of a field holds half of a surrogate pair, which is no character.")
         return InvalidField("The body must be a JSON object, sent with 'Content-Type: application/json'.")
-    seen: dict[str | int, Mapping[str, Any]] = {}
+    seen: dict[str, Mapping[str, Any]] = {}
     for problem in problems:
         # One sentence a field; of a field of several types the problem that went furthest into it.
-        key = problem["loc"][1] if problem["loc"][1] in UNIONS else _param(problem["loc"])
+        key = _param(_down_to_union(problem["loc"]))
         if key not in seen or _depth(problem) > _depth(seen[key]):
             seen[key] = problem
     described = list(seen.values())[:DESCRIBED]
-    sentences = [_sentence(problem) for problem in described]
+    sentences = [_sentence(problem, path) for problem in described]
     if more := len(seen) - len(described):
         sentences.append(f"And {more} more.")
-    return InvalidField(" ".join(sentences), param=_param(described[0]["loc"]))
+    unsupported = path.startswith("/v1/") and described[0]["type"] == "extra_forbidden"
+    kind = UnsupportedField if unsupported else InvalidField
+    return kind(" ".join(sentences), param=_param(described[0]["loc"]))
 
 
 def _depth(problem: Mapping[str, Any]) -> tuple[int, bool]:
@@ -104,16 +126,23 @@ def _depth(problem: Mapping[str, Any]) -> tuple[int, bool]:
 def _param(loc: Sequence[str | int]) -> str:
     """("body", "messages", 0, "role") -> "messages.0.role"."""
     where = list(loc[1:]) if loc[0] in ("body", "path", "query") else list(loc)
-    if where and where[0] in UNIONS:
-        where = [where[0], *(part for part in where[1:] if isinstance(part, int))]
+    above = len(_down_to_union(where))
+    where[above:] = [part for part in where[above:] if not (isinstance(part, str) and TYPE_NAME.search(part))]
     return ".".join(map(str, where))
 
 
-def _sentence(problem: Mapping[str, Any]) -> str:
+def _down_to_union(loc: Sequence[str | int]) -> Sequence[str | int]:
+    return next((loc[: index + 1] for index, part in enumerate(loc) if part in UNIONS), loc)
+
+
+def _sentence(problem: Mapping[str, Any], path: str) -> str:
     param = _param(problem["loc"])
     if problem["type"] == "extra_forbidden":
         # Nobody misspells a name into a text: those are not worth the search.
-        close = difflib.get_close_matches(param, GenerateRequest.model_fields, n=1) if len(param) <= SHOWN else []
+        if param in NEUTRAL:
+            return f"{param} is not supported; leave it out."
+        fields = BODIES.get(path, GenerateRequest).model_fields
+        close = difflib.get_close_matches(param, fields, n=1) if len(param) <= SHOWN else []
         return f"There is no field {_short(param)}" + (f"; did you mean {close[0]!r}?" if close else ".")
     if problem["type"] == "string_unicode":
         return f"{_short(param, quote=False)} holds half of a surrogate pair, which is no character."
@@ -122,8 +151,8 @@ def _sentence(problem: Mapping[str, Any]) -> str:
     if problem["type"] in ("string_too_short", "too_short"):  # every minimum here is 1
         return f"{param} must not be empty."
     message = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input ")
-    if param in UNIONS and problem["type"] in KINDS:
-        message = "should be a string or a list of strings"
+    if problem["type"] in KINDS and (kinds := UNIONS.get(param.rpartition(".")[2])):
+        message = f"should be {kinds}"
     return f"{_short(param, quote=False)} {message}, not {_short(problem['input'])}."
 
 

@@ -11,27 +11,30 @@ from server.exchange import BASELINE, STEERED, Arm, Ask, ScoreAsk, Use
 Prompt = Annotated[str, Field(min_length=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Attributes = dict[str, float]
+LONGEST = 1_000_000  # tokens of an answer, of which as many come as the model has room for
 
 
-class _Request(BaseModel):
+class StrictRequest(BaseModel):
+    """Types are as they are named, and numbers are finite."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class Message(_Request):
+class Message(StrictRequest):
     """One turn of a conversation."""
 
     role: Literal["system", "user", "assistant", "tool"]
     content: str
 
 
-class SteeringPart(_Request):
+class SteeringPart(StrictRequest):
     """A checkpoint, and multipliers for its attributes (absent: its defaults; unlisted ones are 0)."""
 
     checkpoint: str | None = Field(None, examples=["demo@1"])
     attributes: Attributes | None = None
 
 
-class _Steered(_Request):
+class _Steered(StrictRequest):
     """What is to be steered by."""
 
     checkpoint: str | None = Field(None, description="`name` or `name@version`; absent: the active checkpoint")
@@ -56,19 +59,9 @@ class _Steered(_Request):
         )
 
 
-class _Generated(_Request):
-    """What to generate from, and by which rules."""
+class Rules(StrictRequest):
+    """How tokens are drawn, and where a text ends."""
 
-    prompt: Prompt | Annotated[list[Prompt], Field(min_length=1, max_length=256)] | None = Field(
-        None, description="a text, or a list of texts: a batch"
-    )
-    messages: Annotated[list[Message], Field(min_length=1, max_length=1024)] | None = Field(
-        None, description="a conversation, put into the model's chat template; instead of `prompt`"
-    )
-    positions: PositionsName | None = Field(
-        None, description="which tokens are steered; absent: as the checkpoint says"
-    )
-    max_new_tokens: int = Field(128, ge=1, le=1_000_000)
     temperature: float = Field(1.0, ge=0, le=100, description="0 is greedy")
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, le=10_000_000, description="0: off")
@@ -80,37 +73,52 @@ class _Generated(_Request):
     )
     ignore_eos: bool = False
     n: int = Field(1, ge=1, le=128, description="answers per prompt")
-    logprobs: int | None = Field(None, ge=0, le=20, description="log-probabilities of each token and k alternatives")
-    trace: bool = Field(False, description="per token and attribute: gate, multiplier x gate, norm, cosine")
-    stream: bool = Field(False, description="server-sent events: `token`s, then `done` with the response, or `error`")
+    stream: bool = Field(False, description="server-sent events: pieces of the text as they come")
 
-    def _ask(self, arms: tuple[Arm, ...], reference: int) -> Ask:
-        if (self.prompt is None) == (self.messages is None):
-            raise InvalidField("Send exactly one of 'prompt' and 'messages'.", param="prompt")
-        return Ask(
-            prompts=tuple(_listed(self.prompt)),
-            messages=tuple(message.model_dump() for message in self.messages or ()),
-            single=not isinstance(self.prompt, list),
-            arms=arms,
-            reference=reference,
-            positions=self.positions,
-            sampling=self._sampling(),
-            seed=self.seed,
-            n=self.n,
-            trace=self.trace,
-        )
-
-    def _sampling(self) -> Sampling:
+    def sampling(self, max_new_tokens: int, logprobs: int | None) -> Sampling:
         return Sampling(
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=max_new_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
-            stop=tuple(_listed(self.stop)),
+            stop=tuple(listed(self.stop)),
             ignore_eos=self.ignore_eos,
-            logprobs=self.logprobs,
+            logprobs=logprobs,
+        )
+
+
+class _Generated(Rules):
+    """What to generate from, and by which rules."""
+
+    prompt: Prompt | Annotated[list[Prompt], Field(min_length=1, max_length=256)] | None = Field(
+        None, description="a text, or a list of texts: a batch"
+    )
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1024)] | None = Field(
+        None, description="a conversation, put into the model's chat template; instead of `prompt`"
+    )
+    positions: PositionsName | None = Field(
+        None, description="which tokens are steered; absent: as the checkpoint says"
+    )
+    max_new_tokens: int = Field(128, ge=1, le=LONGEST)
+    logprobs: int | None = Field(None, ge=0, le=20, description="log-probabilities of each token and k alternatives")
+    trace: bool = Field(False, description="per token and attribute: gate, multiplier x gate, norm, cosine")
+
+    def _ask(self, arms: tuple[Arm, ...], reference: int) -> Ask:
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidField("Send exactly one of 'prompt' and 'messages'.", param="prompt")
+        return Ask(
+            prompts=tuple(listed(self.prompt)),
+            messages=tuple(message.model_dump() for message in self.messages or ()),
+            single=not isinstance(self.prompt, list),
+            arms=arms,
+            reference=reference,
+            positions=self.positions,
+            sampling=self.sampling(self.max_new_tokens, self.logprobs),
+            seed=self.seed,
+            n=self.n,
+            trace=self.trace,
         )
 
 
@@ -203,11 +211,11 @@ class ScoreRequest(_Steered):
         return ScoreAsk(self.prompt, tuple(self.continuations), self.uses(), self.positions)
 
 
-class VersionRequest(_Request):
+class VersionRequest(StrictRequest):
     """Which version of a checkpoint."""
 
     version: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
 
-def _listed(value: str | list[str] | None) -> list[str]:
+def listed(value: str | list[str] | None) -> list[str]:
     return [] if value is None else [value] if isinstance(value, str) else value

@@ -8,13 +8,13 @@ from starlette.responses import StreamingResponse
 
 from server.api.bodies import TokenBody
 from server.api.problems import error_of, spell
-from server.exchange import Answer, Told
+from server.exchange import Answer, Echo, Told
 
 HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}  # nobody between keeps tokens back
 
 
 def event_stream(
-    told: AsyncIterator[Told | Answer], whole: Callable[[Answer], BaseModel], request: Request
+    told: AsyncIterator[Echo | Told | Answer], whole: Callable[[Answer], BaseModel], request: Request
 ) -> StreamingResponse:
     """`token` events, then one `done` with the `whole` response, or one `error`. A client that leaves ends the rows."""
     return StreamingResponse(
@@ -22,15 +22,31 @@ def event_stream(
     )
 
 
+def data_stream(chunks: AsyncIterator[BaseModel], request: Request) -> StreamingResponse:
+    """Events without names, as OpenAI sends them: the chunks, then `[DONE]`, or one with an `error`."""
+    return StreamingResponse(_data(chunks, request.state.request_id), media_type="text/event-stream", headers=HEADERS)
+
+
+async def _data(chunks: AsyncIterator[BaseModel], request_id: str) -> AsyncIterator[str]:
+    try:
+        async for chunk in chunks:
+            yield f"data: {chunk.model_dump_json()}\n\n"
+    except Exception as exception:
+        yield f"data: {spell(error_of(exception), request_id)}\n\n"
+        return
+    yield "data: [DONE]\n\n"
+
+
 async def _events(
-    told: AsyncIterator[Told | Answer], whole: Callable[[Answer], BaseModel], request_id: str
+    told: AsyncIterator[Echo | Told | Answer], whole: Callable[[Answer], BaseModel], request_id: str
 ) -> AsyncIterator[str]:
     try:
         async for one in told:
-            if isinstance(one, Told):
-                yield _event("token", TokenBody.of(one).model_dump_json())
-            else:
-                yield _event("done", whole(one).model_dump_json())
+            match one:
+                case Told():
+                    yield _event("token", TokenBody.of(one).model_dump_json())
+                case Answer():
+                    yield _event("done", whole(one).model_dump_json())
     except Exception as exception:  # the status has been sent: an error can only be an event
         yield _event("error", spell(error_of(exception), request_id))
 

@@ -16,7 +16,20 @@ from server.engine.reading import compare, score
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 from server.engine.tape import Tape, Work
-from server.engine.types import Divergence, Draw, EngineStats, Event, Failed, Finished, Job, Pair, Row, Sink, Steer
+from server.engine.types import (
+    Divergence,
+    Draw,
+    EngineStats,
+    Event,
+    Failed,
+    Finished,
+    Job,
+    Likelihood,
+    Pair,
+    Row,
+    Sink,
+    Steer,
+)
 from server.errors import EngineDown, GenerationFailed, NotFinite, QueueFull, ServerError
 
 log = logging.getLogger(__name__)
@@ -148,11 +161,11 @@ class Engine:
         return self.begin(compare(self._runner, pair))
 
     def score(
-        self, texts: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], steer: Steer
-    ) -> Future[list[tuple[float, ...]]]:
-        """texts: prompts with their continuations -> the log-probability of each token of each continuation, steered
-        as if it were being generated (nats)."""
-        return self.begin(score(self._runner, texts, steer))
+        self, texts: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], steer: Steer, top: int = 0
+    ) -> Future[list[tuple[Likelihood, ...]]]:
+        """texts: prompts with their continuations -> how likely each token of each continuation is, steered as if it
+        were being generated, beside the `top` likeliest in its place."""
+        return self.begin(score(self._runner, texts, steer, top))
 
     # --- the engine's thread --------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from server.engine.runner import Runner
 from server.engine.tape import Tape, Work
-from server.engine.types import Divergence, Job, Pair, Steer
+from server.engine.types import Divergence, Job, Likelihood, Pair, Steer
 from server.errors import NotFinite, PromptTooLong
 
 # Logits held at once, in numbers: 64 Mi float32 are 256 MB.
@@ -88,12 +88,12 @@ def compare(runner: Runner, pair: Pair) -> Job[Divergence]:
             mine, base = reading.read()
             # A token that is impossible under the model adds nothing; its difference of infinities would be NaN.
             kl += float((mine.exp() * (mine - base)).masked_fill(mine == -torch.inf, 0.0).sum(dim=-1).double().sum())
-            steered += sum(_told(base, pair.steered, start))
+            steered += sum(one.token.logprob for one in _told(base, pair.steered, start))
             yield False
     finally:
         reading.close()
     (told,) = yield from score(runner, [(pair.prompt, pair.baseline)], pair.base)
-    baseline = sum(told)
+    baseline = sum(one.token.logprob for one in told)
     # Before max() and min(), which would turn NaN into a number.
     if not all(map(math.isfinite, (kl, steered, baseline))):
         raise NotFinite("The steered and the unsteered text cannot be compared: the model's output is not finite.")
@@ -106,22 +106,22 @@ def compare(runner: Runner, pair: Pair) -> Job[Divergence]:
 
 
 def score(
-    runner: Runner, texts: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], steer: Steer
-) -> Job[list[tuple[float, ...]]]:
-    """texts: prompts with their continuations -> the log-probability of each token of each continuation, steered as if
-    it were being generated (nats)."""
-    scores: list[tuple[float, ...]] = []
+    runner: Runner, texts: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], steer: Steer, top: int = 0
+) -> Job[list[tuple[Likelihood, ...]]]:
+    """texts: prompts with their continuations -> how likely each token of each continuation is, steered as if it were
+    being generated, beside the `top` likeliest in its place."""
+    scores: list[tuple[Likelihood, ...]] = []
     # The first alone: where the others begin with the same prompt, they then share its keys and values.
     groups = [texts[:1], *(texts[i : i + TOGETHER] for i in range(1, len(texts), TOGETHER))]
     for group in groups:
         tapes = [_tape(prompt, continuation, steer) for prompt, continuation in group]
-        told: list[list[float]] = [[] for _ in group]
+        told: list[list[Likelihood]] = [[] for _ in group]
         reading = Reading(runner, tapes)
         yield from reading.open()
         try:
             while not reading.finished:
                 for mine, (_, continuation), logprobs in zip(told, group, reading.read(), strict=True):
-                    mine += _told(logprobs, continuation, len(mine))
+                    mine += _told(logprobs, continuation, len(mine), top)
                 yield False
         finally:
             reading.close()
@@ -134,8 +134,13 @@ def _tape(prompt: tuple[int, ...], text: tuple[int, ...], steer: Steer) -> Tape:
     return Tape([*prompt, *text[:-1]], len(prompt), steer)
 
 
-def _told(logprobs: Tensor, text: tuple[int, ...], start: int) -> list[float]:
+def _told(logprobs: Tensor, text: tuple[int, ...], start: int, top: int = 0) -> list[Likelihood]:
     """logprobs [tokens, vocab] of what comes at text[start] and after -> those of the tokens that came."""
-    came = torch.tensor(text[start : start + len(logprobs)], dtype=torch.int64, device=logprobs.device)
-    told: list[float] = logprobs.gather(1, came[:, None])[:, 0].tolist()
-    return told
+    came = text[start : start + len(logprobs)]
+    chosen = logprobs.gather(1, torch.tensor(came, dtype=torch.int64, device=logprobs.device)[:, None])[:, 0].tolist()
+    best = logprobs.topk(min(top, logprobs.shape[-1]), dim=-1)
+    alternatives = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [
+        Likelihood.of(token, zip(*others, strict=True))
+        for token, others in zip(zip(came, chosen, strict=True), alternatives, strict=True)
+    ]

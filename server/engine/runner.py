@@ -11,7 +11,7 @@ from server.engine.forward import Forward
 from server.engine.kv_cache import KVCache
 from server.engine.sampler import Drawn, Sampler
 from server.engine.tape import Tape, Work
-from server.engine.types import Draw, Row, TokenLogprob, Touch
+from server.engine.types import Draw, Likelihood, Row, Touch
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,9 @@ def _draws(tapes: Sequence[Tape], drawn: Drawn, host: list[int], touches: Sequen
     draws = []
     for i, tape in enumerate(tapes):
         wanted = tape.row.sampling.logprobs if tape.row else None
-        logprob: TokenLogprob | None = None
-        top: tuple[TokenLogprob, ...] = ()
+        likelihood = None
         if chosen and wanted is not None:
-            logprob = TokenLogprob(tokens[i], chosen[i])
-        if top_tokens and top_logprobs and wanted:
-            pairs = zip(top_tokens[i][:wanted], top_logprobs[i], strict=False)
-            top = tuple(TokenLogprob(*pair) for pair in pairs)
-        draws.append(Draw(tokens[i], bool(finite[i]), logprob, top, touches[i]))
+            top = zip(top_tokens[i][:wanted], top_logprobs[i], strict=False) if top_tokens and top_logprobs else ()
+            likelihood = Likelihood.of((tokens[i], chosen[i]), top)
+        draws.append(Draw(tokens[i], bool(finite[i]), likelihood, touches[i]))
     return draws

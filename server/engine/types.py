@@ -1,6 +1,6 @@
 """What crosses the engine's boundary. No tensors here."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
@@ -62,6 +62,19 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True)
+class Likelihood:
+    """How likely a token of a text was, beside the likeliest in its place, best first."""
+
+    token: TokenLogprob
+    top: tuple[TokenLogprob, ...] = ()
+
+    @classmethod
+    def of(cls, token: tuple[int, float], top: Iterable[tuple[int, float]] = ()) -> "Likelihood":
+        """From pairs of a token and its log-probability."""
+        return cls(TokenLogprob(*token), tuple(TokenLogprob(*pair) for pair in top))
+
+
+@dataclass(frozen=True)
 class Touch:
     """What one column did to the activation from which a token came (steering.operators.Trace)."""
 
@@ -79,8 +92,7 @@ class Draw:
 
     token: int
     finite: bool = True  # False: the logits were NaN or infinite, and the token means nothing
-    logprob: TokenLogprob | None = None
-    top: tuple[TokenLogprob, ...] = ()
+    likelihood: Likelihood | None = None
     touches: tuple[Touch, ...] = ()
 
 

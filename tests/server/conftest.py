@@ -1,5 +1,7 @@
 """A tiny real model with a real tokenizer, checkpoints for it, and a real server: built once, in seconds."""
 
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import uvicorn
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -167,6 +170,20 @@ def world(settings: Settings) -> Iterator[World]:
     app = create_app(settings)
     with TestClient(app) as client:
         yield World(app, client)
+
+
+@pytest.fixture(scope="session")
+def address(world: World) -> Iterator[str]:
+    """The same server behind a real socket."""
+    config = uvicorn.Config(world.app, port=0, log_config=None, access_log=False, lifespan="off")
+    listening = uvicorn.Server(config)
+    thread = threading.Thread(target=listening.run)
+    thread.start()
+    while not listening.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{listening.servers[0].sockets[0].getsockname()[1]}"
+    listening.should_exit = True
+    thread.join()
 
 
 @pytest.fixture

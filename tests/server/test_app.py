@@ -24,7 +24,8 @@ def test_the_api_is_described(world: World) -> None:
     schema = world.client.get("/openapi.json").json()
     one = "/checkpoints/{name}"
     routes = {"/generate", "/compare", "/score", "/checkpoints", one, f"{one}/load", f"{one}/activate"}
-    assert set(schema["paths"]) == {*routes, "/healthz", "/readyz"}
+    openai = {"/v1/models", "/v1/models/{name}", "/v1/completions", "/v1/chat/completions"}
+    assert set(schema["paths"]) == {*routes, *openai, "/healthz", "/readyz"}
     assert world.client.get("/docs").status_code == 200
 
 

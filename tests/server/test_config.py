@@ -97,7 +97,7 @@ def test_an_architecture_that_cannot_be_steered_ends_the_start(tmp_path: Path, s
 
 def test_the_served_name_is_the_id_or_the_folder(tmp_path: Path) -> None:
     (tmp_path / "demo" / "model").mkdir(parents=True)
-    assert Settings(model=str(tmp_path / "demo" / "model")).served_name == "demo"
+    assert Settings(model=str(tmp_path / "demo" / "model")).served_name == "demo-model"
     assert Settings(model=str(tmp_path / "demo")).served_name == "demo"
     assert Settings(model="org/name").served_name == "org/name"
     assert Settings(model="org/name", model_name="mine").served_name == "mine"

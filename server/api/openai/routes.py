@@ -1,0 +1,66 @@
+"""GET /v1/models, POST /v1/completions and /v1/chat/completions."""
+
+import time
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import StreamingResponse
+
+from server.api.deps import ServiceOf
+from server.api.disconnect import unless_gone
+from server.api.openai.requests import ChatRequest, CompletionRequest
+from server.api.openai.responses import ChatCompletion, Completion, ModelBody, ModelList
+from server.api.openai.writers import ChatWriter, CompletionWriter, chunks
+from server.api.sse import data_stream
+from server.errors import UnknownModel
+from server.service import Service
+
+router = APIRouter(prefix="/v1", tags=["openai"])
+
+
+@router.get("/models")
+def models(service: ServiceOf) -> ModelList:
+    """The base model, which is unsteered, and every loaded checkpoint, which steers by its default multipliers."""
+    return ModelList(data=_models(service))
+
+
+@router.get("/models/{name:path}")
+def model(name: str, service: ServiceOf) -> ModelBody:
+    """One of them."""
+    for found in _models(service):
+        if found.id == name:
+            return found
+    raise UnknownModel(f"There is no model {name!r}; GET /v1/models lists those there are.", param="model")
+
+
+@router.post("/completions", response_model=Completion)
+async def completions(body: CompletionRequest, request: Request, service: ServiceOf) -> Completion | StreamingResponse:
+    """Continue texts; with `echo` and `logprobs` also the log-probabilities of the given text under the steering."""
+    writer = CompletionWriter(body, _head("cmpl", body.model, request))
+    if body.stream:
+        return data_stream(chunks(await service.stream(body.ask(service.model)), writer), request)
+    return writer.whole(await unless_gone(request, service.generate(body.ask(service.model))))
+
+
+@router.post("/chat/completions", response_model=ChatCompletion)
+async def chat(body: ChatRequest, request: Request, service: ServiceOf) -> ChatCompletion | StreamingResponse:
+    """Answer in a conversation."""
+    writer = ChatWriter(body, _head("chatcmpl", body.model, request))
+    if body.stream:
+        return data_stream(chunks(await service.stream(body.ask(service.model)), writer), request)
+    return writer.whole(await unless_gone(request, service.generate(body.ask(service.model))))
+
+
+def _head(kind: str, model: str, request: Request) -> dict[str, Any]:
+    return {"id": f"{kind}-{request.state.request_id}", "created": int(time.time()), "model": model}
+
+
+def _models(service: Service) -> list[ModelBody]:
+    base = ModelBody(id=service.model, created=service.created, root=service.model, attributes={})
+    return [
+        base,
+        *(
+            ModelBody(id=loaded.label, created=loaded.created, root=service.model, attributes=loaded.defaults)
+            for loaded in service.registry.loaded
+        ),
+    ]

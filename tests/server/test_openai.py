@@ -1,0 +1,266 @@
+"""The OpenAI routes, through OpenAI's own client."""
+
+import asyncio
+from typing import Any
+
+import openai
+import pytest
+import torch
+
+from steering.hook import steered
+from tests.server.conftest import World, columns
+
+PROMPT = "Q: What colour is the sky?"
+MESSAGES: Any = [{"role": "user", "content": "What colour?"}]
+
+
+@pytest.fixture(scope="module")
+def client(address: str) -> Any:
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+def test_models_are_the_base_and_what_is_loaded(world: World, client: openai.OpenAI) -> None:
+    world.post(prompt="a", checkpoint="demo@1", max_new_tokens=1)
+    found = {model.id: model for model in client.models.list()}
+    assert {"tiny", "demo@1", "demo@2"} <= set(found)
+    assert client.models.retrieve("demo@1") == found["demo@1"]
+    assert dict(found["demo@1"])["attributes"] == {"kind": 1.0, "true": 1.0, "fair": 1.0}
+    with pytest.raises(openai.NotFoundError) as failure:
+        client.models.retrieve("nothing")
+    assert failure.value.code is None
+    assert failure.value.type == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "same"),
+    [
+        ("tiny", {}, {"attributes": {}}),
+        ("demo@1", {}, {"checkpoint": "demo@1"}),
+        ("demo", {}, {"checkpoint": "demo"}),
+        ("tiny", {"steering": {"attributes": {"kind": 2.0}}}, {"attributes": {"kind": 2.0}}),
+        ("tiny", {"steering": {"checkpoint": "other"}}, {"checkpoint": "other"}),
+        ("other", {"steering": {"attributes": {"true": -1}}}, {"checkpoint": "other", "attributes": {"true": -1}}),
+        ("demo@1", {"steering": {"positions": "all"}}, {"checkpoint": "demo@1", "positions": "all"}),
+        ("tiny", {"top_k": 5, "min_p": 0.01}, {"attributes": {}, "top_k": 5, "min_p": 0.01}),
+    ],
+)
+def test_a_model_name_and_options_mean_what_generate_means(
+    world: World, client: openai.OpenAI, name: str, extra: dict[str, Any], same: dict[str, Any]
+) -> None:
+    whole = world.post(prompt=PROMPT, max_new_tokens=20, temperature=1.5, seed=7, n=2, **same)["results"]
+    answer = client.completions.create(
+        model=name, prompt=PROMPT, max_tokens=20, temperature=1.5, seed=7, n=2, extra_body=extra
+    )
+    assert [choice.text for choice in answer.choices] == [result["text"] for result in whole]
+    assert [choice.finish_reason for choice in answer.choices] == [result["finish_reason"] for result in whole]
+    for choice, result in zip(answer.choices, whole, strict=True):
+        for field in (
+            ("sha256", "attributes", "positions", "steered_tokens") if extra.get("steering") else ("attributes",)
+        ):
+            assert dict(choice)["steering"][field] == result["steering"][field]
+    assert answer.model == name
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == whole[0]["usage"]["prompt_tokens"]
+    assert answer.usage.completion_tokens == sum(result["usage"]["completion_tokens"] for result in whole)
+
+
+def test_prompts_may_be_token_ids_and_batches(world: World, client: openai.OpenAI, spelling: Any) -> None:
+    texts = [PROMPT, "Q: Where"]
+    ids = [spelling(text)["input_ids"] for text in texts]
+    rules: Any = {"model": "demo@1", "max_tokens": 8, "temperature": 0}
+    expected = [
+        r["text"] for r in world.post(prompt=texts, checkpoint="demo@1", max_new_tokens=8, temperature=0)["results"]
+    ]
+    given: list[Any] = [texts, ids]
+    for prompt in given:
+        found = client.completions.create(prompt=prompt, **rules)
+        assert [choice.text for choice in found.choices] == expected
+        assert [choice.index for choice in found.choices] == [0, 1]
+    assert client.completions.create(prompt=ids[0], **rules).choices[0].text == expected[0]
+    with pytest.raises(openai.UnprocessableEntityError, match="token 99999"):
+        client.completions.create(prompt=[1, 99999], **rules)
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_a_streamed_completion_is_the_whole_one(client: openai.OpenAI, echo: bool) -> None:
+    body: Any = {
+        "model": "demo@1",
+        "prompt": [PROMPT, "Ünïcödé 東"],
+        "max_tokens": 30,
+        "temperature": 2,
+        "seed": 3,
+        "n": 2,
+    }
+    body |= {"logprobs": 2, "echo": echo, "extra_body": {"steering": {"trace": True}}}
+    whole = client.completions.create(**body)
+    pieces = list(client.completions.create(**body, stream=True, stream_options={"include_usage": True}))
+    assert pieces[-1].usage == whole.usage
+    assert not pieces[-1].choices
+    assert len({piece.id for piece in pieces}) == 1
+    for choice in whole.choices:
+        own = [c for piece in pieces for c in piece.choices if c.index == choice.index]
+        assert "".join(c.text for c in own) == choice.text
+        assert choice.text.startswith(body["prompt"][choice.index // 2]) is echo
+        assert [c.finish_reason for c in own][-1] == choice.finish_reason
+        assert choice.logprobs is not None
+        told = [c.logprobs for c in own if c.logprobs]
+        for field in ("tokens", "text_offset"):
+            assert [x for one in told for x in getattr(one, field)] == getattr(choice.logprobs, field)
+        traced = [token["token_id"] for c in own for token in dict(c)["trace"] or []]
+        assert traced == [token["token_id"] for token in dict(choice)["trace"]]
+        assert dict(own[-1])["steering"] == dict(choice)["steering"]
+
+
+@pytest.mark.parametrize("model_name", ["tiny", "demo@1"])
+def test_echo_tells_the_log_probabilities_of_the_prompt(
+    client: openai.OpenAI, model: Any, spelling: Any, model_name: str
+) -> None:
+    ids = spelling(PROMPT)["input_ids"]
+    answer = client.completions.create(
+        model=model_name, prompt=[ids, ids[:1]], max_tokens=1, temperature=0, logprobs=3, echo=True
+    )
+    mix = (1.0, 1.0, 1.0) if model_name == "demo@1" else (0.0, 0.0, 0.0)
+    with (
+        torch.inference_mode(),
+        steered(model, columns(32, seed=1), mix, mask=torch.ones(1, len(ids), dtype=torch.bool)),
+    ):
+        logs = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0].double(), dim=-1)
+    found = answer.choices[0].logprobs
+    assert found is not None
+    assert answer.choices[0].text.startswith(PROMPT)
+    assert found.tokens is not None
+    assert found.tokens[:-1] == [spelling.decode([token]) for token in ids]
+    assert found.token_logprobs is not None
+    assert found.token_logprobs[0] is None
+    expected = [float(logs[place, token]) for place, token in enumerate(ids[1:])]
+    assert found.token_logprobs[1:-1] == pytest.approx(expected, rel=1e-4)
+    assert found.top_logprobs is not None
+    for place, told in enumerate(found.top_logprobs[1:-1]):
+        best = logs[place].topk(1)
+        assert told is not None
+        assert max(told.values()) == pytest.approx(float(best.values), rel=1e-4)
+        assert max(told, key=lambda token: told[token]) == spelling.decode(best.indices.tolist())
+    assert found.text_offset is not None
+    assert all(
+        PROMPT[offset:].startswith(token) for offset, token in zip(found.text_offset[:-1], found.tokens, strict=False)
+    )
+    lone = answer.choices[1].logprobs
+    assert lone is not None
+    assert lone.token_logprobs is not None
+    assert len(lone.token_logprobs) == 2
+
+
+def test_chat_whole_streamed_and_async_say_the_same(world: World, address: str, client: openai.OpenAI) -> None:
+    body: Any = {"model": "demo@1", "messages": MESSAGES, "max_tokens": 25, "temperature": 1.5, "seed": 4, "n": 2}
+    body |= {"logprobs": True, "top_logprobs": 2}
+    whole = client.chat.completions.create(**body)
+    same = world.post(
+        messages=MESSAGES, checkpoint="demo@1", max_new_tokens=25, temperature=1.5, seed=4, n=2, logprobs=2
+    )["results"]
+    assert [choice.message.content for choice in whole.choices] == [result["text"] for result in same]
+    for choice, result in zip(whole.choices, same, strict=True):
+        assert choice.logprobs is not None
+        assert choice.logprobs.content is not None
+        assert [one.token for one in choice.logprobs.content] == [one["token"] for one in result["logprobs"]]
+        assert all(len(one.top_logprobs) == 2 for one in choice.logprobs.content)
+
+    def texts(pieces: list[Any]) -> list[str]:
+        found = ["", ""]
+        for piece in pieces:
+            for choice in piece.choices:
+                found[choice.index] += choice.delta.content or ""
+        return found
+
+    expected = [result["text"] for result in same]
+    pieces = list(client.chat.completions.create(**body, stream=True))
+    assert texts(pieces) == expected
+    assert {c.finish_reason for piece in pieces[-2:] for c in piece.choices} <= {"stop", "length"}
+
+    async def streamed() -> tuple[Any, list[Any]]:
+        async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none") as other:
+            answer, stream = await asyncio.gather(
+                other.chat.completions.create(**body), other.chat.completions.create(**body, stream=True)
+            )
+            return answer, [piece async for piece in stream]
+
+    answer, pieces = asyncio.run(streamed())
+    assert [choice.message.content for choice in answer.choices] == expected
+    assert texts(pieces) == expected
+
+
+def test_messages_may_be_parts_and_come_from_a_developer(client: openai.OpenAI) -> None:
+    def ask(messages: Any) -> str | None:
+        body: Any = {"model": "demo@1", "max_completion_tokens": 12, "temperature": 0}
+        return client.chat.completions.create(messages=messages, **body).choices[0].message.content
+
+    parts = [{"type": "text", "text": "What "}, {"type": "text", "text": "colour?"}]
+    assert ask([{"role": "user", "content": parts}]) == ask(MESSAGES)
+    assert ask([{"role": "developer", "content": "Be kind."}, *MESSAGES]) == ask(
+        [{"role": "system", "content": "Be kind."}, *MESSAGES]
+    )
+
+
+def test_a_chat_ends_where_the_model_has_no_room(client: openai.OpenAI) -> None:
+    body: Any = {"model": "tiny", "messages": MESSAGES, "extra_body": {"ignore_eos": True}}
+    answer = client.chat.completions.create(**body)
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == 96
+
+
+def test_fields_that_ask_for_nothing_are_taken(client: openai.OpenAI) -> None:
+    neutral = {
+        "presence_penalty": 0,
+        "frequency_penalty": 0.0,
+        "logit_bias": {},
+        "user": "u",
+        "stop": None,
+        "seed": None,
+    }
+    body: Any = {"model": "tiny", "temperature": 0, "max_tokens": 4}
+    plain = client.completions.create(prompt=PROMPT, **body)
+    given = client.completions.create(prompt=PROMPT, **body, extra_body=neutral | {"best_of": 1, "suffix": None})
+    assert given.choices[0].text == plain.choices[0].text
+    client.chat.completions.create(messages=MESSAGES, **body, extra_body=neutral | {"tools": [], "n": None})
+
+
+@pytest.mark.parametrize(
+    ("extra", "status", "param", "sentence"),
+    [
+        ({"presence_penalty": 0.5}, 400, "presence_penalty", "not supported"),
+        ({"tools": [{"type": "function"}]}, 400, "tools", "not supported"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format", "not supported"),
+        ({"max_new_tokens": 5}, 400, "max_new_tokens", "no field 'max_new_tokens'"),
+        ({"steering": {"strength": 1}}, 400, "steering.strength", "no field"),
+        ({"steering": {"attributes": {"nonsense": 1}}}, 422, "steering.attributes.nonsense", "it has kind"),
+        ({"steering": {"checkpoint": "gone"}}, 404, "steering.checkpoint", "no checkpoint"),
+        ({"model": "gpt-4"}, 404, "model", "no model 'gpt-4'; GET /v1/models"),
+        ({"model": "demo", "steering": {"checkpoint": "other"}}, 422, "steering.checkpoint", "already"),
+        ({"stream_options": {"include_usage": True}}, 422, "stream_options", "streams only"),
+        ({"top_logprobs": 2, "logprobs": False}, 422, "top_logprobs", "needs 'logprobs'"),
+        ({"max_completion_tokens": 3}, 422, "max_tokens", "not both"),
+        ({"temperature": -1}, 422, "temperature", "greater than or equal to 0"),
+        ({"messages": [{"role": "user", "content": 5}]}, 422, "messages.0.content", "string or a list"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 422, "messages.0.content.0", "type"),
+        ({"messages": [{"role": "nurse", "content": "a"}]}, 422, "messages.0.role", "system"),
+    ],
+)
+def test_what_is_wrong_is_named(
+    client: openai.OpenAI, extra: dict[str, Any], status: int, param: str, sentence: str
+) -> None:
+    with pytest.raises(openai.APIStatusError, match=sentence) as failure:
+        client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=3, extra_body=extra)
+    assert failure.value.status_code == status
+    assert str(failure.value.param).startswith(param)
+
+
+def test_an_error_in_a_stream_is_its_last_event(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> str:
+        raise RuntimeError
+
+    monkeypatch.setattr(fresh.service.codec, "spell", broken)
+    body = {"model": "demo", "prompt": "a", "stream": True, "logprobs": 1}
+    lines = fresh.client.post("/v1/completions", json=body).text.split("\n\n")
+    assert '"internal_error"' in lines[-2]
+    assert "[DONE]" not in lines
