@@ -38,7 +38,7 @@ def create_app(settings: Settings) -> FastAPI:
     for kind in (ServerError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _answer)
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
-    app.add_middleware(RequestMiddleware)  # the last one added is the outermost
+    app.add_middleware(RequestMiddleware, on_end=service.metrics.request)  # the last one added is the outermost
     return app
 
 

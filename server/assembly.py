@@ -12,7 +12,9 @@ from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 from server.engine.support import cache_size, open_forward, text_limit
 from server.errors import ServerError, StartupError
-from server.registry import Registry, fits_model
+from server.metrics import Metrics
+from server.registry import Loaded, Registry, fits_model
+from server.remembered import recall, remember
 from server.service import Service
 from server.text import Codec
 from steering.columns import ColumnBank
@@ -64,14 +66,23 @@ def _wire(settings: Settings, loaded: LoadedModel) -> Service:
         decode=codec.decode,
         queue_limit=settings.queue_limit,
         stall_s=settings.stall_s,
+        deadline_s=settings.deadline_s,
     )
-    return Service(settings, codec, engine, Registry(settings.checkpoints, bank, fits, engine.call))
+    registry = Registry(settings.checkpoints, bank, fits, engine.call)
+    return Service(settings, codec, engine, registry, Metrics(engine, registry))
 
 
 def _activate(registry: Registry, settings: Settings) -> str:
-    """The chosen checkpoint, or the obvious one; a server without any serves the model unsteered."""
+    """The chosen checkpoint, that of the last run, or the obvious one; a server without any serves unsteered."""
     for entry in registry.entries():
         if entry.problem:
             log.warning("checkpoint %s@%s cannot be loaded: %s", entry.name, entry.version, entry.problem)
-    active = registry.activate(settings.checkpoint) if settings.checkpoint else registry.activate_default()
+    root, model = settings.checkpoints, settings.served_name
+    before = registry.restore(recall(root, model)) if settings.remember else None
+    if settings.checkpoint:
+        active: Loaded | None = registry.activate(settings.checkpoint)
+    else:
+        active = before or registry.activate_default()
+    if settings.remember:
+        registry.on_change = lambda: remember(root, registry.served(model))
     return active.label if active else "none"

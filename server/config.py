@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from server.errors import StartupError
@@ -46,11 +46,26 @@ class Settings(BaseSettings):
     max_context: int | None = Field(
         default=None, ge=2, description="tokens a sequence may have; default: the model's own limit"
     )
+    deadline_s: float = Field(default=600.0, gt=0, description="a request that takes longer ends with a 504")
+    api_key: SecretStr | None = Field(
+        default=None, description="clients send it as a Bearer token; unset: nobody is asked"
+    )
+    admin_key: SecretStr | None = Field(
+        default=None, description="the same for changing checkpoints; unset: the API key is enough"
+    )
+    remember: bool = Field(
+        default=True, description="keep what is loaded and active in the checkpoints folder, for the next start"
+    )
     stall_s: float = Field(default=300.0, gt=0, description="a step longer than this makes /readyz say no")
     drain_s: float = Field(
         default=30.0, ge=0, le=86400, description="running requests get this long to finish at a shutdown; then: 503"
     )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @field_validator("api_key", "admin_key", mode="before")
+    @classmethod
+    def _empty_is_unset(cls, given: Any) -> Any:
+        return given or None
 
     @model_validator(mode="after")
     def _every_row_has_its_token(self) -> Self:

@@ -7,6 +7,8 @@ ServerError                      500  internal_error
 ├── BadRequest                   400  bad_request
 │   ├── UnsupportedField         400  unsupported_field    (on the OpenAI routes)
 │   └── Refused                  4xx  the status's own name, as in unsupported_media_type
+├── Unauthorized                 401  unauthorized         (with WWW-Authenticate)
+├── Forbidden                    403  forbidden
 ├── NotFound                     404  not_found
 │   ├── UnknownCheckpoint        404  unknown_checkpoint
 │   └── UnknownModel             404  model_not_found      (OpenAI's word)
@@ -22,7 +24,8 @@ ServerError                      500  internal_error
 ├── ClientGone                   499  client_gone          (nobody is left to read it)
 ├── GenerationFailed             500  generation_failed
 │   └── NotFinite                500  not_finite
-└── EngineDown                   503  engine_down
+├── EngineDown                   503  engine_down
+└── DeadlineExceeded             504  deadline_exceeded
 """
 
 from http import HTTPStatus
@@ -69,6 +72,20 @@ class UnsupportedField(BadRequest):
     """A field, or a value of one, that OpenAI's API has and this server does not."""
 
     type = "unsupported_field"
+
+
+class Unauthorized(ServerError):
+    status = 401
+    type = "unauthorized"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"WWW-Authenticate": "Bearer"}
+
+
+class Forbidden(ServerError):
+    status = 403
+    type = "forbidden"
 
 
 class NotFound(ServerError):
@@ -163,3 +180,8 @@ class NotFinite(GenerationFailed):
 class EngineDown(ServerError):
     status = 503
     type = "engine_down"
+
+
+class DeadlineExceeded(ServerError):
+    status = 504
+    type = "deadline_exceeded"

@@ -24,8 +24,10 @@ def listen(settings: Settings) -> socket.socket:
     except (OSError, UnicodeError) as error:  # the second for a host that no name may be
         why = error.strerror if isinstance(error, OSError) else error
         raise StartupError(f"The server cannot listen on {where}: {why}.") from error
-    if not ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback:
-        log.warning("%s can be reached from other machines, and the server asks nobody for a key", where)
+    if settings.api_key is None and not ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback:
+        log.warning(
+            "%s can be reached from other machines, and the server asks nobody for a key: set MATSTEER_API_KEY", where
+        )
     return bound
 
 

@@ -5,6 +5,7 @@ import re
 import secrets
 import string
 import time
+from collections.abc import Callable
 from urllib.parse import quote
 
 from starlette.exceptions import HTTPException
@@ -22,8 +23,10 @@ LOGGED = 200  # characters of a path in the log
 class RequestMiddleware:
     """Keeps a client's own X-Request-Id where it is plain; answers with it, logs it, and puts it into errors."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, on_end: Callable[[str, int, float], None]) -> None:
+        """`on_end` is told route, status and seconds of every request; status 0: the client went before it had one."""
         self._app = app
+        self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -48,8 +51,9 @@ class RequestMiddleware:
                 raise
             await render(error_of(exception), request_id)(scope, receive, tagged)
         finally:
-            elapsed = (time.monotonic() - started) * 1000
-            log.info("%s %s %s %d %.1f ms", request_id, scope["method"], _path(scope), status, elapsed)
+            elapsed = time.monotonic() - started
+            log.info("%s %s %s %d %.1f ms", request_id, scope["method"], _path(scope), status, elapsed * 1000)
+            self._on_end(getattr(scope.get("route"), "path", "other"), status, elapsed)
 
 
 class BodyLimit:

@@ -14,11 +14,13 @@ from server.errors import (
     CheckpointInUse,
     EngineDown,
     InvalidField,
+    ServerError,
     UnknownAttribute,
     UnknownCheckpoint,
     UnusableCheckpoint,
     WrongModel,
 )
+from server.remembered import Served
 from steering import checkpoint as folders
 from steering.checkpoint import Checkpoint, base_model_info, verify_against, verify_sites
 from steering.columns import ColumnBank, Handle
@@ -121,7 +123,16 @@ class Registry:
     `renew` and `activate` do. What is replaced or unloaded serves the requests that hold it to their end.
     """
 
-    def __init__(self, root: Path, bank: ColumnBank, fits: Callable[[Checkpoint], None], on_engine: OnEngine) -> None:
+    def __init__(
+        self,
+        root: Path,
+        bank: ColumnBank,
+        fits: Callable[[Checkpoint], None],
+        on_engine: OnEngine,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_change` is called when somebody has loaded, activated or unloaded a checkpoint for good."""
+        self.on_change = on_change
         self._root = root
         self._bank = bank
         self._fits = fits
@@ -171,7 +182,10 @@ class Registry:
                 self._loaded[key], self._meant[name] = new, key
         if old is not None and old is not new:
             self._retire(old)
-        return self._activate(new) if activate else new
+        if activate:
+            self._activate(new)
+        self.on_change()
+        return new
 
     def unload(self, name: str, version: str | None = None) -> list[str]:
         """Take a version, or all versions of a name, out; says which there were.
@@ -189,12 +203,36 @@ class Registry:
             self._folder(name, version, "name" if version is None else "version")
         for one in retired:
             self._retire(one)
+        self.on_change()
         return [one.label for one in retired]
 
     def _activate(self, loaded: Loaded) -> Loaded:
         with self._lock:
             self._active = (loaded.name, loaded.version)
         return loaded
+
+    def served(self, model: str) -> Served:
+        """What is loaded and active now."""
+        with self._lock:
+            active = "@".join(self._active) if self._active else None
+            return Served(model, active, tuple(map("@".join, sorted(self._loaded))), dict(self._meant.values()))
+
+    def restore(self, served: Served) -> Loaded | None:
+        """Load what was loaded, as far as it is still there; returns what was active."""
+        for label in served.loaded:
+            try:
+                loaded = self.load(label)
+            except ServerError as error:
+                log.warning("checkpoint %s was loaded before, and cannot be now: %s", label, error.message)
+                continue
+            if served.meant.get(loaded.name) == loaded.version:
+                with self._lock:
+                    self._meant[loaded.name] = loaded.name, loaded.version
+        try:
+            return self.activate(served.active) if served.active else None
+        except ServerError as error:
+            log.warning("checkpoint %s was active before, and cannot be now: %s", served.active, error.message)
+            return None
 
     def activate_default(self) -> Loaded | None:
         """The only loadable checkpoint, or the one called "demo"; None when there is no such."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from server.config import Settings
 from server.engine.engine import Engine
 from server.engine.types import Draw, Finished, Likelihood, Pair, PositionsName, Row, Steer, TokenLogprob
-from server.errors import InvalidField, UnknownCheckpoint, UnknownModel
+from server.errors import DeadlineExceeded, InvalidField, UnknownCheckpoint, UnknownModel
 from server.exchange import (
     Answer,
     ArmAnswer,
@@ -31,6 +31,7 @@ from server.exchange import (
     Traced,
     Use,
 )
+from server.metrics import Metrics
 from server.registry import Holding, Loaded, Registry
 from server.text import Codec
 from server.ticket import Ticket
@@ -61,13 +62,14 @@ class _Run:
 class Service:
     """What the server can do, for any front end."""
 
-    def __init__(self, settings: Settings, codec: Codec, engine: Engine, registry: Registry) -> None:
+    def __init__(self, settings: Settings, codec: Codec, engine: Engine, registry: Registry, metrics: Metrics) -> None:
         self.settings = settings
         self.model = settings.served_name
         self.created = int(time.time())
         self.codec = codec
         self.engine = engine
         self.registry = registry
+        self.metrics = metrics
 
     async def generate(self, ask: Ask) -> Answer:
         """Every prompt, `n` times, by every arm.
@@ -94,7 +96,9 @@ class Service:
         try:
             steering = await asyncio.to_thread(self._resolve, ask.uses, ask.positions, holding)
             future = self.engine.score(texts, steering.steer)
-            told = await asyncio.wrap_future(future)
+            told = await asyncio.wait_for(asyncio.wrap_future(future), self.settings.deadline_s)
+        except TimeoutError:
+            raise DeadlineExceeded(f"The request took longer than {self.settings.deadline_s:g} s.") from None
         finally:
             holding.close()
         return ScoreAnswer(
@@ -165,6 +169,8 @@ class Service:
 
     async def _answer(self, run: _Run) -> Answer:
         finished = await run.ticket.finished()
+        for event in finished:
+            self.metrics.text(event)
         events = [finished[arm :: len(run.arms)] for arm in range(len(run.arms))]
         reference = run.ask.reference
         arms = []

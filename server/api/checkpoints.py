@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 
 from server.api.bodies import (
     AttributeBody,
@@ -14,16 +14,18 @@ from server.api.bodies import (
     UnloadedBody,
 )
 from server.api.deps import ServiceOf
+from server.api.keys import asks_admin_key, asks_key
 from server.api.schemas import VersionRequest
 from server.errors import UnknownCheckpoint
 from server.registry import Entry
 
 router = APIRouter(prefix="/checkpoints", tags=["checkpoints"])
+READS, CHANGES = [Depends(asks_key)], [Depends(asks_admin_key)]
 
 # Plain functions: they read files, and run in a thread of their own.
 
 
-@router.get("")
+@router.get("", dependencies=READS)
 def checkpoints(service: ServiceOf) -> CheckpointListBody:
     """Every complete checkpoint folder: which are loaded, which is active, which cannot be loaded and why."""
     active = service.registry.active
@@ -33,7 +35,7 @@ def checkpoints(service: ServiceOf) -> CheckpointListBody:
     )
 
 
-@router.get("/{name}")
+@router.get("/{name}", dependencies=READS)
 def checkpoint(name: str, service: ServiceOf) -> CheckpointVersionsBody:
     """Every version of one checkpoint, with how it was trained and evaluated."""
     entries = service.registry.entries(name)
@@ -42,19 +44,19 @@ def checkpoint(name: str, service: ServiceOf) -> CheckpointVersionsBody:
     return CheckpointVersionsBody(name=name, versions=[_detail(entry) for entry in entries])
 
 
-@router.post("/{name}/load")
+@router.post("/{name}/load", dependencies=CHANGES)
 def load(name: str, service: ServiceOf, body: VersionRequest | None = None) -> LoadedBody:
     """Load a version (absent: the newest) as its folder is now. Requests that run finish on what they began with."""
     return LoadedBody.of(service.registry.renew(name, body.version if body else None))
 
 
-@router.post("/{name}/activate")
+@router.post("/{name}/activate", dependencies=CHANGES)
 def activate(name: str, service: ServiceOf, body: VersionRequest | None = None) -> LoadedBody:
     """The same, and requests that name no checkpoint get it from now on."""
     return LoadedBody.of(service.registry.renew(name, body.version if body else None, activate=True))
 
 
-@router.delete("/{name}")
+@router.delete("/{name}", dependencies=CHANGES)
 def unload(name: str, service: ServiceOf, version: str | None = None) -> UnloadedBody:
     """Take a version (absent: all) out of the device's memory; the folder stays, and a request loads it again."""
     return UnloadedBody(unloaded=service.registry.unload(name, version))

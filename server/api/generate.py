@@ -1,15 +1,16 @@
 """POST /generate, /compare and /score."""
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from starlette.responses import StreamingResponse
 
 from server.api.bodies import CompareResponse, GenerateResponse, ScoreResponse
 from server.api.deps import ServiceOf
 from server.api.disconnect import unless_gone
+from server.api.keys import asks_key
 from server.api.schemas import CompareRequest, GenerateRequest, ScoreRequest
 from server.api.sse import event_stream
 
-router = APIRouter(tags=["generate"])
+router = APIRouter(tags=["generate"], dependencies=[Depends(asks_key)])
 
 
 @router.post("/generate", response_model=GenerateResponse)

@@ -1,7 +1,8 @@
 """Health, readiness, and the page at /."""
 
 from fastapi import APIRouter, Request
-from starlette.responses import HTMLResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
 from server.api.bodies import HealthBody, ReadyBody
 from server.api.deps import ServiceOf
@@ -29,6 +30,12 @@ async def readyz(service: ServiceOf) -> ReadyBody:
         raise EngineDown(f"Not ready: {trouble}.")
     active = service.registry.active
     return ReadyBody(model=service.model, checkpoint=active.label if active else None)
+
+
+@router.get("/metrics", response_class=PlainTextResponse)
+async def metrics(service: ServiceOf) -> Response:
+    """Counters, gauges and histograms, for Prometheus."""
+    return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/", include_in_schema=False)

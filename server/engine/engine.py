@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from server.engine.calls import Call, Calls
 from server.engine.progress import Progress
 from server.engine.reading import compare, score
 from server.engine.runner import Runner
@@ -25,12 +26,13 @@ from server.engine.types import (
     Finished,
     Job,
     Likelihood,
+    Load,
     Pair,
     Row,
     Sink,
     Steer,
 )
-from server.errors import EngineDown, GenerationFailed, NotFinite, QueueFull, ServerError
+from server.errors import DeadlineExceeded, EngineDown, GenerationFailed, NotFinite, QueueFull, ServerError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -48,17 +50,11 @@ class _Cancel:
     request: str
 
 
-@dataclass(frozen=True)
-class _Call:
-    job: Job[Any]
-    future: Future[Any]
-
-
 class _Wake:
     """Nothing to do but look whether to stop."""
 
 
-Message = _Submit | _Cancel | _Call | _Wake
+Message = _Submit | _Cancel | Call | _Wake
 
 
 class Engine:
@@ -73,6 +69,7 @@ class Engine:
         decode: Callable[..., str],
         queue_limit: int = 256,
         stall_s: float = 300.0,
+        deadline_s: float = 600.0,
     ) -> None:
         self.stats = EngineStats()
         self._runner = runner
@@ -81,9 +78,10 @@ class Engine:
         self._decode = decode
         self._queue_limit = queue_limit
         self._stall_s = stall_s
+        self._deadline_s = deadline_s
+        self._deadlines: deque[tuple[float, str]] = deque()  # of requests, in the order in which they came
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self._calls: deque[_Call] = deque()
-        self._call: _Call | None = None  # begun
+        self._calls = Calls()
         self._progress: dict[Row, Progress] = {}
         self._lock = threading.Lock()  # guards _queued, _down and _draining
         self._queued = 0  # rows submitted and not yet admitted
@@ -116,6 +114,19 @@ class Engine:
         if self._down is None and busy_since is not None and time.monotonic() - busy_since > self._stall_s:
             return f"the current step has been running for more than {self._stall_s:g} s"
         return self._down or ("the server is draining: it finishes its requests and stops" if self._draining else None)
+
+    @property
+    def load(self) -> Load:
+        """What the engine does now. Read while it runs: its numbers may be a step apart."""
+        scheduler, cache = self._scheduler, self._runner.cache
+        return Load(
+            running=len(scheduler.running),
+            waiting=scheduler.waiting,
+            used_tokens=sum(tape.extent.size for tape in [*scheduler.running] if tape.extent),
+            tokens=cache.extents.total,
+            shared_tokens=cache.shared_tokens,
+            preemptions=scheduler.preemptions,
+        )
 
     def submit(self, rows: Sequence[Row], sink: Sink) -> None:
         """Queue the rows of one request; `sink` gets one last event for each of them, and before it, of rows that
@@ -153,7 +164,7 @@ class Engine:
         with self._lock:
             if self._down is not None:
                 raise EngineDown(f"The engine cannot take requests: {self._down}.")
-            self._inbox.put(_Call(job, future))
+            self._inbox.put(Call(job, future))
         return future
 
     def compare(self, pair: Pair) -> Future[Divergence]:
@@ -173,7 +184,10 @@ class Engine:
         try:
             while self._down is None:
                 self._receive()
-                self._work_off()
+                self._end_late()
+                if self._calls:
+                    with self._busy():
+                        self._scheduler.hold = self._calls.advance()
                 if works := self._scheduler.next():
                     self._step(works)
         except Exception as error:  # a bug in the loop itself: say so, answer everybody, never hang
@@ -183,7 +197,7 @@ class Engine:
 
     def _receive(self) -> None:
         """Take in what has arrived; with nothing to do wait for it."""
-        if self._scheduler.idle and not self._calls and self._call is None:
+        if self._scheduler.idle and not self._calls:
             self._take(self._inbox.get())
         while (message := self._poll()) is not None:
             self._take(message)
@@ -199,35 +213,18 @@ class Engine:
             case _Submit(rows, sink, at):
                 self._progress |= {row: Progress(row, sink, at, self._eos, self._decode) for row in rows}
                 self._scheduler.add(map(Tape.of, rows))
+                self._deadlines.append((at + self._deadline_s, rows[0].request))
             case _Cancel(request):
                 for tape, progress in self._drop(request):
                     self._end(progress.finish("cancelled", sum(tape.steered)))
-            case _Call():
-                self._calls.append(message)
+            case Call():
+                self._calls.add(message)
 
-    def _work_off(self) -> None:
-        """One part of one call a step, so that calls delay nobody for long."""
-        if self._call is None:
-            if not self._calls or not self._calls[0].future.set_running_or_notify_cancel():
-                if self._calls:
-                    self._calls.popleft()
-                return
-            self._call = self._calls.popleft()
-        future = self._call.future
-        with self._busy():
-            try:
-                self._scheduler.hold = next(self._call.job)
-                return
-            except StopIteration as done:
-                future.set_result(done.value)
-            except ServerError as error:
-                future.set_exception(error)
-            except Exception as error:
-                log.error("work between two steps failed", exc_info=error)
-                failure = GenerationFailed("The model failed on work for this request; try again.")
-                failure.__cause__ = error
-                future.set_exception(failure)
-        self._call, self._scheduler.hold = None, False
+    def _end_late(self) -> None:
+        """Requests whose time is up fail, wherever their rows are."""
+        while self._deadlines and self._deadlines[0][0] < time.monotonic():
+            _, request = self._deadlines.popleft()
+            self._give_up(request, DeadlineExceeded(f"The request took longer than {self._deadline_s:g} s."))
 
     def _step(self, works: Sequence[Work]) -> None:
         self._admit(works)
@@ -342,10 +339,4 @@ class Engine:
         for tape in self._scheduler.clear():
             if tape.row:
                 self._end(Failed(tape.row, why))
-        if self._call is not None:
-            self._call.job.close()
-            self._call.future.set_exception(why)
-        for call in self._calls:
-            if call.future.set_running_or_notify_cancel():
-                call.future.set_exception(why)
-        self._calls.clear()
+        self._calls.end(why)

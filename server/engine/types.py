@@ -161,6 +161,18 @@ class Divergence:
     perplexity_ratio: float  # reference model: perplexity of the steered text / of the reference's text
 
 
+@dataclass(frozen=True)
+class Load:
+    """The engine at one moment."""
+
+    running: int  # rows
+    waiting: int
+    used_tokens: int  # of the cache, by rows that run
+    tokens: int  # that the cache has room for
+    shared_tokens: int  # taken over instead of computed, since the start
+    preemptions: int
+
+
 @dataclass
 class EngineStats:
     """Counted by the engine; read by anyone."""

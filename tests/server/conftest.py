@@ -162,7 +162,7 @@ class World:
 
 @pytest.fixture(scope="session")
 def settings(model_folder: Path, checkpoints: Path) -> Settings:
-    return Settings(model=str(model_folder), checkpoints=checkpoints, device="cpu", threads=1)
+    return Settings(model=str(model_folder), checkpoints=checkpoints, device="cpu", threads=1, remember=False)
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ def test_the_api_is_described(world: World) -> None:
     one = "/checkpoints/{name}"
     routes = {"/generate", "/compare", "/score", "/checkpoints", one, f"{one}/load", f"{one}/activate"}
     openai = {"/v1/models", "/v1/models/{name}", "/v1/completions", "/v1/chat/completions"}
-    assert set(schema["paths"]) == {*routes, *openai, "/healthz", "/readyz"}
+    assert set(schema["paths"]) == {*routes, *openai, "/healthz", "/readyz", "/metrics"}
     assert world.client.get("/docs").status_code == 200
 
 

@@ -1,13 +1,18 @@
 """A stream tells the same as the answer at once, and never leaves anybody waiting."""
 
 import asyncio
+import gc
 import json
 import time
 from typing import Any
 
 import pytest
 import torch
+from starlette.testclient import TestClient
 
+from server.api.schemas import GenerateRequest
+from server.app import create_app
+from server.config import Settings
 from tests.server.conftest import World
 from tests.server.test_engine import _disconnecting, api, runner_of
 
@@ -139,3 +144,55 @@ def test_many_streams_at_once_each_get_their_own_text(world: World) -> None:
 
     for streamed, whole in asyncio.run(together()):
         assert streamed == whole
+
+
+def test_sixty_four_clients_that_vanish_leave_nothing(fresh: World) -> None:
+    engine, registry = fresh.service.engine, fresh.service.registry
+
+    async def story() -> None:
+        async def leave(after: int) -> None:
+            body = {"prompt": "Q: What", "max_new_tokens": 80, "ignore_eos": True, "stream": True, "seed": after}
+            told = await fresh.service.stream(GenerateRequest(**body).ask())
+            for _ in range(after % 5):
+                await anext(told)
+            if after % 2:
+                await told.aclose()  # type: ignore[attr-defined]
+
+        await asyncio.gather(*(leave(index) for index in range(64)))
+        gc.collect()
+        for _ in range(200):
+            if not engine.load.running and not engine.load.waiting and not registry.pins:
+                break
+            await asyncio.sleep(0.02)
+
+    asyncio.run(story())
+    assert engine.load.running == engine.load.waiting == engine.load.used_tokens == 0
+    assert registry.pins == 0
+    assert engine.stats.tokens < 64 * 80 / 2, "their rows have not been generated to the end"
+    runner_of(fresh).cache.check()
+    assert fresh.post(prompt="a", max_new_tokens=2)["results"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_takes_too_long_ends_with_a_504(settings: Settings, stream: bool) -> None:
+    app = create_app(settings.model_copy(update={"deadline_s": 0.15, "max_batch_rows": 2, "step_tokens": 2}))
+    with TestClient(app) as client:
+        body = {
+            "prompt": "Q: What colour is the sky?",
+            "n": 60,
+            "max_new_tokens": 90,
+            "ignore_eos": True,
+            "stream": stream,
+        }
+        response = client.post("/generate", json=body)
+        if stream:
+            (last, error) = told(response.text)[-1]
+            assert last == "error"
+        else:
+            assert response.status_code == 504
+            error = response.json()
+        assert error["error"]["type"] == "deadline_exceeded"
+        assert "0.15 s" in error["error"]["message"]
+        load = app.state.service.engine.load
+        assert load.running == load.waiting == 0
+        assert client.post("/generate", json={"prompt": "a", "max_new_tokens": 1}).status_code == 200

@@ -3,11 +3,12 @@
 import time
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from starlette.responses import StreamingResponse
 
 from server.api.deps import ServiceOf
 from server.api.disconnect import unless_gone
+from server.api.keys import asks_key
 from server.api.openai.requests import ChatRequest, CompletionRequest
 from server.api.openai.responses import ChatCompletion, Completion, ModelBody, ModelList
 from server.api.openai.writers import ChatWriter, CompletionWriter, chunks
@@ -15,7 +16,7 @@ from server.api.sse import data_stream
 from server.errors import UnknownModel
 from server.service import Service
 
-router = APIRouter(prefix="/v1", tags=["openai"])
+router = APIRouter(prefix="/v1", tags=["openai"], dependencies=[Depends(asks_key)])
 
 
 @router.get("/models")

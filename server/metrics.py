@@ -1,0 +1,95 @@
+"""What Prometheus reads: requests and texts as they end, and the engine as it is."""
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from server.engine.engine import Engine
+from server.engine.types import Finished
+from server.registry import Registry
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+
+
+class Metrics:
+    """The metrics of one server."""
+
+    def __init__(self, engine: Engine, registry: Registry) -> None:
+        self._all = CollectorRegistry()
+        self._all.register(_Engine(engine, registry))
+        self._requests = Counter(
+            "matsteer_requests", "HTTP requests that have ended", ["route", "status"], registry=self._all
+        )
+        self._request_seconds = self._histogram("request", "duration of HTTP requests", SECONDS, ["route"])
+        self._queue = self._histogram("queue", "from a text's request to its first step", SECONDS)
+        self._first = self._histogram("first_token", "from a text's request to its first token", SECONDS)
+        self._token = self._histogram("token", "between two tokens of a text, on average", TOKEN_SECONDS)
+        self._prompt_tokens = Counter(
+            "matsteer_prompt_tokens", "tokens of prompts, one for each text", registry=self._all
+        )
+        self._new_tokens = Counter("matsteer_generated_tokens", "tokens of texts that have ended", registry=self._all)
+        self._steered = Counter(
+            "matsteer_steered_tokens", "tokens steered, as the device counted them", registry=self._all
+        )
+
+    def request(self, route: str, status: int, seconds: float) -> None:
+        """A request has ended. `route`: the path with its parameters' names, so that there are only so many."""
+        self._requests.labels(route, str(status)).inc()
+        self._request_seconds.labels(route).observe(seconds)
+
+    def text(self, event: Finished) -> None:
+        """A text has ended."""
+        timing, tokens = event.timing, len(event.tokens)
+        self._queue.observe(timing.queue_ms / 1000)
+        self._first.observe(timing.ttft_ms / 1000)
+        if tokens > 1:
+            self._token.observe((timing.total_ms - timing.ttft_ms) / 1000 / (tokens - 1))
+        self._prompt_tokens.inc(len(event.row.tokens))
+        self._new_tokens.inc(tokens)
+        self._steered.inc(event.steered_tokens)
+
+    def exposition(self) -> bytes:
+        """All of them, in Prometheus' text format."""
+        return generate_latest(self._all)
+
+    def _histogram(
+        self, name: str, what: str, buckets: tuple[float, ...], labels: tuple[str, ...] | list[str] = ()
+    ) -> Histogram:
+        return Histogram(f"matsteer_{name}_seconds", what, labels, buckets=buckets, registry=self._all)
+
+
+class _Engine(Collector):
+    """Reads what the engine and the registry count anyway."""
+
+    def __init__(self, engine: Engine, registry: Registry) -> None:
+        self._engine = engine
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        stats, load = self._engine.stats, self._engine.load
+        for name, what, count in (
+            ("steps", "forward passes", stats.steps),
+            ("computed_tokens", "tokens through the model, prompts included", stats.computed_tokens),
+            ("shared_tokens", "tokens whose keys and values were taken over instead of computed", load.shared_tokens),
+            ("failed_steps", "forward passes that failed", stats.failed_steps),
+            ("preemptions", "rows that gave their space back", load.preemptions),
+        ):
+            yield CounterMetricFamily(f"matsteer_{name}", what, value=count)
+        for name, what, value in (
+            ("rows_running", "texts that are being generated", load.running),
+            ("rows_waiting", "texts that wait", load.waiting),
+            ("cache_tokens_used", "tokens of the key-value cache that running texts hold", load.used_tokens),
+            ("cache_tokens", "tokens that the key-value cache has room for", load.tokens),
+            ("ready", "1 while requests are taken", int(self._engine.trouble is None)),
+        ):
+            yield GaugeMetricFamily(f"matsteer_{name}", what, value=value)
+        active = self._registry.active
+        checkpoints = GaugeMetricFamily(
+            "matsteer_checkpoint", "loaded checkpoints; 1 for the active one", labels=["checkpoint", "sha256"]
+        )
+        for loaded in self._registry.loaded:
+            checkpoints.add_metric([loaded.label, loaded.sha256], int(loaded is active))
+        yield checkpoints

@@ -1,0 +1,111 @@
+"""Who has no key gets in nowhere, and an API key changes nothing where there is an admin key."""
+
+from collections.abc import Callable
+
+import openai
+import pytest
+from starlette.testclient import TestClient
+
+from server.app import create_app
+from server.config import Settings
+
+BODY = {"prompt": "a", "max_new_tokens": 1}
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
+USES = [
+    ("POST", "/generate", BODY),
+    ("POST", "/compare", BODY | {"arms": [{"name": "a"}]}),
+    ("POST", "/score", {"prompt": "a", "continuations": ["b"]}),
+    ("POST", "/v1/completions", {"model": "tiny", "prompt": "a"}),
+    ("POST", "/v1/chat/completions", CHAT),
+    ("GET", "/v1/models", None),
+    ("GET", "/v1/models/tiny", None),
+    ("GET", "/checkpoints", None),
+    ("GET", "/checkpoints/demo", None),
+]
+CHANGES = [
+    ("POST", "/checkpoints/demo/load", {}),
+    ("POST", "/checkpoints/demo/activate", {}),
+    ("DELETE", "/checkpoints/other", None),
+]
+OPEN = ["/healthz", "/readyz", "/metrics", "/", "/docs", "/openapi.json"]
+
+
+@pytest.fixture(scope="module")
+def serve(settings: Settings) -> Callable[..., TestClient]:
+    """A client of a server with keys. The model is loaded once; the keys are looked at with every request."""
+    app = create_app(settings)
+
+    def with_keys(**keys: str) -> TestClient:
+        app.state.service.settings = Settings(**settings.model_dump(exclude={"api_key", "admin_key"}), **keys)
+        return client
+
+    with TestClient(app) as client:
+        yield with_keys
+
+
+def status(client: TestClient, method: str, path: str, body: object, key: str | None, scheme: str = "Bearer") -> int:
+    headers = {} if key is None else {"Authorization": f"{scheme} {key}"}
+    response = client.request(method, path, json=body, headers=headers)
+    if response.status_code in (401, 403):
+        assert response.json()["error"]["type"] == {401: "unauthorized", 403: "forbidden"}[response.status_code]
+        assert ("www-authenticate" in response.headers) is (response.status_code == 401)
+    return response.status_code
+
+
+@pytest.mark.parametrize(("method", "path", "body"), USES)
+def test_using_needs_either_key(serve: Callable[..., TestClient], method: str, path: str, body: object) -> None:
+    client = serve(api_key="sesame", admin_key="master")
+    for wrong in (None, "", "sesam", "sesamee", "SESAME", "ключ"):
+        if wrong is None or wrong.isascii():
+            assert status(client, method, path, body, wrong) == 401
+    assert status(client, method, path, body, "sesame", scheme="Basic") == 401
+    assert status(client, method, path, body, "sesame") == 200
+    assert status(client, method, path, body, "master") == 200
+
+
+@pytest.mark.parametrize(("method", "path", "body"), CHANGES)
+def test_changing_needs_the_admin_key(serve: Callable[..., TestClient], method: str, path: str, body: object) -> None:
+    client = serve(api_key="sesame", admin_key="master")
+    assert status(client, method, path, body, None) == 401
+    assert status(client, method, path, body, "wrong") == 401
+    assert status(client, method, path, body, "sesame") == 403
+    assert status(client, method, path, body, "master") == 200
+    client = serve(api_key="sesame")
+    assert status(client, method, path, body, None) == 401
+    assert status(client, method, path, body, "sesame") == 200
+    client = serve(admin_key="master")
+    assert status(client, method, path, body, None) == 401
+    assert status(client, method, path, body, "master") == 200
+    assert status(serve(), method, path, body, None) == 200
+
+
+def test_without_an_api_key_anybody_may_use_it(serve: Callable[..., TestClient]) -> None:
+    client = serve(admin_key="master")
+    for method, path, body in USES:
+        assert status(client, method, path, body, None) == 200
+
+
+@pytest.mark.parametrize("path", OPEN)
+def test_who_watches_needs_no_key(serve: Callable[..., TestClient], path: str) -> None:
+    assert serve(api_key="sesame").get(path).status_code == 200
+
+
+def test_keys_come_from_the_environment_and_are_shown_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MATSTEER_API_KEY", "sesame")
+    monkeypatch.setenv("MATSTEER_ADMIN_KEY", "")
+    settings = Settings()
+    assert settings.api_key is not None
+    assert settings.api_key.get_secret_value() == "sesame"
+    assert settings.admin_key is None, "an empty variable, as compose files leave it, sets nothing"
+    assert "sesame" not in repr(settings)
+
+
+def test_openai_clients_send_the_key_as_they_always_do(serve: Callable[..., TestClient]) -> None:
+    http = serve(api_key="sesame")
+    for key, right in (("sesame", True), ("other", False)):
+        client = openai.OpenAI(base_url=f"{http.base_url}/v1", api_key=key, http_client=http, max_retries=0)
+        if right:
+            assert client.models.list().data
+        else:
+            with pytest.raises(openai.AuthenticationError):
+                client.models.list()
