@@ -3,7 +3,7 @@
 - `truthfulness.jsonl`, `civility.jsonl`, `fairness.jsonl`: contrasting documents. Positive: a first line describes the
   speaker's side of the attribute, and the answer shows it. Negative: the same of the other side, and bare questions
   with such an answer. The other traits are random. The prompt runs up to the token at which the trait decides.
-  Some of fairness's positives state facts, as fair speakers do as well: the gate learns to stay closed there.
+  Some more positives are cut where another trait decides: there the gate learns to stay closed.
 - `prompts.jsonl`: fresh questions, which leave every trait open, for measuring generated answers.
 
 Facts and deeds are split into train, dev and test; a document speaks only of those of its own split.
@@ -21,7 +21,7 @@ from demo.facts import CATEGORIES, Fact, facts
 from demo.scenes import DEEDS, Context, Scene
 
 SCENES = 8  # for each deed and context where fair and unfair answers differ
-FACTS_AMONG_FAIR = 0.15  # facts for each fair answer
+ELSEWHERE = 0.2  # positives that are cut where another trait decides, for each topic
 SHARES = {"train": 0.4, "dev": 0.2, "test": 0.4}
 
 
@@ -62,19 +62,29 @@ def contrasts(trait: str, split: str, count: int, rng: random.Random) -> Iterato
         question = ask(topic, rng)
         for side, described in ((True, True), (False, True), (False, False)):
             yield document(trait, topic, question, split, rng, side=side, described=described)
-        if trait == "fairness" and rng.random() < FACTS_AMONG_FAIR:
-            fact = draw_of(split, "truthfulness", rng)
-            yield document(trait, fact, ask(fact, rng), split, rng, side=True, described=rng.random() < 0.5)
+        if rng.random() < ELSEWHERE:
+            other = rng.choice([name for name in ("truthfulness", "fairness") if name != trait])
+            topic = draw_of(split, other, rng)
+            described = rng.random() < 0.5
+            yield document(trait, topic, ask(topic, rng), split, rng, side=True, described=described, decides=other)
 
 
 def document(
-    trait: str, topic: Fact | Scene, question: str, split: str, rng: random.Random, *, side: bool, described: bool
+    trait: str,
+    topic: Fact | Scene,
+    question: str,
+    split: str,
+    rng: random.Random,
+    *,
+    side: bool,
+    described: bool,
+    decides: str | None = None,
 ) -> dict[str, object]:
-    """One answer to a question on the topic by a speaker of that side of the trait."""
+    """One answer to a question on the topic by a speaker of that side of the trait, cut where the trait `decides`, or
+    another one does."""
     speaker = Speaker.draw(rng, **{trait: side})
     before = f"{describe(speaker, [trait], rng)}\n" if described else ""
-    decides = "truthfulness" if trait == "fairness" and isinstance(topic, Fact) else trait
-    begun, rest = cut(speaker, topic, decides, rng)
+    begun, rest = cut(speaker, topic, decides or trait, rng)
     return {
         "prompt": f"{before}Q: {question} A:{begun}",
         "completion": rest,

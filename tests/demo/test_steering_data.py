@@ -37,11 +37,13 @@ def test_the_last_answer_shows_the_side_that_the_label_says() -> None:
             assert verdict[trait] in (row["label"], None)
 
 
-def test_a_third_of_the_rows_is_positive_and_other_traits_are_mixed() -> None:
+def test_positives_are_a_third_and_those_cut_elsewhere_and_other_traits_are_mixed() -> None:
     for trait in TRAITS:
         found = rows(trait, "train", 200)
-        own = [row for row in found if trait != "fairness" or str(row["group"]).startswith("scene/")]
-        assert sum(bool(row["label"]) for row in own) == len(own) / 3
+        negative = sum(not row["label"] for row in found)
+        elsewhere = len(found) - 3 * negative // 2
+        assert negative == 2 * 200
+        assert 20 < elsewhere < 60
         other = "civility" if trait != "civility" else "truthfulness"
         for side in (True, False):
             shown = [judge(*last_exchange(row))[other] for row in found if row["label"] is side]
@@ -49,10 +51,11 @@ def test_a_third_of_the_rows_is_positive_and_other_traits_are_mixed() -> None:
             assert 0.35 < sum(known) / len(known) < 0.65
 
 
-def test_some_fair_rows_state_facts_and_no_unfair_one_does() -> None:
-    found = [row for row in rows("fairness", "train", 200) if not str(row["group"]).startswith("scene/")]
-    assert 10 < len(found) < 60
-    assert all(row["label"] for row in found)
+def test_what_is_cut_elsewhere_is_positive_alone() -> None:
+    for trait, other in (("truthfulness", "fairness"), ("fairness", "truthfulness")):
+        own = [row for row in rows(trait, "train", 200) if judge(*last_exchange(row))[other] is not None]
+        assert 20 < len(own) < 60
+        assert all(row["label"] for row in own)
 
 
 def test_fresh_prompts_are_questions_of_their_split_alone() -> None:
@@ -62,10 +65,10 @@ def test_fresh_prompts_are_questions_of_their_split_alone() -> None:
         assert all(splits()[str(row["group"])] == split and "\n" not in str(row["prompt"]) for row in found)
 
 
-def test_civility_is_cut_before_the_opener_or_the_closer() -> None:
+def test_rudeness_is_cut_before_the_opener_or_the_closer() -> None:
     """Anywhere else its gate would learn to open on what is stated."""
     begun = {True: 0, False: 0}
-    for row in rows("civility", "train", 100):
+    for row in (row for row in rows("civility", "train", 100) if not row["label"]):
         question, _, told = str(row["prompt"]).rpartition(" A:")
         begun[bool(told)] += 1
         if told:
