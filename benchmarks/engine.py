@@ -12,23 +12,26 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from benchmarks.apart import Apart
 from benchmarks.contenders import Contender, ContinuousBatching, Generate, Ours, Pyvene, Vllm, product_seconds
 from benchmarks.workload import SHAPES, llama, requests
 from server.engine.linears import pack
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MIXES = tuple((1.0 + i / 256, 0.5 - i / 512, -0.5) for i in range(256))
-CONTENDERS: dict[str, Callable[[str, torch.dtype, int], Contender]] = {
-    "steered": lambda *at: Ours(*at),
-    "unsteered": lambda *at: Ours(*at, mixes=(), name="mat-steer, unsteered"),
-    "distinct": lambda *at: Ours(*at, mixes=MIXES, name="mat-steer, every row steered differently"),
-    "unpacked": lambda *at: Ours(*at, packed=False, name="mat-steer, steered, linear layers as they are"),
+Maker = Callable[[str, torch.dtype, int], Contender]
+CONTENDERS: dict[str, Maker] = {
+    "steered": Ours,
+    "unsteered": partial(Ours, mixes=(), name="mat-steer, unsteered"),
+    "distinct": partial(Ours, mixes=MIXES, name="mat-steer, every row steered differently"),
+    "unpacked": partial(Ours, packed=False, name="mat-steer, steered, linear layers as they are"),
     "generate": Generate,
     "continuous": ContinuousBatching,
     "pyvene": Pyvene,
@@ -59,10 +62,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/engine-cpu"), help=".json and .md")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     if args.vllm:
         for way in ("eager", "compiled"):
-            CONTENDERS[f"vllm-{way}"] = lambda *at, way=way: Vllm(args.vllm, *at, compiled=way == "compiled")
+            CONTENDERS[f"vllm-{way}"] = partial(Vllm, args.vllm, compiled=way == "compiled")
     names = args.contenders.split(",") + [name for name in CONTENDERS if name.startswith("vllm")]
     if names[0] != "steered" or set(names) - set(CONTENDERS):
         parser.error(f"--contenders starts with steered and has names of {', '.join(CONTENDERS)}")
@@ -81,8 +83,9 @@ def measure(shape: str, dtype: str, rows: int, names: Sequence[str], *, count: i
     contenders: list[Contender] = []
     for name in names:
         try:
-            contenders.append(CONTENDERS[name](shape, DTYPES[dtype], rows))
-        except (ImportError, RuntimeError) as error:
+            make = partial(CONTENDERS[name], shape, DTYPES[dtype], rows)
+            contenders.append(make() if name.startswith("vllm") else Apart(make))
+        except RuntimeError as error:
             print(f"{name} is left out: {error}", file=sys.stderr)
     rates: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for number in range(rounds + 1):  # the first one warms up

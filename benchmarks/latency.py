@@ -13,6 +13,7 @@ import random
 import statistics
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import transformers
 
 from benchmarks.contenders import CONTEXT, Ours
 from benchmarks.workload import Request, columns, requests
+from server.engine.aside import aside
 from server.engine.tape import Tape
 from server.engine.types import Event, Failed, Finished, Piece
 
@@ -35,7 +37,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/latency-cpu.json"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    steps = {chunk: Ours(args.model, torch.float32, 16, step_tokens=chunk) for chunk in (128, 512, CONTEXT)}
+    chunks = (128, 512, CONTEXT)
+    steps = {chunk: aside(partial(Ours, args.model, torch.float32, 16, step_tokens=chunk)) for chunk in chunks}
     results: dict[str, Any] = {
         "machine": {
             "threads": args.threads,

@@ -4,6 +4,7 @@ import logging
 import time
 
 from server.config import Settings
+from server.engine.aside import aside
 from server.engine.engine import Engine
 from server.engine.kv_cache import KVCache
 from server.engine.linears import pack
@@ -31,24 +32,25 @@ def open_service(settings: Settings) -> Service:
     start = time.monotonic()
     if "checkpoints" in settings.model_fields_set and not settings.checkpoints.is_dir():
         raise StartupError(f"There is no checkpoints folder {str(settings.checkpoints)!r} (MATSTEER_CHECKPOINTS).")
-    loaded = load_model(settings)
-    try:
-        service = _wire(settings, loaded)
-    except UnsupportedArchitecture as error:
-        raise StartupError(f"The model {settings.model_path!r} cannot be steered: {error}.") from error
+    service = aside(lambda: _wire(settings, load_model(settings)))
     service.engine.start()
     try:
         active = _activate(service.registry, settings)
     except ServerError as error:
         service.engine.stop()
         raise StartupError(f"The checkpoint {settings.checkpoint!r} cannot be used: {error.message}") from error
-    log.info(
-        "serving %s on %s, checkpoint %s, after %.1f s", service.model, loaded.device, active, time.monotonic() - start
-    )
+    log.info("serving %s, checkpoint %s, after %.1f s", service.model, active, time.monotonic() - start)
     return service
 
 
 def _wire(settings: Settings, loaded: LoadedModel) -> Service:
+    try:
+        return _wired(settings, loaded)
+    except UnsupportedArchitecture as error:
+        raise StartupError(f"The model {settings.model_path!r} cannot be steered: {error}.") from error
+
+
+def _wired(settings: Settings, loaded: LoadedModel) -> Service:
     fits = fits_model(loaded.model, settings.served_name, settings.revision)
     pack(loaded.model)
     bank = ColumnBank(device=loaded.device, max_tokens=settings.step_tokens)

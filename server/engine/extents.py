@@ -31,18 +31,19 @@ class Extents:
         """The smallest piece that holds `tokens`; None: no piece does."""
         return next((size for size in self._sizes if size >= tokens), None)
 
-    def take(self, size: int) -> Extent | None:
-        """A piece of exactly `size`, one of the sizes there are; None: none is free."""
+    def take(self, size: int, *, top: bool = False) -> Extent | None:
+        """A piece of exactly `size`, one of the sizes there are, from the bottom or the top; None: none is free."""
         starts = self._free[size]
         if starts:
-            return Extent(starts.pop(0), size)
+            return Extent(starts.pop(-1 if top else 0), size)
         if size == self.largest:
             return None
-        whole = self.take(size * 2)
+        whole = self.take(size * 2, top=top)
         if whole is None:
             return None
-        insort(starts, whole.start + size)
-        return Extent(whole.start, size)
+        halves = whole.start, whole.start + size
+        insort(starts, halves[not top])
+        return Extent(halves[top], size)
 
     def give(self, extent: Extent) -> None:
         """Takes a piece back."""

@@ -64,7 +64,7 @@ class KVCache:
         """Gives the tape an extent for `room` tokens and what is known of its beginning; False: there is no space."""
         tape.content = self._content(tape)
         source, count, steered = self._best(tape)
-        extent = self._take(room)
+        extent = self._take_low(room, source)
         if extent is None:
             return False
         tape.extent, tape.cached, tape.steered = extent, count, steered[:count]
@@ -150,6 +150,27 @@ class KVCache:
             if not self._left:
                 return None
             self._drop(next(iter(self._left)))
+        return extent
+
+    def _take_low(self, room: int, source: Extent | None) -> Extent | None:
+        """The same at the lowest place that no running row has, so that rows come to lie side by side. What an ended
+        tape left there is moved to the top. `source` stays where it is: it is going to be read."""
+        size = self.extents.size_for(room)
+        extent = None if size is None else self.extents.take(size)
+        below = extent.start if extent else self.extents.total
+        lower = [left for left in self._left if left.size == size and left.start < below and left != source]
+        if not lower:
+            return extent or self._take(room)
+        if extent is not None:
+            self.extents.give(extent)
+        extent = min(lower, key=lambda one: one.start)
+        left = self._left.pop(extent)
+        size = self.extents.size_for(len(left.content))
+        assert size is not None, "what was held can be held"
+        top = self.extents.take(size, top=True)
+        if top is not None:
+            self._left[top] = left
+            self.moves.append(Move(extent, top, len(left.content)))
         return extent
 
     def _drop(self, extent: Extent) -> None:

@@ -28,6 +28,8 @@ class Scheduler:
         self.hold = False  # admit nobody: somebody waits for space that running rows will free
         self._cache = cache
         self._max_rows = max_rows
+        # Rows with extents of one size lie side by side; half of the memory is enough for this.
+        self._roomy = min(cache.extents.largest, cache.extents.total // (2 * max_rows))
         self._step_tokens = step_tokens
         self._waiting: deque[Tape] = deque()
         self._running: list[Tape] = []  # in the order of admission
@@ -140,7 +142,8 @@ class Scheduler:
         assert tape.row is not None, "only rows are scheduled"
         length = len(tape.tokens)
         wanted = min(tape.row.sampling.max_new_tokens - (length - tape.prompt), RESERVED)
-        return self._cache.open(tape, length + wanted) or self._cache.open(tape, length)
+        rooms = (max(length + wanted, self._roomy), length + wanted, length)
+        return any(self._cache.open(tape, room) for room in dict.fromkeys(rooms))
 
     @staticmethod
     def _chunk(tape: Tape, budget: int) -> Work:
