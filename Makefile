@@ -6,13 +6,14 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 HOST ?= 127.0.0.1
 PORT ?= 8000
+EXAMPLES ?= 300
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEV_INSTALLED := $(VENV)/.installed-dev
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: help install serve test check format demo-model demo-data demo-sweep demo-checkpoint reproduce readme bench bench-gpu clean
+.PHONY: help install serve test check format demo-model demo-data demo-sweep demo-checkpoint reproduce readme api-docs fuzz bench bench-gpu clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -73,6 +74,12 @@ reproduce: demo-data $(DEV_INSTALLED)  ## every table and plot of docs/results a
 
 readme: $(DEV_INSTALLED)  ## write the server's answers to the README's request into the README
 	$(BIN)/python -m demo.readme
+
+api-docs: $(INSTALLED)  ## write docs/api.md from the OpenAPI document
+	$(BIN)/python -m server.reference
+
+fuzz: $(DEV_INSTALLED)  ## send a running demo server what its OpenAPI document allows, and what it does not
+	FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/server/test_fuzz.py --timeout 0
 
 bench: $(INSTALLED)  ## the engine beside the alternatives on the CPU: benchmarks/results
 	$(BIN)/python -m benchmarks.engine

@@ -28,8 +28,6 @@ from steering.hook import steered
 from steering.operators import steer
 from steering.types import RowSteering
 
-CONTEXT = 4096
-
 
 class Contender(Protocol):
     """`subset`: answers only this many requests, because it is slow; None: all."""
@@ -56,10 +54,11 @@ class Ours:
         mixes: Sequence[tuple[float, ...]] = ((1.0, 0.5, -0.5),),
         step_tokens: int = 512,
         packed: bool = True,
+        context: int = 512,
         device: torch.device | str = "cpu",
         name: str = "mat-steer, steered",
     ) -> None:
-        """`mixes`: the multipliers that the requests ask for in turn; none: unsteered."""
+        """`mixes`: the multipliers that the requests ask for in turn; none: unsteered. `context`: the longest text."""
         self.name = name
         model = llama(shape, dtype, device)
         self.weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
@@ -69,9 +68,9 @@ class Ours:
         forward = open_forward(model, self.bank, shape)
         forward.steering.install()
         self.token_bytes = forward.attention.token_bytes
-        texts = max(8, rows // 8)
-        forward.allocate(CONTEXT * texts, graphs=self.bank.device.type == "cuda")
-        self.cache = KVCache(CONTEXT, texts)
+        texts = max(8, 3 * rows // 2)
+        forward.allocate(context * texts, graphs=self.bank.device.type == "cuda")
+        self.cache = KVCache(context, texts)
         handle = self.bank.add(columns(shape))
         self.unsteered = [Steer()]
         self.steers = [Steer(RowSteering.of([(handle, mix)])) for mix in mixes] or self.unsteered

@@ -6,7 +6,6 @@ Contenders answer the same requests in turn, round by round, so that a slow minu
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -17,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from benchmarks.apart import Apart
 from benchmarks.contenders import Contender, ContinuousBatching, Generate, Ours, Pyvene, Vllm, product_seconds
+from benchmarks.machine import described
 from benchmarks.workload import SHAPES, llama, requests
 from server.engine.linears import pack
 
@@ -125,14 +124,7 @@ def floor_seconds(shape: str, dtype: torch.dtype, rows: int, tokens: int) -> flo
 
 
 def write(out: Path, tables: Sequence[dict[str, Any]]) -> None:
-    machine = {
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "command": f"python -m benchmarks.engine {' '.join(sys.argv[1:])}".strip(),
-    }
+    machine = described()
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps({"machine": machine, "tables": list(tables)}, indent=1) + "\n")
     text = ["# The engine beside the alternatives", "", *(f"- {key}: {value}" for key, value in machine.items()), ""]
@@ -153,14 +145,6 @@ def write(out: Path, tables: Sequence[dict[str, Any]]) -> None:
             text.append(f"| {line['contender']} | {line['median']:.0f} | {spread} | {line['times']:.2f} |")
         text.append("")
     out.with_suffix(".md").write_text("\n".join(text))
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ exact size of its keys and values; a checkpoint that is loaded under load.
 import argparse
 import json
 import os
-import platform
 import queue
 import random
 import statistics
@@ -18,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-from benchmarks.contenders import CONTEXT, Ours
+from benchmarks.contenders import Ours
+from benchmarks.machine import described
 from benchmarks.workload import Request, columns, requests
 from server.engine.aside import aside
 from server.engine.tape import Tape
 from server.engine.types import Event, Failed, Finished, Piece
 
 LONG = 2000  # tokens
+CONTEXT = 4096
 
 
 def main() -> None:
@@ -38,14 +38,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     chunks = (128, 512, CONTEXT)
-    steps = {chunk: aside(partial(Ours, args.model, torch.float32, 16, step_tokens=chunk)) for chunk in chunks}
+    steps = {
+        chunk: aside(partial(Ours, args.model, torch.float32, 16, step_tokens=chunk, context=CONTEXT))
+        for chunk in chunks
+    }
     results: dict[str, Any] = {
-        "machine": {
-            "threads": args.threads,
-            "processor": platform.processor() or platform.machine(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "machine": described(),
         "model": args.model,
         "first_token_ms_while_a_long_prompt_is_read": first_tokens(steps, args.rounds),
         "memory": memory(steps[512]),

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -31,14 +32,20 @@ def create_app(settings: Settings) -> FastAPI:
         yield
         await asyncio.to_thread(service.engine.stop)
 
-    app = FastAPI(title="mat-steer", lifespan=lifespan, responses=ERRORS)
+    app = routed(lifespan=lifespan)
     app.state.service = service
-    for part in (generate, checkpoints, openai, ops):
-        app.include_router(part.router)
     for kind in (ServerError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _answer)
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
     app.add_middleware(RequestMiddleware, on_end=service.metrics.request)  # the last one added is the outermost
+    return app
+
+
+def routed(**options: Any) -> FastAPI:
+    """The application's routes, without a service behind them: enough to describe them."""
+    app = FastAPI(title="mat-steer", version=version("mat-steer"), responses=ERRORS, **options)
+    for part in (generate, checkpoints, openai, ops):
+        app.include_router(part.router)
     return app
 
 

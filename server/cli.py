@@ -1,18 +1,20 @@
 """`matsteer`: a thin table of commands. torch is imported by the commands that need it, never by --help."""
 
-import asyncio
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
 
 from server.config import Settings, load_settings
 from server.errors import ServerError
+
+if TYPE_CHECKING:
+    from server.api.bodies import CompareResponse, GenerateResponse
 
 # Other packages add commands under this entry-point group: each entry is a typer app whose commands are merged here.
 GROUP = "matsteer.commands"
@@ -47,6 +49,13 @@ Checkpoints = Annotated[Path | None, typer.Option(help="Folder of checkpoints.")
 Checkpoint = Annotated[str | None, typer.Option(help="NAME or NAME@VERSION; default: the obvious one.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
+NewTokens = Annotated[int, typer.Option(min=1, help="Length of the answer.")]
+Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy.")]
+Seed = Annotated[int | None, typer.Option(help="For temperatures above 0.")]
+Trace = Annotated[bool, typer.Option("--trace", help="Colour each token by the attribute that moved it most.")]
+Url = Annotated[str | None, typer.Option(envvar="MATSTEER_URL", help="Ask this server; default: load the model here.")]
+ApiKey = Annotated[str | None, typer.Option(envvar="MATSTEER_API_KEY", help="The server's key.")]
+LOCAL = "http://127.0.0.1:8000"
 
 
 @app.command()
@@ -86,9 +95,12 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=X", help="A multiplier; repeat it.")] = None,
     baseline: Annotated[bool, typer.Option("--baseline", help="Show the unsteered text beside it.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="For temperatures above 0.")] = None,
+    trace: Trace = False,
+    max_new_tokens: NewTokens = 64,
+    temperature: Temperature = 0.0,
+    seed: Seed = None,
+    url: Url = None,
+    api_key: ApiKey = None,
     model: Model = None,
     checkpoints: Checkpoints = None,
     checkpoint: Checkpoint = None,
@@ -99,36 +111,100 @@ def generate(
 
     Example: matsteer generate "Q: What colour is the sky? A:" --set truthfulness=1.5 --baseline
     """
-    from server.engine.types import Sampling
-    from server.exchange import BASELINE, STEERED, Arm, Ask, Use
-
+    body = {
+        "prompt": prompt,
+        "attributes": _multipliers(set_),
+        "baseline": baseline,
+        "trace": trace,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "seed": seed,
+    }
     with _one_sentence():
-        steered = Arm(STEERED.name, (Use(attributes=_multipliers(set_)),))
-        ask = Ask(
-            prompts=(prompt,),
-            arms=(steered, BASELINE) if baseline else (steered,),
-            reference=1 if baseline else 0,
-            sampling=Sampling(max_new_tokens=max_new_tokens, temperature=temperature),
-            seed=seed,
-        )
-        settings = load_settings(
-            model=model,
-            checkpoints=checkpoints,
-            checkpoint=checkpoint,
-            device=device,
-            dtype=dtype,
-            log_level="warning",
-        )
-        _log(settings)
-        from server.assembly import open_service
-        from server.terminal import show
+        from server.terminal.arms import show_arms
 
-        service = open_service(settings)
-        try:
-            answer = asyncio.run(service.generate(ask))
-        finally:
-            service.engine.stop()
-        show(answer, prompt)
+        given = {"model": model, "checkpoints": checkpoints, "checkpoint": checkpoint, "device": device, "dtype": dtype}
+        show_arms(prompt, _answer("generate", body, url, api_key, given))
+
+
+@app.command()
+def compare(
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    arm: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME[:ATTRIBUTE=X,..]", help="A way to answer; repeat it. Without attributes: unsteered."
+        ),
+    ],
+    trace: Trace = False,
+    max_new_tokens: NewTokens = 64,
+    temperature: Temperature = 0.0,
+    seed: Seed = None,
+    url: Url = None,
+    api_key: ApiKey = None,
+    model: Model = None,
+    checkpoints: Checkpoints = None,
+    checkpoint: Checkpoint = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Several answers to one prompt side by side, each compared with the first.
+
+    Example: matsteer compare "Q: What colour is the sky? A:" --arm plain --arm honest:truthfulness=1 --arm
+    lying:truthfulness=-1
+    """
+    arms = [(name, _multipliers([pair for pair in pairs.split(",") if pair]) or {}) for name, _, pairs in _parted(arm)]
+    body = {
+        "prompt": prompt,
+        "arms": [{"name": name, "attributes": attributes} for name, attributes in arms],
+        "trace": trace,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "seed": seed,
+    }
+    with _one_sentence():
+        from server.terminal.arms import show_arms
+
+        given = {"model": model, "checkpoints": checkpoints, "checkpoint": checkpoint, "device": device, "dtype": dtype}
+        show_arms(prompt, _answer("compare", body, url, api_key, given))
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        str | None, typer.Option(help="As the server calls it; default: the first of GET /v1/models.")
+    ] = None,
+    url: Annotated[str, typer.Option(envvar="MATSTEER_URL", help="The server, ours or another.")] = LOCAL,
+    api_key: ApiKey = None,
+    concurrency: Annotated[str, typer.Option(metavar="N[,N..]", help="Clients at once; a run for each.")] = "1,8,32",
+    rate: Annotated[float | None, typer.Option(min=0.001, help="Requests a second instead: an open loop.")] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Requests of a run.")] = 64,
+    prompt_tokens: Annotated[str, typer.Option(metavar="LEAST-MOST", help="Words of a prompt.")] = "16-128",
+    new_tokens: Annotated[str, typer.Option(metavar="LEAST-MOST", help="Tokens of an answer.")] = "16-128",
+    vocab: Annotated[int | None, typer.Option(min=1, help="Prompts are random token ids below it.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=X", help="Steer by it; repeat it.")] = None,
+    ignore_eos: Annotated[bool, typer.Option(help="Answers end at their length; not every server knows this.")] = True,
+    warmup: Annotated[int, typer.Option(min=0, help="Requests before the first run.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of prompts, lengths and arrivals.")] = 0,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds of silence after which a request has failed.")] = 600,
+    out: Annotated[Path | None, typer.Option(help="A JSON file for the numbers.")] = None,
+) -> None:
+    """Put a server of OpenAI's API under load: throughput, time to the first token, between tokens, and of an answer.
+
+    Example: matsteer bench --url http://127.0.0.1:8000 --concurrency 1,8,32 --set truthfulness=1
+    """
+    with _one_sentence():
+        clients = [_whole(part, "--concurrency") for part in concurrency.split(",")]
+        prompt, new = _span(prompt_tokens, "--prompt-tokens"), _span(new_tokens, "--new-tokens")
+        extra: dict[str, Any] = {"ignore_eos": True} if ignore_eos else {}
+        if (attributes := _multipliers(set_)) is not None:
+            extra["steering"] = {"attributes": attributes}
+        from server.bench import Workload
+        from server.terminal.bench import run_bench
+
+        work = Workload(model or "", requests, prompt, new, vocab, seed, extra)
+        if not run_bench(url, api_key, work, clients, rate=rate, warmup=warmup, timeout=timeout, out=out):
+            raise typer.Exit(1)
 
 
 @folders.command("list")
@@ -138,7 +214,7 @@ def list_checkpoints(checkpoints: Checkpoints = None) -> None:
     Example: matsteer checkpoints list --checkpoints checkpoints
     """
     with _one_sentence():
-        from server.terminal import list_folders
+        from server.terminal.folders import list_folders
 
         list_folders(load_settings(checkpoints=checkpoints).checkpoints)
 
@@ -150,7 +226,7 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME[@VERSION]")], checkpo
     Example: matsteer checkpoints show demo
     """
     with _one_sentence():
-        from server.terminal import show_folder
+        from server.terminal.folders import show_folder
 
         show_folder(load_settings(checkpoints=checkpoints).checkpoints, name)
 
@@ -166,10 +242,53 @@ def verify(
     Example: matsteer checkpoints verify demo --model demo/model
     """
     with _one_sentence():
-        from server.terminal import verify_folders
+        from server.terminal.folders import verify_folders
 
         if not verify_folders(load_settings(checkpoints=checkpoints, model=model), name, against=model is not None):
             raise typer.Exit(1)
+
+
+def _answer(
+    route: Literal["generate", "compare"],
+    body: dict[str, Any],
+    url: str | None,
+    api_key: str | None,
+    given: dict[str, Any],
+) -> "GenerateResponse | CompareResponse":
+    """From the server at `url`, or from one of our own that lives as long as the command."""
+    from server.local import ask
+
+    if url is None:
+        settings = load_settings(**given, log_level="warning", remember=False)
+        _log(settings)
+        return ask(settings, route, body)
+    if foreign := [f"--{name}" for name in ("model", "checkpoints", "device", "dtype") if given[name] is not None]:
+        raise typer.BadParameter(f"{', '.join(foreign)}: the server at --url has its own")
+    from server.client import ask_server
+
+    return ask_server(url, api_key, route, body | ({"checkpoint": given["checkpoint"]} if route == "generate" else {}))
+
+
+def _parted(arms: list[str]) -> list[tuple[str, str, str]]:
+    return [arm.partition(":") for arm in arms]
+
+
+def _whole(text: str, option: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise typer.BadParameter(f"{option} takes whole numbers from 1 on, not {text!r}")
+    return number
+
+
+def _span(text: str, option: str) -> tuple[int, int]:
+    least, _, most = text.partition("-")
+    span = _whole(least, option), _whole(most or least, option)
+    if span[0] > span[1]:
+        raise typer.BadParameter(f"{option} takes LEAST-MOST, as in 16-128, not {text!r}")
+    return span
 
 
 def _multipliers(pairs: list[str] | None) -> dict[str, float] | None:

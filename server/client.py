@@ -13,7 +13,7 @@ server refuses is raised as `ApiError`, what does not reach it as httpx's own ex
 import json
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Literal, Self, TypeVar
 
 import httpx
 from pydantic import BaseModel
@@ -29,6 +29,7 @@ from server.api.bodies import (
     TokenBody,
     UnloadedBody,
 )
+from server.errors import ServerError
 
 LOCAL = "http://127.0.0.1:8000"
 Body = TypeVar("Body", bound=BaseModel)
@@ -265,6 +266,20 @@ class AsyncClient:
                 if (told := events.line(line)) is not None:
                     yield told
         events.end()
+
+
+def ask_server(
+    url: str, api_key: str | None, route: Literal["generate", "compare"], body: Mapping[str, Any]
+) -> GenerateResponse | CompareResponse:
+    """One request, for commands. Raises ServerError with one sentence, whatever goes wrong."""
+    given = {name: value for name, value in body.items() if value is not None}
+    try:
+        with Client(url, api_key=api_key) as client:
+            return client.generate(**given) if route == "generate" else client.compare(**given)
+    except ApiError as error:
+        raise ServerError(f"The server refuses: {error.message}") from None
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        raise ServerError(f"There is no mat-steer at {url}: {error}.") from None
 
 
 def _headers(api_key: str | None) -> dict[str, str]:

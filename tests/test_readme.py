@@ -75,6 +75,12 @@ def test_the_curl_command_works_as_it_stands(url: str) -> None:
     assert answer["baseline"][0]["text"]
 
 
+def test_the_python_example_works_as_it_stands(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL))
+    exec(compile(code.replace("http://127.0.0.1:8000", url), "README", "exec"), {})
+    assert len(capsys.readouterr().out.strip().splitlines()) == 3
+
+
 def test_the_server_that_is_served_is_the_demo_with_its_three_attributes(url: str) -> None:
     listed: Any = httpx.get(f"{url}/checkpoints").json()
     assert "demo" in json.dumps(listed)

@@ -8,12 +8,12 @@ from server.api.deps import ServiceOf
 from server.api.disconnect import unless_gone
 from server.api.keys import asks_key
 from server.api.schemas import CompareRequest, GenerateRequest, ScoreRequest
-from server.api.sse import event_stream
+from server.api.sse import STREAMS, event_stream
 
 router = APIRouter(tags=["generate"], dependencies=[Depends(asks_key)])
 
 
-@router.post("/generate", response_model=GenerateResponse)
+@router.post("/generate", response_model=GenerateResponse, responses=STREAMS)
 async def generate(body: GenerateRequest, request: Request, service: ServiceOf) -> GenerateResponse | StreamingResponse:
     """Generate, steered by the attribute multipliers of this request; `baseline` adds the unsteered twin."""
     if body.stream:
@@ -21,7 +21,7 @@ async def generate(body: GenerateRequest, request: Request, service: ServiceOf) 
     return GenerateResponse.of(await unless_gone(request, service.generate(body.ask())))
 
 
-@router.post("/compare", response_model=CompareResponse)
+@router.post("/compare", response_model=CompareResponse, responses=STREAMS)
 async def compare(body: CompareRequest, request: Request, service: ServiceOf) -> CompareResponse | StreamingResponse:
     """Any number of arms from one reading of the prompt, each compared with the first."""
     if body.stream:

@@ -4,9 +4,10 @@ import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -23,6 +24,7 @@ from server.errors import (
     UnsupportedField,
 )
 
+Request = TypeVar("Request", bound=StrictRequest)
 SHOWN = 80  # characters of a client's value in a message
 DESCRIBED = 5  # problems of one request
 LONGEST_MESSAGE, LONGEST_PARAM = 500, 200  # characters
@@ -58,6 +60,14 @@ def error_of(exception: Exception, *, method: str = "", path: str = "") -> Serve
             return Refused(f"The request is refused: {exception.detail}.", status)
         case _:
             return ServerError("The server failed on this request; its log says more.")
+
+
+def parse(kind: type[Request], body: Mapping[str, Any]) -> Request:
+    """A body that did not come over HTTP. Raises InvalidField with the same sentences."""
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        raise _invalid([{**one, "loc": ("body", *one["loc"])} for one in error.errors()], "") from None
 
 
 def spell(error: ServerError, request_id: str) -> str:

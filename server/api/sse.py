@@ -1,6 +1,7 @@
 """Server-sent events (WHATWG HTML, section 9.2): what a stream sends, and how it ends."""
 
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 from fastapi import Request
 from pydantic import BaseModel
@@ -11,6 +12,11 @@ from server.api.problems import error_of, spell
 from server.exchange import Answer, Echo, Told
 
 HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}  # nobody between keeps tokens back
+
+
+STREAMS: dict[int | str, dict[str, Any]] = {  # for the OpenAPI document
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "the answer, or its events"}
+}
 
 
 def event_stream(

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,18 +173,24 @@ def world(settings: Settings) -> Iterator[World]:
         yield World(app, client)
 
 
+@contextmanager
+def listening(app: FastAPI) -> Iterator[str]:
+    """The address of an app, which runs already, behind a real socket."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False, lifespan="off"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+
+
 @pytest.fixture(scope="session")
 def address(world: World) -> Iterator[str]:
     """The same server behind a real socket."""
-    config = uvicorn.Config(world.app, port=0, log_config=None, access_log=False, lifespan="off")
-    listening = uvicorn.Server(config)
-    thread = threading.Thread(target=listening.run)
-    thread.start()
-    while not listening.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{listening.servers[0].sockets[0].getsockname()[1]}"
-    listening.should_exit = True
-    thread.join()
+    with listening(world.app) as url:
+        yield url
 
 
 @pytest.fixture

@@ -43,7 +43,16 @@ def _environment(root: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "command", [["serve"], ["generate"], ["checkpoints", "list"], ["checkpoints", "show"], ["checkpoints", "verify"]]
+    "command",
+    [
+        ["serve"],
+        ["generate"],
+        ["compare"],
+        ["bench"],
+        ["checkpoints", "list"],
+        ["checkpoints", "show"],
+        ["checkpoints", "verify"],
+    ],
 )
 def test_every_command_shows_an_example(command: list[str]) -> None:
     result = runner.invoke(app, [*command, "--help"])
@@ -63,9 +72,49 @@ def test_generate_shows_both_arms(model_folder: Path, checkpoints: Path) -> None
     ]
     result = runner.invoke(app, [*arguments, "--model", str(model_folder), "--checkpoints", str(checkpoints)])
     assert result.exit_code == 0, result.output
-    assert "demo@2 kind=1.5; 5 steered tokens" in result.output
-    assert "no steering; 0 steered tokens" in result.output
-    assert "perplexity ratio" in result.output
+    output = words(result.output)
+    assert "demo@2 kind=1.5; 5 steered tokens" in output
+    assert "no steering; 0 steered tokens" in output
+    assert "perplexity ratio" in output
+
+
+def words(output: str) -> str:
+    """What stands in panels, without their frames; two panels side by side are read line by line."""
+    return " ".join(output.replace("│", " ").split())
+
+
+ARMS = ["--arm", "plain", "--arm", "kinder:kind=2,true=0.5", "--max-new-tokens", "4"]
+
+
+def test_compare_shows_every_arm(model_folder: Path, checkpoints: Path) -> None:
+    place = ["--model", str(model_folder), "--checkpoints", str(checkpoints), "--checkpoint", "demo@1"]
+    result = runner.invoke(app, ["compare", "Q: What", *ARMS, *place], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    output = words(result.output)
+    assert "plain" in output
+    assert "kinder" in output
+    assert "demo@1 kind=2, demo@1 true=0.5; 4 steered tokens" in output
+    assert "KL a token" in output
+
+
+def test_a_server_is_asked_instead(address: str) -> None:
+    wide = {"COLUMNS": "200", "MATSTEER_URL": address}
+    result = runner.invoke(app, ["compare", "Q: What", *ARMS], env=wide)
+    assert result.exit_code == 0, result.output
+    assert "4 steered tokens" in words(result.output)
+    generate = ["generate", "Q: What", "--set", "kind=2", "--trace", "--baseline", "--checkpoint", "demo@1"]
+    result = runner.invoke(app, generate, env=wide | {"FORCE_COLOR": "1"})
+    assert result.exit_code == 0, result.output
+    assert "moved most by" in result.output
+    for arguments, message in (
+        ([*generate, "--model", "x"], "the server at --url has its own"),
+        (["generate", "a", "--set", "nonsense=1"], "The server refuses: Checkpoint 'demo' has no attribute"),
+        (["generate", "a", "--url", "http://127.0.0.1:9"], "There is no mat-steer at http://127.0.0.1:9"),
+        (["generate", "a", "--url", "nonsense"], "There is no mat-steer at nonsense"),
+    ):
+        result = runner.invoke(app, arguments, env=wide)
+        assert result.exit_code in (1, 2)
+        assert message in words(result.output)
 
 
 @pytest.mark.parametrize("pair", ["kind", "kind=much", "=1", "kind=nan", "kind=inf"])

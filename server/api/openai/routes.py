@@ -12,7 +12,7 @@ from server.api.keys import asks_key
 from server.api.openai.requests import ChatRequest, CompletionRequest
 from server.api.openai.responses import ChatCompletion, Completion, ModelBody, ModelList
 from server.api.openai.writers import ChatWriter, CompletionWriter, chunks
-from server.api.sse import data_stream
+from server.api.sse import STREAMS, data_stream
 from server.errors import UnknownModel
 from server.service import Service
 
@@ -34,7 +34,7 @@ def model(name: str, service: ServiceOf) -> ModelBody:
     raise UnknownModel(f"There is no model {name!r}; GET /v1/models lists those there are.", param="model")
 
 
-@router.post("/completions", response_model=Completion)
+@router.post("/completions", response_model=Completion, responses=STREAMS)
 async def completions(body: CompletionRequest, request: Request, service: ServiceOf) -> Completion | StreamingResponse:
     """Continue texts; with `echo` and `logprobs` also the log-probabilities of the given text under the steering."""
     writer = CompletionWriter(body, _head("cmpl", body.model, request))
@@ -43,7 +43,7 @@ async def completions(body: CompletionRequest, request: Request, service: Servic
     return writer.whole(await unless_gone(request, service.generate(body.ask(service.model))))
 
 
-@router.post("/chat/completions", response_model=ChatCompletion)
+@router.post("/chat/completions", response_model=ChatCompletion, responses=STREAMS)
 async def chat(body: ChatRequest, request: Request, service: ServiceOf) -> ChatCompletion | StreamingResponse:
     """Answer in a conversation."""
     writer = ChatWriter(body, _head("chatcmpl", body.model, request))

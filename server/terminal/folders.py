@@ -1,47 +1,17 @@
-"""What the commands print."""
+"""Checkpoint folders: listed, shown, verified."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rich.columns import Columns
-from rich.console import Console
-from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from server.config import Settings
 from server.errors import UnknownCheckpoint, UnusableCheckpoint
-from server.exchange import Answer, Result
+from server.terminal import console
 from steering import checkpoint as folders
 from steering.checkpoint import Checkpoint
 from steering.errors import CheckpointError, NotFound
-
-console = Console()
-
-
-def show(answer: Answer, prompt: str) -> None:
-    """The text, or both arms side by side with how far they are apart."""
-    console.print(Text(prompt, style="bold"))
-    width = console.width // len(answer.arms) - 1
-    console.print(Columns([_panel(arm.name, arm.results[0], width) for arm in answer.arms]))
-    if comparisons := answer.arms[0].comparisons:
-        compared = comparisons[0]
-        where = "never" if compared.first_divergence is None else f"at token {compared.first_divergence}"
-        console.print(
-            f"they part {where}; KL a token {compared.kl_per_token:.3f} nats; "
-            f"perplexity ratio {compared.perplexity_ratio:.2f}"
-        )
-
-
-def _panel(title: str, result: Result, width: int) -> Panel:
-    steering = result.steering
-    used = [
-        f"{part.checkpoint}@{part.version} {name}={value:g}"
-        for part in steering.parts
-        for name, value in part.attributes.items()
-    ]
-    footer = f"{', '.join(used) or 'no steering'}; {steering.steered_tokens} steered tokens"
-    return Panel(Text(result.text), title=title, subtitle=Text(footer), width=width)
 
 
 def list_folders(root: Path) -> None:

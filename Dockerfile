@@ -1,0 +1,48 @@
+# CUDA by default: `docker build .`; for the CPU:
+# `docker build --build-arg BASE=ubuntu:24.04 --build-arg TORCH=cpu .`
+# No weights are baked in but the embedded demo's: a model comes from the hub cache or a mounted folder.
+ARG BASE=nvidia/cuda:12.8.1-base-ubuntu24.04
+
+FROM ${BASE} AS build
+# Which of PyTorch's builds: cu128, cpu, ... Its wheels bring the CUDA libraries that they need.
+ARG TORCH=cu128
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends python3 python3-venv \
+    && rm -rf /var/lib/apt/lists/*
+RUN python3 -m venv /opt/matsteer
+WORKDIR /build
+COPY constraints.txt ./
+RUN /opt/matsteer/bin/pip install --no-cache-dir --index-url "https://download.pytorch.org/whl/${TORCH}" \
+    "$(grep '^torch==' constraints.txt)"
+COPY pyproject.toml README.md LICENSE ./
+COPY server ./server
+COPY steering ./steering
+COPY training ./training
+COPY demo ./demo
+RUN /opt/matsteer/bin/pip install --no-cache-dir --constraint constraints.txt .
+
+FROM ${BASE}
+LABEL org.opencontainers.image.title="mat-steer" \
+      org.opencontainers.image.description="An inference server for steered text generation" \
+      org.opencontainers.image.licenses="Apache-2.0"
+# libgomp1: the OpenMP of PyTorch's CPU kernels.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends python3 libgomp1 \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --create-home --uid 10001 matsteer \
+    && install --directory --owner 10001 /app /home/matsteer/.cache/huggingface
+COPY --from=build /opt/matsteer /opt/matsteer
+WORKDIR /app
+COPY --chown=10001 checkpoints ./checkpoints
+USER 10001
+ENV PATH=/opt/matsteer/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    HF_HOME=/home/matsteer/.cache/huggingface \
+    MATSTEER_HOST=0.0.0.0 \
+    MATSTEER_PORT=8000
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=15s --timeout=5s --start-period=10m --retries=3 \
+    CMD ["/opt/matsteer/bin/python", "-c", "import os, urllib.request as u; u.urlopen('http://127.0.0.1:' + os.environ['MATSTEER_PORT'] + '/readyz', timeout=4)"]
+ENTRYPOINT ["matsteer"]
+CMD ["serve"]

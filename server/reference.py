@@ -1,0 +1,116 @@
+"""docs/api.md, from the OpenAPI document: `python -m server.reference` writes it, a test looks whether it is true."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from server.app import routed
+
+PATH = Path(__file__).parents[1] / "docs" / "api.md"
+HEAD = """# The HTTP API
+
+Written by `make api-docs` from the OpenAPI document, which a running server has at `/openapi.json` and shows at
+`/docs`.
+
+Every error is `{"error": {"type", "message", "param", "request_id"}}`, with the field at fault in `param`; the types
+and their statuses stand in `server/errors.py`. Numbers are finite, and fields that are not listed are refused by name.
+A server with keys asks for `Authorization: Bearer KEY`.
+"""
+
+
+def page() -> str:
+    document = routed().openapi()
+    schemas: dict[str, Any] = document["components"]["schemas"]
+    parts = [HEAD]
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            parts += _operation(f"{method.upper()} {path}", operation, schemas)
+    parts.append("## Bodies\n")
+    for name in sorted(_named(document["paths"], schemas)):
+        parts += _schema(name, schemas[name])
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _operation(title: str, operation: Mapping[str, Any], schemas: Mapping[str, Any]) -> Iterator[str]:
+    yield f"## {title}\n"
+    yield f"{operation['description']}\n"
+    for parameter in operation.get("parameters", []):
+        yield f"- `{parameter['name']}` ({parameter['in']}): {_type(parameter['schema'])}"
+    if operation.get("parameters"):
+        yield ""
+    content = operation.get("requestBody", {}).get("content", {}).get("application/json")
+    if content:
+        yield f"Body: {_type(content['schema'])}\n"
+        for example in _examples(content["schema"], schemas):
+            yield f"```json\n{json.dumps(example, indent=2)}\n```\n"
+    for kind, answer in operation["responses"]["200"].get("content", {}).items():
+        yield f"Answer: {_type(answer['schema']) if answer.get('schema') else ''} ({kind})\n"
+
+
+def _schema(name: str, schema: Mapping[str, Any]) -> Iterator[str]:
+    yield f"### {name}\n"
+    if "description" in schema:
+        yield f"{schema['description']}\n"
+    yield "| field | type | default | |"
+    yield "| --- | --- | --- | --- |"
+    required = schema.get("required", [])
+    for field, about in schema.get("properties", {}).items():
+        default = "" if field in required or "default" not in about else f"`{json.dumps(about['default'])}`"
+        told = " ".join(part for part in (about.get("description", ""), _limits(about)) if part)
+        cells = (f"`{field}`", _type(about), default or ("required" if field in required else ""), told)
+        yield "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+    yield ""
+
+
+def _type(schema: Mapping[str, Any]) -> str:
+    if "$ref" in schema:
+        name = schema["$ref"].rpartition("/")[2]
+        return f"[{name}](#{name.lower()})"
+    if "const" in schema:
+        return f"`{json.dumps(schema['const'])}`"
+    if "enum" in schema:
+        return " or ".join(f"`{json.dumps(value)}`" for value in schema["enum"])
+    if "anyOf" in schema:
+        return " or ".join(dict.fromkeys(map(_type, schema["anyOf"])))
+    if schema.get("type") == "array":
+        inner = schema.get("prefixItems")
+        return f"[{', '.join(map(_type, inner))}]" if inner else f"list of {_type(schema.get('items', {}))}"
+    if schema.get("type") == "object" and isinstance(schema.get("additionalProperties"), Mapping):
+        return f"map of {_type(schema['additionalProperties'])}"
+    return str(schema.get("type", "anything"))
+
+
+def _limits(schema: Mapping[str, Any]) -> str:
+    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    parts = [schema, *schema.get("anyOf", [])]
+    told = [f"{sign} {part[key]}" for part in parts for key, sign in signs.items() if key in part]
+    return f"({', '.join(told)})" if told else ""
+
+
+def _examples(schema: Mapping[str, Any], schemas: Mapping[str, Any]) -> list[Any]:
+    for part in [schema, *schema.get("anyOf", [])]:
+        if "$ref" in part:
+            found: list[Any] = schemas[part["$ref"].rpartition("/")[2]].get("examples", [])
+            return found
+    return []
+
+
+def _named(node: Any, schemas: Mapping[str, Any], seen: set[str] | None = None) -> set[str]:
+    """Every schema that is spoken of, at any depth."""
+    seen = set() if seen is None else seen
+    if isinstance(node, Mapping):
+        name = str(node.get("$ref", "")).rpartition("/")[2]
+        if name and name not in seen:
+            seen.add(name)
+            _named(schemas[name], schemas, seen)
+        for value in node.values():
+            _named(value, schemas, seen)
+    elif isinstance(node, list):
+        for value in node:
+            _named(value, schemas, seen)
+    return seen
+
+
+if __name__ == "__main__":
+    PATH.write_text(page(), encoding="utf-8")

@@ -1,0 +1,42 @@
+"""Whatever the OpenAPI document allows, and what it does not, gets the answer that the document promises, and never
+a 5xx. `make fuzz` tries far more of it."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
+from schemathesis import Case
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+from starlette.testclient import TestClient
+
+from server.app import create_app, routed
+from server.config import Settings
+from tests.server.conftest import listening
+
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "4"))
+CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+
+
+schema = schemathesis.openapi.from_dict(routed().openapi())
+
+
+@pytest.fixture(scope="module")
+def url(settings: Settings) -> Iterator[str]:
+    """A server of its own, which is told to load and unload what there is."""
+    app = create_app(settings)
+    with TestClient(app), listening(app) as address:
+        yield address
+
+
+@schema.parametrize()
+@hypothesis_settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+def test_every_answer_is_one_that_is_documented(case: Case, url: str) -> None:
+    case.validate_response(case.call(base_url=url), checks=CHECKS)
