@@ -13,9 +13,11 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 
 from demo.readme import ANSWERS, RESULTS, commands, requests, served, shown
 from demo.results import table
+from server.config import Settings
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -41,7 +43,21 @@ def test_every_command_is_one_that_is_tested_here() -> None:
         "matsteer train",
         "matsteer serve",
         "matsteer generate",
+        "docker compose",
     }
+
+
+def test_the_compose_file_serves_a_gpu_by_default_and_the_demo_on_a_cpu() -> None:
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))["services"]
+    assert "profiles" not in services["server"]
+    assert services["cpu"]["profiles"] == ["cpu"]
+    (device,) = services["server"]["deploy"]["resources"]["reservations"]["devices"]
+    assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
+    given = {name for service in services.values() for name in service["environment"] if name.startswith("MATSTEER_")}
+    assert {name.removeprefix("MATSTEER_").lower() for name in given} <= set(Settings.model_fields)
+    copied = re.findall(r"^COPY (?:--chown=\S+ )?((?!--from)\S.*) \./", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert {name for names in copied for name in names.split()} == kept
 
 
 def test_make_serve_makes_the_environment_installs_and_serves() -> None:

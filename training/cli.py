@@ -265,6 +265,12 @@ def sweep(
         float | None,
         typer.Option(min=0, max=1, help="With --alone: settings that move the other attributes by more rank last."),
     ] = None,
+    tolerance: Annotated[
+        float,
+        typer.Option(
+            min=0, max=1, help="With --alone: weaker settings and fewer places may lack so much of the score."
+        ),
+    ] = 0.01,
     pool: o.PoolOption = Pool.MEAN,
     judge: o.JudgeName = None,
     prompts: o.Prompts = None,
@@ -311,7 +317,7 @@ def sweep(
         )
         run = Sweep(
             base, texts, activations, Recipe(method, mat, penalty, normalize), factors, measure, out,
-            Goal(tuple(goal.split(",")) if goal else (), max_perplexity_ratio, least, max_side_effect),
+            Goal(tuple(goal.split(",")) if goal else (), max_perplexity_ratio, least, max_side_effect, tolerance),
             progress=shown, say=o.say,
         )  # fmt: skip
         if alone:

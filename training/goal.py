@@ -1,6 +1,6 @@
 """What a setting is best at: the mean of the metrics that count, among settings that keep the text in limits."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from training.errors import TrainingError
@@ -16,6 +16,15 @@ class Goal:
     """Metric -> the least that it must be."""
     max_side_effect: float | None = None
     """By how much an attribute by itself may move what counts for the others from what it is unsteered, 0 to 1."""
+
+    tolerance: float = 0.0
+    """How much of the score a weaker setting may lack and yet be preferred: less steering, less harm."""
+
+    def best(self, ranks: Sequence[tuple[float, float]], strengths: Sequence[float]) -> int:
+        """The index of the setting to take: the weakest of those that are as good as the best, within the tolerance."""
+        limits, score = max(ranks)
+        near = [i for i, rank in enumerate(ranks) if rank[0] == limits and rank[1] >= score - self.tolerance]
+        return min(near, key=lambda i: (strengths[i], -ranks[i][1]))
 
     def score(self, arm: ArmResult, attribute: str | None = None) -> float:
         """The mean, 0 to 1, of the metrics that count; for one `attribute`, of its own. Raises TrainingError."""

@@ -104,8 +104,9 @@ class Sweep:
     def _best_sites(self, name: str, points: Sequence[Point], most: int) -> Place:
         """The best of an attribute's `points`, which come best first, and further sites of theirs that help."""
         ranked = list(dict.fromkeys(point.place for point in points))
-        chosen, strength = ranked[:1], points[0].multiplier
-        rank = points[0].rank
+        there = [point for point in points if point.place == ranked[0]]
+        first = there[self.goal.best([point.rank for point in there], [point.multiplier for point in there])]
+        chosen, strength, rank = ranked[:1], first.multiplier, first.rank
         while len(chosen) < most:
             tried = []
             for site in [site for site in ranked if site not in chosen][:CANDIDATES]:
@@ -115,8 +116,11 @@ class Sweep:
                 arms = [Arm(f"{name} {x:g}", {name: x}) for x in self.multipliers]
                 unsteered, *results = self._run(columns, arms)
                 ranks = [self.goal.rank(result, name, unsteered) for result in results]
-                tried.append((max(ranks), site, self.multipliers[ranks.index(max(ranks))]))
-            if not tried or max(tried, key=lambda one: one[0])[0] <= rank:
+                best = self.goal.best(ranks, self.multipliers)
+                tried.append((ranks[best], site, self.multipliers[best]))
+            # Further sites have to be worth more than a weaker setting may lack.
+            enough = rank[0], rank[1] + self.goal.tolerance
+            if not tried or max(tried, key=lambda one: one[0])[0] <= enough:
                 break
             rank, site, strength = max(tried, key=lambda one: one[0])
             chosen.append(site)

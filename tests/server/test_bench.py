@@ -80,7 +80,9 @@ def test_the_command_prints_a_table_and_writes_the_numbers(address: str, tmp_pat
     found = json.loads(out.read_text())
     assert [one["load"] for one in found] == ["1 clients", "4 clients"]
     assert all(one["requests"] == 6 and one["failed"] == 0 for one in found)
-    result = runner.invoke(app, ["bench", "--url", address, "--rate", "100", "--model", "demo@1", *SHORT], env={"COLUMNS": "160"})
+    result = runner.invoke(
+        app, ["bench", "--url", address, "--rate", "100", "--model", "demo@1", *SHORT], env={"COLUMNS": "160"}
+    )
     assert result.exit_code == 0, result.output
     assert "100 requests/s" in result.output
 

@@ -58,6 +58,14 @@ def test_what_an_attribute_does_to_the_others_counts_beyond_the_limit() -> None:
     assert goal.rank(quiet) < goal.rank(loud)  # all at once: every change is wanted
 
 
+def test_the_weakest_of_those_that_are_as_good_is_taken() -> None:
+    ranks = [(0.0, 0.95), (0.0, 0.99), (0.0, 0.985), (-0.1, 1.0)]
+    assert Goal().best(ranks, [0.5, 2.0, 1.0, 0.1]) == 1
+    assert Goal(tolerance=0.01).best(ranks, [0.5, 2.0, 1.0, 0.1]) == 2
+    assert Goal(tolerance=0.05).best(ranks, [0.5, 2.0, 1.0, 0.1]) == 0
+    assert Goal(tolerance=0.05).best(ranks[:2], [1.0, 1.0]) == 1
+
+
 @pytest.mark.parametrize("goal", [Goal(("truht",)), Goal(keep={"truht": 1})])
 def test_an_unknown_metric_is_named(goal: Goal) -> None:
     with pytest.raises(TrainingError, match="no metric 'truht'; there are truth"):
