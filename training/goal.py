@@ -20,10 +20,12 @@ class Goal:
     tolerance: float = 0.0
     """How much of the score a weaker setting may lack and yet be preferred: less steering, less harm."""
 
-    def best(self, ranks: Sequence[tuple[float, float]], strengths: Sequence[float]) -> int:
-        """The index of the setting to take: the weakest of those that are as good as the best, within the tolerance."""
+    def best(self, ranks: Sequence[tuple[float, float]], strengths: Sequence[float], metrics: int = 1) -> int:
+        """The index of the setting to take: the weakest of those that are as good as the best, within the tolerance,
+        which is for one metric; the mean of several varies less, by the root of their number."""
         limits, score = max(ranks)
-        near = [i for i, rank in enumerate(ranks) if rank[0] == limits and rank[1] >= score - self.tolerance]
+        enough = score - self.tolerance / metrics**0.5
+        near = [i for i, rank in enumerate(ranks) if rank[0] == limits and rank[1] >= enough]
         return min(near, key=lambda i: (strengths[i], -ranks[i][1]))
 
     def score(self, arm: ArmResult, attribute: str | None = None) -> float:

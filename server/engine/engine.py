@@ -12,18 +12,14 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from server.engine.calls import Call, Calls
-from server.engine.progress import Progress
+from server.engine.delivery import Delivery
 from server.engine.reading import compare, score
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
-from server.engine.tape import Tape, Work
+from server.engine.tape import Work
 from server.engine.types import (
     Divergence,
-    Draw,
     EngineStats,
-    Event,
-    Failed,
-    Finished,
     Job,
     Likelihood,
     Load,
@@ -32,7 +28,7 @@ from server.engine.types import (
     Sink,
     Steer,
 )
-from server.errors import DeadlineExceeded, EngineDown, GenerationFailed, NotFinite, QueueFull, ServerError
+from server.errors import DeadlineExceeded, EngineDown, GenerationFailed, QueueFull
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -74,15 +70,13 @@ class Engine:
         self.stats = EngineStats()
         self._runner = runner
         self._scheduler = scheduler
-        self._eos = eos
-        self._decode = decode
         self._queue_limit = queue_limit
         self._stall_s = stall_s
         self._deadline_s = deadline_s
         self._deadlines: deque[tuple[float, str]] = deque()  # of requests, in the order in which they came
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._calls = Calls()
-        self._progress: dict[Row, Progress] = {}
+        self._delivery = Delivery(scheduler, eos=eos, decode=decode, on_unqueued=self._unqueue)
         self._lock = threading.Lock()  # guards _queued, _down and _draining
         self._queued = 0  # rows submitted and not yet admitted
         self._down: str | None = "the engine has not started"
@@ -114,6 +108,11 @@ class Engine:
         if self._down is None and busy_since is not None and time.monotonic() - busy_since > self._stall_s:
             return f"the current step has been running for more than {self._stall_s:g} s"
         return self._down or ("the server is draining: it finishes its requests and stops" if self._draining else None)
+
+    @property
+    def open_rows(self) -> int:
+        """Rows that have been submitted, taken in, and not ended."""
+        return len(self._delivery)
 
     @property
     def load(self) -> Load:
@@ -211,12 +210,10 @@ class Engine:
     def _take(self, message: Message) -> None:
         match message:
             case _Submit(rows, sink, at):
-                self._progress |= {row: Progress(row, sink, at, self._eos, self._decode) for row in rows}
-                self._scheduler.add(map(Tape.of, rows))
+                self._delivery.begin(rows, sink, at)
                 self._deadlines.append((at + self._deadline_s, rows[0].request))
             case _Cancel(request):
-                for tape, progress in self._drop(request):
-                    self._end(progress.finish("cancelled", sum(tape.steered)))
+                self._delivery.cancel(request)
             case Call():
                 self._calls.add(message)
 
@@ -224,10 +221,11 @@ class Engine:
         """Requests whose time is up fail, wherever their rows are."""
         while self._deadlines and self._deadlines[0][0] < time.monotonic():
             _, request = self._deadlines.popleft()
-            self._give_up(request, DeadlineExceeded(f"The request took longer than {self._deadline_s:g} s."))
+            self._delivery.give_up(request, DeadlineExceeded(f"The request took longer than {self._deadline_s:g} s."))
 
     def _step(self, works: Sequence[Work]) -> None:
-        self._admit(works)
+        self.stats.rows += self._delivery.admit(works)
+        self.stats.largest_batch = max(self.stats.largest_batch, len(works))
         with self._busy():
             try:
                 outcomes = self._runner.step(works)
@@ -242,7 +240,7 @@ class Engine:
                 self._scheduler.done(work, outcome.steered)
                 if outcome.draw is not None:
                     self.stats.tokens += 1
-                    self._deliver(work.tape, outcome.draw)
+                    self._delivery.deliver(work.tape, outcome.draw)
 
     @contextmanager
     def _busy(self) -> Iterator[None]:
@@ -253,73 +251,18 @@ class Engine:
         finally:
             self._busy_since = None
 
-    def _deliver(self, tape: Tape, draw: Draw) -> None:
-        """One draw to its row; a row that cannot go on fails its request only."""
-        row = tape.row
-        assert row is not None, "only rows draw"
-        if not draw.finite:
-            log.error("the logits of a row of request %s are not finite", row.request)
-            broken = NotFinite("The model's output is not finite: there is no next token.")
-            self._give_up(row.request, broken, keep=False)
-            return
-        tape.tokens.append(draw.token)
-        progress = self._progress[row]
-        try:
-            reason = progress.accept(draw)
-            event = progress.finish(reason, sum(tape.steered)) if reason else None
-            piece = progress.piece(draw, last=event is not None) if row.stream else None
-        except Exception:
-            log.exception("the text of a row of request %s cannot be decoded", row.request)
-            self._give_up(row.request, GenerationFailed("The generated tokens could not be turned into text."))
-            return
-        if piece is not None:
-            self._tell(progress, piece)
-        if event is not None:
-            self._scheduler.finish(tape)
-            self._end(event)
-
-    def _give_up(self, request: str, error: ServerError, *, keep: bool = True) -> None:
-        """Fail every row of a request: its client gets no answer, whatever the others would have become."""
-        for _, progress in self._drop(request, keep=keep):
-            self._end(Failed(progress.row, error))
-
-    def _drop(self, request: str, *, keep: bool = True) -> list[tuple[Tape, Progress]]:
-        """Take a request's rows out, wherever they are; each still owes its last event."""
-        dropped = [(tape, self._progress[tape.row]) for tape in self._scheduler.drop(request, keep=keep) if tape.row]
-        self._unqueue(sum(not progress.admitted for _, progress in dropped))
-        return dropped
-
-    def _admit(self, works: Sequence[Work]) -> None:
-        rows = [self._progress[work.tape.row] for work in works if work.tape.row]
-        new = [progress for progress in rows if not progress.admitted]
-        for progress in new:
-            progress.admit()
-        self._unqueue(len(new))
-        self.stats.rows += len(new)
-        self.stats.largest_batch = max(self.stats.largest_batch, len(works))
-
     def _fail(self, works: Sequence[Work], error: Exception) -> None:
         """A failing step fails the requests in it, and nobody else, as long as the device still answers."""
         log.error("a step with %d rows failed", len(works), exc_info=error)
         self.stats.failed_steps += 1
         for request in dict.fromkeys(work.tape.row.request for work in works if work.tape.row):
             failure = GenerationFailed("The model failed on this request's batch; try again.")
-            self._give_up(request, failure, keep=False)
+            self._delivery.give_up(request, failure, keep=False)
         try:
             self._runner.recover()
         except Exception as fatal:
             log.critical("the device does not answer any more", exc_info=fatal)
             self._close(f"the device failed: {fatal}")
-
-    def _end(self, event: Finished | Failed) -> None:
-        self._tell(self._progress.pop(event.row), event)
-
-    @staticmethod
-    def _tell(progress: Progress, event: Event) -> None:
-        try:
-            progress.sink(event)
-        except Exception:  # a sink whose event loop has closed must not take the engine down
-            log.exception("nobody took an event of request %s", event.row.request)
 
     def _unqueue(self, rows: int) -> None:
         if rows:
@@ -336,7 +279,5 @@ class Engine:
         while (message := self._poll()) is not None:
             self._take(message)
         why = EngineDown(f"The engine stopped: {self._down}.")
-        for tape in self._scheduler.clear():
-            if tape.row:
-                self._end(Failed(tape.row, why))
+        self._delivery.clear(why)
         self._calls.end(why)

@@ -96,7 +96,7 @@ def test_a_row_without_a_next_token_fails_its_request_and_no_other(fresh: World)
     stats = fresh.service.engine.stats
     assert stats.largest_batch >= 2
     assert stats.tokens <= 3 + 30, "the other rows of the broken request go on for nobody"
-    assert not fresh.service.engine._progress
+    assert not fresh.service.engine.open_rows
     assert fresh.service.registry.pins == 0
 
 
@@ -230,7 +230,7 @@ def test_a_client_that_goes_away_frees_its_row_by_the_next_step(fresh: World, mo
     assert seen[-18:] == [1] * 18, seen
     assert stayed.json()["results"][0]["usage"]["completion_tokens"] == 20
     assert sent[0]["status"] == 499
-    assert not engine._progress
+    assert not engine.open_rows
     assert fresh.service.registry.pins == 0
 
 

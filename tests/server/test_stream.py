@@ -116,10 +116,10 @@ def test_a_client_that_leaves_a_stream_takes_its_rows_along(fresh: World, monkey
 
     asyncio.run(story())
     for _ in range(200):
-        if not engine._progress:
+        if not engine.open_rows:
             break
         asyncio.run(asyncio.sleep(0.01))
-    assert not engine._progress
+    assert not engine.open_rows
     assert fresh.service.registry.pins == 0
     assert engine.stats.tokens < 6 * 80
     runner_of(fresh).cache.check()

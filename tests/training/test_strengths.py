@@ -64,6 +64,7 @@ def test_the_weakest_of_those_that_are_as_good_is_taken() -> None:
     assert Goal(tolerance=0.01).best(ranks, [0.5, 2.0, 1.0, 0.1]) == 2
     assert Goal(tolerance=0.05).best(ranks, [0.5, 2.0, 1.0, 0.1]) == 0
     assert Goal(tolerance=0.05).best(ranks[:2], [1.0, 1.0]) == 1
+    assert Goal(tolerance=0.05).best(ranks, [0.5, 2.0, 1.0, 0.1], metrics=4) == 2
 
 
 @pytest.mark.parametrize("goal", [Goal(("truht",)), Goal(keep={"truht": 1})])

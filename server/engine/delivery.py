@@ -1,0 +1,107 @@
+"""What has become of each row, and telling those who wait for it."""
+
+import logging
+from collections.abc import Callable, Sequence
+
+from server.engine.progress import Progress
+from server.engine.scheduler import Scheduler
+from server.engine.tape import Tape, Work
+from server.engine.types import Draw, Event, Failed, Finished, Row, Sink
+from server.errors import GenerationFailed, NotFinite, ServerError
+
+log = logging.getLogger(__name__)
+
+
+class Delivery:
+    """Rows from their submission to their last event."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        *,
+        eos: frozenset[int],
+        decode: Callable[..., str],
+        on_unqueued: Callable[[int], None],
+    ) -> None:
+        """`on_unqueued` is told of rows that wait no longer, be it that they run or that they have ended."""
+        self._scheduler = scheduler
+        self._eos = eos
+        self._decode = decode
+        self._on_unqueued = on_unqueued
+        self._progress: dict[Row, Progress] = {}
+
+    def __len__(self) -> int:
+        """How many rows still owe their last event."""
+        return len(self._progress)
+
+    def begin(self, rows: Sequence[Row], sink: Sink, at: float) -> None:
+        """Rows that were submitted `at` a moment (of time.monotonic) wait."""
+        self._progress |= {row: Progress(row, sink, at, self._eos, self._decode) for row in rows}
+        self._scheduler.add(map(Tape.of, rows))
+
+    def admit(self, works: Sequence[Work]) -> int:
+        """Notes which rows have their first step now; returns how many."""
+        rows = [self._progress[work.tape.row] for work in works if work.tape.row]
+        new = [progress for progress in rows if not progress.admitted]
+        for progress in new:
+            progress.admit()
+        self._on_unqueued(len(new))
+        return len(new)
+
+    def deliver(self, tape: Tape, draw: Draw) -> None:
+        """One draw to its row; a row that cannot go on fails its request only."""
+        row = tape.row
+        assert row is not None, "only rows draw"
+        if not draw.finite:
+            log.error("the logits of a row of request %s are not finite", row.request)
+            broken = NotFinite("The model's output is not finite: there is no next token.")
+            self.give_up(row.request, broken, keep=False)
+            return
+        tape.tokens.append(draw.token)
+        progress = self._progress[row]
+        try:
+            reason = progress.accept(draw)
+            event = progress.finish(reason, sum(tape.steered)) if reason else None
+            piece = progress.piece(draw, last=event is not None) if row.stream else None
+        except Exception:
+            log.exception("the text of a row of request %s cannot be decoded", row.request)
+            self.give_up(row.request, GenerationFailed("The generated tokens could not be turned into text."))
+            return
+        if piece is not None:
+            self._tell(progress, piece)
+        if event is not None:
+            self._scheduler.finish(tape)
+            self._end(event)
+
+    def cancel(self, request: str) -> None:
+        """End every row of a request with what it has."""
+        for tape, progress in self._drop(request):
+            self._end(progress.finish("cancelled", sum(tape.steered)))
+
+    def give_up(self, request: str, error: ServerError, *, keep: bool = True) -> None:
+        """Fail every row of a request: its client gets no answer, whatever the others would have become. `keep`: what
+        they computed is sound."""
+        for _, progress in self._drop(request, keep=keep):
+            self._end(Failed(progress.row, error))
+
+    def clear(self, error: ServerError) -> None:
+        """Fail every row that there is."""
+        for tape in self._scheduler.clear():
+            if tape.row:
+                self._end(Failed(tape.row, error))
+
+    def _drop(self, request: str, *, keep: bool = True) -> list[tuple[Tape, Progress]]:
+        """Takes a request's rows out, wherever they are; each still owes its last event."""
+        dropped = [(tape, self._progress[tape.row]) for tape in self._scheduler.drop(request, keep=keep) if tape.row]
+        self._on_unqueued(sum(not progress.admitted for _, progress in dropped))
+        return dropped
+
+    def _end(self, event: Finished | Failed) -> None:
+        self._tell(self._progress.pop(event.row), event)
+
+    @staticmethod
+    def _tell(progress: Progress, event: Event) -> None:
+        try:
+            progress.sink(event)
+        except Exception:  # a sink whose event loop has closed must not take the engine down
+            log.exception("nobody took an event of request %s", event.row.request)
