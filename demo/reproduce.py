@@ -12,7 +12,7 @@ Writes results.json, results.md and two plots into `docs/results`, and the first
 import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,15 @@ class World:
     samples: Sequence[Sample]
     activations: Activations
     measure: Measure
+    unsteered: dict[Split, ArmResult] = field(default_factory=dict)
+
+    def steered(self, columns: Sequence[Column], arms: Sequence[Arm], split: Split) -> list[ArmResult]:
+        """The arms' results beside unsteered text, which is generated once for all methods."""
+        if split not in self.unsteered:
+            self.unsteered[split] = self.run(columns, [BASELINE], split).arms[0]
+        plain = self.unsteered[split].perplexity or 1.0
+        found = self.run(columns, arms, split).arms
+        return [replace(arm, perplexity_ratio=(arm.perplexity or 0.0) / plain) for arm in found]
 
     def run(self, columns: Sequence[Column], arms: Sequence[Arm], split: Split) -> Evaluation:
         """On dev, where many settings are tried, a part of the prompts with one answer each."""
@@ -101,7 +110,7 @@ def compare(world: World, chosen: dict[str, Recipe], split: Split, say: Console)
         say.print(f"{name}: fit, strengths on dev, rates on {split.value}")
         columns = fit(world.activations, [], recipe)
         strengths = tune(world, columns)
-        steered = world.run(columns, [BASELINE, Arm("steered", strengths)], split).arms[1]
+        (steered,) = world.steered(columns, [Arm("steered", strengths)], split)
         yield row(name, strengths, steered, gate_means(world.activations, columns, [split]))
 
 
@@ -109,7 +118,7 @@ def tune(world: World, columns: Sequence[Column]) -> dict[str, float]:
     """Each attribute's strength: the best alone, then the best beside the others; both on dev."""
 
     def run(arms: Sequence[Arm]) -> Sequence[ArmResult]:
-        return world.run(columns, [BASELINE, *arms], Split.DEV).arms[1:]
+        return world.steered(columns, arms, Split.DEV)
 
     return combine(run, best_alone(run, TRAITS, STRENGTHS, GOAL), GOAL, rounds=1)
 
