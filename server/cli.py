@@ -151,7 +151,7 @@ def compare(
     """Several answers to one prompt side by side, each compared with the first.
 
     Example: matsteer compare "Q: What colour is the sky? A:" --arm plain --arm honest:truthfulness=1 --arm
-    lying:truthfulness=-1
+    rude:truthfulness=1,civility=-0.5
     """
     arms = [(name, _multipliers([pair for pair in pairs.split(",") if pair]) or {}) for name, _, pairs in _parted(arm)]
     body = {

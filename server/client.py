@@ -279,7 +279,7 @@ def ask_server(
     except ApiError as error:
         raise ServerError(f"The server refuses: {error.message}") from None
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-        raise ServerError(f"There is no mat-steer at {url}: {error}.") from None
+        raise ServerError(f"There is no mat-steer at {url}: {str(error).rstrip('.')}.") from None
 
 
 def _headers(api_key: str | None) -> dict[str, str]:

@@ -329,6 +329,11 @@ class Registry:
             entries.append(Entry(found, version, checkpoint, problem, served is not None, changed, key == active))
         return entries
 
+    def known_as(self, reference: str) -> Loaded | None:
+        """What NAME or NAME@VERSION means now, if that is loaded."""
+        name, at, version = reference.partition("@")
+        return self._find_loaded(name, version if at else None)
+
     def _find_loaded(self, name: str, version: str | None) -> Loaded | None:
         with self._lock:
             if version is not None:

@@ -1,8 +1,8 @@
 """What checkpoints there are; loading, activating and unloading them."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Query
 
 from server.api.bodies import (
     AttributeBody,
@@ -57,9 +57,9 @@ def activate(name: str, service: ServiceOf, body: VersionRequest | None = None) 
 
 
 @router.delete("/{name}", dependencies=CHANGES)
-def unload(name: str, service: ServiceOf, version: str | None = None) -> UnloadedBody:
+def unload(name: str, service: ServiceOf, query: Annotated[VersionRequest, Query()]) -> UnloadedBody:
     """Take a version (absent: all) out of the device's memory; the folder stays, and a request loads it again."""
-    return UnloadedBody(unloaded=service.registry.unload(name, version))
+    return UnloadedBody(unloaded=service.registry.unload(name, query.version))
 
 
 def _detail(entry: Entry) -> CheckpointDetailBody:

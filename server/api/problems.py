@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from server.api.openai.requests import NEUTRAL, ChatRequest, CompletionRequest
-from server.api.schemas import GenerateRequest, StrictRequest
+from server.api.schemas import CompareRequest, GenerateRequest, ScoreRequest, StrictRequest
 from server.errors import (
     BadRequest,
     BodyTooLarge,
@@ -33,10 +33,12 @@ UNIONS = {  # fields of several types, below which pydantic names the type that 
     "stop": "a string or a list of strings",
     "content": "a string or a list of parts",
 }
-BODIES: Mapping[str, type[StrictRequest]] = {
+BODIES: Mapping[str, type[StrictRequest]] = {  # others: GenerateRequest
+    "/compare": CompareRequest,
+    "/score": ScoreRequest,
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatRequest,
-}  # others: GenerateRequest
+}
 KINDS = ("string_type", "list_type")
 TYPE_NAME = re.compile(r"^str$|^constrained-|\[")  # as pydantic writes the members of a union
 
@@ -151,8 +153,8 @@ def _sentence(problem: Mapping[str, Any], path: str) -> str:
         # Nobody misspells a name into a text: those are not worth the search.
         if param in NEUTRAL:
             return f"{param} is not supported; leave it out."
-        fields = BODIES.get(path, GenerateRequest).model_fields
-        close = difflib.get_close_matches(param, fields, n=1) if len(param) <= SHOWN else []
+        fields = [*BODIES.get(path, GenerateRequest).model_fields] if problem["loc"][0] == "body" else ["version"]
+        close = difflib.get_close_matches(param, fields, n=1) if len(param) <= SHOWN and "." not in param else []
         return f"There is no field {_short(param)}" + (f"; did you mean {close[0]!r}?" if close else ".")
     if problem["type"] == "string_unicode":
         return f"{_short(param, quote=False)} holds half of a surrogate pair, which is no character."
@@ -160,8 +162,11 @@ def _sentence(problem: Mapping[str, Any], path: str) -> str:
         return f"{param} is missing."
     if problem["type"] in ("string_too_short", "too_short"):  # every minimum here is 1
         return f"{param} must not be empty."
+    if problem["type"] == "too_long":
+        return f"{param} has too many items; at most {problem['ctx']['max_length']} are taken."
     message = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input ")
-    if problem["type"] in KINDS and (kinds := UNIONS.get(param.rpartition(".")[2])):
+    of_several = len(problem["loc"]) > len(_down_to_union(problem["loc"]))
+    if of_several and problem["type"] in KINDS and (kinds := UNIONS.get(param.rpartition(".")[2])):
         message = f"should be {kinds}"
     return f"{_short(param, quote=False)} {message}, not {_short(problem['input'])}."
 

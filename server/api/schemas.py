@@ -164,7 +164,7 @@ class CompareRequest(_Generated):
                     "arms": [
                         {"name": "baseline", "attributes": {}},
                         {"name": "truthful", "attributes": {"truthfulness": 1.0}},
-                        {"name": "lying", "attributes": {"truthfulness": -1.0}},
+                        {"name": "rude", "attributes": {"civility": -0.5}},
                     ],
                     "max_new_tokens": 24,
                     "seed": 1,

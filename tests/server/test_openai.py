@@ -7,6 +7,8 @@ import openai
 import pytest
 import torch
 
+from server.api.openai.responses import CompletionLogprobs
+from server.exchange import Spelled, Spoken
 from steering.hook import steered
 from tests.server.conftest import World, columns
 
@@ -264,3 +266,35 @@ def test_an_error_in_a_stream_is_its_last_event(fresh: World, monkeypatch: pytes
     lines = fresh.client.post("/v1/completions", json=body).text.split("\n\n")
     assert '"internal_error"' in lines[-2]
     assert "[DONE]" not in lines
+
+
+def test_offsets_pass_over_tokens_that_the_text_does_not_show() -> None:
+    spoken = [Spoken(Spelled(n, token, -1.0), ()) for n, token in enumerate(("Q", ":", "\ufffd", " a"))]
+    found = CompletionLogprobs.of(spoken, 0, "<s>", "Q: a")
+    assert found.tokens == ["<s>", "Q", ":", "\ufffd", " a"]
+    assert found.text_offset == [0, 0, 1, 2, 2]
+
+
+def test_a_plain_name_is_a_model(client: openai.OpenAI) -> None:
+    assert client.models.retrieve("demo").id == "demo"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "sentence"),
+    [
+        (
+            "POST",
+            "/compare",
+            {"prompt": "a", "arms": [{"name": "b"}], "baseline": True},
+            "There is no field 'baseline'.",
+        ),
+        ("POST", "/score", {"prompt": "a", "continuations": ["b"], "messages": []}, "There is no field 'messages'."),
+        ("POST", "/score", {"prompt": ["a"], "continuations": ["b"]}, "prompt should be a valid string, not ['a']."),
+        ("POST", "/generate", {"prompt": "a", "stop": ["b"] * 17}, "stop has too many items; at most 16 are taken."),
+        ("DELETE", "/checkpoints/other?verson=9", None, "There is no field 'verson'; did you mean 'version'?"),
+    ],
+)
+def test_hints_are_of_the_route_that_was_asked(world: World, method: str, path: str, body: Any, sentence: str) -> None:
+    response = world.client.request(method, path, json=body)
+    assert response.status_code == 422
+    assert response.json()["error"]["message"] == sentence

@@ -15,6 +15,7 @@ from server.exchange import STEERED, Arm, Ask, Use
 
 # Fields of OpenAI's that clients send although they mean nothing by it: with these values they change nothing.
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    "annotations": ([],),
     "best_of": (1,),
     "frequency_penalty": (0,),
     "functions": ([],),
@@ -27,6 +28,7 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "service_tier": ("auto", "default"),
     "store": (False,),
     "suffix": ("",),
+    "tool_calls": ([],),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
 }

@@ -42,8 +42,10 @@ class CompletionLogprobs(BaseModel):
     text_offset: list[int] = Field(description="where the token begins, in characters")
 
     @classmethod
-    def of(cls, spoken: Iterable[Spoken], offset: int, first: str | None = None) -> "CompletionLogprobs":
-        """`first`: a token with nothing before it."""
+    def of(
+        cls, spoken: Iterable[Spoken], offset: int, first: str | None = None, text: str | None = None
+    ) -> "CompletionLogprobs":
+        """`first`: a token with nothing before it. `text`: that of all tokens, where some may not be part of it."""
         tokens: list[str] = [] if first is None else [first]
         logprobs: list[float | None] = [None] * len(tokens)
         tops: list[dict[str, float] | None] = [None] * len(tokens)
@@ -54,7 +56,8 @@ class CompletionLogprobs(BaseModel):
             tops.append({other.token: other.logprob for other in (one.chosen, *reversed(one.top))})
         offsets = [offset]
         for token in tokens[:-1]:
-            offsets.append(offsets[-1] + len(token))
+            shown = text is None or text.startswith(token, offsets[-1])
+            offsets.append(offsets[-1] + (len(token) if shown else 0))
         return cls(tokens=tokens, token_logprobs=logprobs, top_logprobs=tops, text_offset=offsets[: len(tokens)])
 
     def __add__(self, other: "CompletionLogprobs") -> "CompletionLogprobs":

@@ -14,6 +14,7 @@ from server.api.openai.responses import ChatCompletion, Completion, ModelBody, M
 from server.api.openai.writers import ChatWriter, CompletionWriter, chunks
 from server.api.sse import STREAMS, data_stream
 from server.errors import UnknownModel
+from server.registry import Loaded
 from server.service import Service
 
 router = APIRouter(prefix="/v1", tags=["openai"], dependencies=[Depends(asks_key)])
@@ -27,10 +28,11 @@ def models(service: ServiceOf) -> ModelList:
 
 @router.get("/models/{name:path}")
 def model(name: str, service: ServiceOf) -> ModelBody:
-    """One of them."""
-    for found in _models(service):
-        if found.id == name:
-            return found
+    """One of them; a checkpoint's plain name means what it means in a request."""
+    if name == service.model:
+        return _models(service)[0]
+    if loaded := service.registry.known_as(name):
+        return _body(name, loaded, service)
     raise UnknownModel(f"There is no model {name!r}; GET /v1/models lists those there are.", param="model")
 
 
@@ -60,8 +62,9 @@ def _models(service: Service) -> list[ModelBody]:
     base = ModelBody(id=service.model, created=service.created, root=service.model, attributes={})
     return [
         base,
-        *(
-            ModelBody(id=loaded.label, created=loaded.created, root=service.model, attributes=loaded.defaults)
-            for loaded in service.registry.loaded
-        ),
+        *(_body(loaded.label, loaded, service) for loaded in service.registry.loaded),
     ]
+
+
+def _body(name: str, loaded: Loaded, service: Service) -> ModelBody:
+    return ModelBody(id=name, created=loaded.created, root=service.model, attributes=loaded.defaults)

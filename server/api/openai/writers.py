@@ -79,7 +79,7 @@ class CompletionWriter:
             if result.logprobs is not None:
                 logprobs = CompletionLogprobs.of(result.logprobs, len(before))
                 if echo and echo.spoken is not None:
-                    logprobs = CompletionLogprobs.of(echo.spoken, 0, echo.first) + logprobs
+                    logprobs = CompletionLogprobs.of(echo.spoken, 0, echo.first, echo.text) + logprobs
             choice = CompletionChoice(index=index, text=before + result.text, logprobs=logprobs, trace=traces(result))
             choices.append(_ended(choice, result))
         return self._body(choices, usage=Usage.of(answer, self.request.n))
@@ -88,7 +88,7 @@ class CompletionWriter:
         yield from ()
 
     def echo(self, prompt: int, echo: Echo) -> Iterator[Completion]:
-        logprobs = None if echo.spoken is None else CompletionLogprobs.of(echo.spoken, 0, echo.first)
+        logprobs = None if echo.spoken is None else CompletionLogprobs.of(echo.spoken, 0, echo.first, echo.text)
         for index in range(prompt * self.request.n, (prompt + 1) * self.request.n):
             self._offsets[index] = len(echo.text)
             yield self._body([CompletionChoice(index=index, text=echo.text, logprobs=logprobs)])
