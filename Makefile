@@ -78,7 +78,7 @@ readme: $(DEV_INSTALLED)  ## write the server's answers to the README's request 
 api-docs: $(INSTALLED)  ## write docs/api.md from the OpenAPI document
 	$(BIN)/python -m server.reference
 
-fuzz: $(DEV_INSTALLED)  ## send a running demo server what its OpenAPI document allows, and what it does not
+fuzz: $(DEV_INSTALLED)  ## many more requests of the OpenAPI document than `make test` sends
 	FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/server/test_fuzz.py --timeout 0
 
 bench: $(INSTALLED)  ## the engine beside the alternatives on the CPU: benchmarks/results

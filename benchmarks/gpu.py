@@ -7,16 +7,15 @@ is the time to read weights, keys and values once a step, at the bandwidth that 
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from benchmarks.contenders import Generate, Ours, Pyvene
+from benchmarks.machine import described
 from benchmarks.workload import SHAPES, Request, columns, requests
 from steering.operators import steer
 
@@ -37,9 +36,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "machine": {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "command": f"python -m benchmarks.gpu {' '.join(sys.argv[1:])}".strip(),
+            **described(),
         },
         "operators, largest error beside float64": operators(args.model, device),
         "copy, GB/s": round(bandwidth(device) / 1e9),

@@ -1,20 +1,18 @@
 """`matsteer`: a thin table of commands. torch is imported by the commands that need it, never by --help."""
 
+import asyncio
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
 
 from server.config import Settings, load_settings
 from server.errors import ServerError
-
-if TYPE_CHECKING:
-    from server.api.bodies import CompareResponse, GenerateResponse
 
 # Other packages add commands under this entry-point group: each entry is a typer app whose commands are merged here.
 GROUP = "matsteer.commands"
@@ -120,11 +118,10 @@ def generate(
         "temperature": temperature,
         "seed": seed,
     }
-    with _one_sentence():
-        from server.terminal.arms import show_arms
-
-        given = {"model": model, "checkpoints": checkpoints, "checkpoint": checkpoint, "device": device, "dtype": dtype}
-        show_arms(prompt, _answer("generate", body, url, api_key, given))
+    _show(
+        "generate", body, url, api_key,
+        model=model, checkpoints=checkpoints, checkpoint=checkpoint, device=device, dtype=dtype,
+    )  # fmt: skip
 
 
 @app.command()
@@ -153,7 +150,10 @@ def compare(
     Example: matsteer compare "Q: What colour is the sky? A:" --arm plain --arm honest:truthfulness=1 --arm
     rude:truthfulness=1,civility=-0.5
     """
-    arms = [(name, _multipliers([pair for pair in pairs.split(",") if pair]) or {}) for name, _, pairs in _parted(arm)]
+    arms = [
+        (name, _multipliers([pair for pair in pairs.split(",") if pair]) or {})
+        for name, _, pairs in (one.partition(":") for one in arm)
+    ]
     body = {
         "prompt": prompt,
         "arms": [{"name": name, "attributes": attributes} for name, attributes in arms],
@@ -162,11 +162,10 @@ def compare(
         "temperature": temperature,
         "seed": seed,
     }
-    with _one_sentence():
-        from server.terminal.arms import show_arms
-
-        given = {"model": model, "checkpoints": checkpoints, "checkpoint": checkpoint, "device": device, "dtype": dtype}
-        show_arms(prompt, _answer("compare", body, url, api_key, given))
+    _show(
+        "compare", body, url, api_key,
+        model=model, checkpoints=checkpoints, checkpoint=checkpoint, device=device, dtype=dtype,
+    )  # fmt: skip
 
 
 @app.command()
@@ -200,10 +199,11 @@ def bench(
         if (attributes := _multipliers(set_)) is not None:
             extra["steering"] = {"attributes": attributes}
         from server.bench import Workload
-        from server.terminal.bench import run_bench
+        from server.terminal.bench import measure, report
 
         work = Workload(model or "", requests, prompt, new, vocab, seed, extra)
-        if not run_bench(url, api_key, work, clients, rate=rate, warmup=warmup, timeout=timeout, out=out):
+        summaries = asyncio.run(measure(url, api_key, work, clients, rate=rate, warmup=warmup, timeout=timeout))
+        if not report(summaries, out):
             raise typer.Exit(1)
 
 
@@ -248,29 +248,29 @@ def verify(
             raise typer.Exit(1)
 
 
-def _answer(
-    route: Literal["generate", "compare"],
-    body: dict[str, Any],
-    url: str | None,
-    api_key: str | None,
-    given: dict[str, Any],
-) -> "GenerateResponse | CompareResponse":
-    """From the server at `url`, or from one of our own that lives as long as the command."""
-    from server.local import ask
+def _show(
+    route: Literal["generate", "compare"], body: dict[str, Any], url: str | None, api_key: str | None, **given: Any
+) -> None:
+    """The answer of the server at `url`, or of one that is `given` so and lives as long as the command."""
+    with _one_sentence():
+        if url is None:
+            settings = load_settings(**given, log_level="warning", remember=False)
+            _log(settings)
+            from server.local import ask
 
-    if url is None:
-        settings = load_settings(**given, log_level="warning", remember=False)
-        _log(settings)
-        return ask(settings, route, body)
-    if foreign := [f"--{name}" for name in ("model", "checkpoints", "device", "dtype") if given[name] is not None]:
-        raise typer.BadParameter(f"{', '.join(foreign)}: the server at --url has its own")
-    from server.client import ask_server
+            answer = ask(settings, route, body)
+        else:
+            checkpoint = given.pop("checkpoint")
+            if foreign := [f"--{name}" for name, value in given.items() if value is not None]:
+                raise typer.BadParameter(f"{', '.join(foreign)}: the server at --url has its own")
+            for steered in body.get("arms", [body]):
+                steered["checkpoint"] = checkpoint
+            from server.client import ask_server
 
-    return ask_server(url, api_key, route, body | ({"checkpoint": given["checkpoint"]} if route == "generate" else {}))
+            answer = ask_server(url, api_key, route, body)
+        from server.terminal.arms import show_arms
 
-
-def _parted(arms: list[str]) -> list[tuple[str, str, str]]:
-    return [arm.partition(":") for arm in arms]
+        show_arms(body["prompt"], answer)
 
 
 def _whole(text: str, option: str) -> int:

@@ -78,7 +78,7 @@ class Service:
         """
         run = await self._begin(ask, stream=False)
         async with self._until_done(run):
-            return await self._answer(run)
+            return await self._answer(run, await self._echoes(run))
 
     async def stream(self, ask: Ask) -> AsyncIterator[Echo | Told | Answer]:
         """The same, token by token after the echoes, and the answer at the end. What is wrong is raised at once."""
@@ -142,7 +142,8 @@ class Service:
 
     async def _tell(self, run: _Run) -> AsyncIterator[Echo | Told | Answer]:
         async with self._until_done(run):
-            for echo in await self._echoes(run):
+            echoes = await self._echoes(run)
+            for echo in echoes:
                 yield echo
             async for piece in run.ticket.pieces():
                 index, arm = divmod(piece.row.index, len(run.arms))
@@ -154,7 +155,7 @@ class Service:
                     logprob=self._spoken(piece.draw.likelihood) if piece.draw.likelihood else None,
                     trace=self._traced(piece.draw) if piece.row.trace else None,
                 )
-            yield await self._answer(run)
+            yield await self._answer(run, echoes)
 
     @asynccontextmanager
     async def _until_done(self, run: _Run) -> AsyncIterator[None]:
@@ -167,7 +168,7 @@ class Service:
         finally:
             run.holding.close()
 
-    async def _answer(self, run: _Run) -> Answer:
+    async def _answer(self, run: _Run, echoes: tuple[Echo, ...]) -> Answer:
         finished = await run.ticket.finished()
         for event in finished:
             self.metrics.text(event)
@@ -178,7 +179,7 @@ class Service:
             results = tuple(self._result(event, steering) for event in mine)
             compared = None if index == reference else await self._compare(mine, events[reference])
             arms.append(ArmAnswer(arm.name, results, compared))
-        return Answer(run.rows[0].request, run.created, self.model, tuple(arms), await self._echoes(run))
+        return Answer(run.rows[0].request, run.created, self.model, tuple(arms), echoes)
 
     async def _echoes(self, run: _Run) -> tuple[Echo, ...]:
         if not run.ask.echo:

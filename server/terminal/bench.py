@@ -1,6 +1,5 @@
 """Puts a server under load, and shows what its clients felt."""
 
-import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,19 +14,8 @@ from server.errors import ServerError
 from server.terminal import console
 
 
-def run_bench(
-    url: str,
-    api_key: str | None,
-    work: Workload,
-    clients: Sequence[int],
-    *,
-    rate: float | None,
-    warmup: int,
-    timeout: float,
-    out: Path | None,
-) -> bool:
-    """A table, and the numbers in a file; whether every request was answered. Raises ServerError."""
-    summaries = asyncio.run(_bench(url, api_key, work, clients, rate=rate, warmup=warmup, timeout=timeout))
+def report(summaries: Sequence[Summary], out: Path | None) -> bool:
+    """A table, and the numbers in a file; whether every request was answered."""
     table = Table(*("load", "failed", "requests/s", "tokens/s", "first token ms", "between tokens ms", "answer ms"))
     for one in summaries:
         spans = [
@@ -46,7 +34,7 @@ def run_bench(
     return not any(one.failed for one in summaries)
 
 
-async def _bench(
+async def measure(
     url: str,
     api_key: str | None,
     work: Workload,
@@ -56,6 +44,7 @@ async def _bench(
     warmup: int,
     timeout: float,
 ) -> list[Summary]:
+    """A run for each number of clients, or one at a rate. Raises ServerError."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout, limits=limits) as http:

@@ -102,6 +102,8 @@ def test_a_server_is_asked_instead(address: str) -> None:
     result = runner.invoke(app, ["compare", "Q: What", *ARMS], env=wide)
     assert result.exit_code == 0, result.output
     assert "4 steered tokens" in words(result.output)
+    result = runner.invoke(app, ["compare", "Q: What", *ARMS, "--checkpoint", "demo@1"], env=wide)
+    assert "demo@1 kind=2, demo@1 true=0.5; 4 steered tokens" in words(result.output)
     generate = ["generate", "Q: What", "--set", "kind=2", "--trace", "--baseline", "--checkpoint", "demo@1"]
     result = runner.invoke(app, generate, env=wide | {"FORCE_COLOR": "1"})
     assert result.exit_code == 0, result.output

@@ -11,7 +11,7 @@ from server.api.disconnect import unless_gone
 from server.api.keys import asks_key
 from server.api.openai.requests import ChatRequest, CompletionRequest
 from server.api.openai.responses import ChatCompletion, Completion, ModelBody, ModelList
-from server.api.openai.writers import ChatWriter, CompletionWriter, chunks
+from server.api.openai.writers import ChatWriter, CompletionWriter, Whole, Writer, chunks
 from server.api.sse import STREAMS, data_stream
 from server.errors import UnknownModel
 from server.registry import Loaded
@@ -23,14 +23,15 @@ router = APIRouter(prefix="/v1", tags=["openai"], dependencies=[Depends(asks_key
 @router.get("/models")
 def models(service: ServiceOf) -> ModelList:
     """The base model, which is unsteered, and every loaded checkpoint, which steers by its default multipliers."""
-    return ModelList(data=_models(service))
+    loaded = (_body(one.label, one, service) for one in service.registry.loaded)
+    return ModelList(data=[_base(service), *loaded])
 
 
 @router.get("/models/{name:path}")
 def model(name: str, service: ServiceOf) -> ModelBody:
     """One of them; a checkpoint's plain name means what it means in a request."""
     if name == service.model:
-        return _models(service)[0]
+        return _base(service)
     if loaded := service.registry.known_as(name):
         return _body(name, loaded, service)
     raise UnknownModel(f"There is no model {name!r}; GET /v1/models lists those there are.", param="model")
@@ -39,16 +40,18 @@ def model(name: str, service: ServiceOf) -> ModelBody:
 @router.post("/completions", response_model=Completion, responses=STREAMS)
 async def completions(body: CompletionRequest, request: Request, service: ServiceOf) -> Completion | StreamingResponse:
     """Continue texts; with `echo` and `logprobs` also the log-probabilities of the given text under the steering."""
-    writer = CompletionWriter(body, _head("cmpl", body.model, request))
-    if body.stream:
-        return data_stream(chunks(await service.stream(body.ask(service.model)), writer), request)
-    return writer.whole(await unless_gone(request, service.generate(body.ask(service.model))))
+    return await _answered(CompletionWriter(body, _head("cmpl", body.model, request)), body, request, service)
 
 
 @router.post("/chat/completions", response_model=ChatCompletion, responses=STREAMS)
 async def chat(body: ChatRequest, request: Request, service: ServiceOf) -> ChatCompletion | StreamingResponse:
     """Answer in a conversation."""
-    writer = ChatWriter(body, _head("chatcmpl", body.model, request))
+    return await _answered(ChatWriter(body, _head("chatcmpl", body.model, request)), body, request, service)
+
+
+async def _answered(
+    writer: Writer[Whole], body: CompletionRequest | ChatRequest, request: Request, service: Service
+) -> Whole | StreamingResponse:
     if body.stream:
         return data_stream(chunks(await service.stream(body.ask(service.model)), writer), request)
     return writer.whole(await unless_gone(request, service.generate(body.ask(service.model))))
@@ -58,12 +61,8 @@ def _head(kind: str, model: str, request: Request) -> dict[str, Any]:
     return {"id": f"{kind}-{request.state.request_id}", "created": int(time.time()), "model": model}
 
 
-def _models(service: Service) -> list[ModelBody]:
-    base = ModelBody(id=service.model, created=service.created, root=service.model, attributes={})
-    return [
-        base,
-        *(_body(loaded.label, loaded, service) for loaded in service.registry.loaded),
-    ]
+def _base(service: Service) -> ModelBody:
+    return ModelBody(id=service.model, created=service.created, root=service.model, attributes={})
 
 
 def _body(name: str, loaded: Loaded, service: Service) -> ModelBody:

@@ -26,10 +26,11 @@ from server.api.openai.responses import (
 from server.exchange import Answer, Echo, Result, Told
 
 C = TypeVar("C", bound=Choice)
+Whole = TypeVar("Whole", bound=BaseModel, covariant=True)
 
 
-class Writer(Protocol):
-    def whole(self, answer: Answer) -> BaseModel: ...
+class Writer(Protocol[Whole]):
+    def whole(self, answer: Answer) -> Whole: ...
 
     def opening(self) -> Iterator[BaseModel]:
         """Chunks before anything is known."""
@@ -44,7 +45,7 @@ class Writer(Protocol):
         """How the texts have ended."""
 
 
-async def chunks(told: AsyncIterator[Echo | Told | Answer], writer: Writer) -> AsyncIterator[BaseModel]:
+async def chunks(told: AsyncIterator[Echo | Told | Answer], writer: Writer[BaseModel]) -> AsyncIterator[BaseModel]:
     """A stream as the writer writes it."""
     prompts = 0
     for chunk in writer.opening():
