@@ -66,7 +66,7 @@ def serve(
     device: Device = None,
     dtype: Dtype = None,
     model_name: Annotated[str | None, typer.Option(help="The name that clients see.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of the model; 0: all cores.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of the model, at most; 0: all cores.")] = None,
     max_batch_rows: Annotated[int | None, typer.Option(help="Texts generated together.")] = None,
     max_context: Annotated[int | None, typer.Option(help="Tokens of prompt and answer together.")] = None,
     queue_limit: Annotated[int | None, typer.Option(help="Texts that may wait; beyond: 429.")] = None,

@@ -32,7 +32,7 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=1, le=65535)
     device: Device = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    threads: int = Field(default=0, ge=0, le=1024, description="CPU threads of the model; 0: all cores")
+    threads: int = Field(default=0, ge=0, le=1024, description="CPU threads of the model, at most; 0: all cores")
     max_batch_rows: int = Field(default=32, ge=2, le=4096, description="rows generated together")
     step_tokens: int = Field(
         default=512, ge=2, le=2**20, description="tokens of one forward pass: longer prompts are read in several"

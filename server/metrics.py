@@ -83,6 +83,7 @@ class _Engine(Collector):
             ("rows_waiting", "texts that wait", load.waiting),
             ("cache_tokens_used", "tokens of the key-value cache that running texts hold", load.used_tokens),
             ("cache_tokens", "tokens that the key-value cache has room for", load.tokens),
+            ("cpu_threads", "threads that a step computes with; fewer while other work wants the cores", load.threads),
             ("ready", "1 while requests are taken", int(self._engine.trouble is None)),
         ):
             yield GaugeMetricFamily(f"matsteer_{name}", what, value=value)

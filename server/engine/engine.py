@@ -125,6 +125,7 @@ class Engine:
             tokens=cache.extents.total,
             shared_tokens=cache.shared_tokens,
             preemptions=scheduler.preemptions,
+            threads=self._runner.team.size,
         )
 
     def submit(self, rows: Sequence[Row], sink: Sink) -> None:

@@ -1,7 +1,6 @@
 """Load a Hugging Face causal language model and its tokenizer, or say in one sentence why not."""
 
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from server.config import Settings
+from server.engine.team import usable_cores
 from server.errors import StartupError
 
 log = logging.getLogger(__name__)
@@ -110,9 +110,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 
 def _set_threads(threads: int, device: torch.device) -> None:
     if device.type == "cpu":
-        # The cores that this process may use, which in a container are fewer than the machine has.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(threads or cores)
+        torch.set_num_threads(threads or usable_cores())
 
 
 def _eos(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -11,6 +11,7 @@ from server.engine.forward import Forward
 from server.engine.kv_cache import KVCache
 from server.engine.sampler import Drawn, Sampler
 from server.engine.tape import Tape, Work
+from server.engine.team import Team
 from server.engine.types import Draw, Likelihood, Row, Touch
 
 
@@ -31,6 +32,7 @@ class Runner:
         self.cache = cache
         self.step_tokens = step_tokens
         self.vocab: int = forward.vocab
+        self.team = Team(torch.get_num_threads() if forward.device.type == "cpu" else 1)
         self._rows: list[Row | None] = []  # those the sampler was made for
         self._sampler: Sampler | None = None
 
@@ -53,6 +55,7 @@ class Runner:
 
     def compute(self, works: Sequence[Work], wanted: Sequence[int]) -> tuple[Tensor, Tensor]:
         """See `Forward`; before it, the keys and values that texts take over from others are copied."""
+        self.team.look()
         moves, self.cache.moves = self.cache.moves, []
         with torch.inference_mode():
             self.forward.attention.move(moves)

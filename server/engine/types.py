@@ -171,6 +171,7 @@ class Load:
     tokens: int  # that the cache has room for
     shared_tokens: int  # taken over instead of computed, since the start
     preemptions: int
+    threads: int  # of the CPU that a step computes with
 
 
 @dataclass

@@ -1,0 +1,88 @@
+"""How many CPU threads the engine computes with: as many as find a core."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+WINDOW = 0.5  # seconds of steps that are judged together
+CROWDED = 0.5  # threads of this process that wait for a core, on average: 0.01 when quiet, 0.2 to 0.4 beside clients
+PAUSE = 2.0  # seconds until a larger team is tried again; doubled each time that it is crowded out at once
+LONGEST_PAUSE = 60.0
+
+
+class Team:
+    """Looked at by the engine's thread before each step.
+
+    A parallel region ends with its last thread. Where another process or thread wants one of the cores, the operating
+    system puts a thread of the team aside and the others wait for it, at each of a step's hundreds of regions: two
+    threads are then three times slower than one (docs/engine.md). Linux says how long threads have waited for a core;
+    as many as wait leave the team, and come back to see whether there is room again.
+    """
+
+    def __init__(
+        self, size: int, waited: Callable[[], float | None] | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`size`: threads at most. `waited`: seconds that this process' threads have waited for a core so far; None:
+        this system does not say."""
+        self.size = self.most = size
+        self._waited = waited or waited_for_cores
+        self._clock = clock
+        self._pause = PAUSE
+        self._changed = self._last = clock()
+        self._window: tuple[float, float] | None = None  # when it began, and what had been waited for by then
+
+    def look(self) -> None:
+        """Judge the steps since the last judgement, and let threads leave or come back."""
+        if self.most == 1:
+            return
+        now = self._clock()
+        pausing, self._last = now - self._last > WINDOW, now
+        if self._window is None or pausing:  # nothing was computed for a while: that says nothing about cores
+            self._begin(now)
+        elif now - self._window[0] >= WINDOW:
+            began, before = self._window
+            self._begin(now)
+            if self._window is not None:
+                self._judge((self._window[1] - before) / (now - began), now)
+
+    def _begin(self, now: float) -> None:
+        waited = self._waited()
+        self._window = None if waited is None else (now, waited)
+
+    def _judge(self, waiting: float, now: float) -> None:
+        if waiting > CROWDED and self.size > 1:
+            self._pause = min(2 * self._pause, LONGEST_PAUSE) if now - self._changed < PAUSE else PAUSE
+            self._resize(max(1, self.size - max(1, round(waiting))), now)
+        elif self.size < self.most and now - self._changed > self._pause:
+            self._resize(min(2 * self.size, self.most), now)
+
+    def _resize(self, size: int, now: float) -> None:
+        self.size, self._changed = size, now
+        torch.set_num_threads(size)
+
+
+def waited_for_cores() -> float | None:
+    """Seconds that this process' threads were ready to run and did not (Linux, Documentation/scheduler/sched-stats).
+    None where the system does not say."""
+    total, known = 0, False
+    for task in Path("/proc/self/task").glob("*/schedstat"):
+        try:
+            total += int(task.read_text().split()[1])
+            known = True
+        except OSError:  # the thread has ended
+            continue
+    return total / 1e9 if known else None
+
+
+def usable_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """The cores that this process may use, which in a container are fewer than the machine has: those it may run on,
+    or the share of them that its control group may take (cgroup v2's `cpu.max`), whichever is less."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        allowed, period = quota.read_text().split()
+        return cores if allowed == "max" else max(1, min(cores, int(allowed) // int(period)))
+    except (OSError, ValueError):
+        return cores

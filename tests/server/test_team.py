@@ -1,0 +1,132 @@
+"""How many threads compute: as many as find a core."""
+
+import itertools
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from server.engine.team import LONGEST_PAUSE, PAUSE, Team, usable_cores, waited_for_cores
+
+
+class Machine:
+    """A clock, and how many threads of a team of a given size find no core."""
+
+    def __init__(self, cores: int) -> None:
+        self.now = self.waited = 0.0
+        self.cores = cores
+
+    def run(self, team: Team, seconds: float, step: float = 0.01) -> list[int]:
+        """The sizes that the team had, after each step."""
+        sizes = []
+        for _ in range(round(seconds / step)):
+            self.now += step
+            self.waited += step * max(0, team.size - self.cores)
+            team.look()
+            sizes.append(team.size)
+        return sizes
+
+    def team(self, size: int) -> Team:
+        return Team(size, waited=lambda: self.waited, clock=lambda: self.now)
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_quiet_machine_leaves_the_team_alone() -> None:
+    machine = Machine(cores=4)
+    assert set(machine.run(machine.team(4), 300)) == {4}
+
+
+def test_threads_without_a_core_leave_at_once_and_torch_is_told() -> None:
+    machine = Machine(cores=3)
+    team = machine.team(8)
+    assert machine.run(team, 1.0)[-1] == 3
+    assert torch.get_num_threads() == 3
+
+
+def test_the_last_thread_stays() -> None:
+    machine = Machine(cores=0)
+    assert machine.run(machine.team(2), 100)[-1] == 1
+
+
+def test_threads_come_back_when_there_is_room() -> None:
+    machine = Machine(cores=1)
+    team = machine.team(8)
+    machine.run(team, 5)
+    machine.cores = 8
+    assert machine.run(team, 3 * LONGEST_PAUSE)[-1] == 8
+
+
+def test_room_is_tried_more_and_more_rarely_while_there_is_none() -> None:
+    machine = Machine(cores=1)
+    team = machine.team(2)
+    sizes = machine.run(team, 600)
+    tries = sum(before < after for before, after in itertools.pairwise(sizes))
+    assert 600 / LONGEST_PAUSE <= tries <= 600 / LONGEST_PAUSE + 6
+    assert sizes.count(2) < 0.02 * len(sizes)
+    machine.cores = 2
+    machine.run(team, LONGEST_PAUSE + PAUSE)
+    machine.run(team, 30)
+    machine.cores = 1
+    assert machine.run(team, 2 * PAUSE).count(2) < 100  # and a new crowd begins with short pauses
+    machine.cores = 2
+    assert machine.run(team, 2 * PAUSE)[-1] == 2
+
+
+def test_what_is_waited_for_while_nothing_is_computed_does_not_count() -> None:
+    machine = Machine(cores=2)
+    team = machine.team(2)
+    for _ in range(20):
+        machine.run(team, 0.2)
+        machine.now += 5
+        machine.waited += 5
+    assert team.size == 2
+
+
+def test_a_system_that_does_not_say_leaves_the_team_alone() -> None:
+    now = 0.0
+    team = Team(2, waited=lambda: None, clock=lambda: now)
+    for _ in range(100):
+        now += 0.1
+        team.look()
+    assert team.size == 2
+
+
+@pytest.mark.skipif(waited_for_cores() is None, reason="this system does not say how long threads wait")
+def test_threads_that_share_a_core_are_seen_to_wait() -> None:
+    code = """
+import hashlib, os, threading, time
+from server.engine.team import waited_for_cores
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+block = bytes(10**6)
+def work():
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end:
+        hashlib.sha256(block).digest()  # releases the GIL
+threads = [threading.Thread(target=work) for _ in range(2)]
+before = waited_for_cores()
+[thread.start() for thread in threads]
+time.sleep(0.3)
+print(waited_for_cores() - before)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(out.stdout) > 0.05
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"),
+    [("max 100000", None), ("100000 100000", 1), ("150000 100000", 1), ("20000 100000", 1), ("6400000 100000", None)],
+)
+def test_a_container_has_the_cores_of_its_quota(tmp_path: Path, quota: str, cores: int | None) -> None:
+    """None: those that the process may run on."""
+    everything = usable_cores(tmp_path / "none")
+    (tmp_path / "cpu.max").write_text(quota + "\n")
+    assert usable_cores(tmp_path / "cpu.max") == min(cores or everything, everything)
