@@ -13,6 +13,10 @@ from transformers.pytorch_utils import Conv1D
 DTYPES = (torch.float32, torch.bfloat16)
 
 
+# Layers that are given the same input, in the order in which models call them: one product for all of them.
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
 class PackedLinear(nn.Module):
     """x [..., in] -> [..., out]."""
 
@@ -33,6 +37,38 @@ class PackedLinear(nn.Module):
         return found
 
 
+class JoinedLinear(nn.Module):
+    """One of several layers whose weights lie in one `PackedLinear`: the first of them computes the outputs of all, and
+    the others take theirs, as long as they are given the very same tensor."""
+
+    def __init__(self, whole: PackedLinear, pending: list[tuple[Tensor, Tensor]], start: int, stop: int) -> None:
+        """`pending`: the input and the outputs that the layers of one `whole` have in common, at most one pair."""
+        super().__init__()
+        self.in_features, self.out_features = whole.in_features, stop - start
+        self._whole = (whole,)  # in a tuple: it is not a module of the model
+        self._pending = pending
+        self._start, self._stop = start, stop
+
+    @property
+    def bias(self) -> Tensor | None:
+        whole = self._whole[0].bias
+        return None if whole is None else whole[self._start : self._stop]
+
+    @property
+    def weight(self) -> Tensor:
+        """A plain copy, [out, in]."""
+        return self._whole[0].weight[self._start : self._stop]
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = self._whole[0]
+        if self._start == 0 or not self._pending or self._pending[0][0] is not x:
+            self._pending[:] = [(x, whole(x))]
+        found = self._pending[0][1][..., self._start : self._stop]
+        if self._stop == whole.out_features:
+            self._pending.clear()
+        return found
+
+
 def pack(model: Any) -> int:
     """Replaces the linear layers of a model, in place; says how many: none where oneDNN is missing or the model is not
     on a CPU. Weights that nobody else holds are freed."""
@@ -43,14 +79,36 @@ def pack(model: Any) -> int:
     packed = 0
     with torch.no_grad():
         for parent in list(model.modules()):
-            for name, child in list(parent.named_children()):
-                # Only the classes themselves: a subclass computes something else.
-                if type(child) not in (nn.Linear, Conv1D):
-                    continue
-                weight: Any = child.weight
-                if weight.device.type != "cpu" or weight.dtype not in DTYPES:
-                    continue
-                bias: Any = child.bias
-                setattr(parent, name, PackedLinear(weight if isinstance(child, nn.Linear) else weight.T, bias))
-                packed += 1
+            plain = {name: child for name, child in parent.named_children() if _can_pack(child)}
+            packed += len(plain)
+            for names in TOGETHER:
+                if set(names) <= plain.keys() and len({plain[name].bias is None for name in names}) == 1:
+                    _join(parent, {name: plain.pop(name) for name in names})
+            for name, child in plain.items():
+                setattr(parent, name, PackedLinear(_weight(child), child.bias))
     return packed
+
+
+def _can_pack(layer: nn.Module) -> bool:
+    # Only the classes themselves: a subclass computes something else.
+    weight: Any = getattr(layer, "weight", None)
+    return type(layer) in (nn.Linear, Conv1D) and weight.device.type == "cpu" and weight.dtype in DTYPES
+
+
+def _weight(layer: Any) -> Tensor:
+    """[out, in]"""
+    weight: Tensor = layer.weight
+    return weight if isinstance(layer, nn.Linear) else weight.T
+
+
+def _join(parent: nn.Module, layers: dict[str, Any]) -> None:
+    biases = [layer.bias for layer in layers.values() if layer.bias is not None]
+    whole = PackedLinear(
+        torch.cat([_weight(layer) for layer in layers.values()]), torch.cat(biases) if biases else None
+    )
+    pending: list[tuple[Tensor, Tensor]] = []
+    start = 0
+    for name, layer in layers.items():
+        stop = start + _weight(layer).shape[0]
+        setattr(parent, name, JoinedLinear(whole, pending, start, stop))
+        start = stop

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from server.engine.linears import PackedLinear, pack
+from server.engine.linears import JoinedLinear, PackedLinear, pack
 from steering.sites import site_width
 from steering.types import SiteKind
 from tests.server.test_architectures import tiny
@@ -51,3 +51,51 @@ def test_a_packed_model_says_the_same_and_has_the_same_sites(name: str) -> None:
     ids = torch.randint(0, 61, (1, 20))
     with torch.inference_mode():
         assert torch.allclose(packed(ids).logits, plain(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+class Three(nn.Module):
+    def __init__(self, *, bias: bool) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(48, out, bias=bias) for out in (64, 16, 32))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_with_one_input_are_one_product_and_say_what_each_says_alone(bias: bool) -> None:
+    holder = Three(bias=bias)
+    plain = dict(holder.named_children())
+    assert pack(holder) == 3
+    x, y = torch.randn(1, 5, 48), torch.randn(2, 3, 48)
+    with torch.inference_mode():
+        for name, layer in plain.items():
+            joined = getattr(holder, name)
+            assert isinstance(joined, JoinedLinear)
+            assert torch.equal(joined.weight, layer.weight)
+            assert joined.bias is None if not bias else torch.equal(joined.bias, layer.bias)
+        for order in (
+            ("q_proj", "k_proj", "v_proj"),
+            ("v_proj", "q_proj", "k_proj"),
+            ("k_proj",),
+            ("k_proj", "k_proj"),
+        ):
+            for given in (x, y):  # also after another tensor, and after calls that never came
+                for name in order:
+                    assert torch.allclose(getattr(holder, name)(given), plain[name](given), rtol=1e-5, atol=1e-5)
+
+
+def test_a_tensor_that_has_changed_between_two_passes_is_computed_anew() -> None:
+    holder = Three(bias=False)
+    plain = dict(holder.named_children())
+    pack(holder)
+    x = torch.randn(1, 5, 48)
+    with torch.inference_mode():
+        holder.q_proj(x)
+        x.mul_(2)
+        assert torch.allclose(holder.q_proj(x), plain["q_proj"](x), rtol=1e-5, atol=1e-5)
+        assert torch.allclose(holder.k_proj(x), plain["k_proj"](x), rtol=1e-5, atol=1e-5)
+
+
+def test_layers_of_which_only_some_have_a_bias_stay_apart() -> None:
+    holder = Three(bias=True)
+    holder.k_proj = nn.Linear(48, 16, bias=False)
+    assert pack(holder) == 3
+    assert isinstance(holder.k_proj, PackedLinear)
