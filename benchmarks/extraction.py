@@ -1,6 +1,6 @@
 """Activations of TruthfulQA-sized data at one layer: `python -m benchmarks.extraction --help`.
 
-`training.extraction` against the way of the published scripts: one text at a time, the hidden states of all layers,
+`training.activations` against the way of the published scripts: one text at a time, the hidden states of all layers,
 every position of them moved to the CPU as numpy, and the last one kept. Both give the same numbers, which is checked.
 A random Llama in float32 on a CPU. The scripts' way is timed on a seeded sample of the rows, ours on the same sample
 and on all.
@@ -25,9 +25,9 @@ from benchmarks.machine import described
 from benchmarks.questions import synthetic, truthfulqa
 from benchmarks.workload import llama
 from steering.types import Site, SiteKind
+from training.activations.extraction import extract
 from training.choices import Pool
 from training.data import Sample
-from training.extraction import extract
 
 WARM = 16  # texts
 

@@ -23,23 +23,23 @@ from demo.oracle import judge
 from demo.results import write
 from steering.checkpoint import Checkpoint, load
 from steering.types import Column, Site
-from training.activations import Activations
-from training.arms import BASELINE, Arm, default_arm, single_arms
+from training.activations.artifact import Activations
+from training.activations.extraction import extract_under
 from training.choices import Method, Objective, Pool
 from training.data.records import Sample, Split
 from training.data.registry import load_data
 from training.data.splits import split_samples
-from training.extraction import extract_under
-from training.fit import Recipe, fit
-from training.gates import GateMeans, gate_means
-from training.generation import Sampling
-from training.goal import Goal
-from training.judges import load_prompts
-from training.measure import Measure
+from training.evaluation.arms import BASELINE, Arm, default_arm, single_arms
+from training.evaluation.gates import GateMeans, gate_means
+from training.evaluation.generation import Sampling
+from training.evaluation.judges import load_prompts
+from training.evaluation.measure import Measure
+from training.evaluation.results import ArmResult, Evaluation
+from training.methods.fit import Recipe, fit
 from training.methods.mat_config import PAPER, MatConfig
 from training.models import Base, load_base
-from training.results import ArmResult, Evaluation
-from training.strengths import best_alone, combine
+from training.sweeps.goal import Goal
+from training.sweeps.strengths import best_alone, combine
 
 STRENGTHS = (0.5, 0.75, 1.0, 1.5, 2.0)
 DEV_PROMPTS = 120

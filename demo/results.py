@@ -8,8 +8,8 @@ from typing import Any
 
 from demo.corpus import TRAITS
 from demo.readme import RESULTS, replace_between
-from training.report import markdown, save_figure
-from training.results import Evaluation
+from training.evaluation.report import markdown, save_figure
+from training.evaluation.results import Evaluation
 
 NAMES = (*TRAITS, "well_formed")
 

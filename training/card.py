@@ -5,9 +5,9 @@ from typing import Any
 
 from steering.types import Column, attribute_names
 from training.choices import PROFILES
-from training.gates import GateMeans
-from training.report import markdown
-from training.results import Evaluation
+from training.evaluation.gates import GateMeans
+from training.evaluation.report import markdown
+from training.evaluation.results import Evaluation
 
 METHODS = {method.value: profile.title for method, profile in PROFILES.items()}
 

@@ -14,7 +14,7 @@ from training.errors import DataError, TrainingError
 
 if TYPE_CHECKING:
     from steering.types import Site
-    from training.measure import Measure
+    from training.evaluation.measure import Measure
 
 Model = Annotated[str, typer.Option(help="Hugging Face id or folder of a causal language model.")]
 Revision = Annotated[str | None, typer.Option(help="Revision of the model.")]
@@ -175,9 +175,9 @@ def make_measure(
 ) -> "Measure":
     """Raises TrainingError."""
     from steering.types import Positions
-    from training.generation import Sampling
-    from training.judges import load_judge, load_prompts
-    from training.measure import Measure
+    from training.evaluation.generation import Sampling
+    from training.evaluation.judges import load_judge, load_prompts
+    from training.evaluation.measure import Measure
 
     if (judge is None) != (prompts is None):
         raise TrainingError("--judge and --prompts belong together: give both or neither.")

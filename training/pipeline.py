@@ -18,8 +18,9 @@ from typing import Any
 
 from steering import checkpoint as checkpoints
 from steering.types import Column, Positions
-from training.activations import Activations
-from training.arms import BASELINE, default_arm, single_arms
+from training.activations.artifact import Activations, stored_samples
+from training.activations.extraction import extract_under
+from training.activations.stored import describe_stored, open_stored, split_as_stored
 from training.card import render
 from training.data.records import Sample, Split
 from training.data.registry import load_data
@@ -28,15 +29,14 @@ from training.data.specs import Spec
 from training.data.splits import FRACTIONS, split_samples
 from training.data.summary import count_samples
 from training.errors import DataError
-from training.extraction import extract_under
+from training.evaluation.arms import BASELINE, default_arm, single_arms
+from training.evaluation.gates import gate_means
+from training.evaluation.report import store
+from training.evaluation.results import Evaluation
 from training.files import content_key, write_bytes
-from training.fit import Recipe, fit
-from training.gates import gate_means
+from training.methods.fit import Recipe, fit
 from training.models import Base
 from training.plan import Plan, next_version
-from training.report import store
-from training.results import Evaluation
-from training.stored import describe_stored, open_stored, split_as_stored, stored_samples
 
 LIBRARIES = ("numpy", "safetensors", "scikit-learn", "torch", "transformers")
 Say = Callable[[str], None]

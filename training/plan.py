@@ -8,8 +8,8 @@ from steering.errors import NotFound
 from steering.types import Site
 from training.choices import Pool
 from training.errors import TrainingError
-from training.fit import Recipe
-from training.measure import Measure
+from training.evaluation.measure import Measure
+from training.methods.fit import Recipe
 
 
 @dataclass(frozen=True)

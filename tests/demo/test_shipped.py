@@ -10,11 +10,11 @@ from demo.corpus import TRAITS
 from demo.oracle import judge
 from demo.steering_data import prompts
 from steering.checkpoint import base_model_info, find, load, verify_against, verify_sites
-from training.arms import BASELINE, Arm, default_arm
-from training.evaluate import evaluate_generations
-from training.generation import Sampling
+from training.evaluation.arms import BASELINE, Arm, default_arm
+from training.evaluation.evaluate import evaluate_generations
+from training.evaluation.generation import Sampling
+from training.evaluation.results import Evaluation
 from training.models import Base, load_base
-from training.results import Evaluation
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "demo/model"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from steering import Site, SiteKind
-from training.activations import Activations
+from training.activations.artifact import Activations
 from training.data.records import Split
 
 NAME = "truth"

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-import training.extraction as extraction
+import training.activations.extraction as extraction
 from steering import Site, SiteKind, site_module
 from tests.training.helpers import make_llama, make_tokenizer
-from training.activations import Activations, load_activations, save_activations
+from training.activations.artifact import Activations, load_activations, save_activations
+from training.activations.extraction import extract, extract_to, extract_under
+from training.activations.shards import write_shard
+from training.activations.tokens import encode
 from training.choices import Pool
 from training.data import Sample, Split, split_samples
 from training.errors import ActivationError, DataError, FitError
-from training.extraction import extract, extract_to, extract_under
-from training.shards import write_shard
-from training.tokens import encode
 
 SITES = (
     Site(2, SiteKind.RESIDUAL),

@@ -9,13 +9,13 @@ import torch
 
 from steering import Column, Gate, Site, SiteKind, steered
 from steering.errors import ColumnError
-from training.arms import BASELINE, Arm, default_arm, single_arms
+from training.activations.tokens import encode
 from training.data import Sample
 from training.errors import DataError, TrainingError
-from training.evaluate import evaluate_choices, evaluate_generations, judged_rates, questions
-from training.generation import Sampling
-from training.statistics import bootstrap, wilson
-from training.tokens import encode
+from training.evaluation.arms import BASELINE, Arm, default_arm, single_arms
+from training.evaluation.evaluate import evaluate_choices, evaluate_generations, judged_rates, questions
+from training.evaluation.generation import Sampling
+from training.evaluation.statistics import bootstrap, wilson
 
 SITE = Site(1, SiteKind.RESIDUAL)
 

@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 
 from steering import Site, SiteKind
 from tests.training.helpers import make_llama
-from training.activations import load_activations
+from training.activations.artifact import load_activations
 from training.choices import Method, Pool
 from training.cli import app
 from training.data.records import Split
-from training.fit import Recipe, fit
+from training.methods.fit import Recipe, fit
 
 LAYERS, WIDTH, ROWS = 3, 16, 40
 LABELS = np.array([1, 1, 0, 0] * (ROWS // 4))

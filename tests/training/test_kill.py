@@ -13,9 +13,9 @@ import torch
 
 from steering import Site, SiteKind
 from tests.training.clouds import make_clouds
-from training.activations import load_activations
+from training.activations.artifact import load_activations
+from training.activations.extraction import extract, extract_to
 from training.data import Sample
-from training.extraction import extract, extract_to
 from training.methods import MatConfig, fit_mat
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ import sys
 from pathlib import Path
 from tests.training.helpers import make_llama, make_tokenizer
 from tests.training.test_kill import SITE, texts
-from training.extraction import extract_to
+from training.activations.extraction import extract_to
 extract_to(Path(sys.argv[1]), make_llama(), make_tokenizer(), texts(), [SITE], shard_size=4)
 """
 

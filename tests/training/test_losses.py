@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from training.choices import Kernel, Objective
-from training.losses import bandwidths, cosines, median_distance, mmd2, orthogonality, shares
+from training.methods.losses import bandwidths, cosines, median_distance, mmd2, orthogonality, shares
 
 Array = NDArray[np.float64]
 

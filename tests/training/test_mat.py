@@ -13,12 +13,12 @@ from torch import Tensor
 import training.methods.mat as mat_module
 from steering import Column, Gate, Site, SiteKind, gate_codes, gate_values, steer
 from tests.training.clouds import Clouds, make_clouds
-from training.activations import Contrast
+from training.activations.artifact import Contrast
 from training.choices import GateInit, Init, Kernel, Objective
 from training.errors import FitError
-from training.losses import median_distance, mmd2
 from training.methods import PAPER, MatConfig, MatFit, fit_mat
 from training.methods.logistic import fit_logistic
+from training.methods.losses import median_distance, mmd2
 from training.methods.mat_data import Frame, Table
 
 SITE = Site(1, SiteKind.ATTN_OUTPUT)

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from steering import Site, SiteKind
+from training.activations.extraction import extract
 from training.choices import Method, Pool
 from training.errors import FitError
-from training.extraction import extract
-from training.fit import Recipe, fit
 from training.methods import Pair
+from training.methods.fit import Recipe, fit
 
 SITES = [Site(0, SiteKind.RESIDUAL), Site(2, SiteKind.RESIDUAL)]
 

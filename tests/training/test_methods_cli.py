@@ -16,7 +16,7 @@ from steering import checkpoint as checkpoints
 from tests.training.helpers import make_llama, make_tokenizer
 from training.choices import PROFILES, Method
 from training.cli import app
-from training.method_options import USED_BY, MethodOptions
+from training.commands.method_options import USED_BY, MethodOptions
 from training.options import parse_sites
 
 

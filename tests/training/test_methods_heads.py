@@ -15,10 +15,10 @@ from tests.training.planted import (
     unit_vector,
     with_directions,
 )
-from training.activations import Activations
+from training.activations.artifact import Activations
+from training.activations.heads import Head, head_count, parse_heads
 from training.choices import Direction, Fill
 from training.errors import FitError
-from training.heads import Head, head_count, parse_heads
 from training.methods import HeadAblationConfig, ItiConfig, Probing, fit_head_ablation, fit_iti, probe_heads
 
 SITES = [heads_site(layer) for layer in range(3)]

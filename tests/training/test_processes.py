@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-import training.extraction as extraction
+import training.activations.extraction as extraction
 from steering import Site, SiteKind
 from tests.training.helpers import make_llama, make_tokenizer
-from training.activations import load_activations
+from training.activations.artifact import load_activations
+from training.activations.extraction import extract, extract_to
+from training.activations.shards import write_shard
 from training.data import Sample, load_data, split_samples
 from training.errors import ActivationError, TrainingError
-from training.extraction import extract, extract_to
 from training.models import load_base
 from training.processes import Processes, joined
-from training.shards import write_shard
 
 ROOT = Path(__file__).parents[2]
 SITE = Site(1, SiteKind.ATTN_OUTPUT)

@@ -17,10 +17,10 @@ from transformers import (
 
 from steering import Site, SiteKind
 from tests.steering.families import COMMON, FAMILIES, VOCABULARY, tiny
+from training.activations.hidden_states import Wanted, read
+from training.activations.prompt_sharing import _tight, shared_states, worth_sharing
+from training.activations.tokens import Encoded
 from training.choices import Pool
-from training.hidden_states import Wanted, read
-from training.prompt_sharing import _tight, shared_states, worth_sharing
-from training.tokens import Encoded
 
 SITE = Site(1, SiteKind.RESIDUAL)
 

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import pytest
 
-from training.arms import Arm
 from training.errors import TrainingError
-from training.goal import Goal
-from training.results import ArmResult
-from training.statistics import Estimate
-from training.strengths import best_alone, combine
+from training.evaluation.arms import Arm
+from training.evaluation.results import ArmResult
+from training.evaluation.statistics import Estimate
+from training.sweeps.goal import Goal
+from training.sweeps.strengths import best_alone, combine
 
 
 def result(arm: str = "arm", ratio: float | None = 1.0, **metrics: float) -> ArmResult:

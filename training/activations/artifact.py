@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from steering.types import Site
+from training.activations.shards import join_shards, read_manifest, write_manifest, write_shard
 from training.choices import Pool
 from training.data.records import Sample, Split
 from training.errors import ActivationError, FitError
-from training.shards import join_shards, read_manifest, write_manifest, write_shard
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,9 +90,11 @@ class Activations:
         for name in attributes or self.names:
             positive, negative = (self.rows(attribute=name, label=label, split=split) for label in (True, False))
             if not (len(positive) and len(negative)):
+                groups = len({self.groups[row] for row in self.rows(attribute=name).tolist()})
                 raise FitError(
                     f"Attribute {name!r} has {len(positive)} positive and {len(negative)} negative activations "
-                    f"in {split or 'all splits'}; it needs both."
+                    f"in {split or 'all splits'}; it needs both. Its rows are of {groups} "
+                    f"group{'s' if groups != 1 else ''}, and a group is in one split."
                 )
             found[name] = Contrast(values[positive], values[negative])
         return found
@@ -132,14 +134,20 @@ def save_activations(activations: Activations, folder: Path) -> None:
     write_manifest(folder, plan=plan, samples=samples, sites=activations.sites, shards=[shard.name])
 
 
-def load_activations(folder: Path) -> Activations:
-    """Read a complete folder. Raises ActivationError where it is missing, incomplete or broken."""
+def load_activations(folder: Path, sites: Sequence[Site] | None = None) -> Activations:
+    """Read a complete folder, at `sites` alone where given. Raises ActivationError where it is missing, incomplete or
+    broken, or has not got a site."""
     manifest = read_manifest(folder)
-    values, owner = join_shards(
-        [folder / name for name in manifest["shards"]], [Site.parse(name) for name in manifest["sites"]]
-    )
-    samples = [
+    stored = [Site.parse(name) for name in manifest["sites"]]
+    if missing := [site for site in sites or () if site not in stored]:
+        raise ActivationError(f"{folder} has no activations at {missing[0]}; it has {', '.join(map(str, stored))}.")
+    values, owner = join_shards([folder / name for name in manifest["shards"]], stored if sites is None else sites)
+    return label_rows(values, owner, stored_samples(folder), Pool(manifest["plan"]["pool"]), manifest["plan"])
+
+
+def stored_samples(folder: Path) -> list[Sample]:
+    """What is known of a folder's samples: all but their texts. Raises ActivationError."""
+    return [
         Sample(row["attribute"], "", "", row["label"], row["group"], row["split"] and Split(row["split"]))
-        for row in manifest["samples"]
+        for row in read_manifest(folder)["samples"]
     ]
-    return label_rows(values, owner, samples, Pool(manifest["plan"]["pool"]), manifest["plan"])

@@ -17,15 +17,15 @@ from typing import Any
 from torch import nn
 
 from steering.types import Site
-from training.activations import Activations, label_rows, load_activations
+from training.activations.artifact import Activations, label_rows, load_activations
+from training.activations.shards import MANIFEST, read_manifest, shard_samples, write_manifest, write_shard
+from training.activations.work import Work
 from training.choices import Pool
 from training.data.records import Sample
 from training.errors import ActivationError
-from training.extraction_work import Work
 from training.files import content_key, write_json
 from training.processes import Processes, joined
 from training.progress import Advance, progress_bar
-from training.shards import MANIFEST, read_manifest, shard_samples, write_manifest, write_shard
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steering.types import Site, SiteKind
-from training.activations import Activations, label_rows
+from training.activations.artifact import Activations, label_rows
+from training.baking.configs import load_config
 from training.choices import Pool
-from training.configs import load_config
 from training.data.records import Sample
 from training.data.splits import split_samples
 from training.errors import ActivationError

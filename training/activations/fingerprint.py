@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from training.activations.tokens import Encoded
 from training.data.records import Sample
-from training.tokens import Encoded
 
 _INCIDENTAL = ("_name_or_path", "transformers_version")
 _THREADS = 4

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from steering.sites import site_module
 from steering.types import Site
+from training.activations.tokens import Encoded
 from training.choices import Pool
-from training.tokens import Encoded
 
 Take = Callable[[Tensor], Tensor]
 

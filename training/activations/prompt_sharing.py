@@ -16,9 +16,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from steering.sites import text_config
 from steering.types import Site
+from training.activations.hidden_states import Wanted, read
+from training.activations.tokens import Encoded, batches, pad_right
 from training.choices import Pool
-from training.hidden_states import Wanted, read
-from training.tokens import Encoded, batches, pad_right
 
 _WORTH = 0.8  # of the tokens that the samples have
 _PADDING, _SMALL = 0.1, 256  # of a batch's tokens; tokens

@@ -2,30 +2,21 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from steering.sites import site_module, site_width
 from steering.types import Site
-from training.activations import Activations, label_rows
-from training.choices import Pool
-from training.data.records import Sample, Split
+from training.activations.artifact import Activations, load_activations
+from training.activations.fingerprint import model_hash
+from training.activations.shards import MANIFEST, read_manifest
+from training.data.records import Sample
 from training.data.splits import split_samples
 from training.errors import ActivationError
-from training.fingerprint import model_hash
 from training.models import Base
-from training.shards import MANIFEST, join_shards, read_manifest
 
 log = logging.getLogger(__name__)
-
-
-def stored_samples(folder: Path) -> list[Sample]:
-    """What is known of the samples: all but their texts. Raises ActivationError."""
-    return [
-        Sample(row["attribute"], "", "", row["label"], row["group"], row["split"] and Split(row["split"]))
-        for row in read_manifest(folder)["samples"]
-    ]
 
 
 def open_stored(folder: Path, base: Base, sites: Sequence[Site]) -> Activations:
@@ -34,18 +25,15 @@ def open_stored(folder: Path, base: Base, sites: Sequence[Site]) -> Activations:
     Raises ActivationError for a site that is not there, and for activations of another model; UnsupportedArchitecture
     for a site that the model does not have.
     """
-    manifest = read_manifest(folder)
-    if missing := [str(site) for site in sites if str(site) not in manifest["sites"]]:
-        raise ActivationError(f"{folder} has no activations at {missing[0]}; it has {', '.join(manifest['sites'])}.")
-    _check_model(folder, base, manifest["plan"])
-    values, owner = join_shards([folder / name for name in manifest["shards"]], sites)
-    for site, rows in values.items():
+    activations = load_activations(folder, sites)
+    _check_model(folder, base, activations.source)
+    for site, rows in activations.values.items():
         site_module(base.model, site)
         if rows.shape[1] != (width := site_width(base.model, site.kind)):
             raise ActivationError(
                 f"{folder} holds {rows.shape[1]} numbers a row at {site}, but {base.id} has {width} there."
             )
-    return label_rows(values, owner, stored_samples(folder), Pool(manifest["plan"]["pool"]), manifest["plan"])
+    return activations
 
 
 def describe_stored(folder: Path) -> dict[str, Any]:
@@ -63,7 +51,7 @@ def split_as_stored(texts: Sequence[Sample], stored: Sequence[Sample], *, seed: 
     return split_samples(texts, seed=seed, known=known)
 
 
-def _check_model(folder: Path, base: Base, plan: dict[str, Any]) -> None:
+def _check_model(folder: Path, base: Base, plan: Mapping[str, Any]) -> None:
     """An extraction knows the weights that it ran; imported features only have the name that the user gave them."""
     if "features" in plan:
         if plan["model"] != base.id:

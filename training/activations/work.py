@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from steering.types import Site
+from training.activations.fingerprint import model_hash, samples_hash, texts_hash
+from training.activations.heads import head_count
+from training.activations.hidden_states import Wanted, read, span
+from training.activations.prompt_sharing import shared_states, worth_sharing
+from training.activations.tokens import Encoded, batches, encode, pad_right, pad_token
 from training.choices import Pool
 from training.data.records import Sample
 from training.errors import DataError
-from training.fingerprint import model_hash, samples_hash, texts_hash
-from training.heads import head_count
-from training.hidden_states import Wanted, read, span
 from training.progress import Advance
-from training.prompt_sharing import shared_states, worth_sharing
-from training.tokens import Encoded, batches, encode, pad_right, pad_token
 
 log = logging.getLogger(__name__)
 

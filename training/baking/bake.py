@@ -25,8 +25,8 @@ from steering.formats.foreign import displacements
 from steering.hook import steered
 from steering.sites import text_config
 from steering.types import Positions, Site
-from training.bake_card import render
-from training.biases import add_missing, bias_of, projection
+from training.baking.biases import add_missing, bias_of, projection
+from training.baking.card import render
 from training.errors import BakeError
 from training.files import write_bytes
 from training.models import Base

@@ -29,9 +29,9 @@ def bake(
     """
     with o.one_sentence():
         attributes = o.parse_settings(set_, "--set") if set_ else None
-        from training.bake import bake as run
-        from training.comparison import open_checkpoint
-        from training.configs import stored_dtype
+        from training.baking.bake import bake as run
+        from training.baking.configs import stored_dtype
+        from training.evaluation.comparison import open_checkpoint
         from training.models import load_base
 
         loaded, _ = open_checkpoint(checkpoint)

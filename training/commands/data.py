@@ -18,7 +18,7 @@ def show_data(
     with o.one_sentence():
         from training.data import load_data, split_samples
         from training.data.summary import count_samples, counts_table, examples_table
-        from training.report import terminal
+        from training.evaluation.report import terminal
 
         samples = split_samples(load_data(data), seed=seed)
         terminal().print(counts_table(count_samples(samples)), examples_table(samples))

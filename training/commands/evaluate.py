@@ -45,11 +45,11 @@ def evaluate(
     """
     with o.one_sentence():
         extra, factors = o.parse_settings(set_, "--set"), o.parse_numbers(multipliers or "1", "--multipliers")
-        from training.comparison import compare, open_checkpoint
         from training.data import Split, load_data
         from training.data.saved_splits import split_as_trained
+        from training.evaluation.comparison import compare, open_checkpoint
+        from training.evaluation.report import rich_table, store, terminal
         from training.models import load_base
-        from training.report import rich_table, store, terminal
 
         if split not in list(Split):
             raise TrainingError(f"--split must be train, dev or test, got {split!r}.")

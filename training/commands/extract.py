@@ -32,8 +32,8 @@ def extract(
     """
     with o.one_sentence():
         sites, specs = o.parse_sites(layer, site), o.data_specs(data, more)
+        from training.activations.extraction import extract_to
         from training.data import load_data, split_samples
-        from training.extraction import extract_to
         from training.models import load_base
         from training.processes import joined
 

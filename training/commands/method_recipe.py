@@ -5,14 +5,14 @@ from typing import Any
 
 from steering.errors import SteeringError
 from steering.types import Site
+from training.activations.heads import Head, parse_heads
 from training.choices import Direction, Fill, Method, Scale
+from training.commands.method_options import MethodOptions
 from training.errors import TrainingError
-from training.fit import Recipe
-from training.heads import Head, parse_heads
-from training.method_options import MethodOptions
 from training.methods.ablation import AblationConfig
 from training.methods.actadd import Pair
 from training.methods.control import ControlConfig
+from training.methods.fit import Recipe
 from training.methods.head_ablation import HeadAblationConfig
 from training.methods.head_probes import Probing
 from training.methods.iti import ItiConfig

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from training import options as o
-from training.method_options import MethodOptions, with_method_options
+from training.commands.method_options import MethodOptions, with_method_options
 
 
 @with_method_options
@@ -63,14 +63,14 @@ def sweep(
         sites, specs = how.sites(layer, site), o.data_specs(data, more, how.method)
         how.check_sweep()
         factors, least = o.parse_numbers(multipliers, "--multipliers"), o.parse_settings(keep, "--keep")
-        from training.extraction import extract_under
-        from training.goal import Goal
-        from training.method_recipe import make_recipe
+        from training.activations.extraction import extract_under
+        from training.commands.method_recipe import make_recipe
+        from training.evaluation.report import terminal
         from training.models import load_base
         from training.pipeline import read_samples
-        from training.report import terminal
-        from training.sweep import Sweep
-        from training.sweep_report import rich_table
+        from training.sweeps.goal import Goal
+        from training.sweeps.report import rich_table
+        from training.sweeps.sweep import Sweep
 
         measure = o.make_measure(judge, prompts, temperature, max_new_tokens, samples, seed, limit, positions)
         measure = replace(measure, max_rows=max(rows, measure.max_rows))

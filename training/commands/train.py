@@ -9,8 +9,8 @@ import typer
 
 from training import options as o
 from training.choices import Pool
+from training.commands.method_options import MethodOptions, with_method_options
 from training.errors import TrainingError
-from training.method_options import MethodOptions, with_method_options
 
 
 @with_method_options
@@ -74,12 +74,12 @@ def train(
         if activations is not None:
             _refuse_unused(pool, specs, chosen=evaluate and judge is None)
         strengths, defaults = o.parse_settings(strength, "--strength", unnamed=True), o.parse_settings(set_, "--set")
-        from training.method_recipe import make_recipe
+        from training.commands.method_recipe import make_recipe
+        from training.evaluation.report import rich_table, terminal
         from training.models import load_base
         from training.pipeline import train as run
-        from training.places import read_places
         from training.plan import Plan
-        from training.report import rich_table, terminal
+        from training.sweeps.places import read_places
 
         if places is not None:
             found = read_places(places)

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from steering import checkpoint as checkpoints
-from training.arms import BASELINE, Arm, default_arm, single_arms
 from training.data.records import Sample, Split
-from training.generation import Continuation
-from training.measure import Measure
+from training.evaluation.arms import BASELINE, Arm, default_arm, single_arms
+from training.evaluation.generation import Continuation
+from training.evaluation.measure import Measure
+from training.evaluation.results import Evaluation
 from training.models import Base
-from training.results import Evaluation
 
 
 def open_checkpoint(path: Path) -> tuple[checkpoints.Checkpoint, Path]:

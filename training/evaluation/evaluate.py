@@ -8,16 +8,16 @@ from typing import Any
 from torch import Tensor
 
 from steering.types import Column, Positions
-from training.arms import Arm
+from training.activations.tokens import encode, pad_token
 from training.data.records import Sample
 from training.errors import DataError, TrainingError
-from training.generation import Continuation, Sampling, generate
-from training.judges import Judge
+from training.evaluation.arms import Arm
+from training.evaluation.generation import Continuation, Sampling, generate
+from training.evaluation.judges import Judge
+from training.evaluation.results import ArmResult, Evaluation
+from training.evaluation.scoring import log_likelihoods
+from training.evaluation.statistics import Estimate, bootstrap, wilson
 from training.progress import progress_bar
-from training.results import ArmResult, Evaluation
-from training.scoring import log_likelihoods
-from training.statistics import Estimate, bootstrap, wilson
-from training.tokens import encode, pad_token
 
 
 @dataclass(frozen=True)

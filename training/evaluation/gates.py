@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from steering.operators import gate_codes, gate_values
 from steering.types import Column, Gate
-from training.activations import Activations
+from training.activations.artifact import Activations
 from training.data.records import Split
 
 

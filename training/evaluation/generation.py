@@ -10,11 +10,11 @@ from torch import Tensor
 
 from steering.hook import steered
 from steering.types import Column, Positions
-from training.arms import Arm
+from training.activations.tokens import Encoded, encode_prompt, pad_left, pad_token
 from training.errors import DataError, TrainingError
+from training.evaluation.arms import Arm
+from training.evaluation.scoring import log_likelihoods
 from training.progress import progress_bar
-from training.scoring import log_likelihoods
-from training.tokens import Encoded, encode_prompt, pad_left, pad_token
 
 
 @dataclass(frozen=True)

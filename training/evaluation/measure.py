@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from steering.types import Column, Positions
-from training.arms import Arm
 from training.data.records import Sample, Split
 from training.errors import DataError
-from training.evaluate import evaluate_choices, evaluate_generations, questions
-from training.generation import Continuation, Sampling
-from training.judges import Judge, Prompt, prompts_of
+from training.evaluation.arms import Arm
+from training.evaluation.evaluate import evaluate_choices, evaluate_generations, questions
+from training.evaluation.generation import Continuation, Sampling
+from training.evaluation.judges import Judge, Prompt, prompts_of
+from training.evaluation.results import Evaluation
 from training.models import Base
-from training.results import Evaluation
 
 
 @dataclass(frozen=True, eq=False)

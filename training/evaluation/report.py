@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from training.errors import TrainingError
+from training.evaluation.generation import Continuation
+from training.evaluation.results import Evaluation
 from training.files import write_bytes, write_json
-from training.generation import Continuation
-from training.results import Evaluation
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from training.statistics import Estimate
+from training.evaluation.statistics import Estimate
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from steering.hook import steered
 from steering.types import Column, Positions
-from training.tokens import Encoded, batches, pad_right
+from training.activations.tokens import Encoded, batches, pad_right
 
 _MAX_LOGITS = 1 << 26
 

@@ -7,6 +7,7 @@ from math import sqrt
 import torch
 
 _Z = 1.959963984540054
+_DRAWS = 2**21  # of a bootstrap, held in memory at once
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,12 @@ def bootstrap(values: Sequence[float], *, seed: int = 0, rounds: int = 2000) -> 
         return Estimate(None, None, None, 0)
     data = torch.tensor(values, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
-    means = torch.stack(
-        [data[torch.randint(len(data), (len(data),), generator=generator)].mean() for _ in range(rounds)]
+    rounds_at_once = max(1, _DRAWS // len(data))
+    means = torch.cat(
+        [
+            data[torch.randint(len(data), (min(rounds_at_once, rounds - done), len(data)), generator=generator)].mean(1)
+            for done in range(0, rounds, rounds_at_once)
+        ]
     )
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Estimate(float(data.mean()), low, high, len(data))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from steering.types import Column, Site
-from training.activations import Activations
+from training.activations.artifact import Activations
 from training.choices import PROFILES, Method
 from training.data.records import Split
 from training.errors import FitError

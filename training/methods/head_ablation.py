@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from steering.types import Column, Gate, Site
-from training.activations import Activations
+from training.activations.artifact import Activations
+from training.activations.heads import Head
 from training.choices import Fill
 from training.data.records import Split
 from training.errors import FitError
-from training.heads import Head
 from training.methods.head_probes import (
     HeadFit,
     HeadProbe,

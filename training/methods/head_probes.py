@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from steering.types import Column, Site, SiteKind
-from training.activations import Activations
+from training.activations.artifact import Activations
+from training.activations.heads import Head
 from training.data.records import Split
 from training.errors import FitError
-from training.heads import Head
 from training.methods.logistic import fit_logistic
 from training.progress import progress_bar
 

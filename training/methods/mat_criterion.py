@@ -11,7 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from training.losses import gaussian, kernel_rates, orthogonality, shares
+from training.methods.losses import gaussian, kernel_rates, orthogonality, shares
 from training.methods.mat_config import MatConfig
 from training.methods.mat_data import Rows
 from training.methods.mat_model import Model

@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from training.losses import cosines
+from training.methods.losses import cosines
 from training.methods.mat_config import MatConfig
 from training.methods.mat_model import Model
 

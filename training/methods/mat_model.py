@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from steering.types import Column, Gate, Site
-from training.activations import Contrast
+from training.activations.artifact import Contrast
 from training.choices import GateInit, Init
-from training.losses import bandwidths
 from training.methods.logistic import fit_logistic
+from training.methods.losses import bandwidths
 from training.methods.mat_config import MatConfig
 from training.methods.mat_data import Frame
 

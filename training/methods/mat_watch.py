@@ -7,8 +7,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from training.activations import Contrast
-from training.losses import gaussian, kernel_rates, mmd2, squared_distances
+from training.activations.artifact import Contrast
+from training.methods.losses import gaussian, kernel_rates, mmd2, squared_distances
 from training.methods.mat_data import Frame, Rows, squared_norms
 from training.methods.mat_log import Side
 from training.methods.mat_model import Model

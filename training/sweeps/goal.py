@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from training.errors import TrainingError
-from training.results import ArmResult
+from training.evaluation.results import ArmResult
 
 
 @dataclass(frozen=True)

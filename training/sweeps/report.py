@@ -6,15 +6,19 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from training.report import can_plot, save_figure
+from training.evaluation.report import can_plot, save_figure
 
 if TYPE_CHECKING:
-    from training.sweep import Point
+    from training.sweeps.sweep import Point
 
 
 def rich_table(points: Sequence["Point"], rows: int = 20) -> Table:
-    table = Table(title="sweep, best first", caption=f"{min(rows, len(points))} of {len(points)} settings")
-    header, cells = _cells(points[:rows])
+    """The best of them: as many of each attribute that was steered alone."""
+    attributes = dict.fromkeys(point.attribute for point in points)
+    each = max(1, rows // max(1, len(attributes)))
+    best = [point for name in attributes for point in [p for p in points if p.attribute == name][:each]]
+    table = Table(title="sweep, best first", caption=f"{len(best)} of {len(points)} settings")
+    header, cells = _cells(best)
     for name in header:
         table.add_column(name, justify="right")
     for line in cells:

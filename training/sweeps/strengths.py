@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from training.arms import Arm
-from training.goal import Goal
-from training.results import ArmResult
+from training.evaluation.arms import Arm
+from training.evaluation.results import ArmResult
+from training.sweeps.goal import Goal
 
 Run = Callable[[Sequence[Arm]], Sequence[ArmResult]]
 """Measures arms, and gives their results in order."""

@@ -6,20 +6,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from steering.types import Column, Site
-from training.activations import Activations
-from training.arms import BASELINE, Arm, default_arm
+from training.activations.artifact import Activations
 from training.data.records import Sample, Split
 from training.errors import TrainingError
+from training.evaluation.arms import BASELINE, Arm, default_arm
+from training.evaluation.judges import judge_key
+from training.evaluation.measure import Measure
+from training.evaluation.results import ArmResult
 from training.files import content_key, write_bytes, write_json
-from training.fit import Recipe, fit
-from training.goal import Goal
-from training.judges import judge_key
-from training.measure import Measure
+from training.methods.fit import Recipe, fit
 from training.models import Base
-from training.places import Place, write_places
-from training.results import ArmResult
-from training.strengths import combine
-from training.sweep_report import markdown, plot
+from training.sweeps.goal import Goal
+from training.sweeps.places import Place, write_places
+from training.sweeps.report import markdown, plot
+from training.sweeps.strengths import combine
 
 Say = Callable[[str], None]
 CANDIDATES = 3  # further sites that are tried for an attribute, the best by themselves first

@@ -1,0 +1,1 @@
+"""Constant columns written into a copy of a model's weights."""

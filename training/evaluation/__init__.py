@@ -1,0 +1,1 @@
+"""What steering does, measured: choices by likelihood, judged generations, gates."""
