@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 
-from server.doorbell import Doorbell
 from server.engine.types import Event, Failed, Finished, Piece
 from server.errors import ServerError
 
@@ -13,9 +12,8 @@ class Ticket:
     engine holds none of its rows."""
 
     def __init__(self, rows: int, on_end: Callable[[], None]) -> None:
-        loop = asyncio.get_running_loop()
-        self._bell = Doorbell.of(loop)
-        self._future: asyncio.Future[list[Finished]] = loop.create_future()
+        self._loop = asyncio.get_running_loop()
+        self._future: asyncio.Future[list[Finished]] = self._loop.create_future()
         # A failure that nobody awaits, because the client has gone, is no surprise.
         self._future.add_done_callback(lambda future: future.cancelled() or future.exception())
         self._pieces: asyncio.Queue[Piece | None] = asyncio.Queue()  # None: no more will come
@@ -27,7 +25,7 @@ class Ticket:
     def __call__(self, event: Event) -> None:
         """On the engine's thread."""
         if isinstance(event, Piece):
-            self._bell.ring(self._pieces.put_nowait, event)
+            self._loop.call_soon_threadsafe(self._pieces.put_nowait, event)
             return
         if isinstance(event, Failed):
             self._error = self._error or event.error
@@ -36,7 +34,7 @@ class Ticket:
         self._left -= 1
         if self._left == 0:
             self._on_end()
-            self._bell.ring(self._settle)
+            self._loop.call_soon_threadsafe(self._settle)
 
     async def finished(self) -> list[Finished]:
         """Every row's last event, in the order of the rows. Raises the first failure."""
