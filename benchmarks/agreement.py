@@ -114,7 +114,8 @@ class Reference:
 
     def __init__(self, name: str, dtype: str, columns: Sequence[Column]) -> None:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(name)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+        self.model: Any = model.eval()
         self._columns = columns
 
     @torch.inference_mode()

@@ -1,7 +1,8 @@
 """Which tokens the next forward pass computes. Touches no tensor.
 
 Continuous batching: in every step each row that generates gets its one token, and what is left of the step's budget
-goes to prompts, first come first served, in chunks. Rows join and leave at any step.
+goes to prompts, first come first served. The first one that does not fit is read in chunks, of half of what is left at
+least; behind it, prompts that fit into the rest need not wait for it. Rows join and leave at any step.
 """
 
 from collections import deque
@@ -54,14 +55,13 @@ class Scheduler:
         nothing to do. Its caller reports `done`, and puts what was drawn on the tapes."""
         preempted = self.preemptions
         works = self._decode()
-        budget = self._step_tokens - len(works)
+        reading = _Reading(self._step_tokens - len(works))
         for tape in self._running:
-            if tape.pending > 1 and budget:
-                works.append(self._chunk(tape, budget))
-                budget -= len(works[-1])
+            if tape.pending > 1:
+                reading.take(tape)
         if self.preemptions == preempted and not self.hold:
-            self._admit(works, budget)
-        return tuple(sorted(works, key=_place))
+            self._admit(reading)
+        return tuple(sorted(works + reading.works, key=_place))
 
     @staticmethod
     def done(work: Work, steered: list[int]) -> None:
@@ -98,7 +98,7 @@ class Scheduler:
         works = []
         for tape in list(self._running):
             if tape.extent is not None and tape.pending == 1 and self._has_room(tape):
-                works.append(self._chunk(tape, 1))
+                works.append(_part(tape, 1))
         return works
 
     def _has_room(self, tape: Tape) -> bool:
@@ -116,18 +116,23 @@ class Scheduler:
         self._waiting.appendleft(tape)
         self.preemptions += 1
 
-    def _admit(self, works: list[Work], budget: int) -> None:
+    def _admit(self, reading: "_Reading") -> None:
         for tape in list(self._waiting):
-            if not budget or len(self._running) >= self._max_rows:
+            if not reading.budget or len(self._running) >= self._max_rows:
                 return
+            if reading.long and not self._fits(tape, reading.budget):
+                continue
             if self._better_later(tape):
                 continue
             if not self._open(tape):
                 return
             self._waiting.remove(tape)
             self._running.append(tape)
-            works.append(self._chunk(tape, budget))
-            budget -= len(works[-1])
+            reading.take(tape)
+
+    def _fits(self, tape: Tape, budget: int) -> bool:
+        length = len(tape.tokens)
+        return length <= budget or length - self._cache.shareable(tape) <= budget
 
     def _better_later(self, tape: Tape) -> bool:
         """Whether rows that run are about to compute what this one would have to compute as well."""
@@ -145,9 +150,33 @@ class Scheduler:
         rooms = (max(length + wanted, self._roomy), length + wanted, length)
         return any(self._cache.open(tape, room) for room in dict.fromkeys(rooms))
 
-    @staticmethod
-    def _chunk(tape: Tape, budget: int) -> Work:
-        return Work(tape, tape.cached, tape.cached + min(tape.pending, budget))
+
+class _Reading:
+    """How a step's budget of tokens is spent on prompts."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget  # for prompts that fit
+        self.long: Tape | None = None  # the first prompt that does not
+        self._kept = 0  # tokens of the budget that it has for sure
+        self._whole: list[Work] = []
+
+    @property
+    def works(self) -> list[Work]:
+        chunk = _part(self.long, self._kept + self.budget) if self.long else None
+        return [*self._whole, chunk] if chunk else self._whole
+
+    def take(self, tape: Tape) -> None:
+        """Of the prompts in the order in which they came."""
+        if tape.pending <= self.budget:
+            self._whole.append(_part(tape, tape.pending))
+            self.budget -= tape.pending
+        elif self.long is None and self.budget:
+            self.long, self._kept = tape, (self.budget + 1) // 2
+            self.budget -= self._kept
+
+
+def _part(tape: Tape, most: int) -> Work:
+    return Work(tape, tape.cached, tape.cached + min(tape.pending, most))
 
 
 def _of(tape: Tape, request: str) -> bool:

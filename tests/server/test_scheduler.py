@@ -63,6 +63,61 @@ def test_a_long_prompt_is_read_in_chunks_beside_rows_that_generate() -> None:
     assert all(any(entry[0] == "a" for entry in step) for step in seen), "nobody is stalled"
 
 
+def test_short_prompts_do_not_wait_for_a_long_one_that_came_before() -> None:
+    scheduler = build(step_tokens=16)
+    scheduler.add([tape("long", tokens=tuple(range(40)))])
+    assert spans(scheduler.next()) == [("long", 0, 16)]
+    make(scheduler, scheduler.next())
+    scheduler.add([tape("a", tokens=(50, 51, 52)), tape("b", tokens=(60, 61, 62, 63)), tape("c", tokens=(70, 71))])
+    works = scheduler.next()
+    assert spans(works) == [("a", 0, 3), ("b", 0, 4), ("long", 16, 25)], "half, and what no other prompt fits into"
+    make(scheduler, works)
+    assert spans(scheduler.next()) == [("c", 0, 1), ("long", 25, 40)], "what fits comes whole, in its turn"
+
+
+def test_what_has_been_computed_before_is_not_counted_against_a_prompt_that_passes() -> None:
+    scheduler = build(step_tokens=16)
+    chat = tuple(range(100, 130))
+    scheduler.add([tape("before", tokens=chat)])
+    while not scheduler.idle:
+        make(scheduler, scheduler.next())
+    scheduler.add([tape("long", tokens=tuple(range(40)))])
+    make(scheduler, scheduler.next())
+    scheduler.add([tape("again", tokens=(*chat, 5, 6, 7))])
+    assert spans(scheduler.next()) == [("again", 30, 33), ("long", 16, 29)]
+
+
+def test_a_long_prompt_has_half_of_every_step_however_many_short_ones_come() -> None:
+    scheduler = build(step_tokens=16, max_rows=8)
+    scheduler.add([tape("long", tokens=tuple(range(64)))])
+    number, steps = 100, 0
+    while any(one.row and one.row.request == "long" for one in scheduler.running) or steps == 0:
+        works = scheduler.next()
+        mine = sum(len(work) for work in works if work.tape.row and work.tape.row.request == "long")
+        assert mine >= 8
+        make(scheduler, works)
+        scheduler.add([tape(f"short-{number + i}", tokens=(number + i, 1, 2, 3)) for i in range(8)])
+        number, steps = number + 8, steps + 1
+    assert steps <= 8
+
+
+def test_long_prompts_are_read_one_after_the_other() -> None:
+    scheduler = build(step_tokens=16)
+    scheduler.add([tape("a", tokens=tuple(range(40))), tape("b", tokens=tuple(range(100, 140)))])
+    seen = []
+    for _ in range(5):
+        works = scheduler.next()
+        seen.append(spans(works))
+        make(scheduler, works)
+    assert seen == [
+        [("a", 0, 16)],
+        [("a", 16, 32)],
+        [("a", 32, 40), ("b", 0, 8)],
+        [("b", 8, 24)],
+        [("b", 24, 40)],
+    ]
+
+
 def test_a_row_waits_for_a_neighbour_that_computes_the_same_prompt() -> None:
     """The two arms of a comparison: the prompt is computed once, its last token for each."""
     scheduler = build()
