@@ -50,6 +50,7 @@ def main() -> None:
     args = parser.parse_args()
     lines = [line for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
     prompts = lines[: args.limit]
+    machine = described()
     columns = checkpoints.load(args.checkpoint).columns
     ours = engine_texts(args, prompts, sorted({column.attribute for column in columns}))
     theirs = Reference(args.model, args.dtype, columns)
@@ -62,7 +63,7 @@ def main() -> None:
                 partings.append(Parting(number, arm, *parting))
         print(f"{arm}: {sum(one.arm == arm for one in partings)} of {len(prompts)} texts differ", file=sys.stderr)
     results = {
-        "machine": described(),
+        "machine": machine,
         "model": type(theirs.model).__name__,
         "dtype": args.dtype,
         "columns": [f"{column.attribute} at {column.site}" for column in columns],
@@ -116,12 +117,14 @@ class Reference:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(name)
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
         self.model: Any = model.eval()
+        self._context: int = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
         self._columns = columns
 
     @torch.inference_mode()
     def parting(self, prompt: str, ours: Sequence[int], new: int, multiplier: float | None) -> tuple[int, float] | None:
         """The first token that differs, and how much likelier transformers' is; None: the texts are equal."""
         ids = self.tokenizer(prompt, return_tensors="pt").input_ids
+        new = min(new, self._context - ids.shape[1])  # the engine's texts end with the context
         multipliers = [multiplier or 0.0] * len(self._columns)
         with steered(self.model, self._columns, multipliers) if multiplier is not None else nullcontext():
             out = self.model.generate(

@@ -60,7 +60,7 @@ Prompts = Annotated[
 Temperature = Annotated[float, typer.Option(help="Of the judged generations; 0 is greedy.")]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Of the judged generations.")]
 Samples = Annotated[int, typer.Option(min=1, help="Generations of each prompt in each arm.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="At most so many prompts or questions.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="At most so many prompts, or questions of each attribute.")]
 PositionsOption = Annotated[str, typer.Option("--positions", help="generated, prompt or all: the steered tokens.")]
 
 

@@ -1,6 +1,7 @@
 """Rates are counted as a reader would count them, with intervals that a textbook gives."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import exp
 from typing import Any
 
@@ -10,12 +11,14 @@ import torch
 from steering import Column, Gate, Site, SiteKind, steered
 from steering.errors import ColumnError
 from training.activations.tokens import encode
-from training.data import Sample
+from training.data import Sample, Split
 from training.errors import DataError, TrainingError
 from training.evaluation.arms import BASELINE, Arm, default_arm, single_arms
 from training.evaluation.evaluate import evaluate_choices, evaluate_generations, judged_rates, questions
 from training.evaluation.generation import Sampling
+from training.evaluation.measure import Measure
 from training.evaluation.statistics import bootstrap, wilson
+from training.models import Base
 
 SITE = Site(1, SiteKind.RESIDUAL)
 
@@ -64,6 +67,14 @@ def test_choices_equal_a_loop_over_plain_forward_passes(llama: Any, tokenizer: A
         assert metrics["civility mc1_per_token"].value == pytest.approx(per_token / len(own))
         assert metrics["civility mc2"].value == pytest.approx(sum(masses) / len(masses), rel=1e-3)
         assert metrics["civility mc2"].count == 8
+
+
+def test_a_limit_is_one_for_each_attribute(llama: Any, tokenizer: Any, samples: list[Sample]) -> None:
+    placed = [replace(sample, split=Split.TEST) for sample in samples]
+    base = Base(llama, tokenizer, "tiny", None)
+    evaluation, _ = Measure(limit=3).run(base, COLUMNS, [BASELINE], placed, Split.TEST)
+    counts = {name: estimate.count for name, estimate in evaluation.arm(BASELINE.name).metrics.items()}
+    assert counts["truthfulness mc1"] == counts["civility mc1"] == 3
 
 
 def judge(prompt: str, text: str) -> Mapping[str, bool | None]:

@@ -1,5 +1,6 @@
 """One way to evaluate, for `train`, `evaluate` and `sweep`: a judge's verdicts where there is one, else choices."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -7,7 +8,7 @@ from steering.types import Column, Positions
 from training.data.records import Sample, Split
 from training.errors import DataError
 from training.evaluation.arms import Arm
-from training.evaluation.evaluate import evaluate_choices, evaluate_generations, questions
+from training.evaluation.evaluate import Question, evaluate_choices, evaluate_generations, questions
 from training.evaluation.generation import Continuation, Sampling
 from training.evaluation.judges import Judge, Prompt, prompts_of
 from training.evaluation.results import Evaluation
@@ -20,7 +21,7 @@ class Measure:
     prompts: Sequence[Prompt] = ()
     sampling: Sampling = field(default_factory=Sampling)
     limit: int | None = None
-    """At most so many prompts or questions."""
+    """At most so many prompts, the first ones, or so many questions of each attribute, drawn by a fixed seed."""
     positions: Positions = Positions.GENERATED
     max_rows: int = 128
 
@@ -53,7 +54,7 @@ class Measure:
                 max_rows=self.max_rows,
                 progress=progress,
             )
-        asked = questions([sample for sample in samples if sample.split is split])[: self.limit]
+        asked = _drawn(questions([sample for sample in samples if sample.split is split]), self.limit)
         evaluation = evaluate_choices(
             base.model,
             base.tokenizer,
@@ -65,3 +66,14 @@ class Measure:
             progress=progress,
         )
         return evaluation, []
+
+
+def _drawn(asked: Sequence[Question], limit: int | None) -> list[Question]:
+    """At most `limit` of each attribute, in their order."""
+    if limit is None:
+        return list(asked)
+    chosen: set[int] = set()
+    for name in dict.fromkeys(question.attribute for question in asked):
+        own = [index for index, question in enumerate(asked) if question.attribute == name]
+        chosen |= set(random.Random(0).sample(own, min(limit, len(own))))
+    return [question for index, question in enumerate(asked) if index in chosen]
