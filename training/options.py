@@ -74,6 +74,11 @@ def one_sentence() -> Iterator[None]:
     except (TrainingError, SteeringError) as error:
         typer.secho(f"error: {error}", err=True, fg="red")
         raise typer.Exit(2) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        typer.secho(f"error: {error.filename} cannot be used: {error.strerror}.", err=True, fg="red")
+        raise typer.Exit(2) from None
     except KeyboardInterrupt:
         typer.secho("interrupted: the same command goes on where it stopped", err=True, fg="yellow")
         raise typer.Exit(130) from None
@@ -146,7 +151,7 @@ def parse_numbers(text: str, option: str) -> tuple[float, ...]:
     except ValueError:
         numbers = ()
     if not numbers or not all(isfinite(number) for number in numbers):
-        raise TrainingError(f"{option} must be numbers separated by commas, got {text!r}.")
+        raise TrainingError(f"{option} must be finite numbers separated by commas, got {text!r}.")
     return numbers
 
 
@@ -157,9 +162,10 @@ def parse_settings(items: Sequence[str] | None, option: str, *, unnamed: bool = 
         name, found, number = item.rpartition("=")
         if (not name.strip() and found) or not (found or unnamed):
             raise TrainingError(f"{option} must be NAME=NUMBER, got {item!r}.")
-        settings[name.strip()] = parse_numbers(number, option)[0]
-        if "," in number:
-            raise TrainingError(f"{option} must be NAME=NUMBER, got {item!r}.")
+        try:
+            (settings[name.strip()],) = parse_numbers(number, option)
+        except ValueError:  # no number, or several
+            raise TrainingError(f"{option} must be NAME=NUMBER with one finite number, got {item!r}.") from None
     return settings
 
 

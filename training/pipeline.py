@@ -22,12 +22,13 @@ from training.activations.artifact import Activations, stored_samples
 from training.activations.extraction import extract_under
 from training.activations.stored import describe_stored, open_stored, split_as_stored
 from training.card import render
+from training.choices import Method
 from training.data.records import Sample, Split
 from training.data.registry import load_data
 from training.data.saved_splits import SPLITS, dump_splits
 from training.data.specs import Spec
 from training.data.splits import FRACTIONS, split_samples
-from training.data.summary import count_samples
+from training.data.summary import count_samples, missing_sides
 from training.errors import DataError
 from training.evaluation.arms import BASELINE, default_arm, single_arms
 from training.evaluation.gates import gate_means
@@ -42,12 +43,16 @@ LIBRARIES = ("numpy", "safetensors", "scikit-learn", "torch", "transformers")
 Say = Callable[[str], None]
 
 
-def train(base: Base, plan: Plan, say: Say = lambda _: None) -> tuple[checkpoints.Checkpoint, Evaluation | None]:
-    """Run the five steps. Raises TrainingError or SteeringError with one sentence."""
+def train(
+    load: Callable[[], Base], plan: Plan, say: Say = lambda _: None
+) -> tuple[checkpoints.Checkpoint, Evaluation | None]:
+    """Run the five steps. `load`: the model, once the data are known to be sound. Raises TrainingError or
+    SteeringError with one sentence."""
     name, version = plan.out.resolve().name, next_version(plan)
     say(f"1/5 data: {plan.origin}")
     samples = prepare_data(plan)
     texts = texts_for(samples, plan)
+    base = load()
     say(f"2/5 activations of {len(samples)} samples at {', '.join(map(str, plan.all_sites))}")
     activations = activations_for(base, samples, plan)
     say(f"3/5 fit: {plan.recipe.method.value}")
@@ -59,8 +64,14 @@ def train(base: Base, plan: Plan, say: Say = lambda _: None) -> tuple[checkpoint
 
 
 def read_samples(data: Sequence[str], recipe: Recipe, seed: int) -> list[Sample]:
-    """The samples of every NAME=PATH with their splits, or the recipe's pair of prompts."""
-    return recipe.pair.samples() if recipe.pair else split_samples(load_data(data), seed=seed)
+    """The samples of every NAME=PATH with their splits, or the recipe's pair of prompts. Raises DataError, also where
+    train lacks a side of an attribute, which every method but those two compares."""
+    if recipe.pair:
+        return recipe.pair.samples()
+    samples = split_samples(load_data(data), seed=seed)
+    if recipe.method is not Method.HEAD_ABLATION and (sentence := next(missing_sides(samples, [Split.TRAIN]), None)):
+        raise DataError(sentence)
+    return samples
 
 
 def prepare_data(plan: Plan) -> list[Sample]:

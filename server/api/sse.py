@@ -14,8 +14,14 @@ from server.exchange import Answer, Echo, Told
 HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}  # nobody between keeps tokens back
 
 
+EVENT = {  # the schema of each, as checkers of OpenAPI read it
+    "title": "Event",
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
+}
 STREAMS: dict[int | str, dict[str, Any]] = {  # for the OpenAPI document
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "the answer, or its events"}
+    200: {"content": {"text/event-stream": {"schema": EVENT}}, "description": "the answer, or its events"}
 }
 
 

@@ -49,7 +49,10 @@ def import_file(asked: Import) -> None:
 
 
 def export_folder(root: Path, reference: str, out: Path, format: str, attributes: Mapping[str, float] | None) -> None:
-    """Write a checkpoint as a foreign file. Raises UnknownCheckpoint, UnusableCheckpoint, BadRequest."""
+    """Write a checkpoint as a foreign file or folder, where there is none. Raises UnknownCheckpoint,
+    UnusableCheckpoint, BadRequest."""
+    if out.exists():
+        raise BadRequest(f"{out} exists already.")
     checkpoint = open_folder(root, reference)
     try:
         multipliers = checkpoint.multipliers(checkpoint.attributes if attributes is None else attributes)

@@ -49,6 +49,9 @@ def test_what_is_exported_is_imported_and_verified(
     file = tmp_path / f"honesty.{format}"
     exported = export(honest, "--format", format, "--set", "honesty=2", "--out", str(file))
     assert (exported.exit_code, exported.output) == (0, f"wrote {file}\n")
+    again = export(honest, "--format", format, "--set", "honesty=2", "--out", str(file))
+    assert again.exit_code != 0
+    assert "exists already" in again.output
     taken = take(file, model_folder, honest)
     assert taken.exit_code == 0, taken.output
     assert f"wrote {honest / 'mine' / 'v1'}: " in taken.output

@@ -127,6 +127,8 @@ def test_evaluate_prints_and_stores_the_table(here: Path) -> None:
     names = ["unsteered", "-1 x", "steered", "truthfulness alone", "civility alone", "civility 3"]
     assert [arm["arm"] for arm in stored["arms"]] == names
     assert all(name in result.output for name in names)
+    strange = run("evaluate", "--checkpoint", "checkpoints/mine", "--data", "kindness=civility.jsonl", "--out", "other")
+    assert "the checkpoint does not steer kindness; it steers truthfulness, civility" in strange.output
     assert "| unsteered |" in (here / "checkpoints/mine/v1/evaluation/evaluation.md").read_text()
     judged = run(
         "evaluate", "--checkpoint", "checkpoints/mine/v1", "--baseline", *JUDGE, "--out", "judged", "--split", "dev"
@@ -187,6 +189,58 @@ def test_sweep_finds_a_place_for_each_attribute_and_train_takes_it(here: Path) -
         assert [str(column.site) for column in columns if column.attribute == name] == sorted(place["sites"])
 
 
+def test_sweep_shows_what_its_points_are_to_be_compared_with(here: Path) -> None:
+    arguments = [*DATA, "--layer", "1", "--site", "residual", "--method", "caa", "--out", "swept", "--alone"]
+    result = run("sweep", *arguments, "--multipliers", "0")
+    assert result.exit_code == 0, result.output
+    header, _, cases, unsteered, together, *points = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (here / "swept/sweep.md").read_text().splitlines()
+    ]
+    assert [row[0] for row in (cases, unsteered, together)] == ["cases", "unsteered", "together"]
+    rates = [index for index, name in enumerate(header) if name.endswith(" mc2")]
+    assert [cases[index] for index in rates] == ["2", "2"]
+    assert len(points) == 2
+    assert all([row[index] for index in rates] == [unsteered[index] for index in rates] for row in points), "0: nothing"
+    for name in ("truthfulness", "civility"):
+        assert f"{name}: no setting scores above the unsteered model" in result.output
+    assert "few cases" in result.output
+    assert set(json.loads((here / "swept/beside.json").read_text())) == {"unsteered", "together"}
+
+
+@pytest.mark.parametrize(
+    ("command", "rows", "complaint"),
+    [
+        ("train", [("a", True), ("b", True)], "Attribute 'truthfulness' has no negative sample at all."),
+        ("sweep", [("a", True), ("a", False)], "in train: its samples are of 1 group, and a group is in one split."),
+        ("sweep", [(str(n), n % 2 == 0) for n in range(40)], "No prompt has both a positive and a negative completion"),
+    ],
+)
+def test_what_the_data_alone_can_say_is_said_before_the_model_is_loaded(
+    here: Path, command: str, rows: list[tuple[str, bool]], complaint: str
+) -> None:
+    lines = [
+        {"prompt": f"Q: {number} {group}?", "completion": " yes", "label": label, "group": group}
+        for number, (group, label) in enumerate(rows)
+    ]
+    (here / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = run(command, "--data", "truthfulness=own.jsonl", "--layer", "1", "--out", "out", model="./no-such-model")
+    assert result.exit_code == 2
+    assert complaint in result.output
+    if command == "train" or len(rows) == 2:
+        shown = CliRunner().invoke(app, ["data", "truthfulness=own.jsonl"])
+        assert "warning: Attribute 'truthfulness' has no " in shown.output
+
+
+def test_an_out_that_cannot_be_a_folder_is_one_sentence(here: Path) -> None:
+    (here / "file").write_text("")
+    for command in ("train", "extract"):
+        result = run(command, *DATA, "--layer", "1", "--out", "file")
+        assert result.exit_code == 2
+        assert "error: file" in result.output
+        assert "cannot be used" in result.output
+
+
 def test_sweep_keeps_attributes_apart(here: Path) -> None:
     arguments = [*DATA, "--site", "residual", "--method", "caa", "--out", "swept", "--alone", "--apart"]
     arguments += ["--multipliers", "1", "--max-side-effect", "0.5"]
@@ -234,7 +288,7 @@ TRAIN = ("train", "--out", "checkpoints/x")
         ([*TRAIN, *DATA, *FIT, "--lr", "-1"], "lr must be a positive number"),
         ([*TRAIN, *DATA, *FIT, "--set", "kindness=1"], "no attribute 'kindness'"),
         ([*TRAIN, *DATA, *FIT, "--set", "civility"], "--set must be NAME=NUMBER"),
-        ([*TRAIN, *DATA, *FIT, "--set", "civility=nan"], "--set must be numbers"),
+        ([*TRAIN, *DATA, *FIT, "--set", "civility=nan"], "--set must be NAME=NUMBER with one finite number"),
         ([*TRAIN, *DATA, *FIT, "--judge", "oracle_of_tests:judge"], "--judge and --prompts belong together"),
         ([*TRAIN, *DATA, *FIT, "--judge", "nowhere:judge", "--prompts", "prompts.jsonl"], "'nowhere:judge' cannot be"),
         ([*TRAIN, *DATA, *FIT, "--judge", "json", "--prompts", "prompts.jsonl"], "named as module:function"),
@@ -245,7 +299,7 @@ TRAIN = ("train", "--out", "checkpoints/x")
         ([*TRAIN, *DATA, *FIT, "--version", "../up"], "version"),
         (["evaluate", "--checkpoint", "gone", *DATA], "gone"),
         (["evaluate", "--checkpoint", "gone", *DATA, "--split", "valid"], "--split must be"),
-        (["sweep", "--out", "s", *DATA, "--layer", "1", "--multipliers", "a"], "--multipliers must be numbers"),
+        (["sweep", "--out", "s", *DATA, "--layer", "1", "--multipliers", "a"], "--multipliers must be finite numbers"),
         (["sweep", "--out", "s", *DATA, "--layer", "1", "--goal", "x", "--method", "caa"], "There is no metric 'x'"),
         (["sweep", "--out", "s", *DATA, "--layer", "1", "--keep", "x", "--method", "caa"], "--keep must be NAME="),
         (["sweep", "--out", "s", *DATA, "--layer", "1", "--lr", "0"], "lr must be a positive number"),

@@ -17,8 +17,10 @@ def show_data(
     """
     with o.one_sentence():
         from training.data import load_data, split_samples
-        from training.data.summary import count_samples, counts_table, examples_table
+        from training.data.summary import count_samples, counts_table, examples_table, missing_sides
         from training.evaluation.report import terminal
 
         samples = split_samples(load_data(data), seed=seed)
         terminal().print(counts_table(count_samples(samples)), examples_table(samples))
+        for sentence in missing_sides(samples):
+            o.say(f"warning: {sentence}")

@@ -61,6 +61,10 @@ def evaluate(
         if not specs and judge is None:
             raise DataError("Without a judge, --data is needed: the answers to choose from.")
         texts = split_as_trained(load_data(specs), folder, seed=seed) if specs else []
+        if strange := sorted({text.attribute for text in texts} - set(loaded.attributes)):
+            o.say(
+                f"note: the checkpoint does not steer {', '.join(strange)}; it steers {', '.join(loaded.attributes)}."
+            )
         base = load_base(model, revision=revision, device=device, dtype=dtype)
         evaluation, generated = compare(
             base, loaded, texts, measure, Split(split), factors=factors, baseline=baseline, alone=alone, extra=extra,

@@ -1,6 +1,7 @@
 """From a command's options to the recipe of a fit."""
 
 from dataclasses import fields, replace
+from math import isfinite
 from typing import Any
 
 from steering.errors import SteeringError
@@ -23,6 +24,10 @@ from training.options import parse_settings
 def make_recipe(how: MethodOptions, seed: int) -> Recipe:
     """Raises TrainingError."""
     how.check()
+    for field in fields(how):
+        value = getattr(how, field.name)
+        if isinstance(value, float) and not isfinite(value):
+            raise TrainingError(f"--{field.name.replace('_', '-')} must be a finite number, got {value}.")
     return Recipe(how.method, normalize=how.normalize, **_settings(how, seed))
 
 

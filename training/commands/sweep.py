@@ -65,6 +65,7 @@ def sweep(
         factors, least = o.parse_numbers(multipliers, "--multipliers"), o.parse_settings(keep, "--keep")
         from training.activations.extraction import extract_under
         from training.commands.method_recipe import make_recipe
+        from training.data.records import Split
         from training.evaluation.report import terminal
         from training.models import load_base
         from training.pipeline import read_samples
@@ -76,26 +77,24 @@ def sweep(
         measure = replace(measure, max_rows=max(rows, measure.max_rows))
         recipe = make_recipe(how, seed)
         texts = read_samples(specs, recipe, seed)
+        measure.check(texts, Split.DEV, sorted({sample.attribute for sample in texts}) if alone else ())
         base = load_base(model, revision=revision, device=device, dtype=dtype)
         shown = o.shows_progress()
         activations = extract_under(
             out, base.model, base.tokenizer, texts, sites, pool=pool or how.profile.pool, max_rows=rows, progress=shown
         )
-        run = Sweep(
-            base, texts, activations, recipe, factors, measure, out,
-            Goal(tuple(goal.split(",")) if goal else (), max_perplexity_ratio, least, max_side_effect, tolerance),
-            progress=shown, say=o.say,
-        )  # fmt: skip
+        wanted = Goal(tuple(goal.split(",")) if goal else (), max_perplexity_ratio, least, max_side_effect, tolerance)
+        run = Sweep(base, texts, activations, recipe, factors, measure, out, wanted, progress=shown, say=o.say)
+        swept = run.alone(sites_each, apart=apart) if alone else run.together()
+        terminal().print(rich_table(swept))
+        for remark in swept.remarks(wanted):
+            o.say(remark)
         if alone:
-            points, found = run.alone(sites_each, apart=apart)
-            terminal().print(rich_table(points))
             chosen = ", ".join(
                 f"{name} at {' and '.join(map(str, place.sites))} times {place.strength:g}"
-                for name, place in found.items()
+                for name, place in swept.places.items()
             )
-            typer.echo(f"best: {chosen}; now: matsteer train --places {out / 'places.json'}")
+            typer.echo(f"best together: {chosen}; now: matsteer train --places {out / 'places.json'}")
         else:
-            points = run.together()
-            terminal().print(rich_table(points))
-            best = points[0]
+            best = swept.points[0]
             typer.echo(f"best: --layer {best.layer} --site {best.site}, multiplier {best.multiplier:g}; wrote {out}")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -101,8 +102,8 @@ def train(
             evaluated=evaluate,
             progress=o.shows_progress(),
         )
-        base = load_base(model, revision=revision, device=device, dtype=dtype)
-        checkpoint, evaluation = run(base, plan, o.say)
+        load = partial(load_base, model, revision=revision, device=device, dtype=dtype)
+        checkpoint, evaluation = run(load, plan, o.say)
         if evaluation is not None:
             title = f"{checkpoint.config.name}@{checkpoint.config.version} on test"
             terminal().print(rich_table(evaluation, title))

@@ -1,6 +1,6 @@
 """What is in the data: counts by attribute and split, and an example of each side."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.markup import escape
@@ -22,6 +22,23 @@ def count_samples(samples: Sequence[Sample]) -> list[dict[str, Any]]:
             values = (attribute, split.value, positive, len(own) - positive, groups)
             counts.append(dict(zip(COLUMNS, values, strict=True)))
     return counts
+
+
+def missing_sides(samples: Sequence[Sample], splits: Sequence[Split] = tuple(Split)) -> Iterator[str]:
+    """A sentence for each side of an attribute that a split has not got."""
+    counts = count_samples(samples)
+    for attribute in dict.fromkeys(sample.attribute for sample in samples):
+        own = [count for count in counts if count["attribute"] == attribute]
+        for side in ("positive", "negative"):
+            bare = [count["split"] for count in own if not count[side] and count["split"] in splits]
+            if not any(count[side] for count in own):
+                yield f"Attribute {attribute!r} has no {side} sample at all."
+            elif bare:
+                groups = sum(count["groups"] for count in own)
+                yield (
+                    f"Attribute {attribute!r} has no {side} sample in {' and '.join(bare)}: its samples are of "
+                    f"{groups} group{'s' if groups != 1 else ''}, and a group is in one split."
+                )
 
 
 def counts_table(counts: Sequence[Mapping[str, Any]]) -> Table:

@@ -29,6 +29,19 @@ class Measure:
         if (self.judge is None) != (not self.prompts):
             raise DataError("A judge and prompts belong together: give both or neither.")
 
+    def check(self, samples: Sequence[Sample], split: Split, names: Sequence[str] = ()) -> None:
+        """Raises DataError where `run` would find nothing to evaluate on, or without a judge nothing on one of the
+        attributes `names`; before any model is loaded."""
+        if self.judge is not None:
+            prompts_of(self.prompts, split, self.limit)
+            return
+        asked = questions([sample for sample in samples if sample.split is split])
+        if missing := [name for name in names if name not in {question.attribute for question in asked}]:
+            raise DataError(
+                f"No prompt of attribute {missing[0]!r} has both a positive and a negative completion on {split}, so "
+                "there is nothing to choose from; to judge generated answers instead, give --judge and --prompts."
+            )
+
     def run(
         self,
         base: Base,

@@ -191,11 +191,13 @@ def _fit_heads(activations: Activations, name: str, sites: Sequence[Site], recip
 
 def _adjusted(column: Column, recipe: Recipe) -> Column:
     strength = recipe.strengths.get(column.attribute, recipe.strengths.get("", 1.0))
-    default = recipe.defaults.get(column.attribute, PROFILES[recipe.method].multiplier)
+    usual = PROFILES[recipe.method].multiplier
+    default = recipe.defaults.get(column.attribute, usual)
+    most = 2 * max(abs(default), abs(usual))
     low, high = column.range
     return replace(
         column,
         vector=strength * column.vector,
         default_multiplier=default,
-        range=(min(low, -2 * abs(default)), max(high, 2 * abs(default))),
+        range=(min(low, -most), max(high, most)),
     )

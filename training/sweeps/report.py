@@ -7,18 +7,20 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from training.evaluation.report import can_plot, save_figure
+from training.evaluation.results import ArmResult
 
 if TYPE_CHECKING:
-    from training.sweeps.sweep import Point
+    from training.sweeps.sweep import Point, Swept
 
 
-def rich_table(points: Sequence["Point"], rows: int = 20) -> Table:
-    """The best of them: as many of each attribute that was steered alone."""
+def rich_table(swept: "Swept", rows: int = 20) -> Table:
+    """The best of them, as many of each attribute that was steered alone, beside the unsteered model."""
+    points = swept.points
     attributes = dict.fromkeys(point.attribute for point in points)
     each = max(1, rows // max(1, len(attributes)))
     best = [point for name in attributes for point in [p for p in points if p.attribute == name][:each]]
     table = Table(title="sweep, best first", caption=f"{len(best)} of {len(points)} settings")
-    header, cells = _cells(best)
+    header, cells = _cells(swept, best)
     for name in header:
         table.add_column(name, justify="right")
     for line in cells:
@@ -26,8 +28,8 @@ def rich_table(points: Sequence["Point"], rows: int = 20) -> Table:
     return table
 
 
-def markdown(points: Sequence["Point"]) -> str:
-    header, cells = _cells(points)
+def markdown(swept: "Swept") -> str:
+    header, cells = _cells(swept, swept.points)
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---:"] * len(header), *cells]) + "\n"
 
 
@@ -53,18 +55,33 @@ def plot(points: Sequence["Point"], path: Path) -> bool:
     return True
 
 
-def _cells(points: Sequence["Point"]) -> tuple[list[str], list[list[str]]]:
-    names = list(dict.fromkeys(name for point in points for name in point.metrics))
+def _cells(swept: "Swept", points: Sequence["Point"]) -> tuple[list[str], list[list[str]]]:
+    names = list(swept.unsteered.metrics)
+    counts = [str(estimate.count) for estimate in swept.unsteered.metrics.values()]
     rows = [
+        ["cases", "", "", "", "", *counts, ""],
+        _beside("unsteered", swept.unsteered),
+        *([_beside("together", swept.together)] if swept.together else []),
+    ]
+    rows += [
         [
             point.attribute or "all",
             str(point.layer),
             point.site,
             f"{point.multiplier:g}",
             f"{100 * point.score:.1f}",
-            *("-" if (value := point.metrics.get(name)) is None else f"{100 * value:.1f}" for name in names),
+            *(_percent(point.metrics.get(name)) for name in names),
             "-" if point.perplexity_ratio is None else f"{point.perplexity_ratio:.2f}",
         ]
         for point in points
     ]
     return ["attribute", "layer", "site", "multiplier", "score", *names, "perplexity ratio"], rows
+
+
+def _beside(name: str, arm: ArmResult) -> list[str]:
+    ratio = "-" if arm.perplexity_ratio is None else f"{arm.perplexity_ratio:.2f}"
+    return [name, "", "", "", "", *(_percent(estimate.value) for estimate in arm.metrics.values()), ratio]
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"

@@ -31,7 +31,7 @@ def combine(
 
     def best(tried: Sequence[dict[str, float]]) -> dict[str, float]:
         results = run([Arm(f"setting {number}", setting) for number, setting in enumerate(tried)])
-        sums = [sum(setting[name] / alone[name] for name in setting) for setting in tried]
+        sums = [sum(value / alone[name] for name, value in setting.items() if alone[name]) for setting in tried]
         return tried[goal.best([goal.rank(result) for result in results], sums, len(alone))]
 
     found = best([{name: scale * value for name, value in alone.items()} for scale in sorted(scales, reverse=True)])

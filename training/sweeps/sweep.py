@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from steering.types import Column, Site
 from training.activations.artifact import Activations
@@ -22,6 +23,7 @@ from training.sweeps.report import markdown, plot
 from training.sweeps.strengths import combine
 
 Say = Callable[[str], None]
+FEW = 30  # cases of a metric
 CANDIDATES = 3  # further sites that are tried for an attribute, the best by themselves first
 
 
@@ -52,6 +54,27 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Swept:
+    """What a sweep has measured. `points` come best first; `places` and `together`, all attributes at their places at
+    once, are those of a sweep of each attribute by itself."""
+
+    points: Sequence[Point]
+    unsteered: ArmResult
+    places: Mapping[str, Place] = field(default_factory=dict)
+    together: ArmResult | None = None
+
+    def remarks(self, goal: Goal) -> Iterator[str]:
+        """What a reader should know before believing in the best point."""
+        for name in dict.fromkeys(point.attribute for point in self.points):
+            before = goal.score(self.unsteered, name)
+            if max(point.score for point in self.points if point.attribute == name) <= before:
+                yield f"{name or 'all attributes'}: no setting scores above the unsteered model, {100 * before:.1f}."
+        few = [f"{name} {one.count}" for name, one in self.unsteered.metrics.items() if one.count < FEW]
+        if few:
+            yield f"few cases, so wide intervals: {', '.join(few)}."
+
+
+@dataclass(frozen=True)
 class Sweep:
     """What is swept: every site of `activations`, every one of `multipliers`, measured on `split`."""
 
@@ -67,28 +90,28 @@ class Sweep:
     progress: bool = False
     say: Say = lambda _: None
 
-    def together(self) -> list[Point]:
+    def together(self) -> Swept:
         """All attributes at once at every site and multiplier, the best point first.
 
         Sites that an earlier, interrupted call has measured are read from `out`; `sweep.json`, `sweep.md` and
         `best.json` are written there, and a plot where matplotlib is installed. Raises TrainingError.
         """
-        points = self._points([None])
-        self._write(points)
-        write_json(self.out / "best.json", asdict(points[0]))
-        return points
+        swept = self._sweep([None])
+        self._write(swept)
+        write_json(self.out / "best.json", asdict(swept.points[0]))
+        return swept
 
-    def alone(self, sites_each: int = 1, *, apart: bool = False) -> tuple[list[Point], dict[str, Place]]:
+    def alone(self, sites_each: int = 1, *, apart: bool = False) -> Swept:
         """Each attribute by itself at every site and multiplier, then all at once, every one at its best site, at
         strengths that go together. With more `sites_each`, an attribute takes further sites as long as they help;
         `apart`: none that an attribute before it has. As `together`, with `places.json` for `matsteer train --places`
         beside it."""
-        points = self._points(self.activations.names)
-        self._write(points)
+        swept = self._sweep(self.activations.names)
+        self._write(swept)
         best: dict[str, Place] = {}
         for name in self.activations.names:
             taken = {site for place in best.values() for site in place.sites} if apart else set()
-            own = [point for point in points if point.attribute == name and point.place not in taken]
+            own = [point for point in swept.points if point.attribute == name and point.place not in taken]
             if not own:
                 raise TrainingError(f"No site is left for {name}: sweep more of them, or fewer for each attribute.")
             best[name] = self._best_sites(name, own, sites_each)
@@ -99,7 +122,9 @@ class Sweep:
         )
         places = {name: Place(place.sites, strengths[name]) for name, place in best.items()}
         write_places(self.out / "places.json", places)
-        return points, places
+        swept = replace(swept, places=places, together=self._run(columns, [Arm("together", strengths)])[1])
+        self._write(swept)
+        return swept
 
     def _best_sites(self, name: str, points: Sequence[Point], most: int) -> Place:
         """The best of an attribute's `points`, which come best first, and further sites of theirs that help."""
@@ -129,18 +154,16 @@ class Sweep:
     def _recipe_at(self, places: Mapping[str, Place]) -> Recipe:
         return self.recipe.at({name: place.sites for name, place in places.items()})
 
-    def _points(self, attributes: Sequence[str | None]) -> list[Point]:
-        """Best first."""
+    def _sweep(self, attributes: Sequence[str | None]) -> Swept:
         if not self.multipliers:
             raise TrainingError("A sweep needs at least one multiplier.")
-        points = [
-            point
-            for number, site in enumerate(self.activations.sites, start=1)
-            for point in self._measured(number, site, attributes)
+        found = [
+            self._measured(number, site, attributes) for number, site in enumerate(self.activations.sites, start=1)
         ]
-        return sorted(points, key=lambda point: point.rank, reverse=True)
+        points = [point for swept in found for point in swept.points]
+        return Swept(sorted(points, key=lambda point: point.rank, reverse=True), found[0].unsteered)
 
-    def _measured(self, number: int, site: Site, attributes: Sequence[str | None]) -> Iterator[Point]:
+    def _measured(self, number: int, site: Site, attributes: Sequence[str | None]) -> Swept:
         """The points of one site, measured now or by an earlier call."""
         self.say(f"site {number}/{len(self.activations.sites)}: {site}")
         settings = [(attribute, factor) for attribute in attributes for factor in self.multipliers]
@@ -152,8 +175,11 @@ class Sweep:
             stored = {"key": key, "arms": [asdict(result) for result in results]}
             write_json(path, stored)
         unsteered, *arms = map(ArmResult.from_dict, stored["arms"])
-        for (attribute, factor), arm in zip(settings, arms, strict=True):
-            yield self._point(site, attribute, factor, arm, unsteered)
+        points = [
+            self._point(site, attribute, factor, arm, unsteered)
+            for (attribute, factor), arm in zip(settings, arms, strict=True)
+        ]
+        return Swept(points, unsteered)
 
     def _fit(self, site: Site, attribute: str | None) -> Sequence[Column]:
         """All attributes together, or one as if there were no other: at one site they shape each other."""
@@ -181,10 +207,15 @@ class Sweep:
             shortfall=self.goal.shortfall(arm, attribute, unsteered),
         )
 
-    def _write(self, points: Sequence[Point]) -> None:
-        write_json(self.out / "sweep.json", [asdict(point) for point in points])
-        write_bytes(self.out / "sweep.md", markdown(points).encode())
-        plot(points, self.out / "sweep.png")
+    def _write(self, swept: Swept) -> None:
+        write_json(self.out / "sweep.json", [asdict(point) for point in swept.points])
+        write_json(self.out / "beside.json", {"unsteered": asdict(swept.unsteered)} | self._together(swept))
+        write_bytes(self.out / "sweep.md", markdown(swept).encode())
+        plot(swept.points, self.out / "sweep.png")
+
+    @staticmethod
+    def _together(swept: Swept) -> dict[str, Any]:
+        return {"together": asdict(swept.together)} if swept.together else {}
 
     def _key(self, attributes: Sequence[str | None]) -> str:
         content = {
