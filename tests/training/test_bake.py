@@ -208,6 +208,15 @@ def test_another_model_and_a_folder_that_exists_are_refused(tmp_path: Path) -> N
         bake(base_of(model), checkpoint, tmp_path)
 
 
+def test_a_multiplier_that_no_request_may_use_is_refused(tmp_path: Path) -> None:
+    model = make_llama()
+    checkpoint = checkpoint_of(model, tmp_path, constant(model, Site(1, SiteKind.RESIDUAL), 0))
+    name = checkpoint.columns[0].attribute
+    with pytest.raises(BakeError, match=f"multiplier of '{name}' must be from -?[0-9.]+ to [0-9.]+, got 1e\\+30"):
+        bake(base_of(model), checkpoint, tmp_path / "out", {name: 1e30})
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command_writes_a_folder_with_everything_in_it(tmp_path: Path) -> None:
     model = make_llama()
     model.bfloat16().save_pretrained(tmp_path / "model")

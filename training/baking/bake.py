@@ -59,6 +59,12 @@ def bake(base: Base, checkpoint: Checkpoint, out: Path, attributes: Mapping[str,
     verify_against(checkpoint, base_model_info(model, base.id, base.revision))
     verify_sites(checkpoint, model)
     multipliers = checkpoint.multipliers(checkpoint.attributes if attributes is None else attributes)
+    for column, multiplier in zip(checkpoint.columns, multipliers, strict=True):
+        low, high = column.range
+        if not low <= multiplier <= high:
+            raise BakeError(
+                f"The multiplier of {column.attribute!r} must be from {low:g} to {high:g}, got {multiplier:g}."
+            )
     moved = displacements(checkpoint.columns, multipliers, "a bias")
     plain, hooked = _references(model, checkpoint, multipliers)
     switched = write_biases(model, moved)
