@@ -5,7 +5,6 @@ Contenders answer the same requests in turn, round by round, so that a slow minu
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
@@ -22,6 +21,7 @@ from benchmarks.contenders import Contender, ContinuousBatching, Generate, Ours,
 from benchmarks.machine import described
 from benchmarks.workload import SHAPES, llama, requests
 from server.engine.linears import pack
+from server.engine.team import usable_cores
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MIXES = tuple((1.0 + i / 256, 0.5 - i / 512, -0.5) for i in range(256))
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--contenders", default="steered,unsteered,distinct,unpacked,generate,continuous,pyvene")
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--vllm", metavar="PYTHON", help="a Python that has vLLM's CPU build, to be measured, too")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/engine-cpu"), help=".json and .md")
     args = parser.parse_args()

@@ -8,7 +8,6 @@ and on all.
 
 import argparse
 import json
-import os
 import random
 import statistics
 import time
@@ -24,6 +23,7 @@ from benchmarks.alone import alone, reset_peak, resident
 from benchmarks.machine import described
 from benchmarks.questions import synthetic, truthfulqa
 from benchmarks.workload import llama
+from server.engine.team import usable_cores
 from steering.types import Site, SiteKind
 from training.activations.extraction import extract
 from training.choices import Pool
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--layer", type=int, default=5, help="the block after which states are read")
     parser.add_argument("--sample", type=int, default=400, help="rows that the scripts' way is timed on")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/extraction-cpu.json"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

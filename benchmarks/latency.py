@@ -6,7 +6,6 @@ exact size of its keys and values; a checkpoint that is loaded under load.
 
 import argparse
 import json
-import os
 import queue
 import random
 import statistics
@@ -23,6 +22,7 @@ from benchmarks.machine import described
 from benchmarks.workload import Request, columns, requests
 from server.engine.aside import aside
 from server.engine.tape import Tape
+from server.engine.team import usable_cores
 from server.engine.types import Event, Failed, Finished, Piece
 
 LONG = 2000  # tokens
@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="100M")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/latency-cpu.json"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -9,7 +9,6 @@ the batch; that is timed too, but has other losses.
 
 import argparse
 import json
-import os
 import statistics
 import time
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import torch
 from benchmarks.alone import alone
 from benchmarks.machine import described
 from benchmarks.mat_loop import Batch, Loop
+from server.engine.team import usable_cores
 from training.activations.artifact import Contrast
 from training.choices import Kernel, Objective
 from training.methods.mat import step
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[768, 4096])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=5, help="in a round, after one to warm up")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/mat-training-cpu.json"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -32,7 +32,7 @@ class Team:
         self._clock = clock
         self._pause = PAUSE
         self._changed = self._last = clock()
-        self._window: tuple[float, float] | None = None  # when it began, and what had been waited for by then
+        self._window: tuple[float, float | None] | None = None  # when it began, and what had been waited for by then
 
     def look(self) -> None:
         """Judge the steps since the last judgement, and let threads leave or come back."""
@@ -41,16 +41,12 @@ class Team:
         now = self._clock()
         pausing, self._last = now - self._last > WINDOW, now
         if self._window is None or pausing:  # nothing was computed for a while: that says nothing about cores
-            self._begin(now)
+            self._window = now, self._waited()
         elif now - self._window[0] >= WINDOW:
-            began, before = self._window
-            self._begin(now)
-            if self._window is not None:
-                self._judge((self._window[1] - before) / (now - began), now)
-
-    def _begin(self, now: float) -> None:
-        waited = self._waited()
-        self._window = None if waited is None else (now, waited)
+            (began, before), after = self._window, self._waited()
+            self._window = now, after
+            if before is not None and after is not None:
+                self._judge((after - before) / (now - began), now)
 
     def _judge(self, waiting: float, now: float) -> None:
         if waiting > CROWDED and self.size > 1:

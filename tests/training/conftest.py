@@ -1,6 +1,7 @@
 """Tiny real models and tokenizers, built from configs and a few sentences."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,3 +50,12 @@ def samples() -> list[Sample]:
             made.append(Sample(attribute, prompt, f" {attribute} is good, it is {number}", True, f"g{number}"))
             made.append(Sample(attribute, prompt, f" bad {number}", False, f"g{number}"))
     return made
+
+
+@pytest.fixture
+def here(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: new, with links to what is in the `world` of the test's module."""
+    monkeypatch.chdir(tmp_path)
+    for path in world.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    return tmp_path

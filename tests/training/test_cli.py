@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +36,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     (folder / "oracle_of_tests.py").write_text("def judge(prompt, text):\n    return {'short': len(text) < 10}\n")
     return folder
-
-
-@pytest.fixture
-def here(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.chdir(tmp_path)
-    for path in world.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    return tmp_path
 
 
 def run(command: str, *arguments: str, model: str = "model") -> Result:

@@ -45,13 +45,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def here(world: Path, tmp_path: Path) -> Path:
-    for path in world.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    return tmp_path
-
-
 def run(here: Path, *arguments: str, layer: str = "1", site: str = "attn_heads,residual") -> Any:
     given = ["import-features", str(here / "tiny_tqa"), "--model", str(here / "model"), "--attribute", "truth"]
     place = ["--layer", layer, "--site", site, "--out", str(here / "out")]

@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -35,14 +34,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "prompts.jsonl").write_text('{"prompt": "Q: Where? A:"}\n')
     (folder / "oracle_of_methods.py").write_text("def judge(prompt, text):\n    return {'short': len(text) < 10}\n")
     return folder
-
-
-@pytest.fixture
-def here(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.chdir(tmp_path)
-    for path in world.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    return tmp_path
 
 
 DATA = ["--data", "truth=facts.jsonl"]

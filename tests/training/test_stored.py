@@ -1,7 +1,6 @@
 """`matsteer train --activations`: a fit from what `extract` or `import-features` wrote, checked against the model."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +45,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         features = ["--attribute", "truth", "--layer", "0-2", "--out", "features"]
         assert CliRunner().invoke(app, ["import-features", "tiny", "--model", "model", *features]).exit_code == 0
     return folder
-
-
-@pytest.fixture
-def here(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.chdir(tmp_path)
-    for path in world.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    return tmp_path
 
 
 def run(command: str, *arguments: str, model: str = "model") -> Result:

@@ -142,12 +142,16 @@ def load_activations(folder: Path, sites: Sequence[Site] | None = None) -> Activ
     if missing := [site for site in sites or () if site not in stored]:
         raise ActivationError(f"{folder} has no activations at {missing[0]}; it has {', '.join(map(str, stored))}.")
     values, owner = join_shards([folder / name for name in manifest["shards"]], stored if sites is None else sites)
-    return label_rows(values, owner, stored_samples(folder), Pool(manifest["plan"]["pool"]), manifest["plan"])
+    return label_rows(values, owner, _samples(manifest), Pool(manifest["plan"]["pool"]), manifest["plan"])
 
 
 def stored_samples(folder: Path) -> list[Sample]:
     """What is known of a folder's samples: all but their texts. Raises ActivationError."""
+    return _samples(read_manifest(folder))
+
+
+def _samples(manifest: Mapping[str, Any]) -> list[Sample]:
     return [
         Sample(row["attribute"], "", "", row["label"], row["group"], row["split"] and Split(row["split"]))
-        for row in read_manifest(folder)["samples"]
+        for row in manifest["samples"]
     ]

@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from steering.types import Column, Site
 from training.activations.artifact import Activations
@@ -209,13 +208,10 @@ class Sweep:
 
     def _write(self, swept: Swept) -> None:
         write_json(self.out / "sweep.json", [asdict(point) for point in swept.points])
-        write_json(self.out / "beside.json", {"unsteered": asdict(swept.unsteered)} | self._together(swept))
+        beside = {"unsteered": swept.unsteered, "together": swept.together}
+        write_json(self.out / "beside.json", {name: asdict(arm) for name, arm in beside.items() if arm})
         write_bytes(self.out / "sweep.md", markdown(swept).encode())
         plot(swept.points, self.out / "sweep.png")
-
-    @staticmethod
-    def _together(swept: Swept) -> dict[str, Any]:
-        return {"together": asdict(swept.together)} if swept.together else {}
 
     def _key(self, attributes: Sequence[str | None]) -> str:
         content = {
