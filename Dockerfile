@@ -25,9 +25,11 @@ FROM ${BASE}
 LABEL org.opencontainers.image.title="mat-steer" \
       org.opencontainers.image.description="An inference server for steered text generation" \
       org.opencontainers.image.licenses="Apache-2.0"
-# libgomp1: the OpenMP of PyTorch's CPU kernels.
+# libgomp1: the OpenMP of PyTorch's CPU kernels. g++: the attention that is compiled for the CPU at the start.
+ARG TORCH=cu128
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends python3 libgomp1 \
+    && if [ "${TORCH}" = cpu ]; then apt-get install --yes --no-install-recommends g++; fi \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 matsteer \
     && install --directory --owner 10001 /app /home/matsteer/.cache/huggingface

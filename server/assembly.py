@@ -61,7 +61,9 @@ def _wired(settings: Settings, loaded: LoadedModel) -> Service:
     spread = is_spread(loaded.model)
     if spread:
         log.info("the model is spread over several devices: decoding steps are not captured in CUDA graphs")
-    forward.allocate(largest * count, graphs=loaded.device.type == "cuda" and not spread)
+    forward.allocate(
+        largest * count, graphs=loaded.device.type == "cuda" and not spread, native=settings.native_attention
+    )
     cache = KVCache(largest, count)
     codec = Codec(loaded.tokenizer, vocab=loaded.vocab, context=min(limit or largest, largest))
     engine = Engine(

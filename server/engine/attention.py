@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from server.engine.decode_attention import DTYPES, DecodeAttention, compiled
 from server.engine.kv_cache import Move
-from server.engine.plan import Rules
 from server.engine.store import Shape, Store
+from server.engine.torch_attention import Rules
 
 NAME = "matsteer"
 # What is read from memory in the time that a call takes: tens of microseconds, on a CPU and on a GPU.
@@ -25,8 +26,6 @@ CALL_BYTES = (800_000, 50_000_000)
 
 class PassPlan(Protocol):
     """Where the tokens of a pass belong: `plan.Plan`, or `graphs.StaticPlan`."""
-
-    def lines(self, heads: int) -> Tensor: ...
 
     def attend(self, store: Store | None, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor: ...
 
@@ -38,6 +37,7 @@ class Attention:
         self.shapes: dict[int, Shape] = {}  # of each layer, as the first pass showed them
         self.windowed: set[int] = set()  # layers that look back a limited way
         self.stores: dict[int, Store] = {}
+        self.decode: DecodeAttention | None = None
         self._device = device
         self._plan: PassPlan | None = None
 
@@ -53,8 +53,11 @@ class Attention:
             (shape.bytes for shape in self.shapes.values()), default=1
         )
 
-    def allocate(self, tokens: int) -> None:
-        """Makes room for so many tokens in every layer that a pass has shown."""
+    def allocate(self, tokens: int, *, native: bool = True) -> None:
+        """Makes room for so many tokens in every layer that a pass has shown. `native`: a kernel that is compiled for
+        this CPU attends to single tokens, where that is possible."""
+        if native and all(shape.device.type == "cpu" and shape.dtype in DTYPES for shape in self.shapes.values()):
+            self.decode = compiled()
         self.stores = {layer: Store.of(shape, tokens) for layer, shape in self.shapes.items()}
 
     def move(self, moves: Sequence[Move]) -> None:
@@ -80,8 +83,6 @@ class Attention:
             self.shapes[layer] = Shape(key.shape[1], key.shape[-1], value.shape[-1], key.dtype, key.device)
             if rules.window:
                 self.windowed.add(layer)
-        else:
-            store.write(plan.lines(key.shape[1]), key[0], value[0])
         return plan.attend(store, query[0].transpose(0, 1), key, value, rules)[None]
 
 

@@ -35,10 +35,10 @@ class Forward:
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         model.set_attn_implementation(NAME)
 
-    def allocate(self, tokens: int, *, graphs: bool = False) -> None:
+    def allocate(self, tokens: int, *, graphs: bool = False, native: bool = True) -> None:
         """Makes room for the keys and values of so many tokens. `graphs`: decoding steps have static shapes, and are
-        replayed from CUDA graphs where the device has them."""
-        self.attention.allocate(tokens + 1)  # the last one belongs to rows of a graph that are idle
+        replayed from CUDA graphs where the device has them. `native`: see `Attention.allocate`."""
+        self.attention.allocate(tokens + 1, native=native)  # the last one belongs to rows of a graph that are idle
         self._graphs = Graphs(self._run, self.device, idle=tokens) if graphs else None
 
     def __call__(self, works: Sequence[Work], wanted: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,8 @@ class Forward:
         keep = torch.tensor(wanted, dtype=torch.int64)
         if not self._spread:
             keep = keep.to(self.device)
-        return self._run(line[:1], line[1:], Plan.of(works, self.device, self.attention.call), keep)
+        plan = Plan.of(works, self.device, self.attention.call, self.attention.decode)
+        return self._run(line[:1], line[1:], plan, keep)
 
     def _run(self, ids: Tensor, positions: Tensor, plan: PassPlan, keep: Tensor | None = None) -> Tensor:
         """ids, positions [1, N] -> logits [N, vocab], or those of the tokens to `keep`."""

@@ -24,12 +24,13 @@ class Desk:
         max_rows: int = 8,
         step_tokens: int = 64,
         graphs: bool = False,
+        native: bool = True,
     ) -> None:
         self.bank = ColumnBank(device=next(model.parameters()).device, max_tokens=step_tokens)
         forward = open_forward(model, self.bank, "tiny")
         forward.steering.install()
         self.cache = KVCache(largest, roots)
-        forward.allocate(largest * roots, graphs=graphs)
+        forward.allocate(largest * roots, graphs=graphs, native=native)
         self.scheduler = Scheduler(self.cache, max_rows=max_rows, step_tokens=step_tokens)
         self.runner = Runner(forward, self.cache, step_tokens=step_tokens)
         self.computed: list[int] = []  # tokens of each step

@@ -105,13 +105,14 @@ def columns(name: str) -> list[Column]:
     return [column("kind", Gate.SIGMOID), column("fair", Gate.CONSTANT)]
 
 
-@pytest.mark.parametrize("graphs", [False, True], ids=["", "static steps"])
+@pytest.mark.parametrize("attention", ["native", "torch", "static"])
 @pytest.mark.parametrize("name", [*FAMILIES, *MORE])
-def test_rows_equal_the_plain_model_whatever_happens_to_them(name: str, graphs: bool) -> None:
+def test_rows_equal_the_plain_model_whatever_happens_to_them(name: str, attention: str) -> None:
     """Mixed lengths and steerings, random arrivals, chunked prompts, shared beginnings, a cache that is too small;
-    with the steps that are captured on a GPU, too."""
+    with the kernel for CPUs, with PyTorch's attention, and with the steps that are captured on a GPU."""
     reference = tiny(name)
-    desk = Desk(tiny(name), largest=64, roots=2, max_rows=6, step_tokens=12, graphs=graphs)
+    options = {"native": attention == "native", "graphs": attention == "static"}
+    desk = Desk(tiny(name), largest=64, roots=2, max_rows=6, step_tokens=12, **options)
     handle = desk.bank.add(columns(name))
     mixes = [(1.0, 0.0), (-1.0, 1.5)]
     steers = [Steer(), *(Steer(RowSteering.of([(handle, mix)])) for mix in mixes)]

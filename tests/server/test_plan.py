@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from server.engine.plan import Plan, Rules
+from server.engine.plan import Plan
 from server.engine.store import Shape, Store
 from server.engine.tape import Extent, Tape, Work
+from server.engine.torch_attention import Rules
 from server.engine.types import Row, Sampling, Steer
 
 SIZE, HEADS, WIDTH = 64, 2, 8
@@ -56,5 +57,5 @@ def test_what_a_row_gets_does_not_depend_on_its_neighbours(window: int | None) -
     found = [Plan.of(steps(lengths), CPU, call).attend(store, query, fresh, fresh, rules) for call in (0, 50, 10**6)]
     assert torch.allclose(found[0], found[1])
     assert torch.allclose(found[0], found[2])
-    alone = Plan.of(steps(lengths)[2:3], CPU).attend(store, query[2:3], fresh[:, :, :1], fresh[:, :, :1], rules)
+    alone = Plan.of(steps(lengths)[2:3], CPU).attend(store, query[2:3], fresh[:, :, 2:3], fresh[:, :, 2:3], rules)
     assert torch.allclose(found[2][2:3], alone)
