@@ -9,6 +9,7 @@ from server.engine.engine import Engine
 from server.engine.kv_cache import KVCache
 from server.engine.linears import pack
 from server.engine.model import LoadedModel, is_spread, load_model
+from server.engine.norms import fuse_norms
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 from server.engine.support import cache_size, open_forward, text_limit
@@ -53,17 +54,17 @@ def _wire(settings: Settings, loaded: LoadedModel) -> Service:
 def _wired(settings: Settings, loaded: LoadedModel) -> Service:
     fits = fits_model(loaded.model, settings.served_name, settings.revision)
     pack(loaded.model)
+    if settings.native:
+        fuse_norms(loaded.model)
     bank = ColumnBank(device=loaded.device, max_tokens=settings.step_tokens)
-    forward = open_forward(loaded.model, bank, settings.served_name)
+    forward = open_forward(loaded.model, bank, settings.served_name, native=settings.native)
     forward.steering.install()
     limit = text_limit(loaded.model, loaded.context)
     largest, count = cache_size(forward, limit=limit, rows=settings.max_batch_rows, mib=settings.cache_mib)
     spread = is_spread(loaded.model)
     if spread:
         log.info("the model is spread over several devices: decoding steps are not captured in CUDA graphs")
-    forward.allocate(
-        largest * count, graphs=loaded.device.type == "cuda" and not spread, native=settings.native_attention
-    )
+    forward.allocate(largest * count, graphs=loaded.device.type == "cuda" and not spread)
     cache = KVCache(largest, count)
     codec = Codec(loaded.tokenizer, vocab=loaded.vocab, context=min(limit or largest, largest))
     engine = Engine(

@@ -33,9 +33,7 @@ class Settings(BaseSettings):
     device: Device = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     threads: int = Field(default=0, ge=0, le=1024, description="CPU threads of the model, at most; 0: all cores")
-    native_attention: bool = Field(
-        default=True, description="compile the attention of single tokens for this CPU, where there is a C++ compiler"
-    )
+    native: bool = Field(default=True, description="compile kernels for this CPU, where there is a C++ compiler")
     max_batch_rows: int = Field(default=32, ge=2, le=4096, description="rows generated together")
     step_tokens: int = Field(
         default=512, ge=2, le=2**20, description="tokens of one forward pass: longer prompts are read in several"

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from steering.columns import ColumnBank
 from steering.errors import HookError
+from steering.fused import fused_steer
 from steering.operators import Trace, steer, trace
 from steering.plain_batch import PlainBatch
 from steering.sites import site_module, site_width
@@ -26,11 +27,13 @@ class Steering:
     captured in a CUDA graph.
     """
 
-    def __init__(self, model: nn.Module, bank: ColumnBank, *, traced: bool = False) -> None:
-        """`traced`: record what every column does to every token in `traces` (see there); costs nothing when off."""
+    def __init__(self, model: nn.Module, bank: ColumnBank, *, traced: bool = False, native: bool = True) -> None:
+        """`traced`: record what every column does to every token in `traces` (see there); costs nothing when off.
+        `native`: on a CPU by a compiled kernel, where that can be had."""
         self.model = model
         self.bank = bank
         self.traced = traced
+        self.native = native
         self.traces: dict[Site, Tensor] = {}
         self._hooks: dict[Site, RemovableHandle] = {}
         self._installed = False
@@ -144,6 +147,10 @@ class Steering:
                 )
             if site not in bank.active_sites and not self.traced:
                 return activations
+        if self.native and not self.traced and not torch.compiler.is_compiling():
+            moved = fused_steer(at, tokens, bank.owners, bank.steered_tokens)
+            if moved is not None:
+                return moved.reshape(activations.shape)
         parts: tuple[Tensor, ...] = (at.vectors, at.weights, at.biases, at.kinds, at.keep_norm, at.multipliers[:n])
         if tokens.device != bank.device:  # the model is spread over several
             parts = tuple(part.to(tokens.device) for part in parts)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from server.engine.decode_attention import DTYPES, DecodeAttention, compiled
+from server.engine.decode_attention import DecodeAttention, decode_attention
 from server.engine.kv_cache import Move
 from server.engine.store import Shape, Store
 from server.engine.torch_attention import Rules
+from steering.native import DTYPES
 
 NAME = "matsteer"
 # What is read from memory in the time that a call takes: tens of microseconds, on a CPU and on a GPU.
@@ -33,12 +34,14 @@ class PassPlan(Protocol):
 class Attention:
     """Keys and values of all layers, and the attention of the passes inside `using`."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, native: bool = True) -> None:
+        """`native`: on a CPU a compiled kernel attends to single tokens, where that can be had."""
         self.shapes: dict[int, Shape] = {}  # of each layer, as the first pass showed them
         self.windowed: set[int] = set()  # layers that look back a limited way
         self.stores: dict[int, Store] = {}
         self.decode: DecodeAttention | None = None
         self._device = device
+        self._native = native
         self._plan: PassPlan | None = None
 
     @property
@@ -53,11 +56,10 @@ class Attention:
             (shape.bytes for shape in self.shapes.values()), default=1
         )
 
-    def allocate(self, tokens: int, *, native: bool = True) -> None:
-        """Makes room for so many tokens in every layer that a pass has shown. `native`: a kernel that is compiled for
-        this CPU attends to single tokens, where that is possible."""
-        if native and all(shape.device.type == "cpu" and shape.dtype in DTYPES for shape in self.shapes.values()):
-            self.decode = compiled()
+    def allocate(self, tokens: int) -> None:
+        """Makes room for so many tokens in every layer that a pass has shown."""
+        on_cpu = all(shape.device.type == "cpu" and shape.dtype in DTYPES for shape in self.shapes.values())
+        self.decode = decode_attention() if self._native and on_cpu else None
         self.stores = {layer: Store.of(shape, tokens) for layer, shape in self.shapes.items()}
 
     def move(self, moves: Sequence[Move]) -> None:

@@ -6,30 +6,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <vector>
 
+#include "native.h"
+
 namespace {
-
-struct bfloat16 {
-    uint16_t bits;
-
-    operator float() const {
-        const uint32_t wide = uint32_t(bits) << 16;
-        float value;
-        std::memcpy(&value, &wide, sizeof value);
-        return value;
-    }
-};
-
-inline void store(float &to, float value) { to = value; }
-
-inline void store(bfloat16 &to, float value) {  // rounds to nearest, ties to even
-    uint32_t wide;
-    std::memcpy(&wide, &value, sizeof wide);
-    to.bits = value != value ? 0x7fc0 : uint16_t((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
-}
 
 // exp(x) for x <= 0, to 1e-7 of its value (the polynomial of Cephes' expf); a loop of it becomes vector instructions.
 inline float exponential(float x) {
@@ -131,5 +112,5 @@ void attend(const Call &call, const Row *table, const T *query, const T *key, co
         attend<T>(*call, table, query, key, value, keys, values, out, scale, cap, sinks);                           \
     }
 
-ATTEND(attend_float32, float)
-ATTEND(attend_bfloat16, bfloat16)
+ATTEND(decode_attention_float32, float)
+ATTEND(decode_attention_bfloat16, bfloat16)

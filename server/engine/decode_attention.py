@@ -1,47 +1,31 @@
-"""Attention of single tokens on a CPU, compiled for it when the server starts.
+"""Attention of single tokens on a CPU.
 
 PyTorch's own attention reads the keys and values of single tokens at half the speed of the memory, in bfloat16 at a
 tenth, and every row as far as the longest one of a call (docs/engine.md has the figures). `decode_attention.cpp` reads
-each row's own, where they lie. It needs a C++ compiler; without one PyTorch attends.
+each row's own, where they lie.
 """
 
 import ctypes
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import tempfile
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from server.engine.store import Store
 from server.engine.torch_attention import Rules
+from steering.native import kernels
 
-log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_suffix(".cpp")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
-DTYPES = {torch.float32: "attend_float32", torch.bfloat16: "attend_bfloat16"}
+ARGUMENTS = (*[ctypes.c_void_p] * 8, ctypes.c_float, ctypes.c_float, ctypes.c_void_p)
 
 
 class DecodeAttention:
-    """The compiled kernel."""
+    """The compiled kernel, for the dtypes of `steering.native`."""
 
-    def __init__(self, library: Path) -> None:
-        """Raises OSError where it cannot be loaded."""
-        loaded = ctypes.CDLL(str(library))
-        self._functions = {}
-        for dtype, name in DTYPES.items():
-            function = getattr(loaded, name)
-            function.argtypes = [ctypes.c_void_p] * 8 + [ctypes.c_float] * 2 + [ctypes.c_void_p]
-            function.restype = None
-            self._functions[dtype] = function
+    def __init__(self, functions: dict[torch.dtype, Any]) -> None:
+        self._functions = functions
 
     def __call__(
         self, rows: Tensor, query: Tensor, key: Tensor, value: Tensor, store: Store, out: Tensor, rules: Rules
@@ -67,51 +51,7 @@ class DecodeAttention:
 
 
 @cache
-def compiled() -> DecodeAttention | None:
-    """The kernel for this machine, compiled when this user first needs it; None where that cannot be."""
-    compiler = shutil.which(os.environ.get("CXX") or "g++")
-    if sys.platform != "linux" or compiler is None:
-        log.info("there is no C++ compiler: PyTorch attends to single tokens, which takes longer")
-        return None
-    try:
-        return _load(compiler)
-    except (OSError, subprocess.SubprocessError) as error:
-        log.warning("the attention kernel cannot be compiled (%s): PyTorch attends to single tokens", error)
-        log.debug("%s", getattr(error, "stderr", b"").decode(errors="replace"))
-        return None
-
-
-def _load(compiler: str) -> DecodeAttention:
-    """From the user's cache, or compiled and put there."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    made_of = [SOURCE.read_bytes(), version, " ".join(FLAGS).encode(), _cpu().encode()]
-    name = f"{SOURCE.stem}-{hashlib.sha256(b'|'.join(made_of)).hexdigest()[:16]}.so"
-    kept = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mat-steer" / name
-    if kept.exists():
-        return DecodeAttention(kept)
-    with tempfile.TemporaryDirectory() as folder:
-        unit, built = Path(folder) / "unit.o", Path(folder) / name
-        # Linked without OpenMP's runtime: PyTorch's is there already, and there must be one only.
-        for command in ([*FLAGS, "-c", str(SOURCE), "-o", str(unit)], ["-shared", str(unit), "-o", str(built)]):
-            subprocess.run([compiler, *command], capture_output=True, check=True, timeout=300)
-        loaded = DecodeAttention(built)
-        with suppress(OSError):  # a folder that cannot be written to costs the next start a second
-            _keep(built, kept)
-    return loaded
-
-
-def _keep(built: Path, kept: Path) -> None:
-    kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    own = kept.with_suffix(f".{os.getpid()}")
-    shutil.copy(built, own)
-    own.replace(kept)  # at one go: another server may be starting
-
-
-def _cpu() -> str:
-    """What the machine's instructions depend on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return f"{platform.machine()} {flags}"
+def decode_attention() -> DecodeAttention | None:
+    """The kernel for this machine; None where it cannot be had."""
+    functions = kernels(SOURCE, ARGUMENTS)
+    return DecodeAttention(functions) if functions else None

@@ -22,23 +22,24 @@ class Forward:
     """A Hugging Face causal language model whose attention reads `attention` and whose steering hooks, once they are
     installed, read `bank`."""
 
-    def __init__(self, model: Any, bank: ColumnBank) -> None:
+    def __init__(self, model: Any, bank: ColumnBank, *, native: bool = True) -> None:
+        """`native`: kernels that are compiled for this CPU, where it is one and they can be had."""
         self.bank = bank
-        self.steering = Steering(model, bank)
+        self.steering = Steering(model, bank, native=native)
         self.device: torch.device = bank.device
         head = model.get_output_embeddings()
         self.vocab: int = head.out_features if hasattr(head, "out_features") else head.weight.shape[0]
-        self.attention = Attention(bank.device)
+        self.attention = Attention(bank.device, native=native)
         self._graphs: Graphs | None = None
         self._model = model
         self._spread = is_spread(model)
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         model.set_attn_implementation(NAME)
 
-    def allocate(self, tokens: int, *, graphs: bool = False, native: bool = True) -> None:
+    def allocate(self, tokens: int, *, graphs: bool = False) -> None:
         """Makes room for the keys and values of so many tokens. `graphs`: decoding steps have static shapes, and are
-        replayed from CUDA graphs where the device has them. `native`: see `Attention.allocate`."""
-        self.attention.allocate(tokens + 1, native=native)  # the last one belongs to rows of a graph that are idle
+        replayed from CUDA graphs where the device has them."""
+        self.attention.allocate(tokens + 1)  # the last one belongs to rows of a graph that are idle
         self._graphs = Graphs(self._run, self.device, idle=tokens) if graphs else None
 
     def __call__(self, works: Sequence[Work], wanted: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -26,8 +26,8 @@ CGROUP = Path("/sys/fs/cgroup")
 BOUND_BY_LENGTH = ("dynamic", "longrope")  # rotary embeddings that change for all tokens when a text grows long
 
 
-def open_forward(model: Any, bank: ColumnBank, name: str) -> Forward:
-    """The model with the engine's attention in place of its own.
+def open_forward(model: Any, bank: ColumnBank, name: str, *, native: bool = True) -> Forward:
+    """The model with the engine's attention in place of its own. `native`: see `Forward`.
 
     Raises StartupError where that is not the same model any more.
     """
@@ -35,7 +35,7 @@ def open_forward(model: Any, bank: ColumnBank, name: str) -> Forward:
     with torch.inference_mode():
         own = [model(input_ids=text[None], use_cache=False).logits[0] for text in texts]
     try:
-        forward = Forward(model, bank)
+        forward = Forward(model, bank, native=native)
         works = [_work(text) for text in texts]
         logits, _ = forward(works, list(range(sum(TRIED))))
     except Exception as error:

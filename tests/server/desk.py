@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from server.engine.kv_cache import KVCache
+from server.engine.norms import fuse_norms
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 from server.engine.support import open_forward
@@ -27,10 +28,12 @@ class Desk:
         native: bool = True,
     ) -> None:
         self.bank = ColumnBank(device=next(model.parameters()).device, max_tokens=step_tokens)
-        forward = open_forward(model, self.bank, "tiny")
+        if native:
+            fuse_norms(model)
+        forward = open_forward(model, self.bank, "tiny", native=native)
         forward.steering.install()
         self.cache = KVCache(largest, roots)
-        forward.allocate(largest * roots, graphs=graphs, native=native)
+        forward.allocate(largest * roots, graphs=graphs)
         self.scheduler = Scheduler(self.cache, max_rows=max_rows, step_tokens=step_tokens)
         self.runner = Runner(forward, self.cache, step_tokens=step_tokens)
         self.computed: list[int] = []  # tokens of each step

@@ -1,21 +1,14 @@
-"""The attention that is compiled for the CPU, beside the same in float64; and where it cannot be compiled."""
+"""The attention that is compiled for the CPU, beside the same in float64."""
 
-import random
 import shutil
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from server.engine.decode_attention import DecodeAttention, compiled
+from server.engine.decode_attention import DecodeAttention, decode_attention
 from server.engine.store import Shape, Store
 from server.engine.torch_attention import Rules
-from server.engine.types import Steer
-from tests.server.desk import Desk
-from tests.server.reference import plain
-from tests.server.test_architectures import rows, tiny
 
 CPU = torch.device("cpu")
 SIZE, LENGTHS = 64, (1, 64, 7, 30)
@@ -24,18 +17,9 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there i
 
 @pytest.fixture
 def kernel() -> DecodeAttention:
-    found = compiled()
+    found = decode_attention()
     assert found is not None
     return found
-
-
-@pytest.fixture
-def afresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Nothing is compiled yet."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    compiled.cache_clear()
-    yield tmp_path / "mat-steer"
-    compiled.cache_clear()
 
 
 class World:
@@ -149,47 +133,3 @@ def test_scores_of_any_size_have_shares(kernel: DecodeAttention) -> None:
     world, rules = World(2, 1, 64, 64, torch.float32), Rules(1e4, None, None, None)
     expected = world.expected(rules)
     assert torch.allclose(world.attend(kernel, rules).double(), expected, rtol=1e-4, atol=1e-4)
-
-
-@needs_compiler
-def test_it_computes_with_the_threads_of_pytorch(kernel: DecodeAttention) -> None:
-    World(4, 4, 64, 64, torch.float32).attend(kernel, Rules(None, None, None, None))
-    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "gomp" in line}
-    assert len(mapped) <= 1, "a second runtime would have threads of its own"
-
-
-@needs_compiler
-def test_it_is_compiled_once_for_a_user(afresh: Path) -> None:
-    assert compiled() is not None
-    (library,) = afresh.iterdir()
-    written = library.stat().st_mtime_ns
-    compiled.cache_clear()
-    assert compiled() is not None
-    assert library.stat().st_mtime_ns == written
-
-
-@needs_compiler
-def test_a_cache_that_cannot_be_written_to_is_done_without(afresh: Path) -> None:
-    afresh.parent.mkdir(exist_ok=True)
-    afresh.write_text("a file in its place")
-    assert compiled() is not None
-
-
-def test_without_a_compiler_pytorch_attends(afresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert compiled() is None
-    reference, desk = tiny("llama"), Desk(tiny("llama"), largest=64, roots=4)
-
-    for row, text in desk.run(rows(random.Random(1), [Steer()])).items():
-        assert text == plain(reference, row.tokens, new=row.sampling.max_new_tokens)
-
-
-def test_a_compiler_that_fails_is_told_of(
-    afresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    broken = tmp_path / "broken"
-    broken.write_text("#!/bin/sh\nexit 3\n")
-    broken.chmod(0o755)
-    monkeypatch.setenv("CXX", str(broken))
-    assert compiled() is None
-    assert "PyTorch attends" in caplog.text

@@ -1,0 +1,89 @@
+// f(a) of operators.py for tokens on a CPU: gates, delta and the return to the norm in one pass over each token.
+// The caller is fused.py.
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "native.h"
+
+namespace {
+
+struct Call {  // what fused.py fills in, in this order
+    int64_t tokens, columns, width;
+    int64_t token;       // stride of the activations
+    int64_t multiplier;  // stride of the multipliers
+    int64_t owner;       // how the bank calls this site
+};
+
+enum Gate : int8_t { SIGMOID, CONSTANT, LINEAR };  // `Gate.code`
+
+const float SMALLEST_NORM = 1e-19f;
+
+float norm(const float *a, int64_t width) {
+    float squares = 0;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t d = 0; d < width; d++) squares += a[d] * a[d];
+    return std::sqrt(squares);
+}
+
+void add(float *moved, float strength, const float *vector, int64_t width) {
+#pragma omp simd
+    for (int64_t d = 0; d < width; d++) moved[d] += strength * vector[d];
+}
+
+template <typename T>
+void steer(const Call &call, const T *activations, T *out, const float *vectors, const float *weights,
+           const float *biases, const int8_t *kinds, const bool *keep_norm, const float *multipliers,
+           const int32_t *owners, int64_t *counts) {
+    const int64_t width = call.width;
+#pragma omp parallel if (call.tokens * width > 100000)
+    {
+        std::vector<float> scratch(2 * width + call.columns);
+        float *a = scratch.data(), *moved = a + width, *strengths = moved + width;
+#pragma omp for
+        for (int64_t n = 0; n < call.tokens; n++) {
+            const T *in = activations + n * call.token;
+            const float *m = multipliers + n * call.multiplier;
+            counts[n] += owners[n] == call.owner;
+            if (std::all_of(m, m + call.columns, [](float one) { return one == 0; })) {
+                std::memcpy(out + n * width, in, width * sizeof(T));
+                continue;
+            }
+            for (int64_t d = 0; d < width; d++) moved[d] = a[d] = float(in[d]);
+            for (int64_t c = 0; c < call.columns; c++) {
+                strengths[c] = 0;
+                if (m[c] == 0) continue;
+                float gate = 1;
+                if (kinds[c] != CONSTANT) {
+                    const float *w = weights + c * width;
+                    gate = biases[c];
+#pragma omp simd reduction(+ : gate)
+                    for (int64_t d = 0; d < width; d++) gate += a[d] * w[d];
+                    if (kinds[c] == SIGMOID) gate = 1 / (1 + std::exp(-gate));
+                }
+                strengths[c] = m[c] * gate;
+                if (keep_norm[c]) add(moved, strengths[c], vectors + c * width, width);
+            }
+            const float before = norm(a, width), after = norm(moved, width);
+            const bool finite = before < INFINITY && after < INFINITY;
+            const float rescale = finite ? before / std::max(after, SMALLEST_NORM) : 1;
+            for (int64_t d = 0; d < width; d++) moved[d] *= rescale;
+            for (int64_t c = 0; c < call.columns; c++)
+                if (m[c] != 0 && !keep_norm[c]) add(moved, strengths[c], vectors + c * width, width);
+            for (int64_t d = 0; d < width; d++) store(out[n * width + d], moved[d]);
+        }
+    }
+}
+
+}  // namespace
+
+#define STEER(NAME, T)                                                                                            \
+    extern "C" void NAME(const Call *call, const T *activations, T *out, const float *vectors,                     \
+                         const float *weights, const float *biases, const int8_t *kinds, const bool *keep_norm,    \
+                         const float *multipliers, const int32_t *owners, int64_t *counts) {                       \
+        steer<T>(*call, activations, out, vectors, weights, biases, kinds, keep_norm, multipliers, owners, counts); \
+    }
+
+STEER(steer_float32, float)
+STEER(steer_bfloat16, bfloat16)

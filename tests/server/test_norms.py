@@ -1,0 +1,67 @@
+"""RMS norms in one operation say what transformers' say, and those of another kind are left alone."""
+
+import shutil
+
+import pytest
+import torch
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+
+from server.engine.norms import FusedRMSNorm, fuse_norms
+from tests.server.test_architectures import tiny
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+
+
+def norm(kind: type, dtype: torch.dtype, width: int = 77) -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    found = kind(width, eps=1e-3)
+    torch.nn.init.normal_(found.weight)
+    return torch.nn.Sequential(found.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 5, 77), (77,), (2, 0, 77), (1, 2000, 77)])
+def test_it_is_the_norm_of_llama(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    own, mine = norm(LlamaRMSNorm, dtype), norm(LlamaRMSNorm, dtype)
+    assert fuse_norms(mine) == 1
+    x = (4 * torch.randn(shape)).to(dtype)
+    found, expected = mine(x), own(x)
+    assert found.shape == expected.shape
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+    assert torch.allclose(found, expected, rtol=tolerance, atol=tolerance)
+    assert (found == expected).float().mean() > 0.99 or dtype == torch.float32 or not found.numel()
+
+
+def test_a_view_is_normed_like_its_copy() -> None:
+    mine = norm(LlamaRMSNorm, torch.float32)
+    fuse_norms(mine)
+    x = torch.randn(1, 5, 3 * 77)[..., 77 : 2 * 77]
+    assert torch.equal(mine(x), mine(x.clone()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "fused"),
+    [
+        (Gemma2RMSNorm, torch.float32, 0),  # 1 + weight
+        (Gemma2RMSNorm, torch.bfloat16, 0),
+        (Olmo2RMSNorm, torch.float32, 1),
+        (Olmo2RMSNorm, torch.bfloat16, 0),  # rounded once, not twice
+        (LlamaRMSNorm, torch.float16, 0),
+        (LlamaRMSNorm, torch.float64, 0),
+        (torch.nn.LayerNorm, torch.float32, 0),
+    ],
+)
+def test_what_says_something_else_is_left_alone(kind: type, dtype: torch.dtype, fused: int) -> None:
+    model = norm(kind, dtype)
+    assert fuse_norms(model) == fused
+    assert isinstance(model[0], FusedRMSNorm if fused else kind)
+
+
+def test_all_norms_of_a_llama_are_fused() -> None:
+    model = tiny("llama")
+    assert fuse_norms(model) == 2 * model.config.num_hidden_layers + 1
+    assert fuse_norms(model) == 2 * model.config.num_hidden_layers + 1, "again, and nothing changes"
+    expected = tiny("llama")(torch.arange(9)[None]).logits
+    assert torch.allclose(model(torch.arange(9)[None]).logits, expected, rtol=1e-4, atol=1e-4)
