@@ -53,7 +53,7 @@ def _wire(settings: Settings, loaded: LoadedModel) -> Service:
 
 def _wired(settings: Settings, loaded: LoadedModel) -> Service:
     fits = fits_model(loaded.model, settings.served_name, settings.revision)
-    pack(loaded.model)
+    pack(loaded.model, native=settings.native)
     if settings.native:
         fuse_norms(loaded.model)
     bank = ColumnBank(device=loaded.device, max_tokens=settings.step_tokens)

@@ -28,14 +28,16 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-e
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def kernels(source: Path, arguments: Sequence[Any]) -> dict[torch.dtype, Any] | None:
-    """The functions that a source file defines for each of `DTYPES`, called as the file and the dtype ("norm_float32");
+def kernels(
+    source: Path, arguments: Sequence[Any], dtypes: Sequence[torch.dtype] = DTYPES
+) -> dict[torch.dtype, Any] | None:
+    """The functions that a source file defines for each dtype, called as the file and the dtype ("norm_float32");
     `arguments`: their ctypes. None where they cannot be had; why is in the log."""
     library = _library(source)
     if library is None:
         return None
     functions = {}
-    for dtype in DTYPES:
+    for dtype in dtypes:
         function = getattr(library, f"{source.stem}_{str(dtype).removeprefix('torch.')}")
         function.argtypes, function.restype = arguments, None
         functions[dtype] = function

@@ -1,4 +1,4 @@
-"""Linear layers of a model on a CPU, with weights laid out once as oneDNN's products want them.
+"""Linear layers of a model on a CPU, with weights laid out once: in tiles of our own, or as oneDNN wants them.
 
 PyTorch's own `linear` lays the weight out anew in every call, which for the few tokens of a decoding step takes longer
 than the product (docs/engine.md has the figures).
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-DTYPES = (torch.float32, torch.bfloat16)
-
+from server.engine.tiled_linear import TiledLinear, tiled_linear
+from steering.native import DTYPES
 
 # Layers that are given the same input, in the order in which models call them: one product for all of them.
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -37,11 +37,16 @@ class PackedLinear(nn.Module):
         return found
 
 
+Packed = PackedLinear | TiledLinear
+
+
 class JoinedLinear(nn.Module):
     """One of several layers whose weights lie in one `PackedLinear`: the first of them computes the outputs of all, and
     the others take theirs, as long as they are given the very same tensor."""
 
-    def __init__(self, whole: PackedLinear, pending: list[tuple[Tensor, Tensor]], start: int, stop: int) -> None:
+    def __init__(
+        self, whole: PackedLinear | TiledLinear, pending: list[tuple[Tensor, Tensor]], start: int, stop: int
+    ) -> None:
         """`pending`: the input and the outputs that the layers of one `whole` have in common, at most one pair."""
         super().__init__()
         self.in_features, self.out_features = whole.in_features, stop - start
@@ -69,9 +74,9 @@ class JoinedLinear(nn.Module):
         return found
 
 
-def pack(model: Any) -> int:
+def pack(model: Any, *, native: bool = True) -> int:
     """Replaces the linear layers of a model, in place; says how many: none where oneDNN is missing or the model is not
-    on a CPU. Weights that nobody else holds are freed."""
+    on a CPU. Weights that nobody else holds are freed. `native`: by compiled kernels, where they can be had."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return 0
     if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
@@ -83,10 +88,16 @@ def pack(model: Any) -> int:
             packed += len(plain)
             for names in TOGETHER:
                 if set(names) <= plain.keys() and len({plain[name].bias is None for name in names}) == 1:
-                    _join(parent, {name: plain.pop(name) for name in names})
+                    _join(parent, {name: plain.pop(name) for name in names}, native)
             for name, child in plain.items():
-                setattr(parent, name, PackedLinear(_weight(child), child.bias))
+                setattr(parent, name, _packed(_weight(child), child.bias, native))
     return packed
+
+
+def _packed(weight: Tensor, bias: Tensor | None, native: bool) -> Packed:
+    """weight [out, in]"""
+    function = tiled_linear() if native and weight.dtype == torch.float32 else None
+    return TiledLinear(weight, bias, function) if function else PackedLinear(weight, bias)
 
 
 def _can_pack(layer: nn.Module) -> bool:
@@ -101,11 +112,10 @@ def _weight(layer: Any) -> Tensor:
     return weight if isinstance(layer, nn.Linear) else weight.T
 
 
-def _join(parent: nn.Module, layers: dict[str, Any]) -> None:
+def _join(parent: nn.Module, layers: dict[str, Any], native: bool) -> None:
     biases = [layer.bias for layer in layers.values() if layer.bias is not None]
-    whole = PackedLinear(
-        torch.cat([_weight(layer) for layer in layers.values()]), torch.cat(biases) if biases else None
-    )
+    weight = torch.cat([_weight(layer) for layer in layers.values()])
+    whole = _packed(weight, torch.cat(biases) if biases else None, native)
     pending: list[tuple[Tensor, Tensor]] = []
     start = 0
     for name, layer in layers.items():

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from server.engine.kv_cache import KVCache
+from server.engine.linears import pack
 from server.engine.norms import fuse_norms
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
@@ -29,6 +30,7 @@ class Desk:
     ) -> None:
         self.bank = ColumnBank(device=next(model.parameters()).device, max_tokens=step_tokens)
         if native:
+            pack(model)
             fuse_norms(model)
         forward = open_forward(model, self.bank, "tiny", native=native)
         forward.steering.install()

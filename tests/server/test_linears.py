@@ -6,6 +6,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from server.engine.linears import JoinedLinear, PackedLinear, pack
+from server.engine.tiled_linear import TiledLinear, tiled_linear
 from steering.sites import site_width
 from steering.types import SiteKind
 from tests.server.test_architectures import tiny
@@ -13,16 +14,35 @@ from tests.server.test_architectures import tiny
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_packed_layer_computes_the_same_for_any_number_of_tokens(dtype: torch.dtype, bias: bool) -> None:
+@pytest.mark.parametrize("native", [True, False])
+def test_a_packed_layer_computes_the_same_for_any_number_of_tokens(
+    dtype: torch.dtype, bias: bool, native: bool
+) -> None:
     layer = nn.Linear(48, 80, bias=bias).to(dtype)
     holder = nn.Sequential(layer)
-    assert pack(holder) == 1
-    assert isinstance(holder[0], PackedLinear)
+    assert pack(holder, native=native) == 1
+    tiled = native and dtype == torch.float32 and tiled_linear()
+    assert isinstance(holder[0], TiledLinear if tiled else PackedLinear)
     assert torch.equal(holder[0].weight, layer.weight)
     for tokens in (1, 2, 7, 33, 300):
         x = torch.randn(1, tokens, 48, dtype=dtype)
         with torch.inference_mode():
             assert torch.allclose(holder(x), layer(x), rtol=2e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-2)
+
+
+@pytest.mark.skipif(tiled_linear() is None, reason="no g++, or no AVX-512")
+@pytest.mark.parametrize(("inputs", "outputs"), [(7, 5), (64, 96), (1024, 33), (2500, 70)])
+def test_a_token_gets_the_same_bits_whatever_is_computed_beside_it(inputs: int, outputs: int) -> None:
+    weight, bias = torch.randn(outputs, inputs), torch.randn(outputs)
+    layer = TiledLinear(weight, bias, tiled_linear())
+    x = torch.randn(450, inputs)
+    expected = x.double() @ weight.double().T + bias
+    alone = torch.cat([layer(one[None]) for one in x])
+    assert ((alone - expected).norm() / expected.norm()) < 1e-6
+    for tokens in (2, 5, 12, 13, 31, 193, 450):
+        assert torch.equal(layer(x[:tokens]), alone[:tokens])
+    assert torch.equal(layer(x[::3]), alone[::3])
+    assert layer(x[:0]).shape == (0, outputs)
 
 
 def test_a_conv1d_is_a_linear_layer_with_its_weight_turned() -> None:
@@ -98,4 +118,4 @@ def test_layers_of_which_only_some_have_a_bias_stay_apart() -> None:
     holder = Three(bias=True)
     holder.k_proj = nn.Linear(48, 16, bias=False)
     assert pack(holder) == 3
-    assert isinstance(holder.k_proj, PackedLinear)
+    assert isinstance(holder.k_proj, PackedLinear | TiledLinear)
