@@ -19,6 +19,7 @@ from benchmarks.workload import Request, columns, llama
 from server.engine.engine import Engine
 from server.engine.kv_cache import KVCache
 from server.engine.linears import pack
+from server.engine.norms import fuse_norms
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 from server.engine.support import open_forward
@@ -53,19 +54,21 @@ class Ours:
         *,
         mixes: Sequence[tuple[float, ...]] = ((1.0, 0.5, -0.5),),
         step_tokens: int = 512,
-        packed: bool = True,
+        native: bool = True,
         context: int = 512,
         device: torch.device | str = "cpu",
         name: str = "mat-steer, steered",
     ) -> None:
-        """`mixes`: the multipliers that the requests ask for in turn; none: unsteered. `context`: the longest text."""
+        """`mixes`: the multipliers that the requests ask for in turn; none: unsteered. `context`: the longest text.
+        `native`: with the kernels that are compiled for a CPU."""
         self.name = name
         model = llama(shape, dtype, device)
         self.weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
-        if packed:
-            pack(model)
+        pack(model, native=native)
+        if native:
+            fuse_norms(model)
         self.bank = ColumnBank(device=device, max_tokens=max(512, step_tokens))
-        forward = open_forward(model, self.bank, shape)
+        forward = open_forward(model, self.bank, shape, native=native)
         forward.steering.install()
         self.token_bytes = forward.attention.token_bytes
         texts = max(8, 3 * rows // 2)

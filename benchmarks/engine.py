@@ -30,7 +30,7 @@ CONTENDERS: dict[str, Maker] = {
     "steered": Ours,
     "unsteered": partial(Ours, mixes=(), name="mat-steer, unsteered"),
     "distinct": partial(Ours, mixes=MIXES, name="mat-steer, every row steered differently"),
-    "unpacked": partial(Ours, packed=False, name="mat-steer, steered, linear layers as they are"),
+    "plain": partial(Ours, native=False, name="mat-steer, steered, without compiled kernels"),
     "generate": Generate,
     "continuous": ContinuousBatching,
     "pyvene": Pyvene,
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--models", default="5M,100M", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--rows", default="8,32", help="rows that run together")
-    parser.add_argument("--contenders", default="steered,unsteered,distinct,unpacked,generate,continuous,pyvene")
+    parser.add_argument("--contenders", default="steered,unsteered,distinct,plain,generate,continuous,pyvene")
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=usable_cores())
