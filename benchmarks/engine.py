@@ -25,6 +25,7 @@ from server.engine.team import usable_cores
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MIXES = tuple((1.0 + i / 256, 0.5 - i / 512, -0.5) for i in range(256))
+PAUSE_S = 1.0  # before each turn: threads of the contender before it wait actively, Intel's for 0.2 s
 Maker = Callable[[str, torch.dtype, int], Contender]
 CONTENDERS: dict[str, Maker] = {
     "steered": Ours,
@@ -90,6 +91,7 @@ def measure(shape: str, dtype: str, rows: int, names: Sequence[str], *, count: i
     for number in range(rounds + 1):  # the first one warms up
         for contender in contenders:
             asked = work[: contender.subset]
+            time.sleep(PAUSE_S)
             start = time.perf_counter()
             contender(asked)
             taken = time.perf_counter() - start

@@ -1,0 +1,164 @@
+"""What each compiled kernel takes beside what it stands for, in microseconds: `python -m benchmarks.kernels --help`.
+
+In turn, call by call; medians. Several copies of the data are gone through, so that they do not stay in a core's cache.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from benchmarks.machine import described
+from server.engine.decode_attention import decode_attention
+from server.engine.linears import PackedLinear
+from server.engine.norms import fuse_norms
+from server.engine.plan import Plan
+from server.engine.store import Shape, Store
+from server.engine.tape import Extent, Tape, Work
+from server.engine.team import usable_cores
+from server.engine.tiled_linear import TiledLinear, tiled_linear
+from server.engine.torch_attention import Rules
+from server.engine.types import Steer
+from steering import Column, ColumnBank, Gate, RowSteering, Site, steer
+from steering.fused import fused_steer
+
+COPIES, REPEAT = 12, 60
+DTYPES = (torch.float32, torch.bfloat16)
+Case = tuple[str, Callable[[int], object], Callable[[int], object]]  # what it is, PyTorch's way and ours
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kernels-cpu.md"))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    lines = ["# Compiled kernels beside what they stand for", ""]
+    lines += [f"- {key}: {value}" for key, value in described().items()]
+    lines += ["", "Microseconds a call, medians of interleaved calls.", "", "| | PyTorch | compiled | times |"]
+    lines += ["| --- | ---: | ---: | ---: |"]
+    with torch.inference_mode():
+        for cases in (attention(), linear(), steering(), norm()):
+            for name, theirs, ours in cases:
+                them, us = beside(theirs, ours)
+                lines.append(f"| {name} | {them:.0f} | {us:.0f} | {them / us:.1f} |")
+                print(lines[-1], flush=True)
+    args.out.write_text("\n".join(lines) + "\n")
+    print(json.dumps({"out": str(args.out)}))
+
+
+def beside(theirs: Callable[[int], object], ours: Callable[[int], object]) -> tuple[float, float]:
+    taken: tuple[list[float], list[float]] = ([], [])
+    for number in range(REPEAT + 5):
+        for way, times in zip((theirs, ours), taken, strict=True):
+            start = time.perf_counter()
+            for copy in range(COPIES):
+                way(copy)
+            times.append((time.perf_counter() - start) / COPIES * 1e6)
+        if number == 4:  # these warmed up
+            taken = ([], [])
+    return statistics.median(taken[0]), statistics.median(taken[1])
+
+
+def attention() -> Iterator[Case]:
+    """Rows of 32 to 256 tokens, as far as the longest one in one call of PyTorch's."""
+    random = torch.Generator().manual_seed(0)
+    rules = Rules(None, None, None, None)
+    for dtype in DTYPES:
+        for heads in (4, 12):
+            for rows in (1, 8, 32):
+                lengths = torch.randint(32, 256, (rows,), generator=random).tolist()
+                works = [step(index, length) for index, length in enumerate(lengths)]
+                stores = [Store.of(Shape(heads, 64, 64, dtype, torch.device("cpu")), 256 * rows) for _ in range(COPIES)]
+                query, key = torch.randn(rows, heads, 64).to(dtype), torch.randn(1, heads, rows, 64).to(dtype)
+
+                def way(plan: Plan, stores: list[Store], query: Tensor, key: Tensor) -> Callable[[int], object]:
+                    return lambda copy: plan.attend(stores[copy], query, key, key, rules)
+
+                plans = (Plan.of(works, torch.device("cpu"), 10**9, kernel) for kernel in (None, decode_attention()))
+                theirs, ours = (way(plan, stores, query, key) for plan in plans)
+                yield f"attention, {rows} rows, {heads} heads of 64, {name_of(dtype)}", theirs, ours
+
+
+def step(index: int, length: int) -> Work:
+    tape = Tape([0] * length, length, Steer())
+    tape.extent = Extent(256 * index, 256)
+    return Work(tape, length - 1, length)
+
+
+def linear() -> Iterator[Case]:
+    function = tiled_linear()
+    for outputs, inputs in ((256, 256), (4096, 256), (4096, 768), (768, 2048)) if function else ():
+        weights = [torch.randn(outputs, inputs) for _ in range(COPIES)]
+        packed = [PackedLinear(weight, None) for weight in weights]
+        tiled = [TiledLinear(weight, None, function) for weight in weights]
+        for tokens in (1, 8, 32, 128, 512):
+            x = torch.randn(1, tokens, inputs)
+
+            def way(layers: list[nn.Module], x: Tensor) -> Callable[[int], object]:
+                return lambda copy: layers[copy](x)
+
+            name = f"linear (oneDNN's), {tokens} x {inputs} to {outputs}, float32"
+            yield name, way([*packed], x), way([*tiled], x)
+
+
+def steering() -> Iterator[Case]:
+    site = Site.parse("1.residual")
+    for width in (256, 768, 4096):
+        columns = [
+            Column(
+                attribute=f"a{index}",
+                site=site,
+                gate=Gate.SIGMOID,
+                vector=torch.randn(width),
+                gate_weight=torch.randn(width),
+                gate_bias=0.0,
+                keep_norm=True,
+                range=(-9.0, 9.0),
+            )
+            for index in range(3)
+        ]
+        for tokens in (1, 8, 32):
+            bank = ColumnBank(device="cpu", max_tokens=tokens)
+            bank.fill([RowSteering.of([(bank.add(columns), (1.0, 0.5, -0.5))])], [0] * tokens)
+            at, x = bank.at(site), torch.randn(tokens, width)
+            parts = at.vectors, at.weights, at.biases, at.kinds, at.keep_norm, at.multipliers
+
+            def theirs(copy: int, x: Tensor = x, parts: tuple[Tensor, ...] = parts) -> object:
+                return steer(x, *parts, all_keep=True)
+
+            def ours(copy: int, x: Tensor = x, bank: ColumnBank = bank) -> object:
+                return fused_steer(bank.at(site), x, bank.owners, bank.steered_tokens)
+
+            yield f"steering, {tokens} tokens, {width} wide, 3 attributes", theirs, ours
+
+
+def norm() -> Iterator[Case]:
+    for dtype in DTYPES:
+        for tokens, width in ((8, 256), (32, 256), (8, 4096), (512, 768)):
+            own = LlamaRMSNorm(width).to(dtype)
+            holder = nn.Sequential(own)
+            fuse_norms(holder)
+            x = torch.randn(1, tokens, width).to(dtype)
+
+            def theirs(copy: int, x: Tensor = x, own: nn.Module = own) -> object:
+                return own(x)
+
+            def ours(copy: int, x: Tensor = x, mine: nn.Module = holder[0]) -> object:
+                return mine(x)
+
+            yield f"RMS norm, {tokens} tokens, {width} wide, {name_of(dtype)}", theirs, ours
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+if __name__ == "__main__":
+    main()
