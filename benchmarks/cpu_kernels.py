@@ -1,4 +1,4 @@
-"""What each compiled kernel takes beside what it stands for, in microseconds: `python -m benchmarks.kernels --help`.
+"""What each compiled kernel takes beside what it stands for, in microseconds: `python -m benchmarks.cpu_kernels --help`.
 
 In turn, call by call; medians. Several copies of the data are gone through, so that they do not stay in a core's cache.
 """
@@ -36,7 +36,7 @@ Case = tuple[str, Callable[[int], object], Callable[[int], object]]  # what it i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=usable_cores())
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kernels-cpu.md"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu-kernels.md"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     lines = ["# Compiled kernels beside what they stand for", ""]
