@@ -1,4 +1,4 @@
-"""What each compiled kernel takes beside what it stands for, in microseconds: `python -m benchmarks.cpu_kernels --help`.
+"""What each compiled kernel takes beside what it stands for, microseconds: `python -m benchmarks.cpu_kernels --help`.
 
 In turn, call by call; medians. Several copies of the data are gone through, so that they do not stay in a core's cache.
 """
@@ -93,19 +93,22 @@ def step(index: int, length: int) -> Work:
 
 
 def linear() -> Iterator[Case]:
-    function = tiled_linear()
-    for outputs, inputs in ((256, 256), (4096, 256), (4096, 768), (768, 2048)) if function else ():
-        weights = [torch.randn(outputs, inputs) for _ in range(COPIES)]
-        packed = [PackedLinear(weight, None) for weight in weights]
-        tiled = [TiledLinear(weight, None, function) for weight in weights]
-        for tokens in (1, 8, 32, 128, 512):
-            x = torch.randn(1, tokens, inputs)
+    for dtype in DTYPES:
+        for outputs, inputs in ((256, 256), (4096, 256), (4096, 768), (768, 2048)):
+            weights = [torch.randn(outputs, inputs).to(dtype) for _ in range(COPIES)]
+            function = tiled_linear(weights[0])
+            if function is None:
+                continue
+            packed = [PackedLinear(weight, None) for weight in weights]
+            tiled = [TiledLinear(weight, None, function) for weight in weights]
+            for tokens in (1, 8, 32, 128, 512):
+                x = torch.randn(1, tokens, inputs).to(dtype)
 
-            def way(layers: list[nn.Module], x: Tensor) -> Callable[[int], object]:
-                return lambda copy: layers[copy](x)
+                def way(layers: list[nn.Module], x: Tensor) -> Callable[[int], object]:
+                    return lambda copy: layers[copy](x)
 
-            name = f"linear (oneDNN's), {tokens} x {inputs} to {outputs}, float32"
-            yield name, way([*packed], x), way([*tiled], x)
+                name = f"linear (oneDNN's), {tokens} x {inputs} to {outputs}, {name_of(dtype)}"
+                yield name, way([*packed], x), way([*tiled], x)
 
 
 def steering() -> Iterator[Case]:

@@ -36,6 +36,7 @@ from steering.types import RowSteering
 
 PROMPTS = ("What colour is the sky?", "What is the capital of Japan?", "Where does a bear live?", "Is grass green?")
 NEW = 64  # tokens a text
+TOGETHER = 8  # that are streamed at a time, by a second server
 RULES: dict[str, Any] = {"max_new_tokens": NEW, "temperature": 0, "ignore_eos": True}
 
 
@@ -50,11 +51,13 @@ def main() -> None:
     command = [sys.executable, "-m", "server.cli", "serve", "--log-level", "warning"]
     seen: dict[str, list[dict[str, float]]] = {}
     try:
-        with running(command) as server:
+        together = {"MATSTEER_STREAM_INTERVAL": str(TOGETHER)}
+        with running(command) as server, running(command, environment=together) as other:
             ways: dict[str, Callable[[float], dict[str, float]]] = {
                 "engine": partial(by_engine, service, args.streams),
                 "service": lambda seconds: asyncio.run(by_service(service, args.streams, seconds)),
                 "http": lambda seconds: asyncio.run(by_http(server, args.streams, seconds)),
+                f"http, {TOGETHER} tokens together": lambda seconds: asyncio.run(by_http(other, args.streams, seconds)),
             }
             for number in range(args.rounds + 1):  # the first one warms up
                 for name, way in ways.items():
@@ -119,8 +122,8 @@ async def by_service(service: Service, streams: int, seconds: float) -> dict[str
         number = random.Random(index)
         while time.perf_counter() - start < seconds:
             body = GenerateRequest.model_validate({"prompt": f"Q: {number.choice(PROMPTS)} A:", "stream": True} | RULES)
-            async for one in await service.stream(body.ask()):
-                tokens += isinstance(one, Told)
+            async for some in await service.stream(body.ask()):
+                tokens += sum(isinstance(one, Told) for one in some)
 
     await asyncio.gather(*map(stream, range(streams)))
     taken, steps = time.perf_counter() - start, service.engine.stats.steps - steps

@@ -41,6 +41,9 @@ class Settings(BaseSettings):
     cache_mib: int = Field(
         default=0, ge=0, description="memory for keys and values; 0: a quarter of what is free, on a GPU nine tenths"
     )
+    stream_interval: int = Field(
+        default=1, ge=1, description="tokens of a text that are streamed together; more is less work for each"
+    )
     queue_limit: int = Field(default=256, ge=1, description="rows that may wait; beyond: 429")
     max_request_rows: int = Field(default=256, ge=1, description="texts one request may ask for: prompts x n x arms")
     max_body_bytes: int = Field(default=4 * 2**20, ge=1, description="size of a request's body; beyond: 413")

@@ -1,6 +1,6 @@
 """What goes into the service and what comes out: plain dataclasses, for HTTP and the terminal alike."""
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from server.engine.types import FinishReason, PositionsName, Sampling, Timing, Touch
@@ -164,6 +164,10 @@ class Answer:
     model: str
     arms: tuple[ArmAnswer, ...]
     echoes: tuple[Echo, ...] = ()  # of the prompts, where they were asked for
+
+
+# What a request that streams is told: at each time all that has come since the time before.
+Stream = AsyncIterator[Sequence[Echo | Told | Answer]]
 
 
 @dataclass(frozen=True)

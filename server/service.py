@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from server.config import Settings
 from server.engine.engine import Engine
-from server.engine.types import Draw, Finished, Likelihood, Pair, PositionsName, Row, Steer, TokenLogprob
+from server.engine.types import Draw, Finished, Likelihood, Pair, Piece, PositionsName, Row, Steer, TokenLogprob
 from server.errors import DeadlineExceeded, InvalidField, UnknownCheckpoint, UnknownModel
 from server.exchange import (
     Answer,
@@ -27,6 +27,7 @@ from server.exchange import (
     Spelled,
     Spoken,
     SteeringReport,
+    Stream,
     Told,
     Traced,
     Use,
@@ -82,8 +83,9 @@ class Service:
         async with self._until_done(run):
             return await self._answer(run, await self._echoes(run))
 
-    async def stream(self, ask: Ask) -> AsyncIterator[Echo | Told | Answer]:
-        """The same, token by token after the echoes, and the answer at the end. What is wrong is raised at once."""
+    async def stream(self, ask: Ask) -> Stream:
+        """The same, the tokens as they come after the echoes, and the answer at the end. What is wrong is raised at
+        once."""
         run = await self._begin(ask, stream=True)
         told = self._tell(run)
         # A client that leaves before the first token is asked for never gets `told` to begin, nor to end.
@@ -122,7 +124,7 @@ class Service:
             arms = await asyncio.to_thread(self._arms, ask, holding)
             rows = self._rows(f"gen-{secrets.token_hex(12)}", ask, prompts, [arm.steer for arm in arms], stream=stream)
             ended = holding.claim()
-            ticket = Ticket(len(rows), on_end=ended)
+            ticket = Ticket(len(rows), on_end=ended, interval=self.settings.stream_interval)
             try:
                 self.engine.submit(rows, ticket)
             except Exception:
@@ -142,22 +144,25 @@ class Service:
         given = [(prompt[:1], prompt[1:]) for prompt in prompts if len(prompt) > 1]
         return self.engine.score(given, steer, ask.sampling.logprobs)
 
-    async def _tell(self, run: _Run) -> AsyncIterator[Echo | Told | Answer]:
+    async def _tell(self, run: _Run) -> Stream:
         async with self._until_done(run):
             echoes = await self._echoes(run)
-            for echo in echoes:
-                yield echo
-            async for piece in run.ticket.pieces():
-                index, arm = divmod(piece.row.index, len(run.arms))
-                yield Told(
-                    arm=run.ask.arms[arm].name,
-                    index=index,
-                    token_id=piece.draw.token,
-                    text=piece.text,
-                    logprob=self._spoken(piece.draw.likelihood) if piece.draw.likelihood else None,
-                    trace=self._traced(piece.draw) if piece.row.trace else None,
-                )
-            yield await self._answer(run, echoes)
+            if echoes:
+                yield echoes
+            async for pieces in run.ticket.pieces():
+                yield [self._told(run, piece) for piece in pieces]
+            yield [await self._answer(run, echoes)]
+
+    def _told(self, run: _Run, piece: Piece) -> Told:
+        index, arm = divmod(piece.row.index, len(run.arms))
+        return Told(
+            arm=run.ask.arms[arm].name,
+            index=index,
+            token_id=piece.draw.token,
+            text=piece.text,
+            logprob=self._spoken(piece.draw.likelihood) if piece.draw.likelihood else None,
+            trace=self._traced(piece.draw) if piece.row.trace else None,
+        )
 
     @asynccontextmanager
     async def _until_done(self, run: _Run) -> AsyncIterator[None]:

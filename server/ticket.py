@@ -11,12 +11,15 @@ class Ticket:
     """The sink of one request. Await `finished`, after all `pieces` where rows stream; `on_end` runs once, when the
     engine holds none of its rows."""
 
-    def __init__(self, rows: int, on_end: Callable[[], None]) -> None:
+    def __init__(self, rows: int, on_end: Callable[[], None], *, interval: int = 1) -> None:
+        """`interval`: a row's tokens wake the event loop this many at a time; the first one comes at once."""
         self._loop = asyncio.get_running_loop()
         self._future: asyncio.Future[list[Finished]] = self._loop.create_future()
         # A failure that nobody awaits, because the client has gone, is no surprise.
         self._future.add_done_callback(lambda future: future.cancelled() or future.exception())
         self._pieces: asyncio.Queue[Piece | None] = asyncio.Queue()  # None: no more will come
+        self._held: list[Piece] = []  # on the engine's thread
+        self._interval = interval
         self._left = rows
         self._finished: list[Finished] = []
         self._error: ServerError | None = None
@@ -25,7 +28,9 @@ class Ticket:
     def __call__(self, event: Event) -> None:
         """On the engine's thread."""
         if isinstance(event, Piece):
-            self._loop.call_soon_threadsafe(self._pieces.put_nowait, event)
+            self._held.append(event)
+            if event.index % self._interval == 0:
+                self._flush()
             return
         if isinstance(event, Failed):
             self._error = self._error or event.error
@@ -34,16 +39,33 @@ class Ticket:
         self._left -= 1
         if self._left == 0:
             self._on_end()
+            self._flush()
             self._loop.call_soon_threadsafe(self._settle)
 
     async def finished(self) -> list[Finished]:
         """Every row's last event, in the order of the rows. Raises the first failure."""
         return await self._future
 
-    async def pieces(self) -> AsyncIterator[Piece]:
-        """The tokens of the rows that stream, as they come; ends when all rows have."""
-        while (piece := await self._pieces.get()) is not None:
-            yield piece
+    async def pieces(self) -> AsyncIterator[list[Piece]]:
+        """The tokens of the rows that stream: all that have come since the last ones were taken, at least one; ends
+        when all rows have."""
+        ended = False
+        while not ended:
+            come = [await self._pieces.get()]
+            while not self._pieces.empty():
+                come.append(self._pieces.get_nowait())
+            ended = come[-1] is None
+            if pieces := [piece for piece in come if piece is not None]:
+                yield pieces
+
+    def _flush(self) -> None:
+        held, self._held = self._held, []
+        if held:
+            self._loop.call_soon_threadsafe(self._put, held)
+
+    def _put(self, pieces: list[Piece]) -> None:
+        for piece in pieces:
+            self._pieces.put_nowait(piece)
 
     def _settle(self) -> None:
         self._pieces.put_nowait(None)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steering.native import kernels
+from steering.native import DTYPES, kernels
 from steering.site_buffers import SiteBuffers
 
 ARGUMENTS = (ctypes.c_void_p,) * 11
@@ -20,10 +20,12 @@ def fused_steer(at: SiteBuffers, activations: Tensor, owners: Tensor, counts: Te
     None, having done nothing, where PyTorch has to do it: on other devices and dtypes, where gradients are wanted, and
     where nothing can be compiled.
     """
-    functions = _functions()
-    if functions is None or activations.dtype not in functions or activations.device.type != "cpu":
+    if activations.device.type != "cpu" or activations.dtype not in DTYPES:
         return None
     if type(activations) is not Tensor or (torch.is_grad_enabled() and activations.requires_grad):
+        return None
+    functions = _functions()
+    if functions is None:
         return None
     if activations.stride(-1) != 1:
         activations = activations.contiguous()

@@ -68,10 +68,11 @@ def _compiler() -> str | None:
 def _load(source: Path, compiler: str) -> ctypes.CDLL:
     """From the user's cache, or compiled and put there."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    made_of = [source.read_bytes(), HEADER.read_bytes(), version, " ".join(FLAGS).encode(), _cpu().encode()]
+    machine = " ".join([platform.machine(), *sorted(cpu_flags()), *FLAGS])
+    made_of = [source.read_bytes(), HEADER.read_bytes(), version, machine.encode()]
     name = f"{source.stem}-{hashlib.sha256(b'|'.join(made_of)).hexdigest()[:16]}.so"
     kept = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mat-steer" / name
-    if kept.exists():
+    with suppress(OSError):  # it is not there, or no library
         return ctypes.CDLL(str(kept))
     with tempfile.TemporaryDirectory() as folder:
         unit, built = f"{folder}/unit.o", f"{folder}/{name}"
@@ -91,11 +92,12 @@ def _keep(built: Path, kept: Path) -> None:
     own.replace(kept)  # at one go: another process may be starting
 
 
-def _cpu() -> str:
-    """What the machine's instructions depend on."""
+@cache
+def cpu_flags() -> frozenset[str]:
+    """What instructions the CPU has, as Linux calls them ("avx512f"); nothing elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        lines = []
+        return frozenset()
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return f"{platform.machine()} {flags}"
+    return frozenset(flags.partition(":")[2].split())

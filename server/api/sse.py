@@ -1,6 +1,6 @@
 """Server-sent events (WHATWG HTML, section 9.2): what a stream sends, and how it ends."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from fastapi import Request
@@ -9,7 +9,7 @@ from starlette.responses import StreamingResponse
 
 from server.api.bodies import TokenBody
 from server.api.problems import error_of, spell
-from server.exchange import Answer, Echo, Told
+from server.exchange import Answer, Echo, Stream, Told
 
 HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}  # nobody between keeps tokens back
 
@@ -25,42 +25,45 @@ STREAMS: dict[int | str, dict[str, Any]] = {  # for the OpenAPI document
 }
 
 
-def event_stream(
-    told: AsyncIterator[Echo | Told | Answer], whole: Callable[[Answer], BaseModel], request: Request
-) -> StreamingResponse:
-    """`token` events, then one `done` with the `whole` response, or one `error`. A client that leaves ends the rows."""
+def event_stream(told: Stream, whole: Callable[[Answer], BaseModel], request: Request) -> StreamingResponse:
+    """`token` events, then one `done` with the `whole` response, or one `error`. A client that leaves ends the rows.
+    What comes together is sent together."""
     return StreamingResponse(
         _events(told, whole, request.state.request_id), media_type="text/event-stream", headers=HEADERS
     )
 
 
-def data_stream(chunks: AsyncIterator[BaseModel], request: Request) -> StreamingResponse:
+def data_stream(chunks: AsyncIterator[Sequence[BaseModel]], request: Request) -> StreamingResponse:
     """Events without names, as OpenAI sends them: the chunks, then `[DONE]`, or one with an `error`."""
     return StreamingResponse(_data(chunks, request.state.request_id), media_type="text/event-stream", headers=HEADERS)
 
 
-async def _data(chunks: AsyncIterator[BaseModel], request_id: str) -> AsyncIterator[str]:
+async def _data(chunks: AsyncIterator[Sequence[BaseModel]], request_id: str) -> AsyncIterator[str]:
     try:
-        async for chunk in chunks:
-            yield f"data: {chunk.model_dump_json()}\n\n"
+        async for some in chunks:
+            yield "".join(f"data: {chunk.model_dump_json()}\n\n" for chunk in some)
     except Exception as exception:
         yield f"data: {spell(error_of(exception), request_id)}\n\n"
         return
     yield "data: [DONE]\n\n"
 
 
-async def _events(
-    told: AsyncIterator[Echo | Told | Answer], whole: Callable[[Answer], BaseModel], request_id: str
-) -> AsyncIterator[str]:
+async def _events(told: Stream, whole: Callable[[Answer], BaseModel], request_id: str) -> AsyncIterator[str]:
     try:
-        async for one in told:
-            match one:
-                case Told():
-                    yield _event("token", TokenBody.of(one).model_dump_json())
-                case Answer():
-                    yield _event("done", whole(one).model_dump_json())
+        async for some in told:
+            yield "".join(_spelled(one, whole) for one in some)
     except Exception as exception:  # the status has been sent: an error can only be an event
         yield _event("error", spell(error_of(exception), request_id))
+
+
+def _spelled(one: Echo | Told | Answer, whole: Callable[[Answer], BaseModel]) -> str:
+    match one:
+        case Told():
+            return _event("token", TokenBody.of(one).model_dump_json())
+        case Answer():
+            return _event("done", whole(one).model_dump_json())
+        case Echo():
+            return ""
 
 
 def _event(name: str, data: str) -> str:

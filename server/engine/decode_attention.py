@@ -35,6 +35,7 @@ class DecodeAttention:
         rows [R, 4] int64, contiguous: token of the line, start and size of its extent, how many tokens it has. query
         [N, heads, width], key and value [1, key heads, N, width], out [N, heads, value width], contiguous.
         """
+        assert query.dtype == key.dtype == value.dtype == store.keys.dtype, "the kernel knows one dtype"
         query, key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value))
         sinks = None if rules.sinks is None else rules.sinks.float().contiguous()
         call = (ctypes.c_int64 * 12)(

@@ -67,13 +67,12 @@ class Forward:
 
     def _eager(self, works: Sequence[Work], wanted: Sequence[int]) -> Tensor:
         tokens = [token for work in works for token in work.tape.tokens[work.start : work.stop]]
-        places = np.concatenate([np.arange(work.start, work.stop) for work in works])
-        line = torch.from_numpy(np.stack([np.array(tokens, dtype=np.int64), places])).to(self.device)
-        keep = torch.tensor(wanted, dtype=torch.int64)
-        if not self._spread:
-            keep = keep.to(self.device)
         plan = Plan.of(works, self.device, self.attention.call, self.attention.decode)
-        return self._run(line[:1], line[1:], plan, keep)
+        keep = None
+        if list(wanted) != list(range(len(tokens))):
+            keep = torch.tensor(wanted, dtype=torch.int64, device="cpu" if self._spread else self.device)
+        ids = torch.tensor(tokens, dtype=torch.int64, device=self.device)
+        return self._run(ids[None], plan.places[None], plan, keep)
 
     def _run(self, ids: Tensor, positions: Tensor, plan: PassPlan, keep: Tensor | None = None) -> Tensor:
         """ids, positions [1, N] -> logits [N, vocab], or those of the tokens to `keep`."""

@@ -96,7 +96,7 @@ def pack(model: Any, *, native: bool = True) -> int:
 
 def _packed(weight: Tensor, bias: Tensor | None, native: bool) -> Packed:
     """weight [out, in]"""
-    function = tiled_linear() if native and weight.dtype == torch.float32 else None
+    function = tiled_linear(weight) if native else None
     return TiledLinear(weight, bias, function) if function else PackedLinear(weight, bias)
 
 

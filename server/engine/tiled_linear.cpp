@@ -3,72 +3,96 @@
 // A weight is read from memory once for all tokens of a pass. Every output is summed in one order, whatever the number of
 // tokens: what a token gets does not depend on its neighbours, not even in the last bit.
 
+#include <immintrin.h>
+
 #include <algorithm>
 
 #include "native.h"
 
 namespace {
 
-const int64_t OUTPUTS = 32;   // of a tile
-const int64_t INPUTS = 1024;  // of a tile that are summed at a time: they stay in the core's cache
-const int64_t TOKENS = 192;   // that one task computes
+const int64_t OUTPUTS = 32;  // of a tile
+const int64_t UNITS = 1024;  // of a tile's inputs that are summed at a time: they stay in the core's cache
+const int64_t TOKENS = 192;  // that one task computes
 
 const int LANES = 16, GROUP = 12;  // as many sums as fit into AVX-512's registers: of 12 tokens, two vectors each
-typedef float Lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
+typedef float Lanes __attribute__((vector_size(64), aligned(4)));
 
-struct Part {  // a tile's weights [inputs][OUTPUTS] and what they are multiplied with
-    const float *weight, *x;
-    int64_t inputs, x_stride;
-    float *out;
-    int64_t out_stride, outputs;
-    const float *bias;
-    bool first;  // sums begin here
+// Inputs come in units of 32 bits: a float, or two bfloat16 that are multiplied at once.
+struct Floats {
+    typedef float Number, Unit;
+    static void add(Lanes &sum, const float *weight, float x) { sum += *reinterpret_cast<const Lanes *>(weight) * x; }
 };
 
-template <int COUNT>
-void multiply(const Part &part) {
-    Lanes sums[COUNT][2] = {};
-    const float *weight = part.weight;
-    for (int64_t i = 0; i < part.inputs; i++, weight += OUTPUTS) {
-        const Lanes left = *reinterpret_cast<const Lanes *>(weight);
-        const Lanes right = *reinterpret_cast<const Lanes *>(weight + LANES);
+#ifdef __AVX512BF16__
+struct Pairs {
+    typedef bfloat16 Number;
+    typedef int32_t Unit;
+    static void add(Lanes &sum, const int32_t *weight, int32_t x) {
+        sum = (Lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(weight), (__m512bh)_mm512_set1_epi32(x));
+    }
+};
+#endif
+
+// Adds x [COUNT][units] times weight [units][OUTPUTS] to sums [COUNT][OUTPUTS].
+template <typename Kind, int COUNT>
+void multiply(const typename Kind::Unit *weight, const typename Kind::Unit *x, int64_t units, int64_t x_stride,
+              float *sums) {
+    Lanes lanes[COUNT][2] = {};
+    for (int64_t i = 0; i < units; i++, weight += OUTPUTS) {
 #pragma GCC unroll 12
         for (int n = 0; n < COUNT; n++) {
-            const float x = part.x[n * part.x_stride + i];
-            sums[n][0] += left * x;
-            sums[n][1] += right * x;
+            Kind::add(lanes[n][0], weight, x[n * x_stride + i]);
+            Kind::add(lanes[n][1], weight + LANES, x[n * x_stride + i]);
         }
     }
-    for (int n = 0; n < COUNT; n++) {
-        float row[OUTPUTS], *out = part.out + n * part.out_stride;
-        std::memcpy(row, sums[n], sizeof row);
-        for (int64_t d = 0; d < part.outputs; d++)
-            out[d] = row[d] + (part.first ? part.bias ? part.bias[d] : 0 : out[d]);
+    for (int n = 0; n < COUNT; n++)
+        for (int half = 0; half < 2; half++)
+            *reinterpret_cast<Lanes *>(sums + n * OUTPUTS + half * LANES) += lanes[n][half];
+}
+
+template <typename Kind, int COUNT = GROUP>
+void dispatch(int64_t tokens, const typename Kind::Unit *weight, const typename Kind::Unit *x, int64_t units,
+              int64_t x_stride, float *sums) {
+    if constexpr (COUNT > 0) {
+        tokens == COUNT ? multiply<Kind, COUNT>(weight, x, units, x_stride, sums)
+                        : dispatch<Kind, COUNT - 1>(tokens, weight, x, units, x_stride, sums);
     }
 }
 
-template <int COUNT = GROUP>
-void dispatch(int64_t tokens, const Part &part) {
-    if constexpr (COUNT > 0) {
-        tokens == COUNT ? multiply<COUNT>(part) : dispatch<COUNT - 1>(tokens, part);
+// weight [ceil(outputs / 32)][units][32], bias [outputs] or null, x [tokens][units] -> out [tokens][outputs]
+template <typename Kind>
+void linear(const typename Kind::Unit *weight, const typename Kind::Number *bias, const typename Kind::Unit *x,
+            typename Kind::Number *out, int64_t tokens, int64_t units, int64_t outputs) {
+    const int64_t tiles = (outputs + OUTPUTS - 1) / OUTPUTS, parts = (tokens + TOKENS - 1) / TOKENS;
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t task = 0; task < tiles * parts; task++) {
+        const int64_t tile = task / parts, begin = task % parts * TOKENS, count = std::min(TOKENS, tokens - begin);
+        const int64_t groups = (count + GROUP - 1) / GROUP, each = (count + groups - 1) / groups;
+        float sums[TOKENS * OUTPUTS];
+        std::fill(sums, sums + count * OUTPUTS, 0.0f);
+        for (int64_t i = 0; i < units; i += UNITS)
+            for (int64_t n = 0; n < count; n += each)
+                dispatch<Kind>(std::min(each, count - n), weight + (tile * units + i) * OUTPUTS,
+                               x + (begin + n) * units + i, std::min(UNITS, units - i), units, sums + n * OUTPUTS);
+        const int64_t first = tile * OUTPUTS, wide = std::min(OUTPUTS, outputs - first);
+        for (int64_t n = 0; n < count; n++)
+            for (int64_t d = 0; d < wide; d++)
+                store(out[(begin + n) * outputs + first + d],
+                      sums[n * OUTPUTS + d] + (bias ? float(bias[first + d]) : 0.0f));
     }
 }
 
 }  // namespace
 
-// weight [ceil(outputs / 32)][inputs][32], bias [outputs] or null, x [tokens][inputs] -> out [tokens][outputs]
 extern "C" void tiled_linear_float32(const float *weight, const float *bias, const float *x, float *out, int64_t tokens,
-                                     int64_t inputs, int64_t outputs) {
-    const int64_t tiles = (outputs + OUTPUTS - 1) / OUTPUTS, parts = (tokens + TOKENS - 1) / TOKENS;
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t task = 0; task < tiles * parts; task++) {
-        const int64_t tile = task / parts, begin = task % parts * TOKENS, end = std::min(tokens, begin + TOKENS);
-        const int64_t groups = (end - begin + GROUP - 1) / GROUP, each = (end - begin + groups - 1) / groups;
-        for (int64_t i = 0; i < inputs; i += INPUTS)
-            for (int64_t n = begin; n < end; n += each)
-                dispatch(std::min(each, end - n),
-                         Part{weight + (tile * inputs + i) * OUTPUTS, x + n * inputs + i, std::min(INPUTS, inputs - i),
-                              inputs, out + n * outputs + tile * OUTPUTS, outputs,
-                              std::min(OUTPUTS, outputs - tile * OUTPUTS), bias ? bias + tile * OUTPUTS : nullptr, i == 0});
-    }
+                                     int64_t units, int64_t outputs) {
+    linear<Floats>(weight, bias, x, out, tokens, units, outputs);
 }
+
+#ifdef __AVX512BF16__
+extern "C" void tiled_linear_bfloat16(const int32_t *weight, const bfloat16 *bias, const int32_t *x, bfloat16 *out,
+                                      int64_t tokens, int64_t units, int64_t outputs) {
+    linear<Pairs>(weight, bias, x, out, tokens, units, outputs);
+}
+#endif

@@ -1,7 +1,7 @@
-"""Linear layers in float32 on a CPU with AVX-512: as fast as the weight is read, for the few tokens of a decoding step.
+"""Linear layers on a CPU with AVX-512: as fast as the weight is read, for the few tokens of a decoding step.
 
 oneDNN takes 15 to 35 microseconds a call before it computes anything and reads a weight at two thirds of the memory's
-speed (docs/engine.md has the figures). It stays on other CPUs and in bfloat16, where it has instructions of its own.
+speed (docs/engine.md has the figures). It stays on other CPUs, and in bfloat16 where it has AMX.
 """
 
 import ctypes
@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steering.native import kernels
+from steering.native import cpu_flags, kernels
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 ARGUMENTS = (*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3)
 OUTPUTS = 32  # of a tile
+UNIT = 4  # bytes of an input's unit: a float, or two bfloat16
 
 
 class TiledLinear(nn.Module):
@@ -27,10 +28,11 @@ class TiledLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.bias = bias
-        tiles = -(-self.out_features // OUTPUTS)
+        tiles, pair = -(-self.out_features // OUTPUTS), UNIT // weight.itemsize
         padded = weight.new_zeros(tiles * OUTPUTS, self.in_features)
         padded[: self.out_features] = weight.detach()
-        self._tiles = padded.view(tiles, OUTPUTS, self.in_features).transpose(1, 2).contiguous()
+        # [tiles, units, outputs, numbers of a unit]
+        self._tiles = padded.view(tiles, OUTPUTS, -1, pair).transpose(1, 2).contiguous()
         self._function = function
 
     @property
@@ -42,15 +44,21 @@ class TiledLinear(nn.Module):
         x = x.contiguous()
         out = x.new_empty(*x.shape[:-1], self.out_features)
         bias = None if self.bias is None else self.bias.data_ptr()
-        sizes = x.numel() // self.in_features, self.in_features, self.out_features
+        sizes = x.numel() // self.in_features, self._tiles.shape[1], self.out_features
         self._function(self._tiles.data_ptr(), bias, x.data_ptr(), out.data_ptr(), *sizes)
         return out
 
 
+def tiled_linear(weight: Tensor) -> Any | None:
+    """The function for a `TiledLinear` of this weight [out, in]; None where there is none."""
+    whole = weight.shape[1] * weight.itemsize % UNIT == 0
+    return _functions().get(weight.dtype) if whole else None
+
+
 @cache
-def tiled_linear() -> Any | None:
-    """The function for `TiledLinear`; None where it cannot be had."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return None
-    functions = kernels(SOURCE, ARGUMENTS, (torch.float32,))
-    return functions and functions[torch.float32]
+def _functions() -> dict[torch.dtype, Any]:
+    flags = cpu_flags()
+    if "avx512f" not in flags:
+        return {}
+    half = "avx512_bf16" in flags and "amx_bf16" not in flags
+    return kernels(SOURCE, ARGUMENTS, (torch.float32, torch.bfloat16) if half else (torch.float32,)) or {}

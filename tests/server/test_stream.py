@@ -146,6 +146,26 @@ def test_many_streams_at_once_each_get_their_own_text(world: World) -> None:
         assert streamed == whole
 
 
+@pytest.mark.parametrize("interval", [1, 4, 100])
+def test_tokens_are_streamed_as_many_together_as_the_setting_says(fresh: World, interval: int) -> None:
+    service = fresh.service
+    service.settings = service.settings.model_copy(update={"stream_interval": interval})
+    body = {"prompt": "Q: What", "max_new_tokens": 11, "ignore_eos": True, "temperature": 0}
+
+    async def story() -> list[list[Any]]:
+        stream = await service.stream(GenerateRequest(**body, stream=True).ask())
+        return [list(some) async for some in stream]
+
+    *groups, last = asyncio.run(story())
+    told = [one for group in groups for one in group]
+    assert [one.token_id for one in told] == fresh.post(**body)["results"][0]["token_ids"]
+    assert [one.arms[0].results[0].text for one in last] == ["".join(one.text for one in told)]
+    assert len(groups[0]) == 1, "the first token does not wait"
+    sent = {1: 11, 4: 4, 100: 2}[interval]
+    assert len(groups) <= sent, "what has come meanwhile is sent together, too"
+    assert interval == 1 or len(groups) == sent
+
+
 def test_sixty_four_clients_that_vanish_leave_nothing(fresh: World) -> None:
     engine, registry = fresh.service.engine, fresh.service.registry
 

@@ -42,6 +42,18 @@ def test_it_is_compiled_once_for_a_user(cache: Path) -> None:
 
 
 @needs_compiler
+def test_what_is_no_library_is_made_anew(cache: Path) -> None:
+    assert native.kernels(SOURCE, ARGUMENTS)
+    (library,) = cache.iterdir()
+    whole = library.read_bytes()
+    library.unlink()  # it is still loaded
+    library.write_bytes(b"nothing")
+    native._library.cache_clear()
+    assert native.kernels(SOURCE, ARGUMENTS)
+    assert library.read_bytes()[:1000] == whole[:1000]
+
+
+@needs_compiler
 def test_another_source_is_another_library(cache: Path, tmp_path: Path) -> None:
     assert native.kernels(SOURCE, ARGUMENTS)
     other = tmp_path / "steer.cpp"

@@ -23,7 +23,7 @@ from server.api.openai.responses import (
     Usage,
     traces,
 )
-from server.exchange import Answer, Echo, Result, Told
+from server.exchange import Answer, Echo, Result, Stream, Told
 
 C = TypeVar("C", bound=Choice)
 Whole = TypeVar("Whole", bound=BaseModel, covariant=True)
@@ -45,22 +45,24 @@ class Writer(Protocol[Whole]):
         """How the texts have ended."""
 
 
-async def chunks(told: AsyncIterator[Echo | Told | Answer], writer: Writer[BaseModel]) -> AsyncIterator[BaseModel]:
+async def chunks(told: Stream, writer: Writer[BaseModel]) -> AsyncIterator[list[BaseModel]]:
     """A stream as the writer writes it."""
     prompts = 0
-    for chunk in writer.opening():
-        yield chunk
-    async for one in told:
-        match one:
-            case Echo():
-                written = writer.echo(prompts, one)
-                prompts += 1
-            case Told():
-                written = writer.piece(one)
-            case Answer():
-                written = writer.last(one)
-        for chunk in written:
-            yield chunk
+    if opening := list(writer.opening()):
+        yield opening
+    async for some in told:
+        written: list[BaseModel] = []
+        for one in some:
+            match one:
+                case Echo():
+                    written += writer.echo(prompts, one)
+                    prompts += 1
+                case Told():
+                    written += writer.piece(one)
+                case Answer():
+                    written += writer.last(one)
+        if written:
+            yield written
 
 
 @dataclass
