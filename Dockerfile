@@ -32,7 +32,7 @@ RUN apt-get update \
     && if [ "${TORCH}" = cpu ]; then apt-get install --yes --no-install-recommends g++; fi \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 matsteer \
-    && install --directory --owner 10001 /app /home/matsteer/.cache/huggingface
+    && install --directory --owner 10001 /app /home/matsteer/.cache /home/matsteer/.cache/huggingface
 COPY --from=build /opt/matsteer /opt/matsteer
 WORKDIR /app
 COPY --chown=10001 checkpoints ./checkpoints

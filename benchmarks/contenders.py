@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from benchmarks.workload import Request, columns, llama
 from server.engine.engine import Engine
 from server.engine.kv_cache import KVCache
-from server.engine.linears import pack
-from server.engine.norms import fuse_norms
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 from server.engine.support import open_forward
@@ -64,9 +62,6 @@ class Ours:
         self.name = name
         model = llama(shape, dtype, device)
         self.weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
-        pack(model, native=native)
-        if native:
-            fuse_norms(model)
         self.bank = ColumnBank(device=device, max_tokens=max(512, step_tokens))
         forward = open_forward(model, self.bank, shape, native=native)
         forward.steering.install()

@@ -7,9 +7,7 @@ from server.config import Settings
 from server.engine.aside import aside
 from server.engine.engine import Engine
 from server.engine.kv_cache import KVCache
-from server.engine.linears import pack
 from server.engine.model import LoadedModel, is_spread, load_model
-from server.engine.norms import fuse_norms
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 from server.engine.support import cache_size, open_forward, text_limit
@@ -53,9 +51,6 @@ def _wire(settings: Settings, loaded: LoadedModel) -> Service:
 
 def _wired(settings: Settings, loaded: LoadedModel) -> Service:
     fits = fits_model(loaded.model, settings.served_name, settings.revision)
-    pack(loaded.model, native=settings.native)
-    if settings.native:
-        fuse_norms(loaded.model)
     bank = ColumnBank(device=loaded.device, max_tokens=settings.step_tokens)
     forward = open_forward(loaded.model, bank, settings.served_name, native=settings.native)
     forward.steering.install()

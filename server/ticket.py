@@ -39,7 +39,8 @@ class Ticket:
         self._left -= 1
         if self._left == 0:
             self._on_end()
-            self._flush()
+        self._flush()
+        if self._left == 0:
             self._loop.call_soon_threadsafe(self._settle)
 
     async def finished(self) -> list[Finished]:

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from steering.columns import ColumnBank
 from steering.errors import HookError
-from steering.fused import fused_steer
+from steering.fused import can_fuse, fused_steer
 from steering.operators import Trace, steer, trace
 from steering.plain_batch import PlainBatch
 from steering.sites import site_module, site_width
@@ -33,7 +33,7 @@ class Steering:
         self.model = model
         self.bank = bank
         self.traced = traced
-        self.native = native
+        self.native = native and bank.device.type == "cpu" and can_fuse()
         self.traces: dict[Site, Tensor] = {}
         self._hooks: dict[Site, RemovableHandle] = {}
         self._installed = False

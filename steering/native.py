@@ -32,16 +32,17 @@ def kernels(
     source: Path, arguments: Sequence[Any], dtypes: Sequence[torch.dtype] = DTYPES
 ) -> dict[torch.dtype, Any] | None:
     """The functions that a source file defines for each dtype, called as the file and the dtype ("norm_float32");
-    `arguments`: their ctypes. None where they cannot be had; why is in the log."""
+    `arguments`: their ctypes. An old compiler may lack some. None where there are none; why is in the log."""
     library = _library(source)
     if library is None:
         return None
     functions = {}
     for dtype in dtypes:
-        function = getattr(library, f"{source.stem}_{str(dtype).removeprefix('torch.')}")
-        function.argtypes, function.restype = arguments, None
-        functions[dtype] = function
-    return functions
+        function = getattr(library, f"{source.stem}_{str(dtype).removeprefix('torch.')}", None)
+        if function is not None:
+            function.argtypes, function.restype = arguments, None
+            functions[dtype] = function
+    return functions or None
 
 
 @cache
@@ -53,7 +54,7 @@ def _library(source: Path) -> ctypes.CDLL | None:
         return _load(source, compiler)
     except (OSError, subprocess.SubprocessError) as error:
         log.warning("%s cannot be compiled (%s): PyTorch computes that, which takes longer", source.name, error)
-        log.debug("%s", getattr(error, "stderr", b"").decode(errors="replace"))
+        log.debug("%s", (getattr(error, "stderr", None) or b"").decode(errors="replace"))
         return None
 
 
@@ -71,25 +72,45 @@ def _load(source: Path, compiler: str) -> ctypes.CDLL:
     machine = " ".join([platform.machine(), *sorted(cpu_flags()), *FLAGS])
     made_of = [source.read_bytes(), HEADER.read_bytes(), version, machine.encode()]
     name = f"{source.stem}-{hashlib.sha256(b'|'.join(made_of)).hexdigest()[:16]}.so"
-    kept = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mat-steer" / name
-    with suppress(OSError):  # it is not there, or no library
-        return ctypes.CDLL(str(kept))
+    kept = _cache() / name if _cache() else None
+    if kept and _is_ours(kept.parent) and _is_ours(kept):
+        with suppress(OSError):  # it is no library
+            return ctypes.CDLL(str(kept))
     with tempfile.TemporaryDirectory() as folder:
         unit, built = f"{folder}/unit.o", f"{folder}/{name}"
         # Linked without OpenMP's runtime: PyTorch's is there already, and there must be one only.
         for command in ([*FLAGS, f"-I{HEADER.parent}", "-c", str(source), "-o", unit], ["-shared", unit, "-o", built]):
             subprocess.run([compiler, *command], capture_output=True, check=True, timeout=300)
         loaded = ctypes.CDLL(built)
-        with suppress(OSError):  # a folder that cannot be written to costs the next start a second
-            _keep(Path(built), kept)
+        if kept:
+            with suppress(OSError):  # a folder that cannot be written to costs the next start a second
+                _keep(Path(built), kept)
     return loaded
+
+
+def _cache() -> Path | None:
+    """This user's folder for what has been compiled; None: there is nowhere to keep it."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mat-steer"
+    except RuntimeError:  # a user without a home
+        return None
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether only this user can have written to it: it is about to be run."""
+    try:
+        told = path.stat()
+    except OSError:
+        return False
+    return told.st_uid == os.getuid() and not told.st_mode & 0o022
 
 
 def _keep(built: Path, kept: Path) -> None:
     kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    own = kept.with_suffix(f".{os.getpid()}")
-    shutil.copy(built, own)
-    own.replace(kept)  # at one go: another process may be starting
+    handle, copy = tempfile.mkstemp(dir=kept.parent)
+    with open(handle, "wb") as file:
+        file.write(built.read_bytes())
+    Path(copy).replace(kept)  # at one go: another process may be starting
 
 
 @cache

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from server.engine.store import Store
 from server.engine.torch_attention import Rules
-from steering.native import kernels
+from steering.native import DTYPES, kernels
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 ARGUMENTS = (*[ctypes.c_void_p] * 8, ctypes.c_float, ctypes.c_float, ctypes.c_void_p)
@@ -35,7 +35,10 @@ class DecodeAttention:
         rows [R, 4] int64, contiguous: token of the line, start and size of its extent, how many tokens it has. query
         [N, heads, width], key and value [1, key heads, N, width], out [N, heads, value width], contiguous.
         """
-        assert query.dtype == key.dtype == value.dtype == store.keys.dtype, "the kernel knows one dtype"
+        if not query.dtype == key.dtype == value.dtype == store.keys.dtype:
+            raise ValueError(
+                f"queries are {query.dtype}, keys {key.dtype}, values {value.dtype}: attention has one dtype"
+            )
         query, key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value))
         sinks = None if rules.sinks is None else rules.sinks.float().contiguous()
         call = (ctypes.c_int64 * 12)(
@@ -54,5 +57,5 @@ class DecodeAttention:
 @cache
 def decode_attention() -> DecodeAttention | None:
     """The kernel for this machine; None where it cannot be had."""
-    functions = kernels(SOURCE, ARGUMENTS)
-    return DecodeAttention(functions) if functions else None
+    functions = kernels(SOURCE, ARGUMENTS) or {}
+    return DecodeAttention(functions) if set(functions) == set(DTYPES) else None

@@ -25,6 +25,8 @@ class FusedRMSNorm(nn.Module):
         self._function = function
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != self.weight.dtype or x.shape[-1] != len(self.weight):
+            raise ValueError(f"a norm of {tuple(self.weight.shape)} {self.weight.dtype} met {tuple(x.shape)} {x.dtype}")
         x = x.contiguous()
         out, width = torch.empty_like(x), x.shape[-1]
         parts = x.data_ptr(), self.weight.data_ptr(), self.variance_epsilon, out.data_ptr()
@@ -34,13 +36,17 @@ class FusedRMSNorm(nn.Module):
 
 def fuse_norms(model: Any) -> int:
     """Replaces the RMS norms of a model on a CPU, in place, by what says the same on numbers drawn at random; says how
-    many: none where nothing can be compiled."""
-    fused = 0
+    many: none where nothing can be compiled. Norms of another dtype than the model's stay."""
+    fused, dtype = 0, getattr(model, "dtype", None)
     with torch.no_grad():
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
                 found = _fused(child)
-                if found is not None and _says_the_same(found, child):
+                if (
+                    found is not None
+                    and found.weight.dtype == (dtype or found.weight.dtype)
+                    and _says_the_same(found, child)
+                ):
                     setattr(parent, name, found)
                     fused += 1
     return fused
@@ -53,8 +59,8 @@ def _fused(norm: Any) -> FusedRMSNorm | None:
         return None
     if weight.device.type != "cpu" or weight.dim() != 1 or weight.dtype not in DTYPES:
         return None
-    functions = kernels(SOURCE, ARGUMENTS)
-    return FusedRMSNorm(weight, epsilon, functions[weight.dtype]) if functions else None
+    function = (kernels(SOURCE, ARGUMENTS) or {}).get(weight.dtype)
+    return FusedRMSNorm(weight, epsilon, function) if function else None
 
 
 def _says_the_same(mine: FusedRMSNorm, own: Any) -> bool:

@@ -41,6 +41,8 @@ class TiledLinear(nn.Module):
         return self._tiles.transpose(1, 2).reshape(-1, self.in_features)[: self.out_features]
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != self._tiles.dtype or x.shape[-1] != self.in_features:
+            raise ValueError(f"a layer of {self.in_features} {self._tiles.dtype} met {tuple(x.shape)} {x.dtype}")
         x = x.contiguous()
         out = x.new_empty(*x.shape[:-1], self.out_features)
         bias = None if self.bias is None else self.bias.data_ptr()

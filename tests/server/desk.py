@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from server.engine.kv_cache import KVCache
-from server.engine.linears import pack
-from server.engine.norms import fuse_norms
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 from server.engine.support import open_forward
@@ -29,9 +27,6 @@ class Desk:
         native: bool = True,
     ) -> None:
         self.bank = ColumnBank(device=next(model.parameters()).device, max_tokens=step_tokens)
-        if native:
-            pack(model)
-            fuse_norms(model)
         forward = open_forward(model, self.bank, "tiny", native=native)
         forward.steering.install()
         self.cache = KVCache(largest, roots)

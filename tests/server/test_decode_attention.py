@@ -1,7 +1,5 @@
 """The attention that is compiled for the CPU, beside the same in float64."""
 
-import shutil
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +10,7 @@ from server.engine.torch_attention import Rules
 
 CPU = torch.device("cpu")
 SIZE, LENGTHS = 64, (1, 64, 7, 30)
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+needs_compiler = pytest.mark.skipif(decode_attention() is None, reason="nothing can be compiled here")
 
 
 @pytest.fixture
@@ -117,6 +115,14 @@ def test_a_row_gets_the_same_bits_whoever_its_neighbours_are(kernel: DecodeAtten
     together = world.attend(kernel, rules)
     for index in range(len(LENGTHS)):
         assert torch.equal(world.attend(kernel, rules, world.rows[index : index + 1])[0], together[index])
+
+
+@needs_compiler
+def test_numbers_of_another_kind_are_refused(kernel: DecodeAttention) -> None:
+    world = World(2, 1, 64, 64, torch.float32)
+    world.value = world.value.bfloat16()
+    with pytest.raises(ValueError, match="one dtype"):
+        world.attend(kernel, Rules(None, None, None, None))
 
 
 @needs_compiler

@@ -50,6 +50,14 @@ def test_a_token_gets_the_same_bits_whatever_is_computed_beside_it(
     assert layer(x[:0]).shape == (0, outputs)
 
 
+@pytest.mark.parametrize("x", [torch.zeros(3, 8, dtype=torch.bfloat16), torch.zeros(3, 10)])
+def test_what_does_not_fit_is_refused(x: torch.Tensor) -> None:
+    holder = nn.Sequential(nn.Linear(8, 4))
+    pack(holder)
+    with pytest.raises((ValueError, RuntimeError)):
+        holder(x)
+
+
 def test_half_a_unit_of_inputs_is_not_for_tiles() -> None:
     assert tiled_linear(torch.zeros(4, 7, dtype=torch.bfloat16)) is None
 

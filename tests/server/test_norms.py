@@ -1,17 +1,16 @@
 """RMS norms in one operation say what transformers' say, and those of another kind are left alone."""
 
-import shutil
-
 import pytest
 import torch
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from server.engine.norms import FusedRMSNorm, fuse_norms
+from server.engine.norms import ARGUMENTS, SOURCE, FusedRMSNorm, fuse_norms
+from steering.native import kernels
 from tests.server.test_architectures import tiny
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+pytestmark = pytest.mark.skipif(kernels(SOURCE, ARGUMENTS) is None, reason="nothing can be compiled here")
 
 
 def norm(kind: type, dtype: torch.dtype, width: int = 77) -> torch.nn.Sequential:
@@ -57,6 +56,21 @@ def test_what_says_something_else_is_left_alone(kind: type, dtype: torch.dtype, 
     model = norm(kind, dtype)
     assert fuse_norms(model) == fused
     assert isinstance(model[0], FusedRMSNorm if fused else kind)
+
+
+def test_a_norm_of_another_dtype_than_the_models_is_left_alone() -> None:
+    model = tiny("llama").bfloat16()
+    model.model.norm.float()
+    assert fuse_norms(model) == 2 * model.config.num_hidden_layers
+    assert not isinstance(model.model.norm, FusedRMSNorm)
+
+
+@pytest.mark.parametrize("x", [torch.zeros(3, 77, dtype=torch.bfloat16), torch.zeros(3, 76)])
+def test_what_does_not_fit_is_refused(x: torch.Tensor) -> None:
+    mine = norm(LlamaRMSNorm, torch.float32)
+    fuse_norms(mine)
+    with pytest.raises(ValueError, match="met"):
+        mine(x)
 
 
 def test_all_norms_of_a_llama_are_fused() -> None:

@@ -1,18 +1,16 @@
 """The kernel for CPUs steers as `operators.steer` does, which is beside it in float64."""
 
-import shutil
-
 import pytest
 import torch
 from torch import Tensor
 
 from steering import Column, ColumnBank, Gate, RowSteering, Site, steer
-from steering.fused import fused_steer
+from steering.fused import can_fuse, fused_steer
 from steering.site_buffers import SiteBuffers
 
 SITE = Site.parse("1.residual")
 WIDTH = 67
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+pytestmark = pytest.mark.skipif(not can_fuse(), reason="nothing can be compiled here")
 
 
 def column(seed: int, gate: Gate, keep_norm: bool, width: int = WIDTH) -> Column:
@@ -127,6 +125,7 @@ def test_tokens_are_counted_where_the_site_owns_them() -> None:
 def test_where_pytorch_has_to_steer_nothing_happens() -> None:
     bank = bank_of(COLUMNS, ROWS, TOKENS)
     activations = torch.randn(len(TOKENS), WIDTH)
-    for given in (activations.double(), activations.half(), activations.clone().requires_grad_()):
+    other = activations[:, 1:]
+    for given in (activations.double(), activations.half(), activations.clone().requires_grad_(), other):
         assert fused_steer(bank.at(SITE), given, bank.owners, bank.steered_tokens) is None
     assert bank.take_counts().tolist() == [0] * len(TOKENS)

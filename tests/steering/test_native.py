@@ -1,7 +1,6 @@
 """Compiling for this CPU: once for a user, and what happens where it cannot be."""
 
 import ctypes
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from steering import native
 
 SOURCE = Path(native.__file__).with_name("steer.cpp")
 ARGUMENTS = (ctypes.c_void_p,) * 11
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+needs_compiler = pytest.mark.skipif(native._compiler() is None, reason="there is no C++ compiler")
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +50,36 @@ def test_what_is_no_library_is_made_anew(cache: Path) -> None:
     native._library.cache_clear()
     assert native.kernels(SOURCE, ARGUMENTS)
     assert library.read_bytes()[:1000] == whole[:1000]
+
+
+@needs_compiler
+@pytest.mark.parametrize("opened", ["file", "folder"])
+def test_what_others_can_write_to_is_not_run(cache: Path, opened: str) -> None:
+    assert native.kernels(SOURCE, ARGUMENTS)
+    (library,) = cache.iterdir()
+    library.unlink()
+    library.write_bytes(b"somebody else's")
+    (library if opened == "file" else cache).chmod(0o777)
+    native._library.cache_clear()
+    assert native.kernels(SOURCE, ARGUMENTS)
+    assert len(library.read_bytes()) > 1000, "made anew"
+
+
+@needs_compiler
+def test_a_user_without_a_home_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "expanduser", nowhere)
+    assert native.kernels(SOURCE, ARGUMENTS)
+
+
+@needs_compiler
+def test_functions_that_the_compiler_left_out_are_left_out() -> None:
+    functions = native.kernels(SOURCE, ARGUMENTS, (torch.float32, torch.float16))
+    assert functions is not None
+    assert set(functions) == {torch.float32}
 
 
 @needs_compiler
