@@ -72,12 +72,13 @@ def _load(source: Path, compiler: str) -> ctypes.CDLL:
     machine = " ".join([platform.machine(), *sorted(cpu_flags()), *FLAGS])
     made_of = [source.read_bytes(), HEADER.read_bytes(), version, machine.encode()]
     name = f"{source.stem}-{hashlib.sha256(b'|'.join(made_of)).hexdigest()[:16]}.so"
-    kept = _cache() / name if _cache() else None
+    folder = _cache_folder()
+    kept = folder / name if folder else None
     if kept and _is_ours(kept.parent) and _is_ours(kept):
         with suppress(OSError):  # it is no library
             return ctypes.CDLL(str(kept))
-    with tempfile.TemporaryDirectory() as folder:
-        unit, built = f"{folder}/unit.o", f"{folder}/{name}"
+    with tempfile.TemporaryDirectory() as here:
+        unit, built = f"{here}/unit.o", f"{here}/{name}"
         # Linked without OpenMP's runtime: PyTorch's is there already, and there must be one only.
         for command in ([*FLAGS, f"-I{HEADER.parent}", "-c", str(source), "-o", unit], ["-shared", unit, "-o", built]):
             subprocess.run([compiler, *command], capture_output=True, check=True, timeout=300)
@@ -88,7 +89,7 @@ def _load(source: Path, compiler: str) -> ctypes.CDLL:
     return loaded
 
 
-def _cache() -> Path | None:
+def _cache_folder() -> Path | None:
     """This user's folder for what has been compiled; None: there is nowhere to keep it."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mat-steer"

@@ -36,9 +36,7 @@ class DecodeAttention:
         [N, heads, width], key and value [1, key heads, N, width], out [N, heads, value width], contiguous.
         """
         if not query.dtype == key.dtype == value.dtype == store.keys.dtype:
-            raise ValueError(
-                f"queries are {query.dtype}, keys {key.dtype}, values {value.dtype}: attention has one dtype"
-            )
+            raise ValueError(f"one dtype for all: queries are {query.dtype}, keys {key.dtype}, values {value.dtype}")
         query, key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value))
         sinks = None if rules.sinks is None else rules.sinks.float().contiguous()
         call = (ctypes.c_int64 * 12)(

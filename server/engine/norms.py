@@ -42,11 +42,9 @@ def fuse_norms(model: Any) -> int:
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
                 found = _fused(child)
-                if (
-                    found is not None
-                    and found.weight.dtype == (dtype or found.weight.dtype)
-                    and _says_the_same(found, child)
-                ):
+                if found is None or found.weight.dtype != (dtype or found.weight.dtype):
+                    continue
+                if _says_the_same(found, child):
                     setattr(parent, name, found)
                     fused += 1
     return fused

@@ -29,8 +29,8 @@ BOUND_BY_LENGTH = ("dynamic", "longrope")  # rotary embeddings that change for a
 
 
 def open_forward(model: Any, bank: ColumnBank, name: str, *, native: bool = True) -> Forward:
-    """The model with the engine's attention in place of its own, and on a CPU with faster layers; `native`: kernels that
-    are compiled for it, where they can be had.
+    """The model with the engine's attention in place of its own, and on a CPU with faster layers. `native`: by kernels
+    that are compiled for it, where they can be had.
 
     Raises StartupError where that is not the same model any more.
     """
