@@ -25,7 +25,7 @@ FROM ${BASE}
 LABEL org.opencontainers.image.title="mat-steer" \
       org.opencontainers.image.description="An inference server for steered text generation" \
       org.opencontainers.image.licenses="Apache-2.0"
-# libgomp1: the OpenMP of PyTorch's CPU kernels. g++: the attention that is compiled for the CPU at the start.
+# libgomp1: the OpenMP of PyTorch's CPU kernels. g++: the kernels that are compiled for the CPU at the start.
 ARG TORCH=cu128
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends python3 libgomp1 \

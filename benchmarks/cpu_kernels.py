@@ -4,7 +4,6 @@ In turn, call by call; medians. Several copies of the data are gone through, so 
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -27,9 +26,9 @@ from server.engine.torch_attention import Rules
 from server.engine.types import Steer
 from steering import Column, ColumnBank, Gate, RowSteering, Site, steer
 from steering.fused import fused_steer
+from steering.native import DTYPES
 
 COPIES, REPEAT = 12, 60
-DTYPES = (torch.float32, torch.bfloat16)
 Case = tuple[str, Callable[[int], object], Callable[[int], object]]  # what it is, PyTorch's way and ours
 
 
@@ -50,7 +49,6 @@ def main() -> None:
                 lines.append(f"| {name} | {them:.0f} | {us:.0f} | {them / us:.1f} |")
                 print(lines[-1], flush=True)
     args.out.write_text("\n".join(lines) + "\n")
-    print(json.dumps({"out": str(args.out)}))
 
 
 def beside(theirs: Callable[[int], object], ours: Callable[[int], object]) -> tuple[float, float]:

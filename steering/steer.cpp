@@ -18,7 +18,7 @@ struct Call {  // what fused.py fills in, in this order
 
 enum Gate : int8_t { SIGMOID, CONSTANT, LINEAR };  // `Gate.code`
 
-const float SMALLEST_NORM = 1e-19f;
+const float SMALLEST_NORM = 1e-19f;  // as in operators.py
 
 float norm(const float *a, int64_t width) {
     float squares = 0;

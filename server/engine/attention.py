@@ -58,8 +58,8 @@ class Attention:
 
     def allocate(self, tokens: int) -> None:
         """Makes room for so many tokens in every layer that a pass has shown."""
-        on_cpu = all(shape.device.type == "cpu" and shape.dtype in DTYPES for shape in self.shapes.values())
-        self.decode = decode_attention() if self._native and on_cpu else None
+        fits = all(shape.device.type == "cpu" and shape.dtype in DTYPES for shape in self.shapes.values())
+        self.decode = decode_attention() if self._native and fits else None
         self.stores = {layer: Store.of(shape, tokens) for layer, shape in self.shapes.items()}
 
     def move(self, moves: Sequence[Move]) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from server.engine.store import Store
+from server.engine.store import Store, lines
 from server.engine.tape import Work
 from server.engine.torch_attention import Rules, attention, hidden_keys
 from steering.row_table import upload
@@ -58,18 +58,16 @@ class StaticPlan:
         assert store is not None, "graphs run on a model that has been tried"
         rows, heads, width = query.shape
         key_heads = key.shape[1]
-        store.write(self._lines(key_heads), key[0], value[0])
+        store.write(self._written(key_heads), key[0], value[0])
         keys, values = store.gather(self._where(key_heads))
         asked = query.view(rows, key_heads, heads // key_heads, width)
         found = attention(asked, keys, values, self._mask(rules.window, query.dtype), rules)
         return found.reshape(rows, heads, -1)
 
-    def _lines(self, heads: int) -> Tensor:
+    def _written(self, heads: int) -> Tensor:
+        """[rows * heads]: where the tokens' keys and values go."""
         _, places, starts, sizes, _ = self.inputs.unbind()
-        head = torch.arange(heads, device=places.device)
-        return self._once(
-            ("lines", heads), lambda: ((starts * heads + places)[:, None] + head * sizes[:, None]).reshape(-1)
-        )
+        return self._once(("written", heads), lambda: lines(starts, sizes, places, heads))
 
     def _where(self, heads: int) -> Tensor:
         """[rows, heads, keys]: the lines of each row's tokens; beyond its last one, the last."""

@@ -41,12 +41,10 @@ Packed = PackedLinear | TiledLinear
 
 
 class JoinedLinear(nn.Module):
-    """One of several layers whose weights lie in one `PackedLinear`: the first of them computes the outputs of all, and
+    """One of several layers whose weights lie in one packed layer: the first of them computes the outputs of all, and
     the others take theirs, as long as they are given the very same tensor."""
 
-    def __init__(
-        self, whole: PackedLinear | TiledLinear, pending: list[tuple[Tensor, Tensor]], start: int, stop: int
-    ) -> None:
+    def __init__(self, whole: Packed, pending: list[tuple[Tensor, Tensor]], start: int, stop: int) -> None:
         """`pending`: the input and the outputs that the layers of one `whole` have in common, at most one pair."""
         super().__init__()
         self.in_features, self.out_features = whole.in_features, stop - start

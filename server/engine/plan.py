@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from server.engine.decode_attention import DecodeAttention
-from server.engine.store import Store
+from server.engine.store import Store, lines
 from server.engine.tape import Extent, Work
 from server.engine.torch_attention import Rules, attention, hidden_keys
 
@@ -92,7 +92,7 @@ class Plan:
         groups = heads // key.shape[1]
         out = query.new_empty(tokens, heads, value.shape[-1])
         if store and self.pieces:
-            store.write(self._where(key.shape[1]), key[0], value[0])
+            store.write(self._written(key.shape[1]), key[0], value[0])
         if store and self.decode and self.singles is not None:
             self.decode(self.singles, query, key, value, store, out, rules)
         for index, piece in enumerate(self.pieces):
@@ -109,12 +109,10 @@ class Plan:
             out[lo:hi] = found.reshape(hi - lo, heads, -1)
         return out
 
-    def _where(self, heads: int) -> Tensor:
+    def _written(self, heads: int) -> Tensor:
         """[N * heads]: where the tokens' keys and values go in a store with so many heads."""
         if heads not in self._lines:
-            head = torch.arange(heads, device=self.starts.device)
-            lines = (self.starts * heads + self.places)[:, None] + head * self.sizes[:, None]
-            self._lines[heads] = lines.reshape(-1)
+            self._lines[heads] = lines(self.starts, self.sizes, self.places, heads)
         return self._lines[heads]
 
     def _mask(self, index: int, window: int | None, groups: int, like: Tensor) -> Tensor | None:

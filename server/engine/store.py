@@ -24,6 +24,13 @@ class Shape:
         return self.heads * (self.key + self.value) * self.dtype.itemsize
 
 
+def lines(starts: Tensor, sizes: Tensor, places: Tensor, heads: int) -> Tensor:
+    """Where tokens lie in a store with so many heads, [N * heads]. starts, sizes: of the extents of their rows [N];
+    places: in their rows [N]."""
+    head = torch.arange(heads, device=places.device)
+    return ((starts * heads + places)[:, None] + head * sizes[:, None]).reshape(-1)
+
+
 @dataclass(frozen=True)
 class Store:
     """Keys [tokens * heads, width] and values: an extent has one head after the other."""
