@@ -15,15 +15,15 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from benchmarks.machine import described
 from server.engine.decode_attention import decode_attention
-from server.engine.linears import PackedLinear
-from server.engine.norms import fuse_norms
 from server.engine.plan import Plan
 from server.engine.store import Shape, Store
 from server.engine.tape import Extent, Tape, Work
 from server.engine.team import usable_cores
-from server.engine.tiled_linear import TiledLinear, tiled_linear
 from server.engine.torch_attention import Rules
 from server.engine.types import Steer
+from server.layers.linears import PackedLinear
+from server.layers.rms_norm import fuse_norms
+from server.layers.tiled_linear import TiledLinear, tiled_linear
 from steering import Column, ColumnBank, Gate, RowSteering, Site, steer
 from steering.fused import fused_steer
 from steering.native import DTYPES

@@ -20,8 +20,8 @@ from benchmarks.apart import Apart
 from benchmarks.contenders import Contender, ContinuousBatching, Generate, Ours, Pyvene, Vllm, product_seconds
 from benchmarks.machine import described
 from benchmarks.workload import SHAPES, llama, requests
-from server.engine.linears import pack
 from server.engine.team import usable_cores
+from server.layers.linears import pack
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MIXES = tuple((1.0 + i / 256, 0.5 - i / 512, -0.5) for i in range(256))

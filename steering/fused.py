@@ -45,4 +45,4 @@ def can_fuse() -> bool:
 
 @cache
 def _functions() -> dict[torch.dtype, Any]:
-    return kernels(Path(__file__).with_name("steer.cpp"), ARGUMENTS) or {}
+    return kernels(Path(__file__).with_name("steer.cpp"), ARGUMENTS)

@@ -28,21 +28,17 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-e
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def kernels(
-    source: Path, arguments: Sequence[Any], dtypes: Sequence[torch.dtype] = DTYPES
-) -> dict[torch.dtype, Any] | None:
+def kernels(source: Path, arguments: Sequence[Any], dtypes: Sequence[torch.dtype] = DTYPES) -> dict[torch.dtype, Any]:
     """The functions that a source file defines for each dtype, called as the file and the dtype ("norm_float32");
-    `arguments`: their ctypes. An old compiler may lack some. None where there are none; why is in the log."""
+    `arguments`: their ctypes. An old compiler may lack some; why there are none is in the log."""
     library = _library(source)
-    if library is None:
-        return None
     functions = {}
-    for dtype in dtypes:
+    for dtype in dtypes if library else ():
         function = getattr(library, f"{source.stem}_{str(dtype).removeprefix('torch.')}", None)
         if function is not None:
             function.argtypes, function.restype = arguments, None
             functions[dtype] = function
-    return functions or None
+    return functions
 
 
 @cache

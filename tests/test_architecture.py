@@ -12,6 +12,7 @@ FORBIDDEN = {
     "server": {"training", "demo"},
     "server/api": {"torch", "transformers", "steering"},
     "server/engine": {"fastapi", "starlette", "server.api", "server.service"},
+    "server/layers": {"fastapi", "starlette", "server.api", "server.service", "server.engine"},
     **{f"server/engine/{name}.py": {"torch", "transformers"} for name in ("scheduler", "kv_cache", "extents", "tape")},
     "demo": {"server"},
 }

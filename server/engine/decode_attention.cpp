@@ -12,24 +12,6 @@
 
 namespace {
 
-// exp(x) for x <= 0, to 1e-7 of its value (the polynomial of Cephes' expf); a loop of it becomes vector instructions.
-inline float exponential(float x) {
-    x = std::max(x, -87.0f);
-    const float n = std::nearbyint(x * 1.44269504f);
-    const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    const uint32_t power = uint32_t(int32_t(n) + 127) << 23;
-    float scale;
-    std::memcpy(&scale, &power, sizeof scale);
-    return p * scale;
-}
-
 struct Call {  // what decode_attention.py fills in, in this order
     int64_t rows, heads, key_heads, key_width, value_width;
     int64_t window;                                   // how many tokens a token sees, itself included; 0: all

@@ -55,5 +55,5 @@ class DecodeAttention:
 @cache
 def decode_attention() -> DecodeAttention | None:
     """The kernel for this machine; None where it cannot be had."""
-    functions = kernels(SOURCE, ARGUMENTS) or {}
+    functions = kernels(SOURCE, ARGUMENTS)
     return DecodeAttention(functions) if set(functions) == set(DTYPES) else None

@@ -8,7 +8,6 @@ longest one, so a row that is much longer or shorter than its neighbours gets a 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,9 +49,8 @@ class Plan:
     """Indices and masks are made once and serve every layer."""
 
     pieces: list[Piece]
-    starts: Tensor  # [N] int64: of the extent of each token's row
-    sizes: Tensor  # [N]
-    places: Tensor  # [N]: the token's index in its row
+    places: Tensor  # [N] int64: each token's index in its row
+    spans: list[tuple[int, int, int]]  # of each row: start and size of its extent, and how many of the tokens it has
     decode: DecodeAttention | None = None
     singles: Tensor | None = None  # [R, 4]: tokens of rows that `decode` attends to; the others are in `pieces`
     _lines: dict[int, Tensor] = field(default_factory=dict)
@@ -64,12 +62,14 @@ class Plan:
     ) -> "Plan":
         """Works in the scheduler's order; without extents for texts that are read at one go. `call`: reading so many
         keys takes as long as one call of attention more. `decode`: attends to single tokens."""
+        places: list[int] = []
         spans, singles, lo = [], [], 0
         pieces: list[Piece] = []
         for work in works:
             extent, hi = work.tape.extent, lo + len(work)
             start, size = (extent.start, extent.size) if extent else (0, 0)
-            spans.append((start, size, work.start, len(work)))
+            spans.append((start, size, len(work)))
+            places += range(work.start, work.stop)
             last = pieces[-1] if pieces else None
             if decode and extent and len(work) == 1:
                 singles.append((lo, start, size, work.stop))
@@ -78,12 +78,8 @@ class Plan:
             else:
                 pieces.append(Piece(lo, hi, 1, extent, (work.stop,)))
             lo = hi
-        table = np.array(spans, dtype=np.int64)
-        counts = table[:, 3]
-        firsts = np.repeat(table[:, 2] - (np.cumsum(counts) - counts), counts)
-        columns = np.stack([*np.repeat(table[:, :2], counts, axis=0).T, firsts + np.arange(lo)])
-        starts, sizes, places = torch.from_numpy(columns).to(device).unbind()
-        return cls(pieces, starts, sizes, places, decode, torch.tensor(singles) if singles else None)
+        line = torch.tensor(places, dtype=torch.int64, device=device)
+        return cls(pieces, line, spans, decode, torch.tensor(singles) if singles else None)
 
     def attend(self, store: Store | None, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
         """query [N, heads, width], key and value [1, key heads, N, width] -> [N, heads, value width]. Writes keys and
@@ -112,7 +108,9 @@ class Plan:
     def _written(self, heads: int) -> Tensor:
         """[N * heads]: where the tokens' keys and values go in a store with so many heads."""
         if heads not in self._lines:
-            self._lines[heads] = lines(self.starts, self.sizes, self.places, heads)
+            table = torch.tensor(self.spans, device=self.places.device)
+            starts, sizes = table[:, :2].repeat_interleave(table[:, 2], dim=0, output_size=len(self.places)).T
+            self._lines[heads] = lines(starts, sizes, self.places, heads)
         return self._lines[heads]
 
     def _mask(self, index: int, window: int | None, groups: int, like: Tensor) -> Tensor | None:

@@ -13,11 +13,10 @@ from torch import Tensor
 from server.engine.attention import NAME
 from server.engine.extents import SMALLEST
 from server.engine.forward import Forward
-from server.engine.linears import pack
-from server.engine.norms import fuse_norms
 from server.engine.tape import Tape, Work
 from server.engine.types import Steer
 from server.errors import StartupError
+from server.layers.exchange import exchange_layers
 from steering.columns import ColumnBank
 
 log = logging.getLogger(__name__)
@@ -37,9 +36,7 @@ def open_forward(model: Any, bank: ColumnBank, name: str, *, native: bool = True
     texts = _texts(model)
     with torch.inference_mode():
         own = [model(input_ids=text[None], use_cache=False).logits[0] for text in texts]
-    pack(model, native=native)
-    if native:
-        fuse_norms(model)
+    exchange_layers(model, native=native)
     try:
         forward = Forward(model, bank, native=native)
         works = [_work(text) for text in texts]

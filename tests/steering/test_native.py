@@ -100,7 +100,7 @@ def test_a_cache_that_cannot_be_written_to_is_done_without(cache: Path) -> None:
 
 def test_without_a_compiler_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert native.kernels(SOURCE, ARGUMENTS) is None
+    assert not native.kernels(SOURCE, ARGUMENTS)
 
 
 def test_a_compiler_that_fails_is_told_of(
@@ -110,7 +110,7 @@ def test_a_compiler_that_fails_is_told_of(
     broken.write_text("#!/bin/sh\nexit 3\n")
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
-    assert native.kernels(SOURCE, ARGUMENTS) is None
+    assert not native.kernels(SOURCE, ARGUMENTS)
     assert "steer.cpp cannot be compiled" in caplog.text
 
 

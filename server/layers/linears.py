@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from server.engine.tiled_linear import TiledLinear, tiled_linear
+from server.layers.tiled_linear import TiledLinear, tiled_linear
 from steering.native import DTYPES
 
 # Layers that are given the same input, in the order in which models call them: one product for all of them.
@@ -24,6 +24,7 @@ class PackedLinear(nn.Module):
         """weight [out, in]."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
+        self.dtype = weight.dtype
         self.bias = bias
         self._packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
 
@@ -51,6 +52,11 @@ class JoinedLinear(nn.Module):
         self._whole = (whole,)  # in a tuple: it is not a module of the model
         self._pending = pending
         self._start, self._stop = start, stop
+
+    @property
+    def whole(self) -> Packed:
+        """The layer that has all the weights."""
+        return self._whole[0]
 
     @property
     def bias(self) -> Tensor | None:

@@ -6,11 +6,11 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from server.engine.norms import ARGUMENTS, SOURCE, FusedRMSNorm, fuse_norms
+from server.layers.rms_norm import ARGUMENTS, SOURCE, FusedRMSNorm, fuse_norms
 from steering.native import kernels
 from tests.server.test_architectures import tiny
 
-pytestmark = pytest.mark.skipif(kernels(SOURCE, ARGUMENTS) is None, reason="nothing can be compiled here")
+pytestmark = pytest.mark.skipif(not kernels(SOURCE, ARGUMENTS), reason="nothing can be compiled here")
 
 
 def norm(kind: type, dtype: torch.dtype, width: int = 77) -> torch.nn.Sequential:

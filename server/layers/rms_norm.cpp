@@ -1,4 +1,4 @@
-// weight * (x / sqrt(mean(x^2) + epsilon)) of rows of tokens; rounded where transformers rounds. The caller is norms.py.
+// weight * (x / sqrt(mean(x^2) + epsilon)) of rows of tokens; rounded where transformers rounds. The caller is rms_norm.py.
 
 #include <cmath>
 

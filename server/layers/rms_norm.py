@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from steering.native import DTYPES, kernels
 
-SOURCE = Path(__file__).with_name("rms_norm.cpp")
+SOURCE = Path(__file__).with_suffix(".cpp")
 ARGUMENTS = (ctypes.c_int64, ctypes.c_int64, *[ctypes.c_void_p] * 2, ctypes.c_float, ctypes.c_void_p)
 EPSILONS = ("variance_epsilon", "eps")  # what models call it
 
@@ -25,11 +25,12 @@ class FusedRMSNorm(nn.Module):
         self._function = function
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype != self.weight.dtype or x.shape[-1] != len(self.weight):
-            raise ValueError(f"a norm of {tuple(self.weight.shape)} {self.weight.dtype} met {tuple(x.shape)} {x.dtype}")
+        weight, width = self.weight, x.shape[-1]
+        if x.dtype != weight.dtype or width != weight.shape[0]:
+            raise ValueError(f"a norm of {tuple(weight.shape)} {weight.dtype} met {tuple(x.shape)} {x.dtype}")
         x = x.contiguous()
-        out, width = torch.empty_like(x), x.shape[-1]
-        parts = x.data_ptr(), self.weight.data_ptr(), self.variance_epsilon, out.data_ptr()
+        out = torch.empty_like(x)
+        parts = x.data_ptr(), weight.data_ptr(), self.variance_epsilon, out.data_ptr()
         self._function(x.numel() // width, width, *parts)
         return out
 
@@ -57,7 +58,7 @@ def _fused(norm: Any) -> FusedRMSNorm | None:
         return None
     if weight.device.type != "cpu" or weight.dim() != 1 or weight.dtype not in DTYPES:
         return None
-    function = (kernels(SOURCE, ARGUMENTS) or {}).get(weight.dtype)
+    function = kernels(SOURCE, ARGUMENTS).get(weight.dtype)
     return FusedRMSNorm(weight, epsilon, function) if function else None
 
 

@@ -27,6 +27,7 @@ class TiledLinear(nn.Module):
         """weight [out, in]; `function`: see `tiled_linear`."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
+        self.dtype = weight.dtype
         self.bias = bias
         tiles, pair = -(-self.out_features // OUTPUTS), UNIT // weight.itemsize
         padded = weight.new_zeros(tiles * OUTPUTS, self.in_features)
@@ -41,8 +42,8 @@ class TiledLinear(nn.Module):
         return self._tiles.transpose(1, 2).reshape(-1, self.in_features)[: self.out_features]
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype != self._tiles.dtype or x.shape[-1] != self.in_features:
-            raise ValueError(f"a layer of {self.in_features} {self._tiles.dtype} met {tuple(x.shape)} {x.dtype}")
+        if x.dtype != self.dtype or x.shape[-1] != self.in_features:
+            raise ValueError(f"a layer of {self.in_features} {self.dtype} met {tuple(x.shape)} {x.dtype}")
         x = x.contiguous()
         out = x.new_empty(*x.shape[:-1], self.out_features)
         bias = None if self.bias is None else self.bias.data_ptr()
@@ -63,4 +64,4 @@ def _functions() -> dict[torch.dtype, Any]:
     if "avx512f" not in flags:
         return {}
     half = "avx512_bf16" in flags and "amx_bf16" not in flags
-    return kernels(SOURCE, ARGUMENTS, (torch.float32, torch.bfloat16) if half else (torch.float32,)) or {}
+    return kernels(SOURCE, ARGUMENTS, (torch.float32, torch.bfloat16) if half else (torch.float32,))

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from server.engine.linears import JoinedLinear, PackedLinear, pack
-from server.engine.tiled_linear import TiledLinear, tiled_linear
+from server.layers.linears import JoinedLinear, PackedLinear, pack
+from server.layers.tiled_linear import TiledLinear, tiled_linear
 from steering.sites import site_width
 from steering.types import SiteKind
 from tests.server.test_architectures import tiny
