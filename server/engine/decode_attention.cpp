@@ -26,10 +26,18 @@ struct Row {
     int64_t length;  // tokens that it has, the new one included
 };
 
+// What will be needed soon is on its way to the core.
 template <typename T>
+inline void prefetch(const T *numbers, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(numbers + i);
+}
+
+// WIDTH: of keys and values, where the compiler is to know it; 0: any, as the call says.
+template <typename T, int WIDTH>
 void attend(const Call &call, const Row *table, const T *query, const T *key, const T *value, T *keys, T *values,
             T *out, float scale, float cap, const float *sinks) {
-    const int64_t groups = call.heads / call.key_heads, width = call.key_width, wide = call.value_width;
+    const int64_t groups = call.heads / call.key_heads, width = WIDTH ? WIDTH : call.key_width,
+                  wide = WIDTH ? WIDTH : call.value_width;
     int64_t longest = 0;
     for (int64_t i = 0; i < call.rows; i++) longest = std::max(longest, table[i].length);
 
@@ -57,6 +65,7 @@ void attend(const Call &call, const Row *table, const T *query, const T *key, co
                 float most = sinks ? sinks[head] : -INFINITY;
                 for (int64_t j = 0; j < count; j++) {
                     const T *k = own_keys + j * width;
+                    prefetch(own_values + j * wide, wide);
                     float dot = 0;
 #pragma omp simd reduction(+ : dot)
                     for (int64_t d = 0; d < width; d++) dot += asked[d] * float(k[d]);
@@ -72,12 +81,21 @@ void attend(const Call &call, const Row *table, const T *query, const T *key, co
                     total += scores[j];
                 }
 
-                std::fill(sum, sum + wide, 0.0f);
-                for (int64_t j = 0; j < count; j++) {
-                    const T *v = own_values + j * wide;
-                    const float share = scores[j];
+                const auto weigh = [&](float *into) {
+                    std::fill(into, into + wide, 0.0f);
+                    for (int64_t j = 0; j < count; j++) {
+                        const T *v = own_values + j * wide;
+                        const float share = scores[j];
 #pragma omp simd
-                    for (int64_t d = 0; d < wide; d++) sum[d] += share * float(v[d]);
+                        for (int64_t d = 0; d < wide; d++) into[d] += share * float(v[d]);
+                    }
+                };
+                if constexpr (WIDTH != 0) {
+                    float registers[WIDTH];
+                    weigh(registers);
+                    std::copy(registers, registers + WIDTH, sum);
+                } else {
+                    weigh(sum);
                 }
                 T *o = out + (row.token * call.heads + head) * wide;
                 for (int64_t d = 0; d < wide; d++) store(o[d], sum[d] / total);
@@ -86,12 +104,19 @@ void attend(const Call &call, const Row *table, const T *query, const T *key, co
     }
 }
 
+template <typename T, typename... Rest>
+void dispatch(const Call &call, Rest... rest) {
+    const int64_t width = call.key_width == call.value_width ? call.key_width : 0;
+    const auto known = width == 64 ? attend<T, 64> : width == 128 ? attend<T, 128> : attend<T, 0>;
+    known(call, rest...);
+}
+
 }  // namespace
 
 #define ATTEND(NAME, T)                                                                                            \
     extern "C" void NAME(const Call *call, const Row *table, const T *query, const T *key, const T *value, T *keys, \
                          T *values, T *out, float scale, float cap, const float *sinks) {                           \
-        attend<T>(*call, table, query, key, value, keys, values, out, scale, cap, sinks);                           \
+        dispatch<T>(*call, table, query, key, value, keys, values, out, scale, cap, sinks);                         \
     }
 
 ATTEND(decode_attention_float32, float)

@@ -11,7 +11,7 @@ void gated_mlp(int64_t tokens, int64_t width, const T *x, T *out) {
         const T *gate = x + 2 * n * width, *up = gate + width;
 #pragma omp simd
         for (int64_t d = 0; d < width; d++) {
-            const float g = std::max(float(gate[d]), -88.0f);  // below, the result is nothing, and the exponential too much
+            const float g = std::max(float(gate[d]), -88.0f);  // below, the exponential is too much
             store(out[n * width + d], rounded<T>(g / (1 + exponential(-g))) * float(up[d]));
         }
     }

@@ -80,7 +80,9 @@ class World:
     ],
     ids=["plain", "window and scale", "cap", "sinks"],
 )
-@pytest.mark.parametrize(("key_heads", "width", "value_width"), [(4, 64, 64), (2, 80, 24), (1, 5, 7)])
+@pytest.mark.parametrize(
+    ("key_heads", "width", "value_width"), [(4, 64, 64), (2, 128, 128), (2, 80, 24), (4, 64, 32), (1, 5, 7)]
+)
 def test_it_is_attention(
     kernel: DecodeAttention,
     key_heads: int,
