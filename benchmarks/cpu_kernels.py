@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
 from benchmarks.machine import described
 from server.engine.decode_attention import decode_attention
@@ -21,12 +22,14 @@ from server.engine.tape import Extent, Tape, Work
 from server.engine.team import usable_cores
 from server.engine.torch_attention import Rules
 from server.engine.types import Steer
-from server.layers.linears import PackedLinear
+from server.layers.gated_mlp import fuse_mlps
+from server.layers.linears import PackedLinear, pack
 from server.layers.rms_norm import fuse_norms
+from server.layers.rotary import ARGUMENTS, SOURCE, FusedRotary
 from server.layers.tiled_linear import TiledLinear, tiled_linear
 from steering import Column, ColumnBank, Gate, RowSteering, Site, steer
 from steering.fused import fused_steer
-from steering.native import DTYPES
+from steering.native import DTYPES, kernels
 
 COPIES, REPEAT = 12, 60
 Case = tuple[str, Callable[[int], object], Callable[[int], object]]  # what it is, PyTorch's way and ours
@@ -43,7 +46,7 @@ def main() -> None:
     lines += ["", "Microseconds a call, medians of interleaved calls.", "", "| | PyTorch | compiled | times |"]
     lines += ["| --- | ---: | ---: | ---: |"]
     with torch.inference_mode():
-        for cases in (attention(), linear(), steering(), norm()):
+        for cases in (attention(), linear(), steering(), norm(), rotary(), gated_mlp()):
             for name, theirs, ours in cases:
                 them, us = beside(theirs, ours)
                 lines.append(f"| {name} | {them:.0f} | {us:.0f} | {them / us:.1f} |")
@@ -155,6 +158,44 @@ def norm() -> Iterator[Case]:
                 return mine(x)
 
             yield f"RMS norm, {tokens} tokens, {width} wide, {name_of(dtype)}", theirs, ours
+
+
+def rotary() -> Iterator[Case]:
+    mine = FusedRotary(apply_rotary_pos_emb, kernels(SOURCE, ARGUMENTS))
+    for dtype in DTYPES:
+        for tokens in (8, 32, 512):
+            query, key = (torch.randn(1, tokens, 12, 64).to(dtype).transpose(1, 2) for _ in range(2))
+            angles = torch.randn(2, 1, tokens, 64).to(dtype).unbind()
+            parts = query, key, *angles
+
+            def theirs(copy: int, parts: tuple[Tensor, ...] = parts) -> object:
+                return apply_rotary_pos_emb(*parts)
+
+            def ours(copy: int, parts: tuple[Tensor, ...] = parts) -> object:
+                return mine(*parts)
+
+            yield f"rotary embedding, {tokens} tokens, 12 heads of 64, {name_of(dtype)}", theirs, ours
+
+
+def gated_mlp() -> Iterator[Case]:
+    """Both on packed linear layers."""
+    config = LlamaConfig(hidden_size=256, intermediate_size=640, num_attention_heads=4)
+    for dtype in DTYPES:
+        for tokens in (8, 32, 512):
+            layers: list[nn.Module] = [LlamaMLP(config) for _ in range(2)]  # type: ignore[no-untyped-call]
+            own, mine = (nn.Sequential(layer.to(dtype)).requires_grad_(False) for layer in layers)
+            pack(own)
+            pack(mine)
+            fuse_mlps(mine)
+            x = torch.randn(1, tokens, 256).to(dtype)
+
+            def theirs(copy: int, x: Tensor = x, own: nn.Module = own) -> object:
+                return own(x)
+
+            def ours(copy: int, x: Tensor = x, mine: nn.Module = mine) -> object:
+                return mine(x)
+
+            yield f"feed-forward layer, {tokens} tokens, 256 to 640 to 256, {name_of(dtype)}", theirs, ours
 
 
 def name_of(dtype: torch.dtype) -> str:
