@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from server.engine.progress import Progress
 from server.engine.scheduler import Scheduler
 from server.engine.tape import Tape, Work
-from server.engine.types import Draw, Event, Failed, Finished, Row, Sink
+from server.engine.types import Draw, Event, Failed, Finished, FinishReason, Row, Sink
 from server.errors import GenerationFailed, NotFinite, ServerError
 
 log = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ class Delivery:
         self._decode = decode
         self._on_unqueued = on_unqueued
         self._progress: dict[Row, Progress] = {}
+        self._untold: list[tuple[Tape, Draw, FinishReason | None]] = []
 
     def __len__(self) -> int:
         """How many rows still owe their last event."""
@@ -53,7 +54,7 @@ class Delivery:
         return len(new)
 
     def deliver(self, tape: Tape, draw: Draw) -> None:
-        """One draw to its row; a row that cannot go on fails its request only."""
+        """One draw to its row, which is told of it by `tell`; a row that cannot go on fails its request only."""
         row = tape.row
         assert row is not None, "only rows draw"
         if not draw.finite:
@@ -62,34 +63,50 @@ class Delivery:
             self.give_up(row.request, broken, keep=False)
             return
         tape.tokens.append(draw.token)
-        progress = self._progress[row]
         try:
-            reason = progress.accept(draw)
-            event = progress.finish(reason, sum(tape.steered)) if reason else None
-            piece = progress.piece(draw, last=event is not None) if row.stream else None
+            reason = self._progress[row].accept(draw)
         except Exception:
-            log.exception("the text of a row of request %s cannot be decoded", row.request)
-            self.give_up(row.request, GenerationFailed("The generated tokens could not be turned into text."))
+            self._cannot_decode(row)
             return
-        if piece is not None:
-            self._tell(progress, piece)
-        if event is not None:
+        self._untold.append((tape, draw, reason))
+        if reason:
             self._scheduler.finish(tape)
-            self._end(event)
+
+    def tell(self) -> None:
+        """Tells the rows what has been delivered since this was last called: the text of it, and who has ended."""
+        untold, self._untold = self._untold, []
+        for tape, draw, reason in untold:
+            row = tape.row
+            progress = self._progress.get(row) if row else None
+            if row is None or progress is None:
+                continue  # its request has failed with a row before it
+            try:
+                event = progress.finish(reason, sum(tape.steered)) if reason else None
+                piece = progress.piece(draw, last=event is not None) if row.stream else None
+            except Exception:
+                self._cannot_decode(row)
+                continue
+            if piece is not None:
+                self._tell(progress, piece)
+            if event is not None:
+                self._end(event)
 
     def cancel(self, request: str) -> None:
         """End every row of a request with what it has."""
+        self.tell()
         for tape, progress in self._drop(request):
             self._end(progress.finish("cancelled", sum(tape.steered)))
 
     def give_up(self, request: str, error: ServerError, *, keep: bool = True) -> None:
         """Fail every row of a request: its client gets no answer, whatever the others would have become. `keep`: what
         they computed is sound."""
+        self.tell()
         for _, progress in self._drop(request, keep=keep):
             self._end(Failed(progress.row, error))
 
     def clear(self, error: ServerError) -> None:
         """Fail every row that there is."""
+        self.tell()
         for tape in self._scheduler.clear():
             if tape.row:
                 self._end(Failed(tape.row, error))
@@ -99,6 +116,13 @@ class Delivery:
         dropped = [(tape, self._progress[tape.row]) for tape in self._scheduler.drop(request, keep=keep) if tape.row]
         self._on_unqueued(sum(not progress.admitted for _, progress in dropped))
         return dropped
+
+    def _cannot_decode(self, row: Row) -> None:
+        log.exception("the text of a row of request %s cannot be decoded", row.request)
+        failure = GenerationFailed("The generated tokens could not be turned into text.")
+        self.give_up(row.request, failure)
+        if row in self._progress:  # it was not in the scheduler any more
+            self._end(Failed(row, failure))
 
     def _end(self, event: Finished | Failed) -> None:
         self._tell(self._progress.pop(event.row), event)

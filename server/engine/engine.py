@@ -186,10 +186,13 @@ class Engine:
                 self._receive()
                 self._end_late()
                 if self._calls:
+                    self._delivery.tell()
                     with self._busy():
                         self._scheduler.hold = self._calls.advance()
                 if works := self._scheduler.next():
                     self._step(works)
+                else:
+                    self._delivery.tell()
         except Exception as error:  # a bug in the loop itself: say so, answer everybody, never hang
             log.exception("the engine's loop broke")
             self._close(f"its loop broke: {error}")
@@ -198,6 +201,7 @@ class Engine:
     def _receive(self) -> None:
         """Take in what has arrived; with nothing to do wait for it."""
         if self._scheduler.idle and not self._calls:
+            self._delivery.tell()
             self._take(self._inbox.get())
         while (message := self._poll()) is not None:
             self._take(message)
@@ -229,7 +233,7 @@ class Engine:
         self.stats.largest_batch = max(self.stats.largest_batch, len(works))
         with self._busy():
             try:
-                outcomes = self._runner.step(works)
+                outcomes = self._runner.step(works, self._delivery.tell)
             except Exception as error:
                 self._fail(works, error)
                 return
@@ -242,6 +246,8 @@ class Engine:
                 if outcome.draw is not None:
                     self.stats.tokens += 1
                     self._delivery.deliver(work.tape, outcome.draw)
+            if not self._runner.overlaps:
+                self._delivery.tell()
 
     @contextmanager
     def _busy(self) -> Iterator[None]:

@@ -42,7 +42,7 @@ class Progress:
         if draw.token in self._ends:
             return "stop"
         self._detokenizer.push(draw.token)
-        if (self.row.sampling.stop or self.row.stream) and self._read():
+        if self.row.sampling.stop and self._read():
             return "stop"
         return "length" if len(self._tokens) >= self.row.sampling.max_new_tokens else None
 
@@ -62,6 +62,8 @@ class Progress:
 
     def piece(self, draw: Draw, *, last: bool) -> Piece:
         """What the draw that was accepted adds to the text that is certain."""
+        if not self.row.sampling.stop and not last:
+            self._read()
         certain = len(self._text) - (0 if last else _begun(self.row.sampling.stop, self._text))
         text, self._given = self._text[self._given : certain], max(self._given, certain)
         return Piece(self.row, len(self._tokens) - 1, draw, text)

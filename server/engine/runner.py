@@ -1,7 +1,8 @@
 """Tensors: computes the works that the scheduler chose, and draws the tokens that are due."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,27 @@ class Outcome:
     draw: Draw | None  # None: the work did not reach the end of its tape
 
 
+class HostCopy:
+    """Numbers on their way from the device."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        """numbers: [N] int64."""
+        self._ready: Any = None
+        self._numbers = numbers
+        if numbers.device.type == "cuda":
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._ready.record(torch.cuda.current_stream(numbers.device))
+
+    def numbers(self) -> list[int]:
+        """Waits until they are here. Raises what the device's computation raised."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        found: list[int] = self._numbers.tolist()
+        return found
+
+
 class Runner:
     """One forward pass and one draw a step."""
 
@@ -36,8 +58,13 @@ class Runner:
         self._rows: list[Row | None] = []  # those the sampler was made for
         self._sampler: Sampler | None = None
 
-    def step(self, works: Sequence[Work]) -> list[Outcome]:
-        """The outcome of each work, in order."""
+    @property
+    def overlaps(self) -> bool:
+        """Whether the host is free while the device computes."""
+        return self.forward.device.type == "cuda"
+
+    def step(self, works: Sequence[Work], meanwhile: Callable[[], None] = lambda: None) -> list[Outcome]:
+        """The outcome of each work, in order. `meanwhile` is done while the device computes, if it `overlaps`."""
         ends = np.cumsum([len(work) for work in works]).tolist()
         drawing = {work.tape: end - 1 for work, end in zip(works, ends, strict=True) if work.draws}
         self.forward.steering.record(any(tape.row and tape.row.trace for tape in drawing))
@@ -45,7 +72,10 @@ class Runner:
         drawn = self._draw(list(drawing), logits) if drawing else None
         # The one copy from the device that a step needs; logprobs, where asked for, are a second one.
         parts = [counts] if drawn is None else [counts, drawn.tokens, drawn.finite.long()]
-        host = torch.cat(parts).tolist()
+        copy = HostCopy(torch.cat(parts))
+        if self.overlaps:
+            meanwhile()
+        host = copy.numbers()
         touches = [self._touches(tape, place) for tape, place in drawing.items()]
         draws = iter(() if drawn is None else _draws(list(drawing), drawn, host[ends[-1] :], touches))
         return [

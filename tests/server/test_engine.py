@@ -13,6 +13,13 @@ from server.engine.runner import Runner
 from tests.server.conftest import World
 
 
+@pytest.fixture(autouse=True, params=["told at once", "told while the next step runs"])
+def overlaps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU, and as on a GPU."""
+    overlaps = request.param != "told at once"
+    monkeypatch.setattr(Runner, "overlaps", property(lambda runner: overlaps))
+
+
 def api(app: FastAPI) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=30)
 
@@ -136,10 +143,10 @@ def test_the_event_loop_answers_while_the_model_runs(fresh: World, monkeypatch: 
     runner = runner_of(fresh)
     real, inside, go_on = runner.step, threading.Event(), threading.Event()
 
-    def slow(batch: Any) -> Any:
+    def slow(*batch: Any) -> Any:
         inside.set()
         assert go_on.wait(10)
-        return real(batch)
+        return real(*batch)
 
     monkeypatch.setattr(runner, "step", slow)
 
@@ -201,11 +208,11 @@ def test_a_client_that_goes_away_frees_its_row_by_the_next_step(fresh: World, mo
     real, seen, gate = runner.step, [], threading.Semaphore(0)
     stepped = threading.Event()
 
-    def counted(works: Any) -> Any:
+    def counted(works: Any, *more: Any) -> Any:
         seen.append(len(works))
         stepped.set()
         assert gate.acquire(timeout=10)
-        return real(works)
+        return real(works, *more)
 
     monkeypatch.setattr(runner, "step", counted)
 
@@ -238,10 +245,10 @@ def test_a_cancelled_request_that_waits_never_runs(fresh: World, monkeypatch: py
     runner, engine = runner_of(fresh), fresh.service.engine
     real, inside, go_on = runner.step, threading.Event(), threading.Event()
 
-    def slow(batch: Any) -> Any:
+    def slow(*batch: Any) -> Any:
         inside.set()
         assert go_on.wait(10)
-        return real(batch)
+        return real(*batch)
 
     monkeypatch.setattr(runner, "step", slow)
 
@@ -292,10 +299,10 @@ def test_stopping_answers_everybody(fresh: World, monkeypatch: pytest.MonkeyPatc
     runner, engine = runner_of(fresh), fresh.service.engine
     real, inside = runner.step, threading.Event()
 
-    def slow(batch: Any) -> Any:
+    def slow(*batch: Any) -> Any:
         inside.set()
         time.sleep(0.02)
-        return real(batch)
+        return real(*batch)
 
     monkeypatch.setattr(runner, "step", slow)
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from server.engine.runner import Runner
 from server.engine.types import Event, Finished, Piece, Row, Sampling, Steer
 from steering.checkpoint import load
 from steering.operators import trace
@@ -16,6 +17,13 @@ from steering.types import RowSteering
 from tests.server.conftest import World
 
 PROMPT = "Q: What colour"
+
+
+@pytest.fixture(autouse=True, params=["told at once", "told while the next step runs"])
+def overlaps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU, and as on a GPU."""
+    overlaps = request.param != "told at once"
+    monkeypatch.setattr(Runner, "overlaps", property(lambda runner: overlaps))
 
 
 def events(world: World, rows: Sequence[Row]) -> list[Event]:
@@ -114,3 +122,18 @@ def test_a_trace_says_what_the_formulas_say_of_each_token(world: World, model: A
             assert touch.cosine == pytest.approx(float(expected.cosines[token, i]), rel=1e-2, abs=1e-4)
     assert not world.service.engine._runner.forward.steering.traced or events(world, [replace(plain, index=9)])
     assert not world.service.engine._runner.forward.steering.traced, "nobody asks, nothing is recorded"
+
+
+def test_the_last_of_a_text_is_told_although_no_step_follows(world: World) -> None:
+    for _ in range(3):
+        *pieces, last = events(world, [row(world, max_new_tokens=2)])
+        assert len(pieces) == 2
+        assert isinstance(last, Finished)
+
+
+def test_a_text_is_told_in_the_order_in_which_it_was_drawn(world: World) -> None:
+    seen = events(world, [row(world, i, seed=i, max_new_tokens=5 + i) for i in range(4)])
+    for index in range(4):
+        own = [event for event in seen if event.row.index == index]
+        assert [event.index for event in own if isinstance(event, Piece)] == list(range(5 + index))
+        assert isinstance(own[-1], Finished)

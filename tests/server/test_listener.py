@@ -54,10 +54,10 @@ class Slow:
         self._real = runner.step
         runner.step = self
 
-    def __call__(self, batch: Any) -> Any:
+    def __call__(self, *batch: Any) -> Any:
         self.inside.set()
         time.sleep(0.03)
-        return self._real(batch)
+        return self._real(*batch)
 
 
 @contextmanager
