@@ -35,7 +35,7 @@ from server.exchange import (
 from server.metrics import Metrics
 from server.registry import Holding, Loaded, Registry
 from server.text import Codec
-from server.ticket import Mailbox, Ticket
+from server.ticket import Ticket
 from steering.types import RowSteering
 
 IMPOSSIBLE = -9999.0
@@ -73,7 +73,6 @@ class Service:
         self.engine = engine
         self.registry = registry
         self.metrics = metrics
-        self._own_mailbox: Mailbox | None = None
 
     async def generate(self, ask: Ask) -> Answer:
         """Every prompt, `n` times, by every arm.
@@ -125,7 +124,7 @@ class Service:
             arms = await asyncio.to_thread(self._arms, ask, holding)
             rows = self._rows(f"gen-{secrets.token_hex(12)}", ask, prompts, [arm.steer for arm in arms], stream=stream)
             ended = holding.claim()
-            ticket = Ticket(self._mailbox(), len(rows), on_end=ended, interval=self.settings.stream_interval)
+            ticket = Ticket(len(rows), on_end=ended, interval=self.settings.stream_interval)
             try:
                 self.engine.submit(rows, ticket)
             except Exception:
@@ -136,12 +135,6 @@ class Service:
             holding.close()
             raise
         return _Run(created, ask, arms, rows, ticket, holding, echoes)
-
-    def _mailbox(self) -> Mailbox:
-        """That of the running event loop."""
-        if self._own_mailbox is None or self._own_mailbox.loop is not asyncio.get_running_loop():
-            self._own_mailbox = Mailbox()
-        return self._own_mailbox
 
     def _score_prompts(
         self, ask: Ask, prompts: Sequence[tuple[int, ...]], steer: Steer

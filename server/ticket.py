@@ -1,55 +1,20 @@
 """Brings the engine's events of one request back to the event loop."""
 
 import asyncio
-import logging
-from collections import deque
 from collections.abc import AsyncIterator, Callable
-from typing import Any
 
 from server.engine.types import Event, Failed, Finished, Piece
 from server.errors import ServerError
-
-log = logging.getLogger(__name__)
-
-
-class Mailbox:
-    """Calls from other threads into the running event loop. It is woken once for all that come until it looks: a step
-    of the engine tells many requests at one moment."""
-
-    def __init__(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self._calls: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
-        self._woken = False
-
-    def post(self, call: Callable[..., None], *args: Any) -> None:
-        """From any thread. Raises RuntimeError when the loop has been closed."""
-        self._calls.append((call, args))
-        if not self._woken:
-            self._woken = True
-            try:
-                self.loop.call_soon_threadsafe(self._open)
-            except RuntimeError:
-                self._woken = False
-                raise
-
-    def _open(self) -> None:
-        self._woken = False  # before looking: what comes from now on is either seen or wakes the loop again
-        while self._calls:
-            call, args = self._calls.popleft()
-            try:
-                call(*args)
-            except Exception:
-                log.exception("an event of the engine could not be taken")
 
 
 class Ticket:
     """The sink of one request. Await `finished`, after all `pieces` where rows stream; `on_end` runs once, when the
     engine holds none of its rows."""
 
-    def __init__(self, mailbox: Mailbox, rows: int, on_end: Callable[[], None], *, interval: int = 1) -> None:
-        """`interval`: a row's tokens are handed over this many at a time; the first one comes at once."""
-        self._mailbox = mailbox
-        self._future: asyncio.Future[list[Finished]] = mailbox.loop.create_future()
+    def __init__(self, rows: int, on_end: Callable[[], None], *, interval: int = 1) -> None:
+        """`interval`: a row's tokens wake the event loop this many at a time; the first one comes at once."""
+        self._loop = asyncio.get_running_loop()
+        self._future: asyncio.Future[list[Finished]] = self._loop.create_future()
         # A failure that nobody awaits, because the client has gone, is no surprise.
         self._future.add_done_callback(lambda future: future.cancelled() or future.exception())
         self._pieces: asyncio.Queue[Piece | None] = asyncio.Queue()  # None: no more will come
@@ -76,7 +41,7 @@ class Ticket:
             self._on_end()
         self._flush()
         if self._left == 0:
-            self._mailbox.post(self._settle)
+            self._loop.call_soon_threadsafe(self._settle)
 
     async def finished(self) -> list[Finished]:
         """Every row's last event, in the order of the rows. Raises the first failure."""
@@ -97,7 +62,7 @@ class Ticket:
     def _flush(self) -> None:
         held, self._held = self._held, []
         if held:
-            self._mailbox.post(self._put, held)
+            self._loop.call_soon_threadsafe(self._put, held)
 
     def _put(self, pieces: list[Piece]) -> None:
         for piece in pieces:

@@ -14,7 +14,7 @@ from server.api.schemas import GenerateRequest
 from server.app import create_app
 from server.config import Settings
 from server.engine.types import Draw, Finished, Piece, Row, Sampling, Timing
-from server.ticket import Mailbox, Ticket
+from server.ticket import Ticket
 from tests.server.conftest import World
 from tests.server.test_engine import _disconnecting, api, runner_of
 
@@ -175,7 +175,7 @@ def test_the_first_token_does_not_wait_and_no_text_waits_for_another() -> None:
         return Finished(rows[row], (7,), "a", "length", 0, Timing(0, 0, 0), ())
 
     async def story() -> list[list[tuple[int, int]]]:
-        ticket = Ticket(Mailbox(), 2, on_end=lambda: None, interval=4)
+        ticket = Ticket(2, on_end=lambda: None, interval=4)
         seen: list[list[tuple[int, int]]] = []
 
         async def take() -> None:
