@@ -4,8 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Exact versions for repeatable installs; `make install CONSTRAINTS=` takes the newest that pyproject.toml admits.
 CONSTRAINTS ?= constraints.txt
-HOST ?= 127.0.0.1
-PORT ?= 8000
+HOST ?= $(or $(MATSTEER_HOST),127.0.0.1)
+PORT ?= $(or $(MATSTEER_PORT),8000)
 EXAMPLES ?= 300
 
 BIN := $(VENV)/bin

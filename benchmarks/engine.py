@@ -5,7 +5,6 @@ Contenders answer the same requests in turn, round by round, so that a slow minu
 
 import argparse
 import json
-import random
 import statistics
 import sys
 import time
@@ -90,8 +89,9 @@ def measure(shape: str, dtype: str, rows: int, names: Sequence[str], *, count: i
             print(f"{name} is left out: {error}", file=sys.stderr)
     rates: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for number in range(rounds + 1):  # the first one warms up
-        # In another order each time: who comes after whom makes a difference.
-        for contender in random.Random(number).sample(contenders, len(contenders)):
+        # Each round begins with another one: who comes after whom makes a difference.
+        first = number % len(contenders)
+        for contender in [*contenders[first:], *contenders[:first]]:
             asked = work[: contender.subset]
             time.sleep(PAUSE_S)
             start = time.perf_counter()

@@ -7,7 +7,6 @@ Ours steers every text; vLLM's does not.
 import argparse
 import asyncio
 import json
-import random
 import statistics
 import sys
 import tempfile
@@ -113,8 +112,9 @@ def vllm(stack: ExitStack, python: str, folder: Path, dtype: str, way: str) -> C
 def measure(contenders: Sequence[Contender], clients: int, rounds: int, work: Mapping[str, Any]) -> dict[str, Any]:
     seen: dict[str, list[Summary]] = {contender.name: [] for contender in contenders}
     for number in range(rounds + 1):  # the first one warms up
-        # In another order each time: who comes after whom makes a difference.
-        for contender in random.Random(number).sample(contenders, len(contenders)):
+        # Each round begins with another one: who comes after whom makes a difference.
+        first = number % len(contenders)
+        for contender in [*contenders[first:], *contenders[:first]]:
             summary = asyncio.run(load(contender, clients, Workload(contender.model, seed=number, **work)))
             if summary.failed:
                 raise RuntimeError(f"{contender.name}: {summary.first_error}")

@@ -107,9 +107,9 @@ class Delivery:
     def clear(self, error: ServerError) -> None:
         """Fail every row that there is."""
         self.tell()
-        for tape in self._scheduler.clear():
-            if tape.row:
-                self._end(Failed(tape.row, error))
+        self._scheduler.clear()
+        for row in list(self._progress):
+            self._end(Failed(row, error))
 
     def _drop(self, request: str, *, keep: bool = True) -> list[tuple[Tape, Progress]]:
         """Takes a request's rows out, wherever they are; each still owes its last event."""

@@ -8,6 +8,7 @@ longest one, so a row that is much longer or shorter than its neighbours gets a 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from server.engine.decode_attention import DecodeAttention
 from server.engine.store import Store, lines
 from server.engine.tape import Extent, Work
 from server.engine.torch_attention import Rules, attention, hidden_keys
+from steering.row_table import upload
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Plan:
     def _written(self, heads: int) -> Tensor:
         """[N * heads]: where the tokens' keys and values go in a store with so many heads."""
         if heads not in self._lines:
-            table = torch.tensor(self.spans, device=self.places.device)
+            table = upload(np.array(self.spans, dtype=np.int64), self.places.device)
             starts, sizes = table[:, :2].repeat_interleave(table[:, 2], dim=0, output_size=len(self.places)).T
             self._lines[heads] = lines(starts, sizes, self.places, heads)
         return self._lines[heads]
@@ -125,7 +127,7 @@ def _mask(piece: Piece, window: int | None, groups: int, dtype: torch.dtype, dev
     if piece.count == 1 and len(set(piece.lengths)) == 1:
         return None  # each sees all that there is
     start, stop = piece.span(window)
-    lengths = torch.tensor(piece.lengths, device=device)[:, None]
+    lengths = upload(np.array(piece.lengths), device)[:, None]
     # [rows, new tokens]: the last key that each may see
     last = lengths - piece.count + torch.arange(piece.count, device=device)
     hidden = hidden_keys(torch.arange(start, stop, device=device), last, window)

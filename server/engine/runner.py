@@ -68,6 +68,8 @@ class Runner:
         ends = np.cumsum([len(work) for work in works]).tolist()
         drawing = {work.tape: end - 1 for work, end in zip(works, ends, strict=True) if work.draws}
         self.forward.steering.record(any(tape.row and tape.row.trace for tape in drawing))
+        if drawing:
+            self._prepare(list(drawing))
         logits, counts = self.compute(works, list(drawing.values()))
         drawn = self._draw(list(drawing), logits) if drawing else None
         # The one copy from the device that a step needs; logprobs, where asked for, are a second one.
@@ -106,11 +108,15 @@ class Runner:
         numbers = {site: traces[site][place].tolist() for _, site, _ in asked}
         return tuple(Touch(attribute, str(site), *numbers[site][index]) for attribute, site, index in asked)
 
-    def _draw(self, tapes: Sequence[Tape], logits: Tensor) -> Drawn:
+    def _prepare(self, tapes: Sequence[Tape]) -> None:
+        """The sampler of these rows; before the forward pass, whose end its copies to the device would wait for."""
         rows = [tape.row for tape in tapes]
         if self._sampler is None or rows != self._rows:
             rules = [row.sampling for row in rows if row]
-            self._sampler, self._rows = Sampler(rules, logits.shape[-1], logits.device), rows
+            self._sampler, self._rows = Sampler(rules, self.vocab, self.forward.device), rows
+
+    def _draw(self, tapes: Sequence[Tape], logits: Tensor) -> Drawn:
+        assert self._sampler is not None, "prepared before"
         with torch.inference_mode():
             return self._sampler.draw(
                 logits, [tape.tokens for tape in tapes], [len(tape.tokens) - tape.prompt for tape in tapes]

@@ -8,10 +8,12 @@ a neighbour switches the rule on.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from server.engine.types import Sampling
+from steering.row_table import upload
 
 GREEDY_BELOW = 1e-4  # a temperature under this would overflow the logits; the result is the same
 GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15: splitmix64's increment, as a signed 64-bit integer
@@ -66,7 +68,7 @@ class Sampler:
         seen = torch.zeros(raw.shape, dtype=torch.bool)
         for row in penalised:
             seen[row, torch.tensor(texts[row])] = True
-        seen = seen.to(self._device)
+        seen = upload(seen.numpy(), self._device)
         return torch.where(seen, torch.where(raw < 0, raw * self._penalty, raw / self._penalty), raw)
 
     def _sample(self, scores: Tensor, steps: Sequence[int]) -> Tensor:
@@ -74,7 +76,7 @@ class Sampler:
         # In float64, so that the sum's rounding does not depend on how many rows share the batch.
         cumulative = torch.softmax(scores, dim=-1).double().cumsum(dim=-1)
         total = cumulative[:, -1:]
-        chances = uniforms(self._keys, torch.tensor(steps, device=self._device))
+        chances = uniforms(self._keys, upload(np.array(steps), self._device))
         target = torch.minimum(chances[:, None] * total, total.nextafter(total - 1))
         # right=True: the first token whose cumulative probability exceeds the target, hence one with some probability.
         return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=scores.shape[-1] - 1)

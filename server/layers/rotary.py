@@ -29,13 +29,12 @@ class FusedRotary:
         self.own = own
         self._functions = functions
 
-    def __call__(
-        self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *more: Any, **named: Any
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, *given: Any, **named: Any) -> tuple[Tensor, Tensor]:
         """query [1, heads, N, width], key [1, key heads, N, width], cos and sin [1, N, width] -> both, turned."""
-        function = self._functions.get(query.dtype)
-        if function is None or more or named or not _fits(query, key, cos, sin):
-            return self.own(query, key, cos, sin, *more, **named)
+        function = self._functions.get(given[0].dtype) if len(given) == 4 and not named else None
+        if function is None or not _fits(*given):
+            return self.own(*given, **named)
+        query, key, cos, sin = given
         _, heads, tokens, width = query.shape
         key_heads = key.shape[1]
         queries, keys = query.new_empty(1, tokens, heads, width), key.new_empty(1, tokens, key_heads, width)
@@ -99,12 +98,12 @@ def _says_the_same(mine: FusedRotary, dtype: torch.dtype) -> bool:
     query, key = (torch.randn(1, 5, heads, 8, generator=random).to(dtype).transpose(1, 2) for heads in (4, 2))
     angles = torch.randn(1, 5, 4, generator=random).repeat(1, 1, 2)
     angle = angles.cos().to(dtype), angles.sin().to(dtype)
+    tolerance = 1e-6 if dtype == torch.float32 else 0
     try:
         expected = mine.own(query, key, *angle)
-    except (RuntimeError, TypeError):  # it is called with something else
+        return all(
+            found.dtype == other.dtype and torch.allclose(found, other, rtol=tolerance, atol=tolerance)
+            for found, other in zip(mine(query, key, *angle), expected, strict=True)
+        )
+    except Exception:  # it is called with something else
         return False
-    tolerance = 1e-6 if dtype == torch.float32 else 0
-    return all(
-        found.dtype == other.dtype and torch.allclose(found, other, rtol=tolerance, atol=tolerance)
-        for found, other in zip(mine(query, key, *angle), expected, strict=True)
-    )

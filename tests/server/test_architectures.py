@@ -42,6 +42,13 @@ MORE = {
             }
         },
     ),
+    # Reads its rotary embedding's settings in every pass.
+    "granite_swa": Family(
+        "GraniteSWAForCausalLM",
+        "GraniteSWAConfig",
+        GROUPED
+        | {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
     "gpt_oss": Family(
         "GptOssForCausalLM",
         "GptOssConfig",

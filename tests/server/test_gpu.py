@@ -7,7 +7,8 @@ import pytest
 import torch
 from accelerate import dispatch_model
 
-from server.engine.types import Row, Steer
+from server.engine.tape import Tape
+from server.engine.types import Row, Sampling, Steer
 from steering.types import RowSteering
 from tests.server.desk import Desk
 from tests.server.reference import greedy, plain
@@ -52,6 +53,27 @@ def test_columns_that_come_while_graphs_exist_act() -> None:
     assert texts[again] == before
     assert texts[steered] != before
     assert desk.steered[steered] == row.sampling.max_new_tokens
+
+
+def test_nothing_waits_for_the_device_until_rows_have_been_told() -> None:
+    desk = Desk(tiny("llama").to("cuda"), largest=64, roots=8, graphs=True)
+    sampling = Sampling(max_new_tokens=30, temperature=1.0, top_p=0.9, min_p=0.01, seed=3)
+    desk.scheduler.add([Tape.of(Row("r", index, (5, 6, 7 + index), sampling)) for index in range(3)])
+    for _ in range(5):
+        desk.step()
+    told: list[bool] = []
+
+    def tell() -> None:
+        torch.cuda.set_sync_debug_mode("default")
+        told.append(True)
+
+    works = desk.scheduler.next()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        desk.runner.step(works, tell)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert told
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two CUDA devices")

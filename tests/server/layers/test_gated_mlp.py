@@ -72,16 +72,23 @@ class Clamped(LlamaMLP):
         return super().forward(x).clamp(-1, 1)
 
 
+class ClampedFarOut(LlamaMLP):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        up, gate = self.up_proj(x).clamp(-10, 10), self.gate_proj(x).clamp(max=10)
+        return self.down_proj(self.act_fn(gate) * up)
+
+
 class Routed(LlamaMLP):
     def forward(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return weights * super().forward(x)
 
 
-@pytest.mark.parametrize("kind", [Clamped, Routed])
-def test_a_layer_that_does_more_is_left_alone(kind: type) -> None:
+@pytest.mark.parametrize("size", [1.0, 0.02])
+@pytest.mark.parametrize("kind", [Clamped, ClampedFarOut, Routed])
+def test_a_layer_that_does_more_is_left_alone(kind: type, size: float) -> None:
     holder = nn.Sequential(kind(LlamaConfig(**SIZES))).requires_grad_(False)
     for parameter in holder.parameters():
-        nn.init.normal_(parameter)
+        nn.init.normal_(parameter, 0, size)
     pack(holder)
     assert fuse_mlps(holder) == 0
     assert isinstance(holder[0], kind)

@@ -54,6 +54,9 @@ def test_what_the_kernel_does_not_know_is_turned_by_the_models_own_function() ->
     for name, case in cases.items():
         for found, expected in zip(mine(*case), OWN(*case), strict=True):
             assert torch.equal(found, expected), name
+    named = dict(zip(("q", "k", "cos", "sin"), cases["gradients"], strict=True))
+    for found, expected in zip(mine(**named), OWN(**named), strict=True):
+        assert torch.equal(found, expected)
     flat = query.transpose(1, 2), key.transpose(1, 2), *angles(5, 8, torch.float32)
     for found, expected in zip(mine(*flat, unsqueeze_dim=2), OWN(*flat, unsqueeze_dim=2), strict=True):
         assert torch.equal(found, expected)

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from server.layers.rotary_table import FIXED, SHORTEST, RotaryTable, tabulate_rotary
+from server.layers.rotary_table import FIXED, LONGEST, SHORTEST, RotaryTable, tabulate_rotary
 from tests.server.test_architectures import MORE, tiny
 from tests.steering.families import FAMILIES
 
@@ -36,7 +36,7 @@ def test_a_table_says_what_is_computed(kind: str, dtype: torch.dtype) -> None:
     holder, own, x = torch.nn.Sequential(embedding(kind)), embedding(kind), torch.zeros(1, 1, 32, dtype=dtype)
     assert tabulate_rotary(holder) == 1
     assert tabulate_rotary(holder) == 0, "again, and nothing changes"
-    for positions in ([0], [5, 5, 2], [SHORTEST - 1], [SHORTEST], [5000, 1], []):
+    for positions in ([0], [5, 5, 2], [SHORTEST - 1], [SHORTEST], [5000, 1], [LONGEST - 1], [LONGEST, 2], []):
         places = torch.tensor([positions], dtype=torch.int64)
         for found, expected in zip(holder[0](x, position_ids=places), own(x, places), strict=True):
             assert found.shape == expected.shape
@@ -50,6 +50,24 @@ def test_a_position_has_the_same_bits_beside_any_others() -> None:
     for others in ([77, 3], list(range(200))):
         found, _ = table(torch.zeros(1), torch.tensor([others]))
         assert torch.equal(found[0, others.index(77)], alone[0, 0])
+
+
+def test_a_table_has_an_end() -> None:
+    table = RotaryTable(embedding("default"))
+    table(torch.zeros(1), torch.tensor([[10 * LONGEST]]))
+    assert not table._tables
+    table(torch.zeros(1), torch.tensor([[LONGEST - 1]]))
+    assert [len(cos) for cos, _ in table._tables.values()] == [LONGEST]
+
+
+def test_what_models_read_of_their_own_is_there() -> None:
+    own = embedding("llama3")
+    table = RotaryTable(own)
+    assert table.config is own.config
+    assert table.rope_type == "llama3"
+    assert table.inv_freq is own.inv_freq
+    with pytest.raises(AttributeError, match="nothing_like_this"):
+        _ = table.nothing_like_this
 
 
 def test_several_texts_are_computed() -> None:
