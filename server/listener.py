@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import socket
-from contextlib import suppress
 from ipaddress import ip_address
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -47,8 +47,7 @@ def _bind(host: str, port: int) -> socket.socket:
 
 def run(app: FastAPI, bound: socket.socket, *, drain_s: float) -> None:
     """Serve until SIGTERM or SIGINT; a second one does not wait."""
-    with suppress(KeyboardInterrupt):  # raised again once everything has ended
-        DrainingServer(app, drain_s=drain_s).run(sockets=[bound])
+    DrainingServer(app, drain_s=drain_s).run(sockets=[bound])
 
 
 class DrainingServer(uvicorn.Server):
@@ -59,6 +58,10 @@ class DrainingServer(uvicorn.Server):
         service: Service = app.state.service
         self._engine = service.engine
         self._drain_s = drain_s
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        self._captured_signals.clear()  # not to be raised again at the end: who ends as asked ends with 0
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._engine.drain()

@@ -1,9 +1,13 @@
 """How the server comes to its address, and how it ends."""
 
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -107,3 +111,41 @@ def test_a_draining_server_is_not_ready_and_takes_nothing_new(fresh: World) -> N
     assert "draining" in ready.json()["error"]["message"]
     assert fresh.refused(prompt="a")[0] == 503
     assert fresh.client.get("/healthz").status_code == 200
+
+
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_that_is_asked_to_end_finishes_and_ends_with_0(settings: Settings, asked: signal.Signals) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "server.cli", "serve", "--port", str(port), "--model", str(settings.model)]
+    server = subprocess.Popen(
+        [*command, "--checkpoints", str(settings.checkpoints)],
+        env=os.environ | {"MATSTEER_REMEMBER": "false"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_until(lambda: httpx.get(f"{url}/readyz", trust_env=False).status_code == 200)
+        body = {"prompt": "a", "max_new_tokens": 60, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{url}/generate", json=body, timeout=30, trust_env=False) as told:
+            lines = told.iter_lines()
+            next(lines)
+            server.send_signal(asked)
+            assert "event: done" in list(lines)
+        _, said = server.communicate(timeout=20)
+    finally:
+        server.kill()
+    assert server.returncode == 0, said
+    assert "Traceback" not in said
+
+
+def wait_until(ready: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            if ready():
+                return
+        except httpx.HTTPError:
+            pass
+        assert time.monotonic() < deadline, "the server did not start"
+        time.sleep(0.05)
