@@ -19,6 +19,7 @@ import torch
 from benchmarks.apart import Apart
 from benchmarks.contenders import Contender, ContinuousBatching, Generate, Ours, Pyvene, Vllm, product_seconds
 from benchmarks.machine import described
+from benchmarks.turns import in_turn
 from benchmarks.workload import SHAPES, llama, requests
 from server.engine.team import usable_cores
 from server.layers.linears import pack
@@ -89,9 +90,7 @@ def measure(shape: str, dtype: str, rows: int, names: Sequence[str], *, count: i
             print(f"{name} is left out: {error}", file=sys.stderr)
     rates: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for number in range(rounds + 1):  # the first one warms up
-        # Each round begins with another one: who comes after whom makes a difference.
-        first = number % len(contenders)
-        for contender in [*contenders[first:], *contenders[:first]]:
+        for contender in in_turn(contenders, number):
             asked = work[: contender.subset]
             time.sleep(PAUSE_S)
             start = time.perf_counter()

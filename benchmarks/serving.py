@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.machine import described
 from benchmarks.processes import Running, running
+from benchmarks.turns import in_turn
 from benchmarks.workload import SHAPES, columns, llama
 from server.bench import Summary, Workload, closed
 from steering import checkpoint as checkpoints
@@ -112,9 +113,7 @@ def vllm(stack: ExitStack, python: str, folder: Path, dtype: str, way: str) -> C
 def measure(contenders: Sequence[Contender], clients: int, rounds: int, work: Mapping[str, Any]) -> dict[str, Any]:
     seen: dict[str, list[Summary]] = {contender.name: [] for contender in contenders}
     for number in range(rounds + 1):  # the first one warms up
-        # Each round begins with another one: who comes after whom makes a difference.
-        first = number % len(contenders)
-        for contender in [*contenders[first:], *contenders[:first]]:
+        for contender in in_turn(contenders, number):
             summary = asyncio.run(load(contender, clients, Workload(contender.model, seed=number, **work)))
             if summary.failed:
                 raise RuntimeError(f"{contender.name}: {summary.first_error}")

@@ -64,7 +64,7 @@ class Runner:
         return self.forward.device.type == "cuda"
 
     def step(self, works: Sequence[Work], meanwhile: Callable[[], None] = lambda: None) -> list[Outcome]:
-        """The outcome of each work, in order. `meanwhile` is done while the device computes, if it `overlaps`."""
+        """The outcome of each work, in order. `meanwhile` is done before the host waits for the device."""
         ends = np.cumsum([len(work) for work in works]).tolist()
         drawing = {work.tape: end - 1 for work, end in zip(works, ends, strict=True) if work.draws}
         self.forward.steering.record(any(tape.row and tape.row.trace for tape in drawing))
@@ -75,8 +75,7 @@ class Runner:
         # The one copy from the device that a step needs; logprobs, where asked for, are a second one.
         parts = [counts] if drawn is None else [counts, drawn.tokens, drawn.finite.long()]
         copy = HostCopy(torch.cat(parts))
-        if self.overlaps:
-            meanwhile()
+        meanwhile()
         host = copy.numbers()
         touches = [self._touches(tape, place) for tape, place in drawing.items()]
         draws = iter(() if drawn is None else _draws(list(drawing), drawn, host[ends[-1] :], touches))

@@ -1,4 +1,4 @@
-"""Feed-forward layers with a gate, down(silu(gate(x)) * up(x)), on a CPU: three operations instead of eight."""
+"""Feed-forward layers with a gate, down(silu(gate(x)) * up(x)), on a CPU: three operations instead of five."""
 
 import ctypes
 from pathlib import Path
@@ -64,17 +64,17 @@ def _is_silu(activation: Any, function: Any, dtype: torch.dtype) -> bool:
 
 
 def _says_the_same(mine: GatedMLP, own: Any, gate: JoinedLinear) -> bool:
-    """On inputs of all sizes: some layers clamp what is large."""
+    """On tokens of all sizes, for some layers clamp what is large; each by itself. One pass: at the start of a large
+    model every pass counts."""
+    sizes = torch.tensor([1, 30, 1e3, 1e5]).repeat(2)[:, None]
     random = torch.Generator().manual_seed(0)
-    tolerance = 1e-5 if gate.whole.dtype == torch.float32 else 1e-2
-    for scale in (1, 30, 1e3, 1e5):
-        x = scale * torch.randn(64, gate.in_features, generator=random).to(gate.whole.dtype)
-        try:
-            found, expected = mine(x), own(x)
-        except Exception:  # it wants more than x, or its layers do not go together like that
-            return False
-        if not isinstance(expected, Tensor) or expected.shape != found.shape:
-            return False
-        if not (found - expected).float().norm() <= tolerance * expected.float().norm():
-            return False
-    return True
+    x = (sizes * torch.randn(len(sizes), gate.in_features, generator=random)).to(gate.whole.dtype)
+    try:
+        found, expected = mine(x), own(x)
+    except Exception:  # it wants more than x, or its layers do not go together like that
+        return False
+    if not isinstance(expected, Tensor) or expected.shape != found.shape:
+        return False
+    tolerance = 1e-5 if x.dtype == torch.float32 else 1e-2
+    away = (found - expected).float().norm(dim=-1)
+    return bool((away <= tolerance * expected.float().norm(dim=-1)).all())

@@ -1,4 +1,4 @@
-"""Rotary position embeddings of a model on a CPU: one operation instead of fifteen.
+"""Rotary position embeddings of a model on a CPU: one operation instead of sixteen.
 
 transformers' attention layers call a function of their file, `apply_rotary_pos_emb`. A layer's `forward` is made anew
 with the same code and another function under that name, for this layer alone: the file and other models stay as they
@@ -49,7 +49,7 @@ def _fits(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> bool:
     return (
         query.dtype == key.dtype == cos.dtype == sin.dtype
         and query.shape[0] == 1
-        and (1, *query.shape[2:]) == (1, *key.shape[2:]) == cos.shape == sin.shape
+        and (1, *query.shape[2:]) == (key.shape[0], *key.shape[2:]) == cos.shape == sin.shape
         and query.shape[3] % 2 == 0
         and query.stride(3) == key.stride(3) == 1
         and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad))

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from server.app import create_app
 from server.config import Settings
+from server.engine.runner import Runner
 from server.service import Service
 from steering.checkpoint import BaseModelInfo, base_model_info, save
 from steering.types import Column, Gate, Positions, Site
@@ -204,3 +205,10 @@ def fresh(settings: Settings) -> Iterator[World]:
 @pytest.fixture(scope="session")
 def spelling(model_folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(model_folder)
+
+
+@pytest.fixture(params=["told at once", "told while the next step runs"])
+def overlaps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU, and as on a GPU."""
+    overlaps = request.param != "told at once"
+    monkeypatch.setattr(Runner, "overlaps", property(lambda runner: overlaps))

@@ -12,12 +12,7 @@ from fastapi import FastAPI
 from server.engine.runner import Runner
 from tests.server.conftest import World
 
-
-@pytest.fixture(autouse=True, params=["told at once", "told while the next step runs"])
-def overlaps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a CPU, and as on a GPU."""
-    overlaps = request.param != "told at once"
-    monkeypatch.setattr(Runner, "overlaps", property(lambda runner: overlaps))
+pytestmark = pytest.mark.usefixtures("overlaps")
 
 
 def api(app: FastAPI) -> httpx.AsyncClient:

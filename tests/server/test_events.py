@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from server.engine.runner import Runner
 from server.engine.types import Event, Finished, Piece, Row, Sampling, Steer
 from steering.checkpoint import load
 from steering.operators import trace
@@ -19,11 +18,7 @@ from tests.server.conftest import World
 PROMPT = "Q: What colour"
 
 
-@pytest.fixture(autouse=True, params=["told at once", "told while the next step runs"])
-def overlaps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a CPU, and as on a GPU."""
-    overlaps = request.param != "told at once"
-    monkeypatch.setattr(Runner, "overlaps", property(lambda runner: overlaps))
+pytestmark = pytest.mark.usefixtures("overlaps")
 
 
 def events(world: World, rows: Sequence[Row]) -> list[Event]:
