@@ -28,6 +28,11 @@ class PackedLinear(nn.Module):
         self.bias = bias
         self._packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
 
+    @staticmethod
+    def takes(dtype: torch.dtype) -> bool:
+        """Whether oneDNN computes with it on this CPU: bfloat16 needs AVX-512 or newer."""
+        return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
     @property
     def weight(self) -> Tensor:
         """A plain copy, [out, in]."""
@@ -88,7 +93,7 @@ def pack(model: Any, *, native: bool = True) -> int:
     packed = 0
     with torch.no_grad():
         for parent in list(model.modules()):
-            plain = {name: child for name, child in parent.named_children() if _can_pack(child)}
+            plain = {name: child for name, child in parent.named_children() if _can_pack(child, native)}
             packed += len(plain)
             for names in TOGETHER:
                 if set(names) <= plain.keys() and len({plain[name].bias is None for name in names}) == 1:
@@ -104,10 +109,11 @@ def _packed(weight: Tensor, bias: Tensor | None, native: bool) -> Packed:
     return TiledLinear(weight, bias, function) if function else PackedLinear(weight, bias)
 
 
-def _can_pack(layer: nn.Module) -> bool:
+def _can_pack(layer: Any, native: bool) -> bool:
     # Only the classes themselves: a subclass computes something else.
-    weight: Any = getattr(layer, "weight", None)
-    return type(layer) in (nn.Linear, Conv1D) and weight.device.type == "cpu" and weight.dtype in DTYPES
+    if type(layer) not in (nn.Linear, Conv1D) or layer.weight.device.type != "cpu" or layer.weight.dtype not in DTYPES:
+        return False
+    return PackedLinear.takes(layer.weight.dtype) or (native and tiled_linear(_weight(layer)) is not None)
 
 
 def _weight(layer: Any) -> Tensor:

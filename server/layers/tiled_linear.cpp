@@ -15,40 +15,50 @@ const int64_t OUTPUTS = 32;  // of a tile
 const int64_t UNITS = 1024;  // of a tile's inputs that are summed at a time: they stay in the core's cache
 const int64_t TOKENS = 192;  // that one task computes
 
-const int LANES = 16, GROUP = 12;  // as many sums as fit into AVX-512's registers: of 12 tokens, two vectors each
-typedef float Lanes __attribute__((vector_size(64), aligned(4)));
+// As many sums as fit into the registers: of GROUP tokens, VECTORS each.
+#ifdef __AVX512F__
+const int LANES = 16, GROUP = 12;
+#else
+const int LANES = 8, GROUP = 3;
+#endif
+const int VECTORS = OUTPUTS / LANES;
+typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint32_t Bits __attribute__((vector_size(4 * LANES), aligned(4)));
 
-// Inputs come in units of 32 bits: a float, or two bfloat16 that are multiplied at once.
+// Inputs come in units of 32 bits: a float, or two bfloat16.
 struct Floats {
     typedef float Number, Unit;
     static void add(Lanes &sum, const float *weight, float x) { sum += *reinterpret_cast<const Lanes *>(weight) * x; }
 };
 
-#ifdef __AVX512BF16__
 struct Pairs {
     typedef bfloat16 Number;
     typedef int32_t Unit;
     static void add(Lanes &sum, const int32_t *weight, int32_t x) {
+#ifdef __AVX512BF16__
         sum = (Lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(weight), (__m512bh)_mm512_set1_epi32(x));
+#else
+        const Bits both = *reinterpret_cast<const Bits *>(weight), given = Bits{} + uint32_t(x), high = Bits{} + 0xffff0000;
+        sum += (Lanes)(both << 16) * (Lanes)(given << 16);
+        sum += (Lanes)(both & high) * (Lanes)(given & high);
+#endif
     }
 };
-#endif
 
 // Adds x [COUNT][units] times weight [units][OUTPUTS] to sums [COUNT][OUTPUTS].
 template <typename Kind, int COUNT>
 void multiply(const typename Kind::Unit *weight, const typename Kind::Unit *x, int64_t units, int64_t x_stride,
               float *sums) {
-    Lanes lanes[COUNT][2] = {};
+    Lanes lanes[COUNT][VECTORS] = {};
     for (int64_t i = 0; i < units; i++, weight += OUTPUTS) {
 #pragma GCC unroll 12
-        for (int n = 0; n < COUNT; n++) {
-            Kind::add(lanes[n][0], weight, x[n * x_stride + i]);
-            Kind::add(lanes[n][1], weight + LANES, x[n * x_stride + i]);
-        }
+        for (int n = 0; n < COUNT; n++)
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; v++) Kind::add(lanes[n][v], weight + v * LANES, x[n * x_stride + i]);
     }
     for (int n = 0; n < COUNT; n++)
-        for (int half = 0; half < 2; half++)
-            *reinterpret_cast<Lanes *>(sums + n * OUTPUTS + half * LANES) += lanes[n][half];
+        for (int v = 0; v < VECTORS; v++)
+            *reinterpret_cast<Lanes *>(sums + n * OUTPUTS + v * LANES) += lanes[n][v];
 }
 
 template <typename Kind, int COUNT = GROUP>
@@ -90,9 +100,7 @@ extern "C" void tiled_linear_float32(const float *weight, const float *bias, con
     linear<Floats>(weight, bias, x, out, tokens, units, outputs);
 }
 
-#ifdef __AVX512BF16__
 extern "C" void tiled_linear_bfloat16(const int32_t *weight, const bfloat16 *bias, const int32_t *x, bfloat16 *out,
                                       int64_t tokens, int64_t units, int64_t outputs) {
     linear<Pairs>(weight, bias, x, out, tokens, units, outputs);
 }
-#endif

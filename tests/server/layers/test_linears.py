@@ -20,8 +20,10 @@ def test_a_packed_layer_computes_the_same_for_any_number_of_tokens(
 ) -> None:
     layer = nn.Linear(48, 80, bias=bias).to(dtype)
     holder = nn.Sequential(layer)
-    assert pack(holder, native=native) == 1
-    assert isinstance(holder[0], TiledLinear if native and tiled_linear(layer.weight) else PackedLinear)
+    tiled = native and tiled_linear(layer.weight) is not None
+    expected = TiledLinear if tiled else PackedLinear if PackedLinear.takes(dtype) else nn.Linear
+    assert pack(holder, native=native) == (expected is not nn.Linear)
+    assert type(holder[0]) is expected
     assert torch.equal(holder[0].weight, layer.weight)
     for tokens in (1, 2, 7, 33, 300):
         x = torch.randn(1, tokens, 48, dtype=dtype)
@@ -56,6 +58,15 @@ def test_what_does_not_fit_is_refused(x: torch.Tensor) -> None:
     pack(holder)
     with pytest.raises((ValueError, RuntimeError)):
         holder(x)
+
+
+def test_what_onednn_cannot_compute_here_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PackedLinear, "takes", staticmethod(lambda dtype: dtype == torch.float32))
+    holder = nn.Sequential(
+        nn.Linear(7, 4, dtype=torch.bfloat16), nn.Linear(8, 4, dtype=torch.bfloat16), nn.Linear(7, 4)
+    )
+    assert pack(holder, native=False) == 1
+    assert [type(layer) for layer in holder] == [nn.Linear, nn.Linear, PackedLinear]
 
 
 def test_half_a_unit_of_inputs_is_not_for_tiles() -> None:
