@@ -13,6 +13,8 @@ from torch import Tensor
 from steering.errors import ColumnError
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
+# Of a column's norms, bias and multipliers: with more, products of them would leave float32 on real activations.
+LARGEST = 1e9
 E = TypeVar("E", bound=StrEnum)
 
 
@@ -77,7 +79,7 @@ class Site:
 class Column:
     """One gated steering vector (arXiv 2502.12446, eq. 1-2: theta_t with its gate w_t, b_t).
 
-    Tensors are kept as float32 copies on the CPU.
+    Tensors are kept as float32 copies on the CPU. Norms, bias and range are at most `LARGEST` in size.
     """
 
     attribute: str
@@ -96,17 +98,19 @@ class Column:
             raise ColumnError(f"attribute must be 1 to 64 printable characters, not {name!r}")
         object.__setattr__(self, "gate", _member(Gate, self.gate, "gate"))
         for part in ("vector", "gate_weight"):
-            object.__setattr__(self, part, _own(getattr(self, part), f"{part} of column {name!r}"))
+            what = f"{part} of column {name!r}"
+            object.__setattr__(self, part, _own(getattr(self, part), what))
+            _bounded(float(torch.linalg.vector_norm(getattr(self, part).double())), f"the norm of {what}")
         if self.vector.shape != self.gate_weight.shape:
             raise ColumnError(
                 f"column {name!r} has a vector of width {self.vector.numel()} "
                 f"but a gate_weight of width {self.gate_weight.numel()}"
             )
-        object.__setattr__(self, "gate_bias", _finite(self.gate_bias, f"gate_bias of column {name!r}"))
+        object.__setattr__(self, "gate_bias", _bounded(self.gate_bias, f"gate_bias of column {name!r}"))
         object.__setattr__(self, "keep_norm", bool(self.keep_norm))
         what = f"default_multiplier of column {name!r}"
         object.__setattr__(self, "default_multiplier", _finite(self.default_multiplier, what))
-        low, high = (_finite(end, f"range of column {name!r}") for end in self.range)
+        low, high = (_bounded(end, f"range of column {name!r}") for end in self.range)
         object.__setattr__(self, "range", (low, high))
         if not low <= self.default_multiplier <= high:
             raise ColumnError(f"{what} is {self.default_multiplier:g}, outside its range [{low:g}, {high:g}]")
@@ -203,6 +207,13 @@ def _finite(value: float, what: str) -> float:
     number = float(value)
     if not math.isfinite(number) or abs(number) > FLOAT32_MAX:
         raise ColumnError(f"{what} must be a finite float32 number, not {number!r}")
+    return number
+
+
+def _bounded(value: float, what: str) -> float:
+    number = float(value)
+    if not abs(number) <= LARGEST:  # NaN is not
+        raise ColumnError(f"{what} must be at most {LARGEST:g} in size, not {number:g}")
     return number
 
 

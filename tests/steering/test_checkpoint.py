@@ -287,6 +287,10 @@ CORRUPTIONS = {
     ),
     "half precision": (changed(vectors=lambda t: t["vectors"].half()), "float16, not float32"),
     "not a number": (changed(vectors=no_number), "vectors holds values that are not finite"),
+    "numbers near the end of float32": (
+        changed(vectors=lambda t: t["vectors"].sign() * 3e38),
+        "the norm of vector of column .* must be at most",
+    ),
     "a tensor missing": (without("gate_biases"), "the tensors are"),
     "a tensor too many": (changed(extra=lambda t: torch.zeros(1)), "the tensors are"),
     "no tensors": (lambda folder: (folder / "steering.safetensors").unlink(), "has no steering.safetensors"),

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from steering import Gate, gate_codes, gate_values, steer, trace
+from steering.types import LARGEST
 
 GATES = st.sampled_from(Gate)
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
@@ -184,6 +185,16 @@ def test_a_gate_that_overflows_does_not_reach_a_row_that_does_not_use_it():
     weights[2] = 3e38
     problem = plan(weights=weights, multipliers=torch.tensor([[1.0, 1.0, 0.0]] * 4))
     assert torch.isfinite(steer(**problem)).all()
+
+
+@pytest.mark.parametrize("kind", Gate)
+def test_the_largest_columns_leave_all_that_is_told_finite(kind):
+    longest = LARGEST * torch.nn.functional.normalize(torch.randn(3, 8), dim=1)
+    problem = plan(vectors=longest, weights=longest, biases=torch.full((3,), LARGEST), kinds=gate_codes([kind] * 3))
+    problem |= {"activations": 1e4 * problem["activations"], "multipliers": torch.full((4, 3), LARGEST)}
+    assert torch.isfinite(steer(**problem)).all()
+    told = trace(**{name: value for name, value in problem.items() if name != "keep_norm"})
+    assert all(torch.isfinite(numbers).all() for numbers in vars(told).values())
 
 
 def test_float64_activations_are_steered_in_float64():
