@@ -1,6 +1,7 @@
 """The socket of the server, and its end: finish what there is, for a while."""
 
 import asyncio
+import gc
 import logging
 import socket
 from ipaddress import ip_address
@@ -47,6 +48,9 @@ def _bind(host: str, port: int) -> socket.socket:
 
 def run(app: FastAPI, bound: socket.socket, *, drain_s: float) -> None:
     """Serve until SIGTERM or SIGINT; a second one does not wait."""
+    # The model and the libraries stay: the garbage collector looks no more at them, which would stop every stream.
+    gc.collect()
+    gc.freeze()
     DrainingServer(app, drain_s=drain_s).run(sockets=[bound])
 
 

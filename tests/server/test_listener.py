@@ -1,5 +1,6 @@
 """How the server comes to its address, and how it ends."""
 
+import gc
 import os
 import signal
 import socket
@@ -17,7 +18,7 @@ import pytest
 from server.app import create_app
 from server.config import Settings
 from server.errors import StartupError
-from server.listener import DrainingServer, listen
+from server.listener import DrainingServer, listen, run
 from tests.server.conftest import World
 
 
@@ -48,6 +49,19 @@ def test_an_address_that_others_can_reach_is_warned_of(
 ) -> None:
     with listen(Settings(host=host, port=free_port())):
         assert ("can be reached from other machines" in caplog.text) is warned
+
+
+def test_what_stays_for_good_is_not_looked_at_by_the_garbage_collector(
+    fresh: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen: list[int] = []
+    monkeypatch.setattr(DrainingServer, "run", lambda *_, **__: frozen.append(gc.get_freeze_count()))
+    try:
+        with socket.socket() as bound:
+            run(fresh.app, bound, drain_s=1)
+    finally:
+        gc.unfreeze()
+    assert frozen[0] > 10_000
 
 
 class Slow:
