@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from server.engine.types import FinishReason, PositionsName, Sampling, Timing, Touch
+from server.text import Spelling
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Ask:
     n: int = 1
     trace: bool = False
     echo: bool = False  # the prompts come back as the first arm reads them
+    offsets: bool = False  # log-probabilities say where in the text their tokens begin
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,10 @@ class SteeringReport:
 
 @dataclass(frozen=True)
 class Spelled:
-    """A token with its text and log-probability."""
+    """A token and its log-probability."""
 
     token_id: int
-    token: str
+    spelling: Spelling
     logprob: float
 
 
@@ -88,6 +90,7 @@ class Spoken:
 
     chosen: Spelled
     top: tuple[Spelled, ...]
+    offset: int | None = None  # characters of the text before it, where they were asked for
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class Echo:
     generated under the request's steering; None where log-probabilities were not asked for."""
 
     text: str
-    first: str  # its first token, before which there is nothing
+    first: Spelling  # its first token, before which there is nothing
     spoken: tuple[Spoken, ...] | None
 
 

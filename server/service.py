@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from server.config import Settings
 from server.engine.engine import Engine
-from server.engine.types import Draw, Finished, Likelihood, Pair, Piece, PositionsName, Row, Steer, TokenLogprob
+from server.engine.types import Finished, Likelihood, Pair, Piece, PositionsName, Row, Steer
 from server.errors import DeadlineExceeded, InvalidField, UnknownCheckpoint, UnknownModel
 from server.exchange import (
     Answer,
@@ -20,25 +20,19 @@ from server.exchange import (
     Comparison,
     Echo,
     Part,
-    Result,
-    Score,
     ScoreAnswer,
     ScoreAsk,
-    Spelled,
-    Spoken,
     SteeringReport,
     Stream,
     Told,
-    Traced,
     Use,
 )
 from server.metrics import Metrics
 from server.registry import Holding, Loaded, Registry
+from server.teller import Teller
 from server.text import Codec
 from server.ticket import Ticket
 from steering.types import RowSteering
-
-IMPOSSIBLE = -9999.0
 
 
 @dataclass(frozen=True)
@@ -60,6 +54,7 @@ class _Run:
     ticket: Ticket
     holding: Holding
     echoes: "Future[list[tuple[Likelihood, ...]]] | None"  # of prompts without their first tokens, while it is made
+    teller: Teller
 
 
 class Service:
@@ -109,10 +104,7 @@ class Service:
             id=f"score-{secrets.token_hex(12)}",
             created=created,
             model=self.model,
-            scores=tuple(
-                Score(_finite(sum(one.token.logprob for one in text)), tuple(self._spelled(one.token) for one in text))
-                for text in told
-            ),
+            scores=await asyncio.to_thread(Teller(self.codec).scores, told),
             steering=SteeringReport(steering.parts, steering.steer.positions, None),
         )
 
@@ -134,7 +126,7 @@ class Service:
         except BaseException:  # a client that goes away cancels
             holding.close()
             raise
-        return _Run(created, ask, arms, rows, ticket, holding, echoes)
+        return _Run(created, ask, arms, rows, ticket, holding, echoes, Teller(self.codec, offsets=ask.offsets))
 
     def _score_prompts(
         self, ask: Ask, prompts: Sequence[tuple[int, ...]], steer: Steer
@@ -150,19 +142,8 @@ class Service:
             if echoes:
                 yield echoes
             async for pieces in run.ticket.pieces():
-                yield [self._told(run, piece) for piece in pieces]
+                yield [_told(run, piece) for piece in pieces]
             yield [await self._answer(run, echoes)]
-
-    def _told(self, run: _Run, piece: Piece) -> Told:
-        index, arm = divmod(piece.row.index, len(run.arms))
-        return Told(
-            arm=run.ask.arms[arm].name,
-            index=index,
-            token_id=piece.draw.token,
-            text=piece.text,
-            logprob=self._spoken(piece.draw.likelihood) if piece.draw.likelihood else None,
-            trace=self._traced(piece.draw) if piece.row.trace else None,
-        )
 
     @asynccontextmanager
     async def _until_done(self, run: _Run) -> AsyncIterator[None]:
@@ -183,7 +164,7 @@ class Service:
         reference = run.ask.reference
         arms = []
         for index, (arm, steering, mine) in enumerate(zip(run.ask.arms, run.arms, events, strict=True)):
-            results = tuple(self._result(event, steering) for event in mine)
+            results = await asyncio.to_thread(run.teller.results, mine, steering.parts)
             compared = None if index == reference else await self._compare(mine, events[reference])
             arms.append(ArmAnswer(arm.name, results, compared))
         return Answer(run.rows[0].request, run.created, self.model, tuple(arms), echoes)
@@ -191,16 +172,13 @@ class Service:
     async def _echoes(self, run: _Run) -> tuple[Echo, ...]:
         if not run.ask.echo:
             return ()
-        scored: list[tuple[Likelihood, ...]] = []
+        prompts = [row.tokens for row in run.rows[:: run.ask.n * len(run.arms)]]
+        scored: Sequence[Sequence[Likelihood] | None] = [None] * len(prompts)
         if run.echoes:
-            scored = await asyncio.wrap_future(run.echoes)
-        given = iter(scored)
-        echoes = []
-        for row in run.rows[:: run.ask.n * len(run.arms)]:
-            likelihoods = next(given) if run.echoes and len(row.tokens) > 1 else ()
-            spoken = tuple(map(self._spoken, likelihoods)) if run.echoes else None
-            echoes.append(Echo(self.codec.decode(row.tokens), self.codec.spell(row.tokens[0]), spoken))
-        return tuple(echoes)
+            told = await asyncio.wrap_future(run.echoes)
+            found = iter(told)
+            scored = [next(found) if len(prompt) > 1 else () for prompt in prompts]
+        return await asyncio.to_thread(run.teller.echoes, prompts, scored)
 
     def _encode(self, ask: Ask) -> list[tuple[int, ...]]:
         if ask.messages:
@@ -296,33 +274,10 @@ class Service:
             )
         return tuple(compared)
 
-    def _result(self, event: Finished, steering: _Steering) -> Result:
-        return Result(
-            text=event.text,
-            token_ids=event.tokens,
-            reason=event.reason,
-            prompt_tokens=len(event.row.tokens),
-            steering=SteeringReport(steering.parts, event.row.steer.positions, event.steered_tokens),
-            timing=event.timing,
-            logprobs=None
-            if event.row.sampling.logprobs is None
-            else tuple(self._spoken(draw.likelihood) for draw in event.draws if draw.likelihood),
-            trace=tuple(map(self._traced, event.draws)) if event.row.trace else None,
-        )
 
-    def _traced(self, draw: Draw) -> Traced:
-        return Traced(draw.token, self.codec.spell(draw.token), draw.touches)
-
-    def _spoken(self, likelihood: Likelihood) -> Spoken:
-        return Spoken(self._spelled(likelihood.token), tuple(map(self._spelled, likelihood.top)))
-
-    def _spelled(self, one: TokenLogprob) -> Spelled:
-        return Spelled(one.token, self.codec.spell(one.token), _finite(one.logprob))
-
-
-def _finite(logprob: float) -> float:
-    """JSON has no minus infinity: what is impossible under the model has OpenAI's number for it."""
-    return max(logprob, IMPOSSIBLE)
+def _told(run: _Run, piece: Piece) -> Told:
+    index, arm = divmod(piece.row.index, len(run.arms))
+    return run.teller.told(run.ask.arms[arm].name, index, piece)
 
 
 def _positions(asked: PositionsName | None, loaded: Sequence[Loaded]) -> PositionsName:

@@ -1,12 +1,34 @@
 """Text to token ids and back, with the model's own tokenizer."""
 
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+from server.engine.detokenizer import INCOMPLETE, Detokenizer
 from server.errors import InvalidField, PromptTooLong
 
 # A text with more characters a token than this is refused unread: tokenizing it would take long, and be for nothing.
 LONGEST_TOKEN = 64
+LONE_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # as SentencePiece names the tokens of single bytes
+
+
+def _byte_of_character() -> dict[str, int]:
+    """What each character of a byte-level vocabulary stands for (GPT-2's `bytes_to_unicode`, the other way round):
+    printable bytes for themselves, the others, in order, for those from 256 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+BYTE_OF_CHARACTER = _byte_of_character()
+
+
+class Spelling(NamedTuple):
+    """One token's text, and the bytes it stands for: of a token that is part of a character the text cannot be told,
+    but the bytes can. None: they cannot either."""
+
+    text: str
+    raw: bytes | None
 
 
 class Codec:
@@ -15,6 +37,7 @@ class Codec:
     def __init__(self, tokenizer: Any, *, vocab: int, context: int | None) -> None:
         self._tokenizer = tokenizer
         self._vocab = vocab
+        self._spelled: dict[int, Spelling] = {}
         self.context = context
         # The first call may set the tokenizer up; later ones only read it.
         tokenizer("warm")
@@ -60,10 +83,26 @@ class Codec:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
-    def spell(self, token: int) -> str:
-        """The text of one token, special ones included."""
-        text: str = self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
-        return text
+    def spell(self, token: int) -> Spelling:
+        """One token, special ones included."""
+        spelling = self._spelled.get(token)
+        if spelling is None:
+            text: str = self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
+            spelling = Spelling(text, self._bytes(token) if INCOMPLETE in text else text.encode())
+            self._spelled[token] = spelling
+        return spelling
+
+    def offsets(self, before: Sequence[int]) -> "Offsets":
+        """For the tokens that follow those `before`."""
+        return Offsets(Detokenizer(self.decode, before))
+
+    def _bytes(self, token: int) -> bytes | None:
+        name = self._tokenizer.convert_ids_to_tokens(token)
+        if lone := LONE_BYTE.fullmatch(name):
+            return bytes.fromhex(lone[1])
+        if all(character in BYTE_OF_CHARACTER for character in name):
+            return bytes(BYTE_OF_CHARACTER[character] for character in name)
+        return None
 
     @staticmethod
     def _check_text(text: str, param: str) -> None:
@@ -95,3 +134,18 @@ class Codec:
                 param=param,
             )
         return tuple(ids)
+
+
+class Offsets:
+    """Where the tokens of a text begin, in its characters, told one after the other."""
+
+    def __init__(self, detokenizer: Detokenizer) -> None:
+        self._detokenizer = detokenizer
+        self._at = 0
+
+    def next(self, token: int) -> int:
+        """How many characters of the text are certain before this token."""
+        at = self._at
+        self._detokenizer.push(token)
+        self._at += len(self._detokenizer.read())
+        return at

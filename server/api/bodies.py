@@ -65,7 +65,7 @@ class LogprobBody(BaseModel):
 
     @classmethod
     def of(cls, spelled: Spelled) -> "LogprobBody":
-        return cls(token_id=spelled.token_id, token=spelled.token, logprob=spelled.logprob)
+        return cls(token_id=spelled.token_id, token=spelled.spelling.text, logprob=spelled.logprob)
 
 
 class TokenLogprobBody(LogprobBody):
@@ -75,7 +75,7 @@ class TokenLogprobBody(LogprobBody):
 
     @classmethod
     def told(cls, spoken: Spoken) -> "TokenLogprobBody":
-        return cls(**vars(spoken.chosen), top=[LogprobBody.of(one) for one in spoken.top])
+        return cls(**vars(LogprobBody.of(spoken.chosen)), top=[LogprobBody.of(one) for one in spoken.top])
 
 
 class TouchBody(BaseModel):

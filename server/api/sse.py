@@ -1,5 +1,6 @@
 """Server-sent events (WHATWG HTML, section 9.2): what a stream sends, and how it ends."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
@@ -7,9 +8,10 @@ from fastapi import Request
 from pydantic import BaseModel
 from starlette.responses import StreamingResponse
 
+from server.api.answers import written
 from server.api.bodies import TokenBody
 from server.api.problems import error_of, spell
-from server.exchange import Answer, Echo, Stream, Told
+from server.exchange import Answer, Stream, Told
 
 HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}  # nobody between keeps tokens back
 
@@ -33,15 +35,15 @@ def event_stream(told: Stream, whole: Callable[[Answer], BaseModel], request: Re
     )
 
 
-def data_stream(chunks: AsyncIterator[Sequence[BaseModel]], request: Request) -> StreamingResponse:
-    """Events without names, as OpenAI sends them: the chunks, then `[DONE]`, or one with an `error`."""
+def data_stream(chunks: AsyncIterator[Sequence[str]], request: Request) -> StreamingResponse:
+    """Events without names, as OpenAI sends them: the chunks (JSON), then `[DONE]`, or one with an `error`."""
     return StreamingResponse(_data(chunks, request.state.request_id), media_type="text/event-stream", headers=HEADERS)
 
 
-async def _data(chunks: AsyncIterator[Sequence[BaseModel]], request_id: str) -> AsyncIterator[str]:
+async def _data(chunks: AsyncIterator[Sequence[str]], request_id: str) -> AsyncIterator[str]:
     try:
         async for some in chunks:
-            yield "".join(f"data: {chunk.model_dump_json()}\n\n" for chunk in some)
+            yield "".join(f"data: {chunk}\n\n" for chunk in some)
     except Exception as exception:
         yield f"data: {spell(error_of(exception), request_id)}\n\n"
         return
@@ -51,19 +53,14 @@ async def _data(chunks: AsyncIterator[Sequence[BaseModel]], request_id: str) -> 
 async def _events(told: Stream, whole: Callable[[Answer], BaseModel], request_id: str) -> AsyncIterator[str]:
     try:
         async for some in told:
-            yield "".join(_spelled(one, whole) for one in some)
+            if tokens := [
+                _event("token", TokenBody.of(one).model_dump_json()) for one in some if isinstance(one, Told)
+            ]:
+                yield "".join(tokens)
+            for answer in (one for one in some if isinstance(one, Answer)):
+                yield _event("done", await asyncio.to_thread(written, whole, answer))
     except Exception as exception:  # the status has been sent: an error can only be an event
         yield _event("error", spell(error_of(exception), request_id))
-
-
-def _spelled(one: Echo | Told | Answer, whole: Callable[[Answer], BaseModel]) -> str:
-    match one:
-        case Told():
-            return _event("token", TokenBody.of(one).model_dump_json())
-        case Answer():
-            return _event("done", whole(one).model_dump_json())
-        case Echo():
-            return ""
 
 
 def _event(name: str, data: str) -> str:

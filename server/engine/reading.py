@@ -88,12 +88,12 @@ def compare(runner: Runner, pair: Pair) -> Job[Divergence]:
             mine, base = reading.read()
             # A token that is impossible under the model adds nothing; its difference of infinities would be NaN.
             kl += float((mine.exp() * (mine - base)).masked_fill(mine == -torch.inf, 0.0).sum(dim=-1).double().sum())
-            steered += sum(one.token.logprob for one in _told(base, pair.steered, start))
+            steered += sum(one.logprob for one in _told(base, pair.steered, start))
             yield False
     finally:
         reading.close()
     (told,) = yield from score(runner, [(pair.prompt, pair.baseline)], pair.base)
-    baseline = sum(one.token.logprob for one in told)
+    baseline = sum(one.logprob for one in told)
     # Before max() and min(), which would turn NaN into a number.
     if not all(map(math.isfinite, (kl, steered, baseline))):
         raise NotFinite("The steered and the unsteered text cannot be compared: the model's output is not finite.")
@@ -139,8 +139,5 @@ def _told(logprobs: Tensor, text: tuple[int, ...], start: int, top: int = 0) -> 
     came = text[start : start + len(logprobs)]
     chosen = logprobs.gather(1, torch.tensor(came, dtype=torch.int64, device=logprobs.device)[:, None])[:, 0].tolist()
     best = logprobs.topk(min(top, logprobs.shape[-1]), dim=-1)
-    alternatives = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return [
-        Likelihood.of(token, zip(*others, strict=True))
-        for token, others in zip(zip(came, chosen, strict=True), alternatives, strict=True)
-    ]
+    tops = map(tuple, best.indices.tolist()), map(tuple, best.values.tolist())
+    return [Likelihood(*each) for each in zip(came, chosen, *tops, strict=True)]

@@ -132,7 +132,7 @@ def _draws(tapes: Sequence[Tape], drawn: Drawn, host: list[int], touches: Sequen
         wanted = tape.row.sampling.logprobs if tape.row else None
         likelihood = None
         if chosen and wanted is not None:
-            top = zip(top_tokens[i][:wanted], top_logprobs[i], strict=False) if top_tokens and top_logprobs else ()
-            likelihood = Likelihood.of((tokens[i], chosen[i]), top)
+            top = (tuple(most[i][:wanted]) for most in (top_tokens, top_logprobs) if most)
+            likelihood = Likelihood(tokens[i], chosen[i], *top)
         draws.append(Draw(tokens[i], bool(finite[i]), likelihood, touches[i]))
     return draws

@@ -1,6 +1,6 @@
 """What crosses the engine's boundary. No tensors here."""
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
@@ -54,24 +54,14 @@ class Row:
 
 
 @dataclass(frozen=True)
-class TokenLogprob:
-    """A token and its natural log-probability under the model (steered as the row is, before any sampling rule)."""
+class Likelihood:
+    """The natural log-probability of a text's token under the model (steered as the row is, before any sampling rule),
+    beside those of the likeliest tokens in its place, best first."""
 
     token: int
     logprob: float
-
-
-@dataclass(frozen=True)
-class Likelihood:
-    """How likely a token of a text was, beside the likeliest in its place, best first."""
-
-    token: TokenLogprob
-    top: tuple[TokenLogprob, ...] = ()
-
-    @classmethod
-    def of(cls, token: tuple[int, float], top: Iterable[tuple[int, float]] = ()) -> "Likelihood":
-        """From pairs of a token and its log-probability."""
-        return cls(TokenLogprob(*token), tuple(TokenLogprob(*pair) for pair in top))
+    top_tokens: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()  # plain numbers, which the garbage collector need not look at
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ import openai
 import pytest
 import torch
 
-from server.api.openai.responses import CompletionLogprobs
+from server.api.openai.responses import ChatLogprobs, CompletionLogprobs
 from server.exchange import Spelled, Spoken
+from server.text import Codec
 from steering.hook import steered
 from tests.server.conftest import World, columns
 
@@ -142,7 +143,8 @@ def test_echo_tells_the_log_probabilities_of_the_prompt(
         best = logs[place].topk(1)
         assert told is not None
         assert max(told.values()) == pytest.approx(float(best.values), rel=1e-4)
-        assert max(told, key=lambda token: told[token]) == spelling.decode(best.indices.tolist())
+        likeliest, name = spelling.decode(best.indices.tolist()), max(told, key=lambda token: told[token])
+        assert name.startswith("bytes:") if "\ufffd" in likeliest else name == likeliest
     assert found.text_offset is not None
     assert all(
         PROMPT[offset:].startswith(token) for offset, token in zip(found.text_offset[:-1], found.tokens, strict=False)
@@ -303,11 +305,66 @@ def test_an_error_in_a_stream_is_its_last_event(fresh: World, monkeypatch: pytes
     assert "[DONE]" not in lines
 
 
-def test_offsets_pass_over_tokens_that_the_text_does_not_show() -> None:
-    spoken = [Spoken(Spelled(n, token, -1.0), ()) for n, token in enumerate(("Q", ":", "\ufffd", " a"))]
-    found = CompletionLogprobs.of(spoken, 0, "<s>", "Q: a")
-    assert found.tokens == ["<s>", "Q", ":", "\ufffd", " a"]
-    assert found.text_offset == [0, 0, 1, 2, 2]
+@pytest.mark.parametrize("echo", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_offsets_say_where_in_the_text_tokens_begin(
+    client: openai.OpenAI, spelling: Any, seed: int, echo: bool
+) -> None:
+    """Also of characters that several tokens make up, and of tokens that the text does not show."""
+    body: Any = {"model": "tiny", "prompt": "Ünïcödé<|end|> 東京 🙂!", "max_tokens": 40, "temperature": 3, "seed": seed}
+    body |= {"logprobs": 1, "echo": echo, "extra_body": {"ignore_eos": True}}
+    choice = client.completions.create(**body).choices[0]
+    logprobs, text = choice.logprobs, choice.text
+    assert logprobs is not None
+    assert logprobs.tokens is not None
+    assert logprobs.text_offset is not None
+    places = list(zip(logprobs.tokens, logprobs.text_offset, [*logprobs.text_offset[1:], len(text)], strict=True))
+    whole = 0
+    for token, begin, end in places:
+        if token == "<|end|>":
+            assert begin == end
+        elif not token.startswith("bytes:"):
+            # Before it there may be bytes of a character that never came to its end: they are shown with it.
+            assert text[begin:end].endswith(token)
+            whole += len(token)
+    assert whole > 20
+    if echo:
+        begins = {token: begin for token, begin, _ in places[::-1]}
+        assert begins["!"] == text.index("!")
+
+
+def test_the_bytes_of_tokens_are_those_of_the_text(client: openai.OpenAI) -> None:
+    asked: Any = {"messages": MESSAGES, "max_tokens": 40, "temperature": 3, "logprobs": True, "top_logprobs": 3}
+    parts = 0
+    for seed in range(6):
+        choice = client.chat.completions.create(model="tiny", seed=seed, **asked).choices[0]
+        assert choice.logprobs is not None
+        assert choice.logprobs.content is not None
+        told = [(token.token, bytes(token.bytes or [])) for token in choice.logprobs.content]
+        shown = b"".join(raw for token, raw in told if token != "<|end|>")
+        assert shown.decode(errors="replace") == choice.message.content
+        parts += sum(token == "\ufffd" and raw != token.encode() for token, raw in told)
+    assert parts > 5
+
+
+@pytest.mark.parametrize(("name", "raw"), [("<0xE6>", b"\xe6"), ("æĿ", b"\xe6\x9d"), ("日", None)])
+def test_bytes_of_parts_of_characters_by_the_kind_of_vocabulary(name: str, raw: bytes | None) -> None:
+    class Vocabulary:
+        def __call__(self, text: str) -> None: ...
+
+        def decode(self, ids: list[int], **_: Any) -> str:
+            return "\ufffd"
+
+        def convert_ids_to_tokens(self, token: int) -> str:
+            return name
+
+    codec = Codec(Vocabulary(), vocab=1, context=None)
+    assert codec.spell(0) == ("\ufffd", raw)
+    spoken = [Spoken(Spelled(0, codec.spell(0), -1.0), (), 4)]
+    spelled = "\ufffd" if raw is None else "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+    assert CompletionLogprobs.of(spoken, 2).tokens == [spelled]
+    assert CompletionLogprobs.of(spoken, 2).text_offset == [6]
+    assert ChatLogprobs.of(spoken).content[0].bytes == (None if raw is None else list(raw))
 
 
 def test_a_plain_name_is_a_model(client: openai.OpenAI) -> None:

@@ -69,7 +69,7 @@ def test_scores_are_the_log_probabilities_of_whole_passes(desk: Desk, model: Any
     for text, one in zip(texts, scores, strict=True):
         mask = torch.arange(len(PROMPT) + len(text))[None] >= len(PROMPT) - 1
         with steered(model, columns(32, seed=1), mix, mask=mask):
-            found = [likelihood.token.logprob for likelihood in one]
+            found = [likelihood.logprob for likelihood in one]
             assert found == pytest.approx(told(logprobs(model, PROMPT, text), text), rel=1e-4)
     assert desk.cache.shared_tokens >= (len(texts) - 1) * (len(PROMPT) - 1), "the prompt is read once"
     desk.cache.check()

@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field
 from server.api.bodies import SteeringBody, TraceBody
 from server.engine.types import FinishReason
 from server.exchange import Answer, Result, Spelled, Spoken
+from server.text import Spelling
 
 
 class Usage(BaseModel):
@@ -36,29 +37,22 @@ class Choice(BaseModel):
 class CompletionLogprobs(BaseModel):
     """Lists that go along with each other, an entry for a token."""
 
-    tokens: list[str]
+    tokens: list[str] = Field(description="a part of a character is spelled by its bytes, as in `bytes:\\xe6\\x9d`")
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int] = Field(description="where the token begins, in characters")
+    text_offset: list[int] = Field(description="how many characters of the text stand before the token")
 
     @classmethod
-    def of(
-        cls, spoken: Iterable[Spoken], offset: int, first: str | None = None, text: str | None = None
-    ) -> "CompletionLogprobs":
-        """`first`: a token with nothing before it. `text`: that of all tokens, where some may not be part of it."""
-        tokens: list[str] = [] if first is None else [first]
-        logprobs: list[float | None] = [None] * len(tokens)
-        tops: list[dict[str, float] | None] = [None] * len(tokens)
+    def of(cls, spoken: Iterable[Spoken], begin: int, first: Spelling | None = None) -> "CompletionLogprobs":
+        """`begin`: the characters before the tokens. `first`: a token with nothing before it."""
+        lists = cls(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+        if first is not None:
+            lists._append(_named(first), None, None, begin)
         for one in spoken:
-            tokens.append(one.chosen.token)
-            logprobs.append(one.chosen.logprob)
             # Several tokens may be spelled alike; the likeliest of them counts.
-            tops.append({other.token: other.logprob for other in (one.chosen, *reversed(one.top))})
-        offsets = [offset]
-        for token in tokens[:-1]:
-            shown = text is None or text.startswith(token, offsets[-1])
-            offsets.append(offsets[-1] + (len(token) if shown else 0))
-        return cls(tokens=tokens, token_logprobs=logprobs, top_logprobs=tops, text_offset=offsets[: len(tokens)])
+            top = {_named(other.spelling): other.logprob for other in (one.chosen, *reversed(one.top))}
+            lists._append(_named(one.chosen.spelling), one.chosen.logprob, top, begin + (one.offset or 0))
+        return lists
 
     def __add__(self, other: "CompletionLogprobs") -> "CompletionLogprobs":
         return CompletionLogprobs(
@@ -67,6 +61,12 @@ class CompletionLogprobs(BaseModel):
             top_logprobs=self.top_logprobs + other.top_logprobs,
             text_offset=self.text_offset + other.text_offset,
         )
+
+    def _append(self, token: str, logprob: float | None, top: dict[str, float] | None, offset: int) -> None:
+        self.tokens.append(token)
+        self.token_logprobs.append(logprob)
+        self.top_logprobs.append(top)
+        self.text_offset.append(offset)
 
 
 class CompletionChoice(Choice):
@@ -91,11 +91,12 @@ class Completion(_Body):
 class ChatAlternative(BaseModel):
     token: str
     logprob: float
-    bytes: list[int]
+    bytes: list[int] | None = Field(description="of a part of a character its own; null: they are not known")
 
     @classmethod
     def of(cls, spelled: Spelled) -> "ChatAlternative":
-        return cls(token=spelled.token, logprob=spelled.logprob, bytes=[*spelled.token.encode()])
+        text, raw = spelled.spelling
+        return cls(token=text, logprob=spelled.logprob, bytes=None if raw is None else [*raw])
 
 
 class ChatToken(ChatAlternative):
@@ -159,6 +160,14 @@ class ModelBody(BaseModel):
 class ModelList(BaseModel):
     object: Literal["list"] = "list"
     data: list[ModelBody]
+
+
+def _named(spelling: Spelling) -> str:
+    """As OpenAI's older route names tokens, so that two parts of characters have two names."""
+    text, raw = spelling
+    if raw is None or raw == text.encode():
+        return text
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 def traces(result: Result) -> list[TraceBody] | None:

@@ -4,10 +4,10 @@ import time
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
-from starlette.responses import StreamingResponse
+from starlette.responses import Response
 
+from server.api.answers import answered
 from server.api.deps import ServiceOf
-from server.api.disconnect import unless_gone
 from server.api.keys import asks_key
 from server.api.openai.requests import ChatRequest, CompletionRequest
 from server.api.openai.responses import ChatCompletion, Completion, ModelBody, ModelList
@@ -38,23 +38,23 @@ def model(name: str, service: ServiceOf) -> ModelBody:
 
 
 @router.post("/completions", response_model=Completion, responses=STREAMS)
-async def completions(body: CompletionRequest, request: Request, service: ServiceOf) -> Completion | StreamingResponse:
+async def completions(body: CompletionRequest, request: Request, service: ServiceOf) -> Response:
     """Continue texts; with `echo` and `logprobs` also the log-probabilities of the given text under the steering."""
     return await _answered(CompletionWriter(body, _head("cmpl", body.model, request)), body, request, service)
 
 
 @router.post("/chat/completions", response_model=ChatCompletion, responses=STREAMS)
-async def chat(body: ChatRequest, request: Request, service: ServiceOf) -> ChatCompletion | StreamingResponse:
+async def chat(body: ChatRequest, request: Request, service: ServiceOf) -> Response:
     """Answer in a conversation."""
     return await _answered(ChatWriter(body, _head("chatcmpl", body.model, request)), body, request, service)
 
 
 async def _answered(
     writer: Writer[Whole], body: CompletionRequest | ChatRequest, request: Request, service: Service
-) -> Whole | StreamingResponse:
+) -> Response:
     if body.stream:
         return data_stream(chunks(await service.stream(body.ask(service.model)), writer), request)
-    return writer.whole(await unless_gone(request, service.generate(body.ask(service.model))))
+    return await answered(request, service.generate(body.ask(service.model)), writer.whole)
 
 
 def _head(kind: str, model: str, request: Request) -> dict[str, Any]:

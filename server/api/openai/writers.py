@@ -1,6 +1,7 @@
 """How an answer is written: whole, or in the chunks of a stream."""
 
-from collections.abc import AsyncIterator, Iterator, Mapping
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -45,22 +46,22 @@ class Writer(Protocol[Whole]):
         """How the texts have ended."""
 
 
-async def chunks(told: Stream, writer: Writer[BaseModel]) -> AsyncIterator[list[BaseModel]]:
-    """A stream as the writer writes it."""
+async def chunks(told: Stream, writer: Writer[BaseModel]) -> AsyncIterator[list[str]]:
+    """A stream as the writer writes it, in JSON."""
     prompts = 0
-    if opening := list(writer.opening()):
+    if opening := _json(writer.opening()):
         yield opening
     async for some in told:
-        written: list[BaseModel] = []
+        written: list[str] = []
         for one in some:
             match one:
-                case Echo():
-                    written += writer.echo(prompts, one)
+                case Echo():  # may be long
+                    written += await asyncio.to_thread(_json, writer.echo(prompts, one))
                     prompts += 1
                 case Told():
-                    written += writer.piece(one)
+                    written += _json(writer.piece(one))
                 case Answer():
-                    written += writer.last(one)
+                    written += _json(writer.last(one))
         if written:
             yield written
 
@@ -71,7 +72,7 @@ class CompletionWriter:
 
     request: CompletionRequest
     head: Mapping[str, Any]
-    _offsets: dict[int, int] = field(default_factory=dict)  # by choice: characters that have been written
+    _begin: dict[int, int] = field(default_factory=dict)  # by choice: characters of its prompt that stand before it
 
     def whole(self, answer: Answer) -> Completion:
         choices = []
@@ -82,7 +83,7 @@ class CompletionWriter:
             if result.logprobs is not None:
                 logprobs = CompletionLogprobs.of(result.logprobs, len(before))
                 if echo and echo.spoken is not None:
-                    logprobs = CompletionLogprobs.of(echo.spoken, 0, echo.first, echo.text) + logprobs
+                    logprobs = CompletionLogprobs.of(echo.spoken, 0, echo.first) + logprobs
             choice = CompletionChoice(index=index, text=before + result.text, logprobs=logprobs, trace=traces(result))
             choices.append(_ended(choice, result))
         return self._body(choices, usage=Usage.of(answer, self.request.n))
@@ -91,17 +92,15 @@ class CompletionWriter:
         yield from ()
 
     def echo(self, prompt: int, echo: Echo) -> Iterator[Completion]:
-        logprobs = None if echo.spoken is None else CompletionLogprobs.of(echo.spoken, 0, echo.first, echo.text)
+        logprobs = None if echo.spoken is None else CompletionLogprobs.of(echo.spoken, 0, echo.first)
         for index in range(prompt * self.request.n, (prompt + 1) * self.request.n):
-            self._offsets[index] = len(echo.text)
+            self._begin[index] = len(echo.text)
             yield self._body([CompletionChoice(index=index, text=echo.text, logprobs=logprobs)])
 
     def piece(self, told: Told) -> Iterator[Completion]:
         logprobs = None
         if told.logprob is not None:
-            offset = self._offsets.get(told.index, 0)
-            logprobs = CompletionLogprobs.of([told.logprob], offset)
-            self._offsets[told.index] = offset + len(told.logprob.chosen.token)
+            logprobs = CompletionLogprobs.of([told.logprob], self._begin.get(told.index, 0))
         if told.text or logprobs or told.trace:
             yield self._body(
                 [CompletionChoice(index=told.index, text=told.text, logprobs=logprobs, trace=_trace(told))]
@@ -154,6 +153,10 @@ class ChatWriter:
 
     def _chunk(self, choices: list[DeltaChoice], usage: Usage | None = None) -> ChatChunk:
         return ChatChunk(**self.head, choices=choices, usage=usage)
+
+
+def _json(bodies: Iterable[BaseModel]) -> list[str]:
+    return [body.model_dump_json() for body in bodies]
 
 
 def _ended(choice: C, result: Result) -> C:
