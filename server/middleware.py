@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.problems import error_of, render
-from server.errors import BodyTooLarge
+from server.errors import BodyTooLarge, Refused, ServerError
 
 log = logging.getLogger("server.access")
 HEADER = "x-request-id"
@@ -57,7 +57,8 @@ class RequestMiddleware:
 
 
 class BodyLimit:
-    """Answers 413 to a body of more than `limit` bytes, whether the client says its length or only sends it."""
+    """Answers 413 to a body of more than `limit` bytes, whether the client says its length or only sends it, and 415 to
+    one that is compressed."""
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
         self._app = app
@@ -67,10 +68,7 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        announced = _header(scope, b"content-length") or ""
-        # Digits beyond these twenty would be a number that takes long to read.
-        if announced.isdecimal() and (len(announced) > 20 or int(announced) > self._limit):
-            error = BodyTooLarge(f"The body has {announced[:20]} bytes; at most {self._limit} are taken.")
+        if error := self._announced(scope):
             await render(error, scope["state"]["request_id"])(scope, receive, send)
             return
         taken = 0
@@ -85,6 +83,17 @@ class BodyLimit:
             return message
 
         await self._app(scope, counted, send)
+
+    def _announced(self, scope: Scope) -> ServerError | None:
+        """What the headers say that is not taken."""
+        encoding = _header(scope, b"content-encoding") or "identity"
+        if encoding.lower() != "identity":
+            return Refused(f"A body with 'Content-Encoding: {encoding[:20]}' is not taken; send it as it is.", 415)
+        length = _header(scope, b"content-length") or ""
+        # Digits beyond these twenty would be a number that takes long to read.
+        if length.isdecimal() and (len(length) > 20 or int(length) > self._limit):
+            return BodyTooLarge(f"The body has {length[:20]} bytes; at most {self._limit} are taken.")
+        return None
 
 
 def _header(scope: Scope, wanted: bytes) -> str | None:

@@ -66,8 +66,11 @@ def _says_the_same(mine: FusedRMSNorm, own: Any) -> bool:
     """In bfloat16 bit for bit, but where the two sums of squares are rounded differently."""
     random = torch.Generator().manual_seed(0)
     x = 3 * torch.randn(64, mine.weight.shape[0], generator=random).to(mine.weight.dtype)
-    found, expected = mine(x), own(x)
-    if found.dtype != expected.dtype:
+    try:
+        found, expected = mine(x), own(x)
+    except Exception:  # it wants more than x, or another shape
+        return False
+    if not isinstance(expected, Tensor) or (found.dtype, found.shape) != (expected.dtype, expected.shape):
         return False
     if found.dtype == torch.float32:
         return torch.allclose(found, expected, rtol=1e-5, atol=1e-6)

@@ -1,5 +1,6 @@
 """Whatever a client sends costs little, and is answered briefly."""
 
+import gzip
 import json
 import re
 from collections.abc import Iterator
@@ -31,6 +32,16 @@ def test_a_body_that_is_too_large_is_refused_by_its_length(world: World) -> None
 def test_a_length_is_believed_before_anything_is_read(world: World, length: str) -> None:
     response = world.client.post("/generate", content=b"{}", headers={**JSON, "Content-Length": length})
     assert response.status_code == 413
+
+
+def test_a_compressed_body_is_refused_by_what_it_is(world: World) -> None:
+    body = json.dumps({"prompt": "a", "max_new_tokens": 1}).encode()
+    response = world.client.post("/generate", content=gzip.compress(body), headers={**JSON, "Content-Encoding": "gzip"})
+    error = response.json()["error"]
+    assert (response.status_code, error["type"]) == (415, "unsupported_media_type")
+    assert "'Content-Encoding: gzip'" in error["message"]
+    plain = world.client.post("/generate", content=body, headers={**JSON, "Content-Encoding": "Identity"})
+    assert plain.status_code == 200
 
 
 def test_a_body_that_does_not_say_its_length_is_counted(settings: Settings) -> None:

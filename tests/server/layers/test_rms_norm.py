@@ -1,5 +1,7 @@
 """RMS norms in one operation say what transformers' say, and those of another kind are left alone."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
@@ -40,6 +42,16 @@ def test_a_view_is_normed_like_its_copy() -> None:
     assert torch.equal(mine(x), mine(x.clone()))
 
 
+class GatedRMSNorm(LlamaRMSNorm):
+    def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(hidden_states * gate)
+
+
+class TwofoldRMSNorm(LlamaRMSNorm):
+    def forward(self, hidden_states: torch.Tensor) -> Any:
+        return super().forward(hidden_states), hidden_states
+
+
 @pytest.mark.parametrize(
     ("kind", "dtype", "fused"),
     [
@@ -50,6 +62,8 @@ def test_a_view_is_normed_like_its_copy() -> None:
         (LlamaRMSNorm, torch.float16, 0),
         (LlamaRMSNorm, torch.float64, 0),
         (torch.nn.LayerNorm, torch.float32, 0),
+        (GatedRMSNorm, torch.float32, 0),
+        (TwofoldRMSNorm, torch.float32, 0),
     ],
 )
 def test_what_says_something_else_is_left_alone(kind: type, dtype: torch.dtype, fused: int) -> None:
