@@ -20,8 +20,8 @@ from server.engine.engine import Engine
 from server.engine.kv_cache import KVCache
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
-from server.engine.support import open_forward
 from server.engine.types import Event, Finished, Row, Sampling, Steer
+from server.opening.trial import open_forward
 from steering.columns import ColumnBank
 from steering.hook import steered
 from steering.operators import steer

@@ -6,13 +6,15 @@ import time
 from server.config import Settings
 from server.engine.aside import aside
 from server.engine.engine import Engine
+from server.engine.forward import is_spread
 from server.engine.kv_cache import KVCache
-from server.engine.model import LoadedModel, is_spread, load_model
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
-from server.engine.support import cache_size, open_forward, text_limit
 from server.errors import ServerError, StartupError
 from server.metrics import Metrics
+from server.opening.memory import cache_size, text_limit
+from server.opening.model import LoadedModel, load_model
+from server.opening.trial import open_forward
 from server.registry import Loaded, Registry, fits_model
 from server.remembered import recall, remember
 from server.service import Service

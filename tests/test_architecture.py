@@ -11,8 +11,9 @@ FORBIDDEN = {
     "training": {"server", "demo"},
     "server": {"training", "demo"},
     "server/api": {"torch", "transformers", "steering"},
-    "server/engine": {"fastapi", "starlette", "server.api", "server.service"},
-    "server/layers": {"fastapi", "starlette", "server.api", "server.service", "server.engine"},
+    "server/opening": {"fastapi", "starlette", "server.api", "server.service"},
+    "server/engine": {"fastapi", "starlette", "server.api", "server.service", "server.opening"},
+    "server/layers": {"fastapi", "starlette", "server.api", "server.service", "server.opening", "server.engine"},
     **{f"server/engine/{name}.py": {"torch", "transformers"} for name in ("scheduler", "kv_cache", "extents", "tape")},
     "demo": {"server"},
 }

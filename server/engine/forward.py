@@ -10,7 +10,6 @@ from torch import Tensor
 
 from server.engine.attention import NAME, Attention, PassPlan
 from server.engine.graphs import Graphs
-from server.engine.model import is_spread
 from server.engine.plan import Plan
 from server.engine.tape import Work, acts
 from steering.columns import ColumnBank
@@ -95,3 +94,8 @@ class Forward:
                 token_rows += np.where(acts(steer.positions, work.start, work.stop, prompt), row, -1).tolist()
         token_rows += [-1] * (room - len(token_rows))
         self.bank.fill(tuple(rows), np.array(token_rows, dtype=np.int64))
+
+
+def is_spread(model: Any) -> bool:
+    """Whether accelerate has put the model's layers on several devices."""
+    return len(set(getattr(model, "hf_device_map", {}).values())) > 1

@@ -93,7 +93,7 @@ def verify_folders(settings: Settings, reference: str | None, *, against: bool) 
 
 
 def _fits(settings: Settings) -> Callable[[Checkpoint], None]:
-    from server.engine.model import load_model
+    from server.opening.model import load_model
     from server.registry import fits_model
 
     return fits_model(load_model(settings).model, settings.served_name, settings.revision)

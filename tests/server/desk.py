@@ -6,9 +6,9 @@ from typing import Any
 from server.engine.kv_cache import KVCache
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
-from server.engine.support import open_forward
 from server.engine.tape import Tape
 from server.engine.types import Job, Row, T
+from server.opening.trial import open_forward
 from steering.columns import ColumnBank
 
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 import transformers
 
-from server.engine.support import open_forward, text_limit
 from server.engine.types import Row, Sampling, Steer
 from server.errors import StartupError
+from server.opening.memory import text_limit
+from server.opening.trial import open_forward
 from steering.columns import ColumnBank
 from steering.types import Column, Gate, RowSteering, Site
 from tests.server.desk import Desk

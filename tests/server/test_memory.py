@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from server.engine import support
 from server.engine.forward import Forward
-from server.engine.support import cache_size
 from server.errors import StartupError
+from server.opening import memory
+from server.opening.memory import cache_size
 from tests.server.conftest import tiny_llama
 from tests.server.desk import Desk
 
@@ -48,16 +48,16 @@ def test_without_a_limit_a_text_may_have_half_the_cache(forward: Forward) -> Non
 
 
 def test_no_memory_at_all_is_a_sentence(forward: Forward, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(support, "_free_bytes", lambda device: 5000)
+    monkeypatch.setattr(memory, "_free_bytes", lambda device: 5000)
     with pytest.raises(StartupError, match="There is no memory for keys and values: a token takes 384 bytes"):
         cache_size(forward, limit=96, rows=4, mib=0)
 
 
 def test_a_containers_own_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(support, "CGROUP", tmp_path)
-    whole = support._container_bytes()
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    whole = memory._container_bytes()
     (tmp_path / "memory.current").write_text("600\n")
     (tmp_path / "memory.max").write_text("1000\n")
-    assert support._container_bytes() == 400
+    assert memory._container_bytes() == 400
     (tmp_path / "memory.max").write_text("max\n")
-    assert support._container_bytes() == whole
+    assert memory._container_bytes() == whole

@@ -30,11 +30,6 @@ class LoadedModel:
     vocab: int  # rows of the input embedding
 
 
-def is_spread(model: Any) -> bool:
-    """Whether accelerate has put the model's layers on several devices."""
-    return len(set(getattr(model, "hf_device_map", {}).values())) > 1
-
-
 def load_model(settings: Settings) -> LoadedModel:
     """Raises StartupError with one sentence."""
     path = settings.model_path
