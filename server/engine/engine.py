@@ -14,7 +14,7 @@ from typing import TypeVar
 from server.engine.calls import Call, Calls
 from server.engine.delivery import Delivery
 from server.engine.reading import compare, score
-from server.engine.runner import Runner
+from server.engine.runner import Outcome, Runner, Step
 from server.engine.scheduler import Scheduler
 from server.engine.tape import Work
 from server.engine.types import (
@@ -229,25 +229,44 @@ class Engine:
             self._delivery.give_up(request, DeadlineExceeded(f"The request took longer than {self._deadline_s:g} s."))
 
     def _step(self, works: Sequence[Work]) -> None:
+        """One step, and those that follow from it: where the host is free while the device computes, each is begun
+        before the tokens of the one before are known."""
         self.stats.rows += self._delivery.admit(works)
+        following: Step | None = None
+        while works:
+            with self._busy():
+                try:
+                    step = following or self._runner.launch(works)
+                    ahead = self._ahead(works)
+                    following = self._runner.launch(ahead, step) if ahead else None
+                    self._delivery.tell()
+                    outcomes = step.outcomes()
+                except Exception as error:
+                    self._fail(works, error)
+                    return
+                self._deliver(works, outcomes)
+            works = ahead
+
+    def _ahead(self, works: Sequence[Work]) -> Sequence[Work]:
+        """The works to begin while these are computed: none where anybody else wants something."""
+        late = self._deadlines and self._deadlines[0][0] < time.monotonic()
+        if not self._runner.overlaps or self._calls or late or not self._inbox.empty():
+            return ()
+        return self._scheduler.ahead(works)
+
+    def _deliver(self, works: Sequence[Work], outcomes: Sequence[Outcome]) -> None:
+        self.stats.steps += 1
         self.stats.largest_batch = max(self.stats.largest_batch, len(works))
-        with self._busy():
-            try:
-                outcomes = self._runner.step(works, self._delivery.tell)
-            except Exception as error:
-                self._fail(works, error)
-                return
-            self.stats.steps += 1
-            self.stats.computed_tokens += sum(map(len, works))
-            for work, outcome in zip(works, outcomes, strict=True):
-                if work.tape.extent is None:
-                    continue  # its request has failed with a row before it
-                self._scheduler.done(work, outcome.steered)
-                if outcome.draw is not None:
-                    self.stats.tokens += 1
-                    self._delivery.deliver(work.tape, outcome.draw)
-            if not self._runner.overlaps:
-                self._delivery.tell()
+        self.stats.computed_tokens += sum(map(len, works))
+        for work, outcome in zip(works, outcomes, strict=True):
+            if work.tape.extent is None:
+                continue  # it has ended: with the step before, or its request has failed with another row
+            self._scheduler.done(work, outcome.steered)
+            if outcome.draw is not None:
+                self.stats.tokens += 1
+                self._delivery.deliver(work.tape, outcome.draw)
+        if not self._runner.overlaps:
+            self._delivery.tell()
 
     @contextmanager
     def _busy(self) -> Iterator[None]:

@@ -41,10 +41,12 @@ class Forward:
         self.attention.allocate(tokens + 1)  # the last one belongs to rows of a graph that are idle
         self._graphs = Graphs(self._run, self.device, idle=tokens) if graphs else None
 
-    def __call__(self, works: Sequence[Work], wanted: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, works: Sequence[Work], wanted: Sequence[int], ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Computes the works as one line of N tokens. `wanted`: the tokens, by their place in the line, whose logits
         are needed -> logits [wanted, vocab] in the model's dtype, and how often each token of the line was steered
-        [N] int64, as the hooks counted it.
+        [N] int64, as the hooks counted it. `ids`: the tokens [N] int64, where the host does not know them.
         """
         tokens = sum(map(len, works))
         static = self._graphs if self._graphs and self._graphs.fits(works) and not self.steering.traced else None
@@ -54,23 +56,24 @@ class Forward:
         try:
             with torch.inference_mode():
                 if static:
-                    if static.prepare(works, self.bank.version):
+                    if static.prepare(works, self.bank.version, ids):
                         self.bank.take_counts()  # passes that were only made to record
-                    logits = static(works)
+                    logits = static(works, ids)
                 else:
-                    logits = self._eager(works, wanted)
+                    logits = self._eager(works, wanted, ids)
         finally:
             # Taken even from a pass that failed, so that nothing is counted twice.
             counts = self.bank.take_counts(tokens)
         return logits, counts
 
-    def _eager(self, works: Sequence[Work], wanted: Sequence[int]) -> Tensor:
-        tokens = [token for work in works for token in work.tape.tokens[work.start : work.stop]]
+    def _eager(self, works: Sequence[Work], wanted: Sequence[int], ids: Tensor | None) -> Tensor:
+        if ids is None:
+            tokens = [token for work in works for token in work.tape.tokens[work.start : work.stop]]
+            ids = torch.tensor(tokens, dtype=torch.int64, device=self.device)
         plan = Plan.of(works, self.device, self.attention.call, self.attention.decode)
         keep = None
-        if list(wanted) != list(range(len(tokens))):
+        if list(wanted) != list(range(len(ids))):
             keep = torch.tensor(wanted, dtype=torch.int64, device="cpu" if self._spread else self.device)
-        ids = torch.tensor(tokens, dtype=torch.int64, device=self.device)
         return self._run(ids[None], plan.places[None], plan, keep)
 
     def _run(self, ids: Tensor, positions: Tensor, plan: PassPlan, keep: Tensor | None = None) -> Tensor:

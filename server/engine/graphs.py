@@ -39,16 +39,20 @@ class StaticPlan:
     def empty(cls, rows: int, keys: int, device: torch.device) -> "StaticPlan":
         return cls(keys, torch.zeros(5, rows, dtype=torch.int64, device=device))
 
-    def fill(self, works: Sequence[Work], idle: int) -> None:
-        """idle: where in the stores rows that have no work may write."""
+    def fill(self, works: Sequence[Work], idle: int, ids: Tensor | None = None) -> None:
+        """idle: where in the stores rows that have no work may write; ids: the tokens, where the host does not know
+        them."""
         rows = self.inputs.shape[1]
         table = np.zeros((rows, 5), dtype=np.int64)
         table[:, 2:] = idle, 1, 1
         for row, work in zip(table, works, strict=False):
             extent = work.tape.extent
             assert extent is not None, "work is done on open tapes"
-            row[:] = work.tape.tokens[work.start], work.start, extent.start, extent.size, 0
+            token = work.tape.tokens[work.start] if ids is None else 0
+            row[:] = token, work.start, extent.start, extent.size, 0
         self.inputs.copy_(upload(np.ascontiguousarray(table.T), self.inputs.device), non_blocking=True)
+        if ids is not None:
+            self.inputs[0, : len(works)] = ids
 
     def begin(self) -> None:
         """Inside a graph everything that depends on the inputs is computed, once a pass."""
@@ -127,21 +131,21 @@ class Graphs:
         """The bucket's rows: as many tokens have to be filled in the bank."""
         return _power(len(works))
 
-    def prepare(self, works: Sequence[Work], version: int) -> bool:
+    def prepare(self, works: Sequence[Work], version: int, ids: Tensor | None) -> bool:
         """Records the bucket of these works unless it has been, with the bank at `version`; says whether it did."""
         bucket = self._bucket(works)
         recorded = self._recorded.get(bucket)
         if recorded is not None and recorded.version == version:
             return False
         plan = recorded.plan if recorded else StaticPlan.empty(*bucket, self._device)
-        plan.fill(works, self._idle)
+        plan.fill(works, self._idle, ids)
         self._recorded[bucket] = self._record(plan, version)
         return True
 
-    def __call__(self, works: Sequence[Work]) -> Tensor:
-        """Logits [works, vocab], after `prepare`. The bank has been filled for `rows` tokens."""
+    def __call__(self, works: Sequence[Work], ids: Tensor | None) -> Tensor:
+        """Logits [works, vocab], after `prepare`. The bank has been filled for `rows` tokens. `ids`: see `fill`."""
         recorded = self._recorded[self._bucket(works)]
-        recorded.plan.fill(works, self._idle)
+        recorded.plan.fill(works, self._idle, ids)
         if recorded.logits is None:
             return self._pass(recorded.plan)[: len(works)]
         recorded.graph.replay()

@@ -14,6 +14,7 @@ from server.engine.sampler import Drawn, Sampler
 from server.engine.tape import Tape, Work
 from server.engine.team import Team
 from server.engine.types import Draw, Likelihood, Row, Touch
+from steering.row_table import upload
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,39 @@ class HostCopy:
         return found
 
 
+@dataclass(frozen=True)
+class Step:
+    """A step that the device computes."""
+
+    works: Sequence[Work]
+    _drawing: dict[Work, int]  # those that draw, with the place of their last token in the line
+    _drawn: Drawn | None
+    _copy: HostCopy
+    _touches: Callable[[Tape, int], tuple[Touch, ...]]
+
+    def tokens_of(self, works: Sequence[Work]) -> Tensor:
+        """What this step draws for the texts of works that continue it, [works] int64, on the device."""
+        assert self._drawn is not None, "nothing continues a step that draws nothing"
+        places = {work.tape: index for index, work in enumerate(self._drawing)}
+        wanted = [places[work.tape] for work in works]
+        if wanted == list(range(len(places))):
+            return self._drawn.tokens
+        return self._drawn.tokens[upload(np.array(wanted), self._drawn.tokens.device)]
+
+    def outcomes(self) -> list[Outcome]:
+        """Of each work, in order. Waits for the device. Raises what its computation raised."""
+        host, drawing = self._copy.numbers(), self._drawing
+        touches = [self._touches(work.tape, place) for work, place in drawing.items()]
+        tokens = sum(map(len, self.works))
+        drawn = self._drawn
+        draws = iter(() if drawn is None else _draws([work.tape for work in drawing], drawn, host[tokens:], touches))
+        ends = np.cumsum([len(work) for work in self.works]).tolist()
+        return [
+            Outcome(host[end - len(work) : end], next(draws) if work in drawing else None)
+            for work, end in zip(self.works, ends, strict=True)
+        ]
+
+
 class Runner:
     """One forward pass and one draw a step."""
 
@@ -63,34 +97,28 @@ class Runner:
         """Whether the host is free while the device computes."""
         return self.forward.device.type == "cuda"
 
-    def step(self, works: Sequence[Work], meanwhile: Callable[[], None] = lambda: None) -> list[Outcome]:
-        """The outcome of each work, in order. `meanwhile` is done before the host waits for the device."""
+    def launch(self, works: Sequence[Work], after: "Step | None" = None) -> "Step":
+        """Begins a step. `after`: the one before, where its tokens are not known yet: they go from one to the other on
+        the device."""
         ends = np.cumsum([len(work) for work in works]).tolist()
-        drawing = {work.tape: end - 1 for work, end in zip(works, ends, strict=True) if work.draws}
-        self.forward.steering.record(any(tape.row and tape.row.trace for tape in drawing))
+        drawing = {work: end - 1 for work, end in zip(works, ends, strict=True) if work.draws}
+        self.forward.steering.record(any(work.tape.row and work.tape.row.trace for work in drawing))
         if drawing:
-            self._prepare(list(drawing))
-        logits, counts = self.compute(works, list(drawing.values()))
+            self._prepare([work.tape for work in drawing])
+        ids = None if after is None else after.tokens_of(works)
+        logits, counts = self.compute(works, list(drawing.values()), ids)
         drawn = self._draw(list(drawing), logits) if drawing else None
         # The one copy from the device that a step needs; logprobs, where asked for, are a second one.
         parts = [counts] if drawn is None else [counts, drawn.tokens, drawn.finite.long()]
-        copy = HostCopy(torch.cat(parts))
-        meanwhile()
-        host = copy.numbers()
-        touches = [self._touches(tape, place) for tape, place in drawing.items()]
-        draws = iter(() if drawn is None else _draws(list(drawing), drawn, host[ends[-1] :], touches))
-        return [
-            Outcome(host[end - len(work) : end], next(draws) if work.draws else None)
-            for work, end in zip(works, ends, strict=True)
-        ]
+        return Step(works, drawing, drawn, HostCopy(torch.cat(parts)), self._touches)
 
-    def compute(self, works: Sequence[Work], wanted: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def compute(self, works: Sequence[Work], wanted: Sequence[int], ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `Forward`; before it, the keys and values that texts take over from others are copied."""
         self.team.look()
         moves, self.cache.moves = self.cache.moves, []
         with torch.inference_mode():
             self.forward.attention.move(moves)
-        return self.forward(works, wanted)
+        return self.forward(works, wanted, ids)
 
     def recover(self) -> None:
         """After a failed step: forget what may be damaged; raises when the device does not answer any more."""
@@ -114,11 +142,11 @@ class Runner:
             rules = [row.sampling for row in rows if row]
             self._sampler, self._rows = Sampler(rules, self.vocab, self.forward.device), rows
 
-    def _draw(self, tapes: Sequence[Tape], logits: Tensor) -> Drawn:
+    def _draw(self, works: Sequence[Work], logits: Tensor) -> Drawn:
         assert self._sampler is not None, "prepared before"
         with torch.inference_mode():
             return self._sampler.draw(
-                logits, [tape.tokens for tape in tapes], [len(tape.tokens) - tape.prompt for tape in tapes]
+                logits, [work.tape.tokens for work in works], [work.stop - work.tape.prompt for work in works]
             )
 
 

@@ -37,18 +37,18 @@ class Sampler:
 
     def __init__(self, rules: Sequence[Sampling], vocab: int, device: torch.device) -> None:
         def column(values: Sequence[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+            return upload(np.array(values, dtype=np.float32), device)[:, None]
 
         self._rules = list(rules)
         self._device = device
         self._samples = any(rule.temperature >= GREEDY_BELOW for rule in rules)
         self._temperature = column([max(rule.temperature, GREEDY_BELOW) for rule in rules])
-        self._greedy = torch.tensor([rule.temperature < GREEDY_BELOW for rule in rules], device=device)
+        self._greedy = upload(np.array([rule.temperature < GREEDY_BELOW for rule in rules]), device)
         self._penalty = column([rule.repetition_penalty for rule in rules])
-        self._top_k = torch.tensor([rule.top_k or vocab for rule in rules], device=device).clamp(max=vocab)
+        self._top_k = upload(np.array([min(rule.top_k or vocab, vocab) for rule in rules]), device)
         self._top_p = column([rule.top_p for rule in rules])
         self._min_p = column([rule.min_p for rule in rules])
-        self._keys = _keys([(rule.seed, rule.choice) for rule in rules]).to(device)
+        self._keys = upload(_keys([(rule.seed, rule.choice) for rule in rules]).numpy(), device)
 
     def draw(self, logits: Tensor, texts: Sequence[Sequence[int]], steps: Sequence[int]) -> Drawn:
         """logits [rows, vocab] of any float type -> one token a row. `texts`: what each row has had, prompt included;

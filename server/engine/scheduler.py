@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from server.engine.kv_cache import KVCache
 from server.engine.tape import Tape, Work
+from server.engine.types import Sampling
 
 # Tokens of its answer for which a row gets space at once; a longer answer moves to larger extents.
 RESERVED = 256
@@ -62,6 +63,24 @@ class Scheduler:
         if self.preemptions == preempted and not self.hold:
             self._admit(reading)
         return tuple(sorted(works + reading.works, key=_place))
+
+    def ahead(self, works: Sequence[Work]) -> tuple[Work, ...]:
+        """The step after these works, begun before what they draw is known: one token for each row that goes on as far
+        as can be foreseen, which is what `next` would say. Nothing where it would say something else, or where a row
+        has to know its tokens, or to be told more than them, before the next one is drawn."""
+        if len(works) < len(self._running) or not all(work.draws for work in works):
+            return ()
+        following = []
+        for work in works:
+            tape = work.tape
+            if tape.extent is None or work.stop + 1 - tape.prompt >= _rules(tape).max_new_tokens:
+                continue  # has ended, or ends with the token that is being drawn
+            if tape.extent.size <= work.stop or not _can_hurry(tape):
+                return ()
+            following.append(Work(tape, work.stop, work.stop + 1))
+        if self._waiting and len(following) < self._max_rows:
+            return ()
+        return tuple(sorted(following, key=_place))
 
     @staticmethod
     def done(work: Work, steered: list[int]) -> None:
@@ -144,9 +163,8 @@ class Scheduler:
 
     def _open(self, tape: Tape) -> bool:
         """Space for the answer, too, or at least for what there is."""
-        assert tape.row is not None, "only rows are scheduled"
         length = len(tape.tokens)
-        wanted = min(tape.row.sampling.max_new_tokens - (length - tape.prompt), RESERVED)
+        wanted = min(_rules(tape).max_new_tokens - (length - tape.prompt), RESERVED)
         rooms = (max(length + wanted, self._roomy), length + wanted, length)
         return any(self._cache.open(tape, room) for room in dict.fromkeys(rooms))
 
@@ -173,6 +191,16 @@ class _Reading:
         elif self.long is None and self.budget:
             self.long, self._kept = tape, (self.budget + 1) // 2
             self.budget -= self._kept
+
+
+def _rules(tape: Tape) -> Sampling:
+    assert tape.row is not None, "only rows are scheduled"
+    return tape.row.sampling
+
+
+def _can_hurry(tape: Tape) -> bool:
+    rules = _rules(tape)
+    return rules.repetition_penalty == 1 and rules.logprobs is None and not (tape.row and tape.row.trace)
 
 
 def _part(tape: Tape, most: int) -> Work:

@@ -58,8 +58,8 @@ class Work:
 
     @property
     def draws(self) -> bool:
-        """Whether the last logits are those of a token to draw."""
-        return self.stop == len(self.tape.tokens)
+        """Whether the last logits are those of a token to draw: also where the last token itself is not known yet."""
+        return self.stop >= len(self.tape.tokens)
 
 
 def acts(positions: PositionsName, start: int, stop: int, prompt: int) -> NDArray[np.bool_]:

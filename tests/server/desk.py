@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from server.engine.kv_cache import KVCache
-from server.engine.runner import Runner
+from server.engine.runner import Runner, Step
 from server.engine.scheduler import Scheduler
 from server.engine.tape import Tape
 from server.engine.types import Job, Row, T
@@ -25,7 +25,9 @@ class Desk:
         step_tokens: int = 64,
         graphs: bool = False,
         native: bool = True,
+        ahead: bool = False,
     ) -> None:
+        """`ahead`: each step is begun before the tokens of the one before are known, where that can be."""
         self.bank = ColumnBank(device=next(model.parameters()).device, max_tokens=step_tokens)
         forward = open_forward(model, self.bank, "tiny", native=native)
         forward.steering.install()
@@ -33,17 +35,24 @@ class Desk:
         forward.allocate(largest * roots, graphs=graphs)
         self.scheduler = Scheduler(self.cache, max_rows=max_rows, step_tokens=step_tokens)
         self.runner = Runner(forward, self.cache, step_tokens=step_tokens)
+        self.ahead = ahead
+        self.begun_ahead = 0
+        self._begun: Step | None = None
         self.computed: list[int] = []  # tokens of each step
         self.texts: dict[Row, list[int]] = {}
         self.steered: dict[Row, int] = {}
 
     def step(self) -> None:
-        works = self.scheduler.next()
+        works = self._begun.works if self._begun else self.scheduler.next()
         self.cache.check()
         if not works:
             return
         self.computed.append(sum(map(len, works)))
-        for work, outcome in zip(works, self.runner.step(works), strict=True):
+        step = self._begun or self.runner.launch(works)
+        ahead = self.scheduler.ahead(works) if self.ahead else ()
+        self._begun = self.runner.launch(ahead, step) if ahead else None
+        self.begun_ahead += bool(ahead)
+        for work, outcome in zip(works, step.outcomes(), strict=True):
             tape = work.tape
             self.scheduler.done(work, outcome.steered)
             if outcome.draw is None:

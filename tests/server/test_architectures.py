@@ -117,9 +117,10 @@ def columns(name: str) -> list[Column]:
 @pytest.mark.parametrize("name", [*FAMILIES, *MORE])
 def test_rows_equal_the_plain_model_whatever_happens_to_them(name: str, attention: str) -> None:
     """Mixed lengths and steerings, random arrivals, chunked prompts, shared beginnings, a cache that is too small;
-    with the kernel for CPUs, with PyTorch's attention, and with the steps that are captured on a GPU."""
+    with the kernel for CPUs, and as on a GPU, where each step is begun before the tokens of the one before are known,
+    with PyTorch's attention and with the steps that are captured there."""
     reference = tiny(name)
-    options = {"native": attention == "native", "graphs": attention == "static"}
+    options = {"native": attention == "native", "graphs": attention == "static", "ahead": attention != "native"}
     desk = Desk(tiny(name), largest=64, roots=2, max_rows=6, step_tokens=12, **options)
     handle = desk.bank.add(columns(name))
     mixes = [(1.0, 0.0), (-1.0, 1.5)]
@@ -129,6 +130,7 @@ def test_rows_equal_the_plain_model_whatever_happens_to_them(name: str, attentio
     texts = desk.run(asked, arrivals=[number.randint(0, 40) for _ in asked])
     assert desk.scheduler.preemptions, "the cache was not small enough to prove anything"
     assert desk.cache.shared_tokens > 40
+    assert desk.begun_ahead > 20 or not desk.ahead
     moved = 0
     for row, text in texts.items():
         new = row.sampling.max_new_tokens

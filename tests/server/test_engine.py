@@ -136,14 +136,14 @@ def test_work_between_steps_that_takes_too_long_makes_the_server_unready(
 
 def test_the_event_loop_answers_while_the_model_runs(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = runner_of(fresh)
-    real, inside, go_on = runner.step, threading.Event(), threading.Event()
+    real, inside, go_on = runner.launch, threading.Event(), threading.Event()
 
     def slow(*batch: Any) -> Any:
         inside.set()
         assert go_on.wait(10)
         return real(*batch)
 
-    monkeypatch.setattr(runner, "step", slow)
+    monkeypatch.setattr(runner, "launch", slow)
 
     async def story() -> Any:
         async with api(fresh.app) as client:
@@ -200,7 +200,7 @@ async def _disconnecting(app: FastAPI, body: bytes, gone: asyncio.Event) -> list
 
 def test_a_client_that_goes_away_frees_its_row_by_the_next_step(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
     runner, engine = runner_of(fresh), fresh.service.engine
-    real, seen, gate = runner.step, [], threading.Semaphore(0)
+    real, seen, gate = runner.launch, [], threading.Semaphore(0)
     stepped = threading.Event()
 
     def counted(works: Any, *more: Any) -> Any:
@@ -209,7 +209,7 @@ def test_a_client_that_goes_away_frees_its_row_by_the_next_step(fresh: World, mo
         assert gate.acquire(timeout=10)
         return real(works, *more)
 
-    monkeypatch.setattr(runner, "step", counted)
+    monkeypatch.setattr(runner, "launch", counted)
 
     async def story() -> tuple[list[Any], Any]:
         gone = asyncio.Event()
@@ -238,14 +238,14 @@ def test_a_client_that_goes_away_frees_its_row_by_the_next_step(fresh: World, mo
 
 def test_a_cancelled_request_that_waits_never_runs(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
     runner, engine = runner_of(fresh), fresh.service.engine
-    real, inside, go_on = runner.step, threading.Event(), threading.Event()
+    real, inside, go_on = runner.launch, threading.Event(), threading.Event()
 
     def slow(*batch: Any) -> Any:
         inside.set()
         assert go_on.wait(10)
         return real(*batch)
 
-    monkeypatch.setattr(runner, "step", slow)
+    monkeypatch.setattr(runner, "launch", slow)
 
     async def story() -> None:
         async with api(fresh.app) as client:
@@ -290,16 +290,50 @@ def test_rows_that_end_leave_the_batch_and_disturb_nobody(fresh: World) -> None:
     assert fresh.service.engine.stats.largest_batch > 4
 
 
+def test_steps_that_are_begun_ahead_change_nothing(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts that end by themselves, by a stop string, by their length; some that cannot be hurried among them."""
+    launched: list[bool] = []
+    real = Runner.launch
+
+    def counted(runner: Runner, works: Any, after: Any = None) -> Any:
+        launched.append(after is not None)
+        return real(runner, works, after)
+
+    monkeypatch.setattr(Runner, "launch", counted)
+    crowd = {"prompt": "Q: What", "n": 12, "temperature": 5.0, "seed": 11, "max_new_tokens": 80}
+    few = {"prompt": "a", "max_new_tokens": 8}
+    bodies = [crowd, crowd | {"n": 2, "stop": "e"}, few | {"logprobs": 1}, few | {"trace": True}]
+
+    async def together() -> list[Any]:
+        async with api(fresh.app) as client:
+            answers = await asyncio.gather(*(client.post("/generate", json={"seed": 1} | body) for body in bodies))
+            told = [result for answer in answers for result in answer.json()["results"]]
+            return [
+                {name: result[name] for name in ("text", "token_ids", "finish_reason", "steering")} for result in told
+            ]
+
+    seen = []
+    for overlaps in (False, True):
+        monkeypatch.setattr(Runner, "overlaps", overlaps)
+        seen.append(asyncio.run(together()))
+        assert any(launched) is overlaps
+    assert sum(launched) > 30
+    assert seen[0] == seen[1]
+    assert {result["finish_reason"] for result in seen[0]} == {"stop", "length"}
+    assert fresh.service.engine.stats.tokens == 2 * sum(len(result["token_ids"]) for result in seen[0])
+    assert not fresh.service.engine.open_rows
+
+
 def test_stopping_answers_everybody(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
     runner, engine = runner_of(fresh), fresh.service.engine
-    real, inside = runner.step, threading.Event()
+    real, inside = runner.launch, threading.Event()
 
     def slow(*batch: Any) -> Any:
         inside.set()
         time.sleep(0.02)
         return real(*batch)
 
-    monkeypatch.setattr(runner, "step", slow)
+    monkeypatch.setattr(runner, "launch", slow)
 
     async def story() -> Any:
         async with api(fresh.app) as client:

@@ -24,7 +24,7 @@ pytestmark = [
 def test_captured_steps_equal_the_plain_model(name: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     reference = tiny(name)
-    desk = Desk(tiny(name).to("cuda"), largest=64, roots=8, max_rows=6, step_tokens=12, graphs=True)
+    desk = Desk(tiny(name).to("cuda"), largest=64, roots=8, max_rows=6, step_tokens=12, graphs=True, ahead=True)
     handle = desk.bank.add(columns(name))
     mixes = [(1.0, 0.0), (-1.0, 1.5)]
     steers = [Steer(), *(Steer(RowSteering.of([(handle, mix)])) for mix in mixes)]
@@ -55,25 +55,25 @@ def test_columns_that_come_while_graphs_exist_act() -> None:
     assert desk.steered[steered] == row.sampling.max_new_tokens
 
 
-def test_nothing_waits_for_the_device_until_rows_have_been_told() -> None:
+def test_nothing_waits_for_the_device_until_two_steps_have_been_begun() -> None:
     desk = Desk(tiny("llama").to("cuda"), largest=64, roots=8, graphs=True)
     sampling = Sampling(max_new_tokens=30, temperature=1.0, top_p=0.9, min_p=0.01, seed=3)
     desk.scheduler.add([Tape.of(Row("r", index, (5, 6, 7 + index), sampling)) for index in range(3)])
     for _ in range(5):
         desk.step()
-    told: list[bool] = []
-
-    def tell() -> None:
-        torch.cuda.set_sync_debug_mode("default")
-        told.append(True)
-
     works = desk.scheduler.next()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        desk.runner.step(works, tell)
+        step = desk.runner.launch(works)
+        following = desk.runner.launch(desk.scheduler.ahead(works), step)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert told
+    for begun in (step, following):
+        for work, outcome in zip(begun.works, begun.outcomes(), strict=True):
+            desk.scheduler.done(work, outcome.steered)
+            assert outcome.draw
+            work.tape.tokens.append(outcome.draw.token)
+    assert all(work.tape.cached == len(work.tape.tokens) - 1 for work in works)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two CUDA devices")

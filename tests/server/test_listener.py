@@ -69,8 +69,8 @@ class Slow:
 
     def __init__(self, runner: Any) -> None:
         self.inside = threading.Event()
-        self._real = runner.step
-        runner.step = self
+        self._real = runner.launch
+        runner.launch = self
 
     def __call__(self, *batch: Any) -> Any:
         self.inside.set()

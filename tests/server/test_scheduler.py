@@ -156,6 +156,43 @@ def test_when_the_cache_is_full_the_youngest_gives_way_and_goes_on_later() -> No
     assert ran.count("young") == 1
 
 
+def test_a_step_can_be_foreseen_as_long_as_nothing_else_is_due() -> None:
+    scheduler = build(max_rows=2, step_tokens=8)
+    scheduler.add([tape("a", new=3), tape("b", tokens=(4, 5, 6), new=6)])
+    works = scheduler.next()
+    following = scheduler.ahead(works)
+    assert spans(following) == [("a", 3, 4), ("b", 3, 4)]
+    make(scheduler, works)
+    assert spans(scheduler.next()) == spans(following)
+    scheduler.add([tape("c", tokens=(8, 9))])
+    assert spans(scheduler.ahead(following)) == [("a", 4, 5), ("b", 4, 5)]
+    make(scheduler, following)
+    works = scheduler.next()
+    assert not scheduler.ahead(works), "one ends, and somebody waits for its place"
+
+
+def test_what_is_to_be_known_of_a_token_is_waited_for() -> None:
+    for rules in ({"logprobs": 0}, {"repetition_penalty": 1.1}, {"trace": True}):
+        scheduler = build()
+        more = {name: rules.pop(name) for name in list(rules) if name == "trace"}
+        scheduler.add([Tape.of(Row("a", 0, (1, 2, 3), Sampling(max_new_tokens=9, **rules), **more))])
+        assert not scheduler.ahead(scheduler.next())
+
+
+def test_a_row_that_outgrows_its_space_is_waited_for() -> None:
+    scheduler = build(largest=1024, roots=1, max_rows=2)
+    scheduler.add([tape("a", new=600)])
+    sizes, waited = set(), 0
+    while works := scheduler.next():
+        (work,) = works
+        assert work.tape.extent is not None
+        sizes.add(work.tape.extent.size)
+        waited += not scheduler.ahead(works)
+        make(scheduler, works)
+    assert sizes == {512, 1024}
+    assert waited == 2, "before it grows, and before it ends"
+
+
 def test_a_dropped_request_is_gone_wherever_it_was() -> None:
     scheduler = build(max_rows=2)
     scheduler.add([tape("a"), tape("b", tokens=(7, 8), new=5), tape("a", 1)])
@@ -195,7 +232,9 @@ def test_every_row_ends_with_all_its_tokens_and_the_cache_stays_sound(
     stem = tuple(number.randrange(5) for _ in range(20))
     sent: list[Tape] = []
     cancelled: set[str] = set()
+    foreseen: list[tuple[str, int, int]] = []
     for _ in range(400):
+        came = len(sent), len(cancelled)
         if len(sent) < 12 and number.random() < 0.4:
             own = tuple(number.randrange(5) for _ in range(number.randint(1, largest - 22)))
             prompt = (stem[: number.randint(0, 20)] + own)[: largest - 1]
@@ -212,6 +251,9 @@ def test_every_row_ends_with_all_its_tokens_and_the_cache_stays_sound(
         assert len(scheduler.running) <= max_rows
         assert works or scheduler.idle, "somebody waits for ever"
         assert len({work.tape for work in works}) == len(works)
+        if foreseen and came == (len(sent), len(cancelled)):
+            assert spans(works) == foreseen, "what was begun is not what is due"
+        foreseen = spans(scheduler.ahead(works))
         make(scheduler, works, token=number.randrange(5))
         cache.check()
         if len(sent) == 12 and scheduler.idle:

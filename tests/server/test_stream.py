@@ -99,13 +99,13 @@ def test_what_fails_under_way_ends_the_stream_with_an_error(fresh: World) -> Non
 
 def test_a_client_that_leaves_a_stream_takes_its_rows_along(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, runner = fresh.service.engine, runner_of(fresh)
-    real = runner.step
+    real = runner.launch
 
     def slow(*batch: Any) -> Any:
         time.sleep(0.01)
         return real(*batch)
 
-    monkeypatch.setattr(runner, "step", slow)
+    monkeypatch.setattr(runner, "launch", slow)
 
     async def story() -> list[Any]:
         gone = asyncio.Event()
