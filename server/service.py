@@ -178,7 +178,7 @@ class Service:
             told = await asyncio.wrap_future(run.echoes)
             found = iter(told)
             scored = [next(found) if len(prompt) > 1 else () for prompt in prompts]
-        return await asyncio.to_thread(run.teller.echoes, prompts, scored)
+        return await asyncio.to_thread(run.teller.echoes, run.ask.prompts, prompts, scored)
 
     def _encode(self, ask: Ask) -> list[tuple[int, ...]]:
         if ask.messages:

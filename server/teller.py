@@ -1,6 +1,6 @@
 """What the engine says, as clients are told it: with the texts of tokens, and without infinities."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from server.engine.types import Draw, Finished, Likelihood, Piece, Row
 from server.exchange import Echo, Part, Result, Score, Spelled, Spoken, SteeringReport, Told, Traced
@@ -34,10 +34,14 @@ class Teller:
         )
 
     def echoes(
-        self, prompts: Iterable[Sequence[int]], likelihoods: Iterable[Iterable[Likelihood] | None]
+        self,
+        given: Iterable[str | tuple[int, ...]],
+        prompts: Iterable[Sequence[int]],
+        likelihoods: Iterable[Iterable[Likelihood] | None],
     ) -> tuple[Echo, ...]:
-        """The prompts, each with the likelihoods of its tokens from the second one on, where they were asked for."""
-        return tuple(self._echo(*each) for each in zip(prompts, likelihoods, strict=True))
+        """Prompts as they were given, as the model reads them, and each with the likelihoods of its tokens from the
+        second one on, where they were asked for."""
+        return tuple(self._echo(*each) for each in zip(given, prompts, likelihoods, strict=True))
 
     def results(self, events: Iterable[Finished], parts: tuple[Part, ...]) -> tuple[Result, ...]:
         """Texts that have ended. `parts`: what has steered them."""
@@ -52,12 +56,20 @@ class Teller:
             for text in texts
         )
 
-    def _echo(self, prompt: Sequence[int], likelihoods: Iterable[Likelihood] | None) -> Echo:
-        offsets = self._offsets_after(())
-        if offsets:
-            offsets.next(prompt[0])
-        spoken = None if likelihoods is None else tuple(self._spoken(likelihoods, offsets))
-        return Echo(self._codec.decode(prompt), self._codec.spell(prompt[0]), spoken)
+    def _echo(
+        self, given: str | tuple[int, ...], prompt: Sequence[int], likelihoods: Iterable[Likelihood] | None
+    ) -> Echo:
+        whole = self._codec.decode_all(prompt)
+        text = given if isinstance(given, str) else whole
+        spoken = None
+        if likelihoods is not None:
+            offsets = Offsets(self._codec, (), special=True) if self._wants_offsets else None
+            if offsets:
+                offsets.next(prompt[0])
+            # What the tokenizer has put before the text is no part of it.
+            lead = max(0, whole.find(text))
+            spoken = tuple(self._spoken(likelihoods, offsets, lambda at: min(max(0, at - lead), len(text))))
+        return Echo(text, self._codec.spell(prompt[0]), spoken)
 
     def _result(self, event: Finished, parts: tuple[Part, ...]) -> Result:
         row, draws = event.row, event.draws
@@ -78,11 +90,16 @@ class Teller:
         return Spelled(token, self._codec.spell(token), _finite(logprob))
 
     def _offsets_after(self, tokens: Sequence[int]) -> Offsets | None:
-        return self._codec.offsets(tokens) if self._wants_offsets else None
+        return Offsets(self._codec, tokens) if self._wants_offsets else None
 
-    def _spoken(self, likelihoods: Iterable[Likelihood], offsets: Offsets | None) -> Iterator[Spoken]:
+    def _spoken(
+        self,
+        likelihoods: Iterable[Likelihood],
+        offsets: Offsets | None,
+        placed: Callable[[int], int] = lambda at: at,
+    ) -> Iterator[Spoken]:
         for one in likelihoods:
-            offset = offsets.next(one.token) if offsets else None
+            offset = placed(offsets.next(one.token)) if offsets else None
             top = tuple(map(self._spelled, one.top_tokens, one.top_logprobs))
             yield Spoken(self._spelled(one.token, one.logprob), top, offset)
 

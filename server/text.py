@@ -80,7 +80,16 @@ class Codec:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens left out."""
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self._decode(ids, skip_special_tokens=True)
+
+    def decode_all(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens included."""
+        return self._decode(ids, skip_special_tokens=False)
+
+    def _decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        text: str = self._tokenizer.decode(
+            list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
         return text
 
     def spell(self, token: int) -> Spelling:
@@ -91,10 +100,6 @@ class Codec:
             spelling = Spelling(text, self._bytes(token) if INCOMPLETE in text else text.encode())
             self._spelled[token] = spelling
         return spelling
-
-    def offsets(self, before: Sequence[int]) -> "Offsets":
-        """For the tokens that follow those `before`."""
-        return Offsets(Detokenizer(self.decode, before))
 
     def _bytes(self, token: int) -> bytes | None:
         name = self._tokenizer.convert_ids_to_tokens(token)
@@ -139,13 +144,18 @@ class Codec:
 class Offsets:
     """Where the tokens of a text begin, in its characters, told one after the other."""
 
-    def __init__(self, detokenizer: Detokenizer) -> None:
-        self._detokenizer = detokenizer
+    def __init__(self, codec: Codec, before: Sequence[int], *, special: bool = False) -> None:
+        """`before`: the tokens before the text; `special`: it shows special tokens, too."""
+        self._codec = codec
+        self._detokenizer = Detokenizer(codec.decode_all if special else codec.decode, before)
         self._at = 0
 
     def next(self, token: int) -> int:
-        """How many characters of the text are certain before this token."""
-        at = self._at
+        """How many characters of the text stand before this token."""
+        before = self._at
         self._detokenizer.push(token)
-        self._at += len(self._detokenizer.read())
-        return at
+        piece = self._detokenizer.read()
+        self._at += len(piece)
+        own = self._codec.spell(token).text
+        # Bytes that have turned out to be no character are shown now, before the token that shows it.
+        return self._at - len(own) if INCOMPLETE in piece and piece.endswith(own) else before

@@ -164,7 +164,9 @@ def _sentence(problem: Mapping[str, Any], path: str) -> str:
         return f"{param} must not be empty."
     if problem["type"] == "too_long":
         return f"{param} has too many items; at most {problem['ctx']['max_length']} are taken."
-    message = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+    if problem["type"] == "value_error":
+        return f"{_short(param, quote=False)}: {str(problem['msg']).removeprefix('Value error, ')}."
+    message = str(problem["msg"]).removeprefix("Input ")
     of_several = len(problem["loc"]) > len(_down_to_union(problem["loc"]))
     if of_several and problem["type"] in KINDS and (kinds := UNIONS.get(param.rpartition(".")[2])):
         message = f"should be {kinds}"

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 # Enough prompt for the decoder to know whether the first new piece starts with a space.
 CONTEXT = 6
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+LONGEST_RUN = 64  # ids without a certain end; beyond, those whose text cannot change any more are left behind
+LEFT = 8  # ids of such a run that stay: what comes can only change the text of the last few
 UNSURE = 3  # at most so many of these at the end may still become a character: UTF-8 has up to four bytes
 
 
@@ -36,6 +38,17 @@ class Detokenizer:
             waiting = min(UNSURE, len(after) - len(after.rstrip(INCOMPLETE)))
             piece = after[given : len(after) - waiting]
             self._given += len(piece)
+            if len(self._ids) - self._done > LONGEST_RUN:
+                self._move_on(after, len(after) - waiting)
             return piece
         self._start, self._done, self._given = self._done, len(self._ids), 0
         return after[given:]
+
+    def _move_on(self, text: str, given: int) -> None:
+        """Both decodings start later, if that changes nothing. text: of all ids from where they start now, of which so
+        many characters have been given out. Else bytes that never become characters would all be decoded each time."""
+        done = len(self._ids) - LEFT
+        start = done - CONTEXT
+        known, before = self._decode(self._ids[self._start : done]), self._decode(self._ids[start:done])
+        if len(known) <= given and known + self._decode(self._ids[start:])[len(before) :] == text:
+            self._start, self._done, self._given = start, done, given - len(known)

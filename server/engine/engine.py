@@ -17,17 +17,7 @@ from server.engine.reading import compare, score
 from server.engine.runner import Outcome, Runner, Step
 from server.engine.scheduler import Scheduler
 from server.engine.tape import Work
-from server.engine.types import (
-    Divergence,
-    EngineStats,
-    Job,
-    Likelihood,
-    Load,
-    Pair,
-    Row,
-    Sink,
-    Steer,
-)
+from server.engine.types import Divergence, EngineStats, Job, Likelihood, Load, Pair, Row, Sink, Steer
 from server.errors import DeadlineExceeded, EngineDown, GenerationFailed, QueueFull
 
 log = logging.getLogger(__name__)
@@ -96,7 +86,7 @@ class Engine:
             self._draining = True
 
     def stop(self) -> None:
-        """Stop after the current step; whatever is unfinished fails with a message."""
+        """Stop after the steps that have been begun; whatever is unfinished fails with a message."""
         self._close("the server is shutting down")
         if self._thread.is_alive():
             self._thread.join()
@@ -143,7 +133,7 @@ class Engine:
             self._inbox.put(_Submit(tuple(rows), sink, time.monotonic()))
 
     def cancel(self, request: str) -> None:
-        """End the request's rows before the next step; a request that has ended is left alone."""
+        """End the request's rows before the next step is begun; a request that has ended is left alone."""
         self._inbox.put(_Cancel(request))
 
     def call(self, work: Callable[[], T]) -> Future[T]:
@@ -232,20 +222,20 @@ class Engine:
         """One step, and those that follow from it: where the host is free while the device computes, each is begun
         before the tokens of the one before are known."""
         self.stats.rows += self._delivery.admit(works)
-        following: Step | None = None
+        step: Step | None = None
         while works:
             with self._busy():
+                step = step or self._runner.launch(works)
+                ahead = self._ahead(works)
+                following = self._runner.launch(ahead, step) if ahead else None
+                self._delivery.tell()
                 try:
-                    step = following or self._runner.launch(works)
-                    ahead = self._ahead(works)
-                    following = self._runner.launch(ahead, step) if ahead else None
-                    self._delivery.tell()
                     outcomes = step.outcomes()
                 except Exception as error:
                     self._fail(works, error)
                     return
                 self._deliver(works, outcomes)
-            works = ahead
+            works, step = ahead, following
 
     def _ahead(self, works: Sequence[Work]) -> Sequence[Work]:
         """The works to begin while these are computed: none where anybody else wants something."""
@@ -260,7 +250,10 @@ class Engine:
         self.stats.computed_tokens += sum(map(len, works))
         for work, outcome in zip(works, outcomes, strict=True):
             if work.tape.extent is None:
-                continue  # it has ended: with the step before, or its request has failed with another row
+                # It has ended: with the step before, or its request has failed with another row.
+                if outcome.draw and not outcome.draw.finite:
+                    self._runner.cache.wipe()
+                continue
             self._scheduler.done(work, outcome.steered)
             if outcome.draw is not None:
                 self.stats.tokens += 1
@@ -281,7 +274,7 @@ class Engine:
         """A failing step fails the requests in it, and nobody else, as long as the device still answers."""
         log.error("a step with %d rows failed", len(works), exc_info=error)
         self.stats.failed_steps += 1
-        for request in dict.fromkeys(work.tape.row.request for work in works if work.tape.row):
+        for request in dict.fromkeys(work.tape.row.request for work in works if work.tape.row and work.tape.extent):
             failure = GenerationFailed("The model failed on this request's batch; try again.")
             self._delivery.give_up(request, failure, keep=False)
         try:

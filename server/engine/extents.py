@@ -24,8 +24,13 @@ class Extents:
         self._free[largest] = [root * largest for root in range(roots)]
 
     @property
+    def free(self) -> list[Extent]:
+        """The pieces that nobody has."""
+        return [Extent(start, size) for size, starts in self._free.items() for start in starts]
+
+    @property
     def free_tokens(self) -> int:
-        return sum(size * len(starts) for size, starts in self._free.items())
+        return sum(extent.size for extent in self.free)
 
     def size_for(self, tokens: int) -> int | None:
         """The smallest piece that holds `tokens`; None: no piece does."""

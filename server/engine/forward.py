@@ -14,6 +14,7 @@ from server.engine.plan import Plan
 from server.engine.tape import Work, acts
 from steering.columns import ColumnBank
 from steering.hook import Steering
+from steering.row_table import upload
 from steering.types import RowSteering
 
 
@@ -69,11 +70,11 @@ class Forward:
     def _eager(self, works: Sequence[Work], wanted: Sequence[int], ids: Tensor | None) -> Tensor:
         if ids is None:
             tokens = [token for work in works for token in work.tape.tokens[work.start : work.stop]]
-            ids = torch.tensor(tokens, dtype=torch.int64, device=self.device)
+            ids = upload(np.array(tokens, dtype=np.int64), self.device)
         plan = Plan.of(works, self.device, self.attention.call, self.attention.decode)
         keep = None
         if list(wanted) != list(range(len(ids))):
-            keep = torch.tensor(wanted, dtype=torch.int64, device="cpu" if self._spread else self.device)
+            keep = upload(np.array(wanted, dtype=np.int64), torch.device("cpu") if self._spread else self.device)
         return self._run(ids[None], plan.places[None], plan, keep)
 
     def _run(self, ids: Tensor, positions: Tensor, plan: PassPlan, keep: Tensor | None = None) -> Tensor:

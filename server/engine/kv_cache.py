@@ -119,6 +119,11 @@ class KVCache:
         for extent in list(self._left):
             self._drop(extent)
 
+    def wipe(self) -> None:
+        """The same, and makes all that is free zero: something there may be no number."""
+        self.forget()
+        self.moves += [Move(None, extent, extent.size) for extent in self.extents.free]
+
     def shareable(self, tape: Tape) -> int:
         """How many tokens at the beginning are known already."""
         tape.content = self._content(tape)

@@ -80,7 +80,7 @@ class Plan:
             else:
                 pieces.append(Piece(lo, hi, 1, extent, (work.stop,)))
             lo = hi
-        line = torch.tensor(places, dtype=torch.int64, device=device)
+        line = upload(np.array(places, dtype=np.int64), device)
         return cls(pieces, line, spans, decode, torch.tensor(singles) if singles else None)
 
     def attend(self, store: Store | None, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:

@@ -1,7 +1,7 @@
 """Tensors: computes the works that the scheduler chose, and draws the tokens that are due."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -51,30 +51,33 @@ class Step:
     """A step that the device computes."""
 
     works: Sequence[Work]
-    _drawing: dict[Work, int]  # those that draw, with the place of their last token in the line
-    _drawn: Drawn | None
-    _copy: HostCopy
-    _touches: Callable[[Tape, int], tuple[Touch, ...]]
+    drawing: Mapping[Work, int] = field(default_factory=dict)  # those that draw, with their last tokens' places
+    drawn: Drawn | None = None
+    copy: HostCopy | None = None
+    touches: Callable[[Tape, int], tuple[Touch, ...]] = lambda tape, place: ()
+    error: Exception | None = None  # instead of all that
 
     def tokens_of(self, works: Sequence[Work]) -> Tensor:
         """What this step draws for the texts of works that continue it, [works] int64, on the device."""
-        assert self._drawn is not None, "nothing continues a step that draws nothing"
-        places = {work.tape: index for index, work in enumerate(self._drawing)}
+        if self.drawn is None:
+            raise self.error or ValueError("nothing continues a step that draws nothing")
+        places = {work.tape: index for index, work in enumerate(self.drawing)}
         wanted = [places[work.tape] for work in works]
         if wanted == list(range(len(places))):
-            return self._drawn.tokens
-        return self._drawn.tokens[upload(np.array(wanted), self._drawn.tokens.device)]
+            return self.drawn.tokens
+        return self.drawn.tokens[upload(np.array(wanted), self.drawn.tokens.device)]
 
     def outcomes(self) -> list[Outcome]:
         """Of each work, in order. Waits for the device. Raises what its computation raised."""
-        host, drawing = self._copy.numbers(), self._drawing
-        touches = [self._touches(work.tape, place) for work, place in drawing.items()]
-        tokens = sum(map(len, self.works))
-        drawn = self._drawn
-        draws = iter(() if drawn is None else _draws([work.tape for work in drawing], drawn, host[tokens:], touches))
+        if self.copy is None:
+            raise self.error or ValueError("this step was never begun")
+        host = self.copy.numbers()
         ends = np.cumsum([len(work) for work in self.works]).tolist()
+        touches = [self.touches(work.tape, place) for work, place in self.drawing.items()]
+        tapes = [work.tape for work in self.drawing]
+        draws = iter(_draws(tapes, self.drawn, host[ends[-1] :], touches) if self.drawn else ())
         return [
-            Outcome(host[end - len(work) : end], next(draws) if work in drawing else None)
+            Outcome(host[end - len(work) : end], next(draws) if work in self.drawing else None)
             for work, end in zip(self.works, ends, strict=True)
         ]
 
@@ -97,9 +100,15 @@ class Runner:
         """Whether the host is free while the device computes."""
         return self.forward.device.type == "cuda"
 
-    def launch(self, works: Sequence[Work], after: "Step | None" = None) -> "Step":
-        """Begins a step. `after`: the one before, where its tokens are not known yet: they go from one to the other on
-        the device."""
+    def launch(self, works: Sequence[Work], after: Step | None = None) -> Step:
+        """Begins a step; why that could not be, its outcomes say. `after`: the one before, where its tokens are not
+        known yet: they go from one to the other on the device."""
+        try:
+            return self._launch(works, after)
+        except Exception as error:
+            return Step(works, error=error)
+
+    def _launch(self, works: Sequence[Work], after: Step | None) -> Step:
         ends = np.cumsum([len(work) for work in works]).tolist()
         drawing = {work: end - 1 for work, end in zip(works, ends, strict=True) if work.draws}
         self.forward.steering.record(any(work.tape.row and work.tape.row.trace for work in drawing))
@@ -110,7 +119,7 @@ class Runner:
         drawn = self._draw(list(drawing), logits) if drawing else None
         # The one copy from the device that a step needs; logprobs, where asked for, are a second one.
         parts = [counts] if drawn is None else [counts, drawn.tokens, drawn.finite.long()]
-        return Step(works, drawing, drawn, HostCopy(torch.cat(parts)), self._touches)
+        return Step(works, drawing, drawn, HostCopy(torch.cat(parts)), touches=self._touches)
 
     def compute(self, works: Sequence[Work], wanted: Sequence[int], ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `Forward`; before it, the keys and values that texts take over from others are copied."""

@@ -1,5 +1,7 @@
 """Pieces of text are whole characters, and together the whole text."""
 
+import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -45,6 +47,32 @@ def test_bytes_that_never_become_a_character_do_not_wait_for_ever(codec: Codec) 
         pieces.append(detokenizer.read())
     assert "".join(pieces) == INCOMPLETE * 9
     assert detokenizer.read(final=True) == INCOMPLETE * 3
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_long_text_without_characters_is_not_decoded_over_and_over(codec: Codec, seed: int) -> None:
+    decoded = 0
+
+    def counting(ids: Sequence[int]) -> str:
+        nonlocal decoded
+        decoded += len(ids)
+        return codec.decode(ids)
+
+    number = random.Random(seed)
+    parts = sorted({token for text in ("🙂", "東", "é") for token in codec.encode(text, "prompt")})
+    whole = codec.encode("Q: What is é, 東京?", "prompt")
+    tokens: list[int] = []
+    while len(tokens) < 2000:  # mostly bytes that go on nothing, or that nothing goes on
+        tokens += number.choices(parts[: 1 + seed], k=number.randint(1, 300))
+        tokens += whole[: number.randint(0, len(whole))]
+    detokenizer = Detokenizer(counting, (40, 41))
+    pieces = []
+    for token in tokens:
+        detokenizer.push(token)
+        pieces.append(detokenizer.read())
+    pieces.append(detokenizer.read(final=True))
+    assert "".join(pieces) == codec.decode(tokens)
+    assert decoded < 200 * len(tokens)
 
 
 @given(st.data())

@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from fastapi import FastAPI
 
 from server.engine.runner import Runner
@@ -58,6 +59,46 @@ def test_a_failing_step_fails_only_the_requests_in_it(fresh: World, monkeypatch:
     assert fresh.service.engine.stats.failed_steps == 1
     assert fresh.service.registry.pins == 0
     assert fresh.client.get("/readyz").status_code == 200
+
+
+def test_a_step_that_cannot_be_begun_fails_nobody_who_has_ended_before(
+    fresh: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = runner_of(fresh)
+    forward, seen = runner.forward, set()
+
+    def broken(works: Any, *more: Any) -> Any:
+        lengths = frozenset(work.tape.row.sampling.max_new_tokens for work in works)
+        seen.add(lengths)
+        if {5, 60} in seen and lengths == {60}:
+            raise RuntimeError("the step breaks")
+        return forward(works, *more)
+
+    monkeypatch.setattr(runner, "compute", broken)
+
+    async def together() -> list[int]:
+        async with api(fresh.app) as client:
+            # The short one ends with the step before the one that breaks.
+            bodies = [{"prompt": ["a", "b"], "max_new_tokens": new, "ignore_eos": True} for new in (5, 60)]
+            answers = await asyncio.gather(*(client.post("/generate", json=body) for body in bodies))
+            return [answer.status_code for answer in answers]
+
+    assert asyncio.run(together()) == [200, 500]
+    assert fresh.service.engine.stats.failed_steps == 1
+    assert not fresh.service.engine.open_rows
+
+
+def test_what_is_computed_behind_the_end_of_a_text_cannot_spoil_another(fresh: World) -> None:
+    """The end-of-text token, which a step that is begun ahead computes in vain, has no finite keys and values here."""
+    runner = runner_of(fresh)
+    weight = runner.forward._model.get_input_embeddings().weight
+    weight[0] = torch.inf
+    body = {"prompt": "Q: What", "n": 12, "temperature": 5.0, "seed": 11, "max_new_tokens": 80}
+    ended = [result["token_ids"][-1] == 0 for result in fresh.post(**body)["results"]]
+    assert any(ended)
+    assert len(fresh.post(prompt="b", max_new_tokens=3)["results"]) == 1
+    stores = runner.forward.attention.stores.values()
+    assert all(torch.isfinite(numbers).all() for store in stores for numbers in (store.keys, store.values))
 
 
 def test_a_dead_device_makes_the_server_unready(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:

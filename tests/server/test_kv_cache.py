@@ -36,6 +36,26 @@ def shared(first: Tape, second: Tape) -> int:
     return second.cached
 
 
+def test_what_may_be_no_number_is_wiped_from_all_that_nobody_has() -> None:
+    cache = KVCache(64, 2)
+    held, left = text(PROMPT, Steer()), text(PROMPT[::-1], Steer())
+    for tape in (held, left):
+        assert cache.open(tape, len(tape.tokens))
+        tape.cached, tape.steered = len(tape.tokens), [0] * len(tape.tokens)
+    cache.close(left)
+    cache.moves.clear()
+    cache.wipe()
+    cache.check()
+    assert held.extent is not None
+    assert all(move.source is None and move.count == move.target.size for move in cache.moves)
+    wiped = sorted((move.target.start, move.target.size) for move in cache.moves)
+    assert sum(size for _, size in wiped) == cache.extents.total - held.extent.size
+    assert not any(
+        start < held.extent.start + held.extent.size and held.extent.start < start + size for start, size in wiped
+    )
+    assert cache.shareable(text([*PROMPT[::-1], 1], Steer())) == 0
+
+
 def text(tokens: list[int], steering: Steer, prompt: int = len(PROMPT)) -> Tape:
     return Tape(tokens, prompt, steering, Row("r", 0, tuple(tokens[:prompt]), Sampling(), steering))
 

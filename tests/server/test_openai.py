@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from server.api.openai.responses import ChatLogprobs, CompletionLogprobs
+from server.engine.types import Likelihood
 from server.exchange import Spelled, Spoken
+from server.teller import Teller
 from server.text import Codec
 from steering.hook import steered
 from tests.server.conftest import World, columns
@@ -322,15 +324,49 @@ def test_offsets_say_where_in_the_text_tokens_begin(
     whole = 0
     for token, begin, end in places:
         if token == "<|end|>":
-            assert begin == end
+            assert text[begin:end] in ("", token)
         elif not token.startswith("bytes:"):
-            # Before it there may be bytes of a character that never came to its end: they are shown with it.
-            assert text[begin:end].endswith(token)
+            assert text.startswith(token, begin)
             whole += len(token)
     assert whole > 20
     if echo:
+        assert text.startswith(body["prompt"])
         begins = {token: begin for token, begin, _ in places[::-1]}
-        assert begins["!"] == text.index("!")
+        assert [begins[token] for token in ("<|end|>", "!")] == [7, text.index("!")]
+
+
+@pytest.mark.parametrize("prompt", [[35, 225, 36, 37], [225, 225, 36], [0, 35, 0, 0, 36]])
+def test_offsets_in_prompts_that_are_no_text(client: openai.OpenAI, spelling: Any, prompt: list[int]) -> None:
+    choice = client.completions.create(model="tiny", prompt=prompt, max_tokens=0, echo=True, logprobs=0).choices[0]
+    assert choice.text == spelling.decode(prompt)
+    assert choice.logprobs is not None
+    found = list(zip(choice.logprobs.tokens or [], choice.logprobs.text_offset or [], strict=True))
+    assert len(found) == len(prompt)
+    for token, begin in found:
+        assert token.startswith("bytes:") or choice.text.startswith(token, begin)
+    assert [begin for _, begin in found] == sorted(begin for _, begin in found)
+
+
+def test_a_prompt_comes_back_as_it_was_given_without_what_the_tokenizer_adds() -> None:
+    class Adding:
+        """Begins every text with a token of its own, and knows nothing but small letters."""
+
+        words = ("<s>", "a", "b", "\n")
+
+        def __call__(self, text: str) -> Any:
+            return {"input_ids": [0, *(self.words.index(one) for one in text.lower() if one in self.words)]}
+
+        def decode(self, ids: list[int], *, skip_special_tokens: bool = False, **_: Any) -> str:
+            return "".join(self.words[one] for one in ids if not skip_special_tokens or 0 < one < 3)
+
+    codec = Codec(Adding(), vocab=4, context=None)
+    for given, offsets in (("a\nb", [0, 1, 2]), ("A\nb", [3, 3, 3])):
+        ids = codec.encode(given, "prompt")
+        likelihoods = [Likelihood(token, -1.0) for token in ids[1:]]
+        (echo,) = Teller(codec, offsets=True).echoes([given], [ids], [likelihoods])
+        assert echo.text == given
+        assert echo.first.text == "<s>"
+        assert [one.offset for one in echo.spoken or ()] == offsets
 
 
 def test_the_bytes_of_tokens_are_those_of_the_text(client: openai.OpenAI) -> None:

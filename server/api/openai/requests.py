@@ -38,7 +38,10 @@ Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 class SteeringOptions(StrictRequest):
     """Our own part of a request, which OpenAI's clients send through `extra_body`."""
 
-    checkpoint: str | None = Field(None, description="`name` or `name@version`; absent: the model's, else the active")
+    checkpoint: str | None = Field(
+        None,
+        description="`name` or `name@version`, where `model` is the base model; absent: the model's, else the active",
+    )
     attributes: Attributes | None = Field(
         None, description="multiplier per attribute; absent: the checkpoint's defaults; `{}`: unsteered; unlisted: 0"
     )

@@ -40,7 +40,9 @@ class CompletionLogprobs(BaseModel):
     tokens: list[str] = Field(description="a part of a character is spelled by its bytes, as in `bytes:\\xe6\\x9d`")
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int] = Field(description="how many characters of the text stand before the token")
+    text_offset: list[int] = Field(
+        description="how many characters stand before the token; those of a stop string are listed, too"
+    )
 
     @classmethod
     def of(cls, spoken: Iterable[Spoken], begin: int, first: Spelling | None = None) -> "CompletionLogprobs":
