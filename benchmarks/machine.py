@@ -8,11 +8,16 @@ from typing import Any
 import torch
 import transformers
 
+from steering.native import cpu_flags
+
+VECTORS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # what decides which kernels are used
+
 
 def described() -> dict[str, Any]:
     """Machine, versions and command."""
     return {
         "processor": _processor(),
+        "instructions": " ".join(flag for flag in VECTORS if flag in cpu_flags()),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
