@@ -63,7 +63,7 @@ class Teller:
         text = given if isinstance(given, str) else whole
         spoken = None
         if likelihoods is not None:
-            offsets = Offsets(self._codec, (), special=True) if self._wants_offsets else None
+            offsets = self._offsets_after((), special=True)
             if offsets:
                 offsets.next(prompt[0])
             # What the tokenizer has put before the text is no part of it.
@@ -89,8 +89,8 @@ class Teller:
     def _spelled(self, token: int, logprob: float) -> Spelled:
         return Spelled(token, self._codec.spell(token), _finite(logprob))
 
-    def _offsets_after(self, tokens: Sequence[int]) -> Offsets | None:
-        return Offsets(self._codec, tokens) if self._wants_offsets else None
+    def _offsets_after(self, tokens: Sequence[int], *, special: bool = False) -> Offsets | None:
+        return Offsets(self._codec, tokens, special=special) if self._wants_offsets else None
 
     def _spoken(
         self,

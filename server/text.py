@@ -96,7 +96,7 @@ class Codec:
         """One token, special ones included."""
         spelling = self._spelled.get(token)
         if spelling is None:
-            text: str = self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
+            text = self.decode_all([token])
             spelling = Spelling(text, self._bytes(token) if INCOMPLETE in text else text.encode())
             self._spelled[token] = spelling
         return spelling

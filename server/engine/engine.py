@@ -212,9 +212,13 @@ class Engine:
             case Call():
                 self._calls.add(message)
 
+    @property
+    def _late(self) -> bool:
+        return bool(self._deadlines) and self._deadlines[0][0] < time.monotonic()
+
     def _end_late(self) -> None:
         """Requests whose time is up fail, wherever their rows are."""
-        while self._deadlines and self._deadlines[0][0] < time.monotonic():
+        while self._late:
             _, request = self._deadlines.popleft()
             self._delivery.give_up(request, DeadlineExceeded(f"The request took longer than {self._deadline_s:g} s."))
 
@@ -239,8 +243,7 @@ class Engine:
 
     def _ahead(self, works: Sequence[Work]) -> Sequence[Work]:
         """The works to begin while these are computed: none where anybody else wants something."""
-        late = self._deadlines and self._deadlines[0][0] < time.monotonic()
-        if not self._runner.overlaps or self._calls or late or not self._inbox.empty():
+        if not self._runner.overlaps or self._calls or self._late or not self._inbox.empty():
             return ()
         return self._scheduler.ahead(works)
 

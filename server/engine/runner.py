@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -71,14 +72,14 @@ class Step:
         """Of each work, in order. Waits for the device. Raises what its computation raised."""
         if self.copy is None:
             raise self.error or ValueError("this step was never begun")
-        host = self.copy.numbers()
-        ends = np.cumsum([len(work) for work in self.works]).tolist()
+        host = iter(self.copy.numbers())
+        steered = [list(islice(host, len(work))) for work in self.works]
         touches = [self.touches(work.tape, place) for work, place in self.drawing.items()]
         tapes = [work.tape for work in self.drawing]
-        draws = iter(_draws(tapes, self.drawn, host[ends[-1] :], touches) if self.drawn else ())
+        draws = iter(_draws(tapes, self.drawn, list(host), touches) if self.drawn else ())
         return [
-            Outcome(host[end - len(work) : end], next(draws) if work in self.drawing else None)
-            for work, end in zip(self.works, ends, strict=True)
+            Outcome(mine, next(draws) if work in self.drawing else None)
+            for work, mine in zip(self.works, steered, strict=True)
         ]
 
 

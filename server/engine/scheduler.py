@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from server.engine.kv_cache import KVCache
 from server.engine.tape import Tape, Work
-from server.engine.types import Sampling
+from server.engine.types import Row
 
 # Tokens of its answer for which a row gets space at once; a longer answer moves to larger extents.
 RESERVED = 256
@@ -73,9 +73,10 @@ class Scheduler:
         following = []
         for work in works:
             tape = work.tape
-            if tape.extent is None or work.stop + 1 - tape.prompt >= _rules(tape).max_new_tokens:
+            row = _row(tape)
+            if tape.extent is None or work.stop + 1 - tape.prompt >= row.sampling.max_new_tokens:
                 continue  # has ended, or ends with the token that is being drawn
-            if tape.extent.size <= work.stop or not _can_hurry(tape):
+            if tape.extent.size <= work.stop or not _can_hurry(row):
                 return ()
             following.append(Work(tape, work.stop, work.stop + 1))
         if self._waiting and len(following) < self._max_rows:
@@ -164,7 +165,7 @@ class Scheduler:
     def _open(self, tape: Tape) -> bool:
         """Space for the answer, too, or at least for what there is."""
         length = len(tape.tokens)
-        wanted = min(_rules(tape).max_new_tokens - (length - tape.prompt), RESERVED)
+        wanted = min(_row(tape).sampling.max_new_tokens - (length - tape.prompt), RESERVED)
         rooms = (max(length + wanted, self._roomy), length + wanted, length)
         return any(self._cache.open(tape, room) for room in dict.fromkeys(rooms))
 
@@ -193,14 +194,13 @@ class _Reading:
             self.budget -= self._kept
 
 
-def _rules(tape: Tape) -> Sampling:
+def _row(tape: Tape) -> Row:
     assert tape.row is not None, "only rows are scheduled"
-    return tape.row.sampling
+    return tape.row
 
 
-def _can_hurry(tape: Tape) -> bool:
-    rules = _rules(tape)
-    return rules.repetition_penalty == 1 and rules.logprobs is None and not (tape.row and tape.row.trace)
+def _can_hurry(row: Row) -> bool:
+    return row.sampling.repetition_penalty == 1 and row.sampling.logprobs is None and not row.trace
 
 
 def _part(tape: Tape, most: int) -> Work:

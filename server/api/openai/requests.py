@@ -150,8 +150,8 @@ class CompletionRequest(_OpenAIRequest):
         if not (self.max_tokens or self.echo):
             raise InvalidField("'max_tokens': 0 asks for nothing, unless with 'echo'.", param="max_tokens")
         batch = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
-        several: list[Any] = self.prompt if batch else [self.prompt]  # type: ignore[assignment]
-        prompts = tuple(one if isinstance(one, str) else tuple(one) for one in several)
+        given: list[Any] = self.prompt if batch else [self.prompt]  # type: ignore[assignment]
+        prompts = tuple(one if isinstance(one, str) else tuple(one) for one in given)
         return self._ask(
             base, self.max_tokens, self.logprobs, prompts=prompts, single=not batch, echo=self.echo, offsets=True
         )
