@@ -13,7 +13,7 @@ import transformers
 
 from benchmarks.contenders import Contender
 from benchmarks.workload import Request
-from server.engine.aside import aside
+from server.threads import aside
 
 
 class Apart:

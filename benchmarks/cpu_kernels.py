@@ -15,18 +15,17 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
 from benchmarks.machine import described
-from server.engine.decode_attention import decode_attention
-from server.engine.plan import Plan
-from server.engine.store import Shape, Store
-from server.engine.tape import Extent, Tape, Work
-from server.engine.team import usable_cores
-from server.engine.torch_attention import Rules
-from server.engine.types import Steer
+from server.attention.decode_attention import decode_attention
+from server.attention.places import Chunk, Extent
+from server.attention.plan import Plan
+from server.attention.store import Shape, Store
+from server.attention.torch_attention import Rules
 from server.layers.gated_mlp import fuse_mlps
 from server.layers.linears import PackedLinear, pack
 from server.layers.rms_norm import fuse_norms
 from server.layers.rotary import ARGUMENTS, SOURCE, FusedRotary
 from server.layers.tiled_linear import TiledLinear, tiled_linear
+from server.threads import usable_cores
 from steering import Column, ColumnBank, Gate, RowSteering, Site, steer
 from steering.fused import fused_steer
 from steering.native import DTYPES, kernels
@@ -75,22 +74,16 @@ def attention() -> Iterator[Case]:
         for heads in (4, 12):
             for rows in (1, 8, 32):
                 lengths = torch.randint(32, 256, (rows,), generator=random).tolist()
-                works = [step(index, length) for index, length in enumerate(lengths)]
+                steps = [Chunk(Extent(256 * index, 256), length - 1, length) for index, length in enumerate(lengths)]
                 stores = [Store.of(Shape(heads, 64, 64, dtype, torch.device("cpu")), 256 * rows) for _ in range(COPIES)]
                 query, key = torch.randn(rows, heads, 64).to(dtype), torch.randn(1, heads, rows, 64).to(dtype)
 
                 def way(plan: Plan, stores: list[Store], query: Tensor, key: Tensor) -> Callable[[int], object]:
                     return lambda copy: plan.attend(stores[copy], query, key, key, rules)
 
-                plans = (Plan.of(works, torch.device("cpu"), 10**9, kernel) for kernel in (None, decode_attention()))
+                plans = (Plan.of(steps, torch.device("cpu"), 10**9, kernel) for kernel in (None, decode_attention()))
                 theirs, ours = (way(plan, stores, query, key) for plan in plans)
                 yield f"attention, {rows} rows, {heads} heads of 64, {name_of(dtype)}", theirs, ours
-
-
-def step(index: int, length: int) -> Work:
-    tape = Tape([0] * length, length, Steer())
-    tape.extent = Extent(256 * index, 256)
-    return Work(tape, length - 1, length)
 
 
 def linear() -> Iterator[Case]:

@@ -21,8 +21,8 @@ from benchmarks.contenders import Contender, ContinuousBatching, Generate, Ours,
 from benchmarks.machine import described
 from benchmarks.turns import in_turn
 from benchmarks.workload import SHAPES, llama, requests
-from server.engine.team import usable_cores
 from server.layers.linears import pack
+from server.threads import usable_cores
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MIXES = tuple((1.0 + i / 256, 0.5 - i / 512, -0.5) for i in range(256))

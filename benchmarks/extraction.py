@@ -23,7 +23,7 @@ from benchmarks.alone import alone, reset_peak, resident
 from benchmarks.machine import described
 from benchmarks.questions import synthetic, truthfulqa
 from benchmarks.workload import llama
-from server.engine.team import usable_cores
+from server.threads import usable_cores
 from steering.types import Site, SiteKind
 from training.activations.extraction import extract
 from training.choices import Pool

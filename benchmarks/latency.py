@@ -20,10 +20,9 @@ import torch
 from benchmarks.contenders import Ours
 from benchmarks.machine import described
 from benchmarks.workload import Request, columns, requests
-from server.engine.aside import aside
 from server.engine.tape import Tape
-from server.engine.team import usable_cores
 from server.engine.types import Event, Failed, Finished, Piece
+from server.threads import aside, usable_cores
 
 LONG = 2000  # tokens
 CONTEXT = 4096

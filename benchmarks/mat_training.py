@@ -20,7 +20,7 @@ import torch
 from benchmarks.alone import alone
 from benchmarks.machine import described
 from benchmarks.mat_loop import Batch, Loop
-from server.engine.team import usable_cores
+from server.threads import usable_cores
 from training.activations.artifact import Contrast
 from training.choices import Kernel, Objective
 from training.methods.mat import step

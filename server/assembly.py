@@ -4,7 +4,6 @@ import logging
 import time
 
 from server.config import Settings
-from server.engine.aside import aside
 from server.engine.engine import Engine
 from server.engine.forward import is_spread
 from server.engine.kv_cache import KVCache
@@ -19,6 +18,7 @@ from server.registry import Loaded, Registry, fits_model
 from server.remembered import recall, remember
 from server.service import Service
 from server.text import Codec
+from server.threads import aside
 from steering.columns import ColumnBank
 from steering.errors import UnsupportedArchitecture
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from server.engine.detokenizer import INCOMPLETE, Detokenizer
+from server.detokenizer import INCOMPLETE, Detokenizer
 from server.errors import InvalidField, PromptTooLong
 
 # A text with more characters a token than this is refused unread: tokenizing it would take long, and be for nothing.

@@ -2,7 +2,7 @@
 
 from bisect import insort
 
-from server.engine.tape import Extent
+from server.attention.places import Extent
 
 SMALLEST = 16  # tokens
 

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from server.engine.attention import NAME, Attention, PassPlan
+from server.attention.interface import NAME, Attention, PassPlan
+from server.attention.plan import Plan
 from server.engine.graphs import Graphs
-from server.engine.plan import Plan
 from server.engine.tape import Work, acts
 from steering.columns import ColumnBank
 from steering.hook import Steering
@@ -54,10 +54,13 @@ class Forward:
         room = static.rows(works) if static else tokens
         self.bank.reserve(room)
         self._steer(works, room)
+        if ids is None:
+            known = [token for work in works for token in work.tokens]
+            ids = upload(np.array(known, dtype=np.int64), self.device)
         try:
             with torch.inference_mode():
                 if static:
-                    if static.prepare(works, self.bank.version, ids):
+                    if static.prepare(works, ids, self.bank.version):
                         self.bank.take_counts()  # passes that were only made to record
                     logits = static(works, ids)
                 else:
@@ -67,11 +70,8 @@ class Forward:
             counts = self.bank.take_counts(tokens)
         return logits, counts
 
-    def _eager(self, works: Sequence[Work], wanted: Sequence[int], ids: Tensor | None) -> Tensor:
-        if ids is None:
-            tokens = [token for work in works for token in work.tape.tokens[work.start : work.stop]]
-            ids = upload(np.array(tokens, dtype=np.int64), self.device)
-        plan = Plan.of(works, self.device, self.attention.call, self.attention.decode)
+    def _eager(self, works: Sequence[Work], wanted: Sequence[int], ids: Tensor) -> Tensor:
+        plan = Plan.of([work.chunk for work in works], self.device, self.attention.call, self.attention.decode)
         keep = None
         if list(wanted) != list(range(len(ids))):
             keep = upload(np.array(wanted, dtype=np.int64), torch.device("cpu") if self._spread else self.device)

@@ -16,8 +16,9 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from server.attention.places import Extent, Move
 from server.engine.extents import Extents
-from server.engine.tape import Extent, Tape, acts
+from server.engine.tape import Tape, acts
 from steering.types import RowSteering
 
 MARK = 32  # bits of a token's id below the mark of what steers it
@@ -31,16 +32,6 @@ class Left:
 
     content: NDArray[np.int64]
     steered: list[int]
-
-
-@dataclass(frozen=True)
-class Move:
-    """Copy the keys and values of the first `count` tokens of one extent to another, which may overlap; without a
-    source make them zero."""
-
-    source: Extent | None
-    target: Extent
-    count: int
 
 
 class KVCache:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 
-from server.engine.detokenizer import Detokenizer
+from server.detokenizer import Detokenizer
 from server.engine.types import Draw, Finished, FinishReason, Piece, Row, Sink, Timing
 
 

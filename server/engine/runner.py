@@ -13,8 +13,8 @@ from server.engine.forward import Forward
 from server.engine.kv_cache import KVCache
 from server.engine.sampler import Drawn, Sampler
 from server.engine.tape import Tape, Work
-from server.engine.team import Team
 from server.engine.types import Draw, Likelihood, Row, Touch
+from server.threads import Team
 from steering.row_table import upload
 
 

@@ -5,15 +5,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from server.attention.places import Chunk, Extent
 from server.engine.types import PositionsName, Row, Steer
-
-
-@dataclass(frozen=True)
-class Extent:
-    """A piece of the cache's memory, in tokens."""
-
-    start: int
-    size: int
 
 
 @dataclass(eq=False)
@@ -55,6 +48,14 @@ class Work:
 
     def __len__(self) -> int:
         return self.stop - self.start
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.tape.tokens[self.start : self.stop]
+
+    @property
+    def chunk(self) -> Chunk:
+        return Chunk(self.tape.extent, self.start, self.stop)
 
     @property
     def draws(self) -> bool:

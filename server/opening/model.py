@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from server.config import Settings
-from server.engine.team import usable_cores
 from server.errors import StartupError
+from server.threads import usable_cores
 
 log = logging.getLogger(__name__)
 WEIGHTS_SHARE = 0.8  # of a device's free memory, at most, where there are several devices

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from server.engine.attention import NAME
+from server.attention.interface import NAME
 from server.engine.forward import Forward
 from server.engine.tape import Tape, Work
 from server.engine.types import Steer

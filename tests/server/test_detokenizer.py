@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.detokenizer import INCOMPLETE, Detokenizer
+from server.detokenizer import INCOMPLETE, Detokenizer
 from server.text import Codec
 
 

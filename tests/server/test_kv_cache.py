@@ -4,11 +4,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.attention import Attention
+from server.attention.interface import Attention
+from server.attention.places import Extent, Move
+from server.attention.store import Shape
 from server.engine.extents import Extents
-from server.engine.kv_cache import KVCache, Move
-from server.engine.store import Shape
-from server.engine.tape import Extent, Tape
+from server.engine.kv_cache import KVCache
+from server.engine.tape import Tape
 from server.engine.types import PositionsName, Row, Sampling, Steer
 from steering.columns import ColumnBank, RowSteering
 from tests.server.conftest import columns

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.engine.decode_attention import DecodeAttention, decode_attention
-from server.engine.store import Shape, Store
-from server.engine.torch_attention import Rules
+from server.attention.decode_attention import DecodeAttention, decode_attention
+from server.attention.store import Shape, Store
+from server.attention.torch_attention import Rules
 
 CPU = torch.device("cpu")
 SIZE, LENGTHS = 64, (1, 64, 7, 30)

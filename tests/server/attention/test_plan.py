@@ -3,25 +3,18 @@
 import pytest
 import torch
 
-from server.engine.plan import Plan
-from server.engine.store import Shape, Store
-from server.engine.tape import Extent, Tape, Work
-from server.engine.torch_attention import Rules
-from server.engine.types import Row, Sampling, Steer
+from server.attention.places import Chunk, Extent
+from server.attention.plan import Plan
+from server.attention.store import Shape, Store
+from server.attention.torch_attention import Rules
 
 SIZE, HEADS, WIDTH = 64, 2, 8
 CPU = torch.device("cpu")
 
 
-def steps(lengths: list[int]) -> list[Work]:
+def steps(lengths: list[int]) -> list[Chunk]:
     """The next token of each of some texts, whose extents are neighbours."""
-    works = []
-    for index, length in enumerate(lengths):
-        row = Row("r", index, tuple(range(length)), Sampling())
-        tape = Tape(list(row.tokens), length, Steer(), row)
-        tape.extent, tape.cached = Extent(index * SIZE, SIZE), length - 1
-        works.append(Work(tape, length - 1, length))
-    return works
+    return [Chunk(Extent(index * SIZE, SIZE), length - 1, length) for index, length in enumerate(lengths)]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,15 @@
-"""How many CPU threads the engine computes with: as many as find a core."""
+"""Threads of the CPU that compute: how many, and whose."""
 
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 WINDOW = 0.5  # seconds of steps that are judged together
 CROWDED = 0.5  # threads of this process that wait for a core, on average: 0.01 when quiet, 0.2 to 0.4 beside clients
@@ -14,7 +18,7 @@ LONGEST_PAUSE = 60.0
 
 
 class Team:
-    """Looked at by the engine's thread before each step.
+    """The threads that the engine computes with: as many as find a core. Its thread looks before each step.
 
     A parallel region ends with its last thread. Where another process or thread wants one of the cores, the operating
     system puts a thread of the team aside and the others wait for it, at each of a step's hundreds of regions: two
@@ -82,3 +86,14 @@ def usable_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
         return cores if allowed == "max" else max(1, min(cores, int(allowed) // int(period)))
     except (OSError, ValueError):
         return cores
+
+
+def aside(work: Callable[[], T]) -> T:
+    """The result of `work`, done on a thread that ends with it.
+
+    OpenMP keeps a team of workers for every thread that has ever computed something in parallel. As soon as there are
+    more of them than cores, GNU's runtime stops waiting actively for the next parallel region, and a decoding step,
+    which has hundreds, takes twice as long (docs/engine.md). So nothing but the engine's thread may keep a team.
+    """
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        return pool.submit(work).result()

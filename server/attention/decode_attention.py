@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from server.engine.store import Store
-from server.engine.torch_attention import Rules
+from server.attention.store import Store
+from server.attention.torch_attention import Rules
 from steering.native import DTYPES, kernels
 
 SOURCE = Path(__file__).with_suffix(".cpp")

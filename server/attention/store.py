@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from server.engine.kv_cache import Move
-from server.engine.tape import Extent
+from server.attention.places import Extent, Move
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from server.engine.decode_attention import DecodeAttention, decode_attention
-from server.engine.kv_cache import Move
-from server.engine.store import Shape, Store
-from server.engine.torch_attention import Rules
+from server.attention.decode_attention import DecodeAttention, decode_attention
+from server.attention.places import Move
+from server.attention.store import Shape, Store
+from server.attention.torch_attention import Rules
 from steering.native import DTYPES
 
 NAME = "matsteer"
@@ -26,7 +26,7 @@ CALL_BYTES = (800_000, 50_000_000)
 
 
 class PassPlan(Protocol):
-    """Where the tokens of a pass belong: `plan.Plan`, or `graphs.StaticPlan`."""
+    """Where the tokens of a pass belong: `Plan`, or `StaticPlan`."""
 
     def attend(self, store: Store | None, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor: ...
 

@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from server.engine.decode_attention import DecodeAttention
-from server.engine.store import Store, lines
-from server.engine.tape import Extent, Work
-from server.engine.torch_attention import Rules, attention, hidden_keys
+from server.attention.decode_attention import DecodeAttention
+from server.attention.places import Chunk, Extent
+from server.attention.store import Store, lines
+from server.attention.torch_attention import Rules, attention, hidden_keys
 from steering.row_table import upload
+
+NOWHERE = Extent(0, 0)
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,9 @@ class Piece:
 class Plan:
     """Indices and masks are made once and serve every layer."""
 
+    chunks: Sequence[Chunk]
     pieces: list[Piece]
     places: Tensor  # [N] int64: each token's index in its row
-    spans: list[tuple[int, int, int]]  # of each row: start and size of its extent, and how many of the tokens it has
     decode: DecodeAttention | None = None
     singles: Tensor | None = None  # [R, 4]: tokens of rows that `decode` attends to; the others are in `pieces`
     _lines: dict[int, Tensor] = field(default_factory=dict)
@@ -60,28 +62,26 @@ class Plan:
 
     @classmethod
     def of(
-        cls, works: Sequence[Work], device: torch.device, call: int = 0, decode: DecodeAttention | None = None
+        cls, chunks: Sequence[Chunk], device: torch.device, call: int = 0, decode: DecodeAttention | None = None
     ) -> "Plan":
-        """Works in the scheduler's order; without extents for texts that are read at one go. `call`: reading so many
-        keys takes as long as one call of attention more. `decode`: attends to single tokens."""
+        """Chunks in the order of their tokens in the line. `call`: reading so many keys takes as long as one call of
+        attention more. `decode`: attends to single tokens."""
         places: list[int] = []
-        spans, singles, lo = [], [], 0
+        singles, lo = [], 0
         pieces: list[Piece] = []
-        for work in works:
-            extent, hi = work.tape.extent, lo + len(work)
-            start, size = (extent.start, extent.size) if extent else (0, 0)
-            spans.append((start, size, len(work)))
-            places += range(work.start, work.stop)
+        for chunk in chunks:
+            extent, stop, hi = chunk.extent, chunk.stop, lo + len(chunk)
+            places += range(chunk.start, stop)
             last = pieces[-1] if pieces else None
-            if decode and extent and len(work) == 1:
-                singles.append((lo, start, size, work.stop))
-            elif len(work) == 1 and last and _continues(last, extent) and last.waste(work.stop) <= call:
-                pieces[-1] = Piece(last.lo, hi, last.rows + 1, last.extent, (*last.lengths, work.stop))
+            if decode and extent and len(chunk) == 1:
+                singles.append((lo, extent.start, extent.size, stop))
+            elif len(chunk) == 1 and last and _continues(last, extent) and last.waste(stop) <= call:
+                pieces[-1] = Piece(last.lo, hi, last.rows + 1, last.extent, (*last.lengths, stop))
             else:
-                pieces.append(Piece(lo, hi, 1, extent, (work.stop,)))
+                pieces.append(Piece(lo, hi, 1, extent, (stop,)))
             lo = hi
         line = upload(np.array(places, dtype=np.int64), device)
-        return cls(pieces, line, spans, decode, torch.tensor(singles) if singles else None)
+        return cls(chunks, pieces, line, decode, torch.tensor(singles) if singles else None)
 
     def attend(self, store: Store | None, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
         """query [N, heads, width], key and value [1, key heads, N, width] -> [N, heads, value width]. Writes keys and
@@ -110,7 +110,9 @@ class Plan:
     def _written(self, heads: int) -> Tensor:
         """[N * heads]: where the tokens' keys and values go in a store with so many heads."""
         if heads not in self._lines:
-            table = upload(np.array(self.spans, dtype=np.int64), self.places.device)
+            extents = [chunk.extent or NOWHERE for chunk in self.chunks]
+            rows = [(own.start, own.size, len(chunk)) for own, chunk in zip(extents, self.chunks, strict=True)]
+            table = upload(np.array(rows, dtype=np.int64), self.places.device)
             starts, sizes = table[:, :2].repeat_interleave(table[:, 2], dim=0, output_size=len(self.places)).T
             self._lines[heads] = lines(starts, sizes, self.places, heads)
         return self._lines[heads]
