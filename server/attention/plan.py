@@ -18,8 +18,6 @@ from server.attention.store import Store, lines
 from server.attention.torch_attention import Rules, attention, hidden_keys
 from steering.row_table import upload
 
-NOWHERE = Extent(0, 0)
-
 
 @dataclass(frozen=True)
 class Piece:
@@ -110,8 +108,8 @@ class Plan:
     def _written(self, heads: int) -> Tensor:
         """[N * heads]: where the tokens' keys and values go in a store with so many heads."""
         if heads not in self._lines:
-            extents = [chunk.extent or NOWHERE for chunk in self.chunks]
-            rows = [(own.start, own.size, len(chunk)) for own, chunk in zip(extents, self.chunks, strict=True)]
+            rows = [(own.start, own.size, len(chunk)) for chunk in self.chunks if (own := chunk.extent)]
+            assert len(rows) == len(self.chunks), "only texts with a place are kept"
             table = upload(np.array(rows, dtype=np.int64), self.places.device)
             starts, sizes = table[:, :2].repeat_interleave(table[:, 2], dim=0, output_size=len(self.places)).T
             self._lines[heads] = lines(starts, sizes, self.places, heads)

@@ -31,7 +31,8 @@ class StaticPlan:
         return cls(keys, torch.zeros(4, rows, dtype=torch.int64, device=device))
 
     def fill(self, chunks: Sequence[Chunk], ids: Tensor, idle: int) -> None:
-        """chunks of one token each, ids [chunks]; idle: where in the stores rows that have no work may write."""
+        """chunks of one token each, ids [chunks]; idle: where in the stores rows that have no work may write.
+        They keep the ids that they had: nobody reads what becomes of them."""
         table = np.zeros((self.inputs.shape[1], 3), dtype=np.int64)
         table[:, 1:] = idle, 1
         for row, chunk in zip(table, chunks, strict=False):
