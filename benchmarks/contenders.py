@@ -1,6 +1,7 @@
 """The ways to generate that are compared. Each takes requests and returns when the last one is answered."""
 
 import importlib
+import itertools
 import json
 import os
 import queue
@@ -79,6 +80,7 @@ class Ours:
             decode=lambda ids: "",
             queue_limit=10**6,
         )
+        self._names = itertools.count()
         self.engine.start()
 
     def __call__(self, requests: Sequence[Request]) -> None:
@@ -89,22 +91,14 @@ class Ours:
 
     def row(self, index: int, request: Request, *, stream: bool = False) -> Row:
         rules = Sampling(max_new_tokens=request.new, temperature=0)
-        return Row(f"bench-{index}", index, request.prompt, rules, self.steers[index % len(self.steers)], stream=stream)
+        name = f"bench-{next(self._names)}"
+        return Row(name, index, request.prompt, rules, self.steers[index % len(self.steers)], stream=stream)
 
     def answers(self, requests: Sequence[Request]) -> list[Finished]:
         """In the order in which they end."""
         self.cache.forget()  # between runs nothing is running: every run reads its prompts anew
         told: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        rows = [
-            Row(
-                "bench",
-                i,
-                one.prompt,
-                Sampling(max_new_tokens=one.new, temperature=0),
-                self.steers[i % len(self.steers)],
-            )
-            for i, one in enumerate(requests)
-        ]
+        rows = [self.row(i, one) for i, one in enumerate(requests)]
         self.engine.submit(rows, told.put)
         events = [told.get() for _ in rows]
         finished = [event for event in events if isinstance(event, Finished)]

@@ -38,6 +38,7 @@ PROMPTS = ("What colour is the sky?", "What is the capital of Japan?", "Where do
 NEW = 64  # tokens a text
 TOGETHER = 8  # that are streamed at a time, by a second server
 RULES: dict[str, Any] = {"max_new_tokens": NEW, "temperature": 0, "ignore_eos": True}
+NUMBERS = itertools.count()  # of requests
 
 
 def main() -> None:
@@ -89,10 +90,9 @@ def by_engine(service: Service, streams: int, seconds: float) -> dict[str, float
     steer = Steer(RowSteering.of([(active.handle, active.multipliers(None, ""))]), active.positions)
     prompts = [service.codec.encode(f"Q: {prompt} A:", "prompt") for prompt in PROMPTS]
     told: queue.SimpleQueue[Event] = queue.SimpleQueue()
-    number = itertools.count()
 
     def submit() -> None:
-        index = next(number)
+        index = next(NUMBERS)
         rules = Sampling(max_new_tokens=NEW, temperature=0, ignore_eos=True)
         service.engine.submit([Row(f"stack-{index}", 0, prompts[index % 4], rules, steer, stream=True)], told.put)
 

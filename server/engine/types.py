@@ -44,7 +44,7 @@ class Steer:
 class Row:
     """One sequence to generate."""
 
-    request: str
+    request: str  # whose rows end together; no other request ever has this name
     index: int  # position among the request's rows
     tokens: tuple[int, ...]
     sampling: Sampling
