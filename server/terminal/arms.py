@@ -9,7 +9,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from server.api.bodies import CompareResponse, ComparisonBody, GenerateResponse, PartBody, ResultBody, SteeringBody
-from server.terminal import console
+from server.terminal import terminal
 
 COLOURS = ("green", "cyan", "magenta", "yellow", "blue", "red")
 
@@ -23,6 +23,7 @@ def show_arms(prompt: str, answer: GenerateResponse | CompareResponse) -> None:
         arms += [("baseline", result, None) for result in answer.baseline or []]
     attributes = list(dict.fromkeys(name for _, result, _ in arms for name in _traced(result)))
     colours = dict(zip(attributes, cycle(COLOURS), strict=False))
+    console = terminal()
     console.print(Text(prompt, style="bold"))
     width = max(24, console.width // len(arms) - 1)
     console.print(Columns([_panel(name, result, comparison, colours, width) for name, result, comparison in arms]))

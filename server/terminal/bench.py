@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import httpx
+import typer
 from rich.table import Table
 from rich.text import Text
 
 from server.bench import Summary, Workload, closed, open_, send
 from server.errors import ServerError
-from server.terminal import console
+from server.terminal import terminal
 
 
 def report(summaries: Sequence[Summary], out: Path | None) -> bool:
@@ -23,14 +24,13 @@ def report(summaries: Sequence[Summary], out: Path | None) -> bool:
             for span in (one.ttft_ms, one.inter_token_ms, one.latency_ms)
         ]
         table.add_row(one.load, str(one.failed), f"{one.requests_per_s:g}", f"{one.new_tokens_per_s:g}", *spans)
-    console.print(table)
-    console.print(Text("percentiles 50 / 90 / 99", style="dim"))
+    terminal().print(table, Text("percentiles 50 / 90 / 99", style="dim"), sep="\n")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps([one.as_dict() for one in summaries], indent=1) + "\n", encoding="utf-8")
     for one in summaries:
         if one.first_error:
-            console.print(Text(f"{one.load}: {one.failed} of {one.requests} failed, first: {one.first_error}"))
+            typer.echo(f"{one.load}: {one.failed} of {one.requests} failed, first: {one.first_error}")
     return not any(one.failed for one in summaries)
 
 

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import typer
 from rich.table import Table
 from rich.text import Text
 
 from server.config import Settings
 from server.errors import UnknownCheckpoint, UnusableCheckpoint
-from server.terminal import console
+from server.terminal import terminal
 from steering import checkpoint as folders
 from steering.checkpoint import Checkpoint
 from steering.errors import CheckpointError, NotFound
@@ -28,9 +29,9 @@ def list_folders(root: Path) -> None:
         cells = (f"{name}@{version}", config.method, config.base_model.id, _sites(checkpoint), _defaults(checkpoint))
         table.add_row(*map(Text, cells))  # as text: brackets in them are no markup
     if found:
-        console.print(table)
+        terminal().print(table)
     else:
-        console.print(Text(f"There are no checkpoints in {root}."))
+        typer.echo(f"There are no checkpoints in {root}.")
 
 
 def show_folder(root: Path, reference: str) -> None:
@@ -49,10 +50,10 @@ def show_folder(root: Path, reference: str) -> None:
         ("sha256", config.sha256),
     ):
         table.add_row(label, Text(value))
-    console.print(table)
+    terminal().print(table)
     card = folder / "README.md"
     if card.is_file():
-        console.print(Text(card.read_text(encoding="utf-8", errors="replace")))
+        typer.echo(card.read_text(encoding="utf-8", errors="replace"))
 
 
 def open_folder(root: Path, reference: str) -> Checkpoint:
@@ -75,7 +76,7 @@ def verify_folders(settings: Settings, reference: str | None, *, against: bool) 
     for folder in unfinished:
         complete = (folder / folders.CONFIG).is_file()
         why = "its name is not plain, or it lies elsewhere" if complete else f"incomplete, there is no {folders.CONFIG}"
-        console.print(Text(f"{folder.parent.name}@{folder.name}: {why}"))
+        typer.echo(f"{folder.parent.name}@{folder.name}: {why}")
     fits = _fits(settings) if against else None
     sound = not unfinished
     for folder in chosen:
@@ -86,9 +87,9 @@ def verify_folders(settings: Settings, reference: str | None, *, against: bool) 
                 fits(checkpoint)
         except CheckpointError as error:
             sound = False
-            console.print(Text(f"{label}: {error}"))
+            typer.echo(f"{label}: {error}")
         else:
-            console.print(Text(f"{label}: sound"))
+            typer.echo(f"{label}: sound")
     return sound
 
 

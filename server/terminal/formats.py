@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.text import Text
+import typer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from server.errors import BadRequest, UnusableCheckpoint
-from server.terminal import console
 from server.terminal.folders import open_folder
 from steering import checkpoint as folders
 from steering.errors import FormatError, SteeringError
@@ -45,7 +44,7 @@ def import_file(asked: Import) -> None:
     except SteeringError as error:
         raise BadRequest(f"{error}.") from error
     defaults = ", ".join(checkpoint.attributes)
-    console.print(Text(f"wrote {asked.out / checkpoint.config.version}: {len(checkpoint.columns)} columns, {defaults}"))
+    typer.echo(f"wrote {asked.out / checkpoint.config.version}: {len(checkpoint.columns)} columns, {defaults}")
 
 
 def export_folder(root: Path, reference: str, out: Path, format: str, attributes: Mapping[str, float] | None) -> None:
@@ -59,7 +58,7 @@ def export_folder(root: Path, reference: str, out: Path, format: str, attributes
         write_foreign(out, checkpoint, multipliers, Format(format))
     except SteeringError as error:
         raise BadRequest(f"{reference} cannot be exported: {error}.") from error
-    console.print(Text(f"wrote {out}"))
+    typer.echo(f"wrote {out}")
 
 
 def skeleton(id: str, revision: str | None = None) -> Any:
@@ -81,7 +80,7 @@ def _import(asked: Import) -> folders.Checkpoint:
     for column in foreign.columns:
         _check(column, model, asked)
     if foreign.model_hint not in (None, text_config(model).model_type):
-        console.print(Text(f"note: {asked.source} was made for {foreign.model_hint}, says its model_hint"))
+        typer.echo(f"note: {asked.source} was made for {foreign.model_hint}, says its model_hint")
     name, version = _name(asked)
     positions = Positions(asked.positions) if asked.positions else foreign.positions
     card = render(

@@ -46,7 +46,8 @@ def take(source: Path, model: Path, root: Path, *arguments: str) -> Result:
 def test_what_is_exported_is_imported_and_verified(
     honest: Path, model_folder: Path, tmp_path: Path, format: str
 ) -> None:
-    file = tmp_path / f"honesty.{format}"
+    file = tmp_path / ("wider than a line " * 5) / f"honesty.{format}"
+    file.parent.mkdir()
     exported = export(honest, "--format", format, "--set", "honesty=2", "--out", str(file))
     assert (exported.exit_code, exported.output) == (0, f"wrote {file}\n")
     again = export(honest, "--format", format, "--set", "honesty=2", "--out", str(file))
