@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import training.activations.extraction as extraction
 from steering import Site, SiteKind, site_module
@@ -229,6 +230,15 @@ def test_a_folder_of_another_extraction_is_refused(
                               (llama, samples, Pool.LAST)):  # fmt: skip
         with pytest.raises(ActivationError, match="another model, data set"):
             extract(model, tokenizer, rows, SITES, out=tmp_path, pool=pool)
+
+
+def test_a_model_that_has_been_saved_is_the_same_model(samples: list[Sample], tokenizer: Any, tmp_path: Path) -> None:
+    model = make_llama()
+    extract(model, tokenizer, samples, SITES, out=tmp_path / "activations")
+    model.save_pretrained(tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    for again in (model, loaded):
+        extract(again, tokenizer, samples, SITES, out=tmp_path / "activations")  # or it would be refused
 
 
 def test_stored_activations_come_back(llama: Any, tokenizer: Any, samples: list[Sample], tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import torch
 from training.activations.tokens import Encoded
 from training.data.records import Sample
 
-_INCIDENTAL = ("_name_or_path", "transformers_version")
+# What saving a model changes, and what its weights say better.
+_INCIDENTAL = ("_name_or_path", "architectures", "dtype", "transformers_version")
 _THREADS = 4
 
 
