@@ -36,7 +36,7 @@ serve: $(INSTALLED)  ## serve the embedded demo on http://127.0.0.1:8000
 	$(BIN)/matsteer serve --host $(HOST) --port $(PORT)
 
 test: check  ## lint, types and tests: every check there is
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 check: $(DEV_INSTALLED)  ## lint and types alone
 	$(BIN)/ruff check .

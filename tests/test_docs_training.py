@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -27,20 +26,11 @@ def block(language: str, number: int) -> str:
 
 
 @pytest.fixture
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Here and in the server: tiny models only lose by more."""
-    monkeypatch.setenv("MATSTEER_THREADS", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def here(one_thread: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The files that the page shows, with more questions, and a tiny model as deep as its layers ask for."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("MATSTEER_THREADS", "1")  # tiny models only lose by more
     make_llama(num_hidden_layers=17).save_pretrained("model")
     make_tokenizer().save_pretrained("model")
     for number, name in enumerate(("facts.jsonl", "tone.jsonl")):

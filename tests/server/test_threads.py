@@ -3,7 +3,6 @@
 import itertools
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,13 +30,6 @@ class Machine:
 
     def team(self, size: int) -> Team:
         return Team(size, waited=lambda: self.waited, clock=lambda: self.now)
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def test_a_quiet_machine_leaves_the_team_alone() -> None:

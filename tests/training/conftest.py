@@ -1,6 +1,5 @@
 """Tiny real models and tokenizers, built from configs and a few sentences."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests.training.helpers import make_llama, make_tokenizer
 from training.data.records import Sample
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

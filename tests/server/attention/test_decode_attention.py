@@ -69,6 +69,7 @@ class World:
 
 
 @needs_compiler
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
 @pytest.mark.parametrize(
     "rules",
@@ -112,6 +113,7 @@ def test_the_new_keys_and_values_are_in_the_store_afterwards(kernel: DecodeAtten
 
 
 @needs_compiler
+@pytest.mark.usefixtures("threads")
 def test_a_row_gets_the_same_bits_whoever_its_neighbours_are(kernel: DecodeAttention) -> None:
     world, rules = World(4, 2, 64, 64, torch.float32), Rules(None, None, None, None)
     together = world.attend(kernel, rules)

@@ -24,6 +24,7 @@ def mlp(dtype: torch.dtype = torch.float32, *, activation: str = "silu", bias: b
     return nn.Sequential(LlamaMLP(config).to(dtype)).requires_grad_(False)
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -12,6 +12,7 @@ from steering.types import SiteKind
 from tests.server.test_architectures import tiny
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("native", [True, False])
@@ -31,6 +32,7 @@ def test_a_packed_layer_computes_the_same_for_any_number_of_tokens(
             assert torch.allclose(holder(x), layer(x), rtol=2e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-2)
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
 @pytest.mark.parametrize(("inputs", "outputs"), [(8, 5), (64, 96), (1024, 33), (5000, 70)])
 def test_a_token_gets_the_same_bits_whatever_is_computed_beside_it(

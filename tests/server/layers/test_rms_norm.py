@@ -22,6 +22,7 @@ def norm(kind: type, dtype: torch.dtype, width: int = 77) -> torch.nn.Sequential
     return torch.nn.Sequential(found.to(dtype))
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 5, 77), (77,), (2, 0, 77), (1, 2000, 77)])
 def test_it_is_the_norm_of_llama(dtype: torch.dtype, shape: tuple[int, ...]) -> None:

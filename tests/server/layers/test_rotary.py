@@ -22,6 +22,7 @@ def angles(tokens: int, width: int, dtype: torch.dtype) -> Angles:
     return turned.cos().to(dtype), turned.sin().to(dtype)
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [0, 1, 9, 700])
 @pytest.mark.parametrize("width", [2, 18, 64])

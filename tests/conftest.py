@@ -1,0 +1,22 @@
+"""Every test begins with the same random numbers, and computes with one thread: `make test` runs several at a time."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch reads it; also for the processes that tests start
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def same_start() -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(params=[1, 3])
+def threads(same_start: None, request: pytest.FixtureRequest) -> int:
+    """How many threads compute."""
+    count: int = request.param
+    torch.set_num_threads(count)
+    return count
