@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from server.config import Settings
 from server.engine.engine import Engine
@@ -34,6 +35,8 @@ from server.text import Codec
 from server.ticket import Ticket
 from steering.types import RowSteering
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class _Steering:
@@ -48,6 +51,7 @@ class _Run:
     """A request that the engine has taken: of each text a row for each arm, neighbours."""
 
     created: int
+    until: float  # of time.monotonic: the request's time is up
     ask: Ask
     arms: tuple[_Steering, ...]
     rows: list[Row]
@@ -89,15 +93,12 @@ class Service:
 
     async def score(self, ask: ScoreAsk) -> ScoreAnswer:
         """The log-likelihood of each continuation, steered as if it were being generated."""
-        created = int(time.time())
+        created, until = int(time.time()), time.monotonic() + self.settings.deadline_s
         texts = await asyncio.to_thread(self._split, ask)
         holding = Holding(self.registry)
         try:
             steering = await asyncio.to_thread(self._resolve, ask.uses, ask.positions, holding)
-            future = self.engine.score(texts, steering.steer)
-            told = await asyncio.wait_for(asyncio.wrap_future(future), self.settings.deadline_s)
-        except TimeoutError:
-            raise DeadlineExceeded(f"The request took longer than {self.settings.deadline_s:g} s.") from None
+            told = await self._in_time(self.engine.score(texts, steering.steer), until)
         finally:
             holding.close()
         return ScoreAnswer(
@@ -109,7 +110,7 @@ class Service:
         )
 
     async def _begin(self, ask: Ask, *, stream: bool) -> _Run:
-        created = int(time.time())
+        created, until = int(time.time()), time.monotonic() + self.settings.deadline_s
         prompts = await asyncio.to_thread(self._encode, ask)
         holding = Holding(self.registry)
         try:
@@ -126,7 +127,7 @@ class Service:
         except BaseException:  # a client that goes away cancels
             holding.close()
             raise
-        return _Run(created, ask, arms, rows, ticket, holding, echoes, Teller(self.codec, offsets=ask.offsets))
+        return _Run(created, until, ask, arms, rows, ticket, holding, echoes, Teller(self.codec, offsets=ask.offsets))
 
     def _score_prompts(
         self, ask: Ask, prompts: Sequence[tuple[int, ...]], steer: Steer
@@ -150,8 +151,10 @@ class Service:
         """Whoever leaves before the answer is there takes the rows with them."""
         try:
             yield
-        except (asyncio.CancelledError, GeneratorExit):
+        except BaseException:
             self.engine.cancel(run.rows[0].request)
+            if run.echoes is not None:
+                run.echoes.cancel()
             raise
         finally:
             run.holding.close()
@@ -165,7 +168,7 @@ class Service:
         arms = []
         for index, (arm, steering, mine) in enumerate(zip(run.ask.arms, run.arms, events, strict=True)):
             results = await asyncio.to_thread(run.teller.results, mine, steering.parts)
-            compared = None if index == reference else await self._compare(mine, events[reference])
+            compared = None if index == reference else await self._compare(mine, events[reference], run.until)
             arms.append(ArmAnswer(arm.name, results, compared))
         return Answer(run.rows[0].request, run.created, self.model, tuple(arms), echoes)
 
@@ -175,7 +178,7 @@ class Service:
         prompts = [row.tokens for row in run.rows[:: run.ask.n * len(run.arms)]]
         scored: Sequence[Sequence[Likelihood] | None] = [None] * len(prompts)
         if run.echoes:
-            told = await asyncio.wrap_future(run.echoes)
+            told = await self._in_time(run.echoes, run.until)
             found = iter(told)
             scored = [next(found) if len(prompt) > 1 else () for prompt in prompts]
         return await asyncio.to_thread(run.teller.echoes, run.ask.prompts, prompts, scored)
@@ -259,11 +262,20 @@ class Service:
                 ]
         return rows
 
-    async def _compare(self, steered: Sequence[Finished], reference: Sequence[Finished]) -> tuple[Comparison, ...]:
+    async def _in_time(self, future: "Future[T]", until: float) -> T:
+        """Raises DeadlineExceeded; what nobody waits for any more is done no further."""
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(future), until - time.monotonic())
+        except TimeoutError:
+            raise DeadlineExceeded(f"The request took longer than {self.settings.deadline_s:g} s.") from None
+
+    async def _compare(
+        self, steered: Sequence[Finished], reference: Sequence[Finished], until: float
+    ) -> tuple[Comparison, ...]:
         compared = []
         for mine, base in zip(steered, reference, strict=True):
             pair = Pair(mine.row.tokens, mine.tokens, base.tokens, mine.row.steer, base.row.steer)
-            divergence = await asyncio.wrap_future(self.engine.compare(pair))
+            divergence = await self._in_time(self.engine.compare(pair), until)
             compared.append(
                 Comparison(
                     first_divergence=_first_difference(mine.tokens, base.tokens),

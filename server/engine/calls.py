@@ -4,12 +4,23 @@ import logging
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from server.engine.types import Job
 from server.errors import GenerationFailed, ServerError
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Answer(Future[T]):
+    """What a job will say; also when the job has begun it knows whether anybody still waits for it."""
+
+    unwanted = False
+
+    def cancel(self) -> bool:
+        self.unwanted = True
+        return super().cancel()
 
 
 @dataclass(frozen=True)
@@ -17,7 +28,7 @@ class Call:
     """A job, and whom its result is for."""
 
     job: Job[Any]
-    future: Future[Any]
+    future: Answer[Any]
 
 
 class Calls:
@@ -34,7 +45,13 @@ class Calls:
         self._waiting.append(call)
 
     def advance(self) -> bool:
-        """Does one part of one job, so that calls delay nobody for long; returns whether it waits for space."""
+        """Does one part of one job, so that calls delay nobody for long; returns whether it waits for space. A job for
+        which nobody waits any more ends between two parts."""
+        if self._begun is not None and self._begun.future.unwanted:
+            self._begun.job.close()
+            self._begun.future.set_exception(GenerationFailed("Nobody waits for this any more."))
+            self._begun = None
+            return False
         if self._begun is None:
             call = self._waiting.popleft()
             if not call.future.set_running_or_notify_cancel():

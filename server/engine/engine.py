@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from server.engine.calls import Call, Calls
+from server.engine.calls import Answer, Call, Calls
 from server.engine.delivery import Delivery
 from server.engine.reading import compare, score
 from server.engine.runner import Outcome, Runner, Step
@@ -149,8 +149,8 @@ class Engine:
         return self.begin(job())
 
     def begin(self, job: Job[T]) -> Future[T]:
-        """The same for work in parts: between two of them the engine makes a step."""
-        future: Future[T] = Future()
+        """The same for work in parts: between two of them the engine makes a step, and after `cancel` does no more."""
+        future: Answer[T] = Answer()
         with self._lock:
             if self._down is not None:
                 raise EngineDown(f"The engine cannot take requests: {self._down}.")

@@ -47,9 +47,10 @@ class KVCache:
         self._marks: dict[RowSteering, int] = {}
         self._next_mark = 1
 
-    def fits(self, tokens: int) -> bool:
-        """Whether a text of so many tokens can ever have an extent."""
-        return self.extents.size_for(tokens) is not None
+    def places(self, tokens: int) -> int:
+        """How many texts of so many tokens an empty cache has room for."""
+        size = self.extents.size_for(tokens)
+        return self.extents.total // size if size else 0
 
     def open(self, tape: Tape, room: int) -> bool:
         """Gives the tape an extent for `room` tokens and what is known of its beginning; False: there is no space."""

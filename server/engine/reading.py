@@ -14,7 +14,7 @@ from server.errors import NotFinite, PromptTooLong
 # Logits held at once, in numbers: 64 Mi float32 are 256 MB.
 BUDGET = 64 * 2**20
 LARGEST_EXPONENT = 700.0  # math.exp overflows beyond 709
-TOGETHER = 8  # continuations that are scored in one pass
+TOGETHER = 8  # continuations that are scored in one pass, where the cache has room for them
 
 
 class Reading:
@@ -35,8 +35,8 @@ class Reading:
     def open(self) -> Job[None]:
         """Takes space for all of the texts; holds none while it waits for the rest."""
         cache = self._runner.cache
-        if not all(cache.fits(len(tape.tokens)) for tape in self._tapes):
-            raise PromptTooLong(f"The text has more tokens than the cache holds, {cache.extents.largest}.")
+        if cache.places(max(len(tape.tokens) for tape in self._tapes)) < len(self._tapes):
+            raise PromptTooLong(f"The cache has no room for {len(self._tapes)} texts as long as this one.")
         while True:
             opened = [tape for tape in self._tapes if cache.open(tape, len(tape.tokens))]
             if len(opened) == len(self._tapes):
@@ -111,8 +111,10 @@ def score(
     """texts: prompts with their continuations -> how likely each token of each continuation is, steered as if it were
     being generated, beside the `top` likeliest in its place."""
     scores: list[tuple[Likelihood, ...]] = []
+    longest = max((len(prompt) + len(continuation) - 1 for prompt, continuation in texts), default=1)
+    together = max(1, min(TOGETHER, runner.cache.places(longest)))
     # The first alone: where the others begin with the same prompt, they then share its keys and values.
-    groups = [texts[:1], *(texts[i : i + TOGETHER] for i in range(1, len(texts), TOGETHER))]
+    groups = [texts[:1], *(texts[i : i + together] for i in range(1, len(texts), together))]
     for group in groups:
         tapes = [_tape(prompt, continuation, steer) for prompt, continuation in group]
         told: list[list[Likelihood]] = [[] for _ in group]

@@ -98,6 +98,22 @@ def test_a_text_that_never_fits_is_refused(desk: Desk) -> None:
         desk.finish(score(desk.runner, [((1,) * 60, (2,) * 10)], Steer()))
 
 
+@pytest.mark.parametrize("roots", [1, 2, 3])
+def test_as_many_texts_are_read_at_once_as_the_cache_has_room_for(roots: int) -> None:
+    large, small = Desk(tiny_llama(320), largest=64, roots=16), Desk(tiny_llama(320), largest=64, roots=roots)
+    texts = [(PROMPT, (index, 8) * 20) for index in range(1, 12)]
+    (scores, expected) = (desk.finish(score(desk.runner, texts, Steer())) for desk in (small, large))
+    for one, other in zip(scores, expected, strict=True):
+        assert [each.logprob for each in one] == pytest.approx([each.logprob for each in other], rel=1e-4)
+    small.cache.check()
+
+
+def test_two_texts_that_never_fit_together_are_refused() -> None:
+    desk = Desk(tiny_llama(320), largest=64, roots=1)
+    with pytest.raises(PromptTooLong):
+        desk.finish(compare(desk.runner, Pair(PROMPT, (8,) * 40, (9,) * 40, Steer())))
+
+
 def test_a_reading_waits_for_space_and_holds_none_meanwhile(desk: Desk) -> None:
     rows = [Row("r", i, (i + 1,) * 40, Sampling(max_new_tokens=20, temperature=0)) for i in range(4)]
     desk.scheduler.add(map(Tape.of, rows))

@@ -226,6 +226,38 @@ def test_sixty_four_clients_that_vanish_leave_nothing(fresh: World) -> None:
     assert fresh.post(prompt="a", max_new_tokens=2)["results"]
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": ["Q: What colour is the sky?"] * 64, "echo": True, "logprobs": 1}),
+        ("/score", {"prompt": "Q: What colour is the sky?", "continuations": [f" {i} is" for i in range(64)]}),
+    ],
+    ids=["echo", "score"],
+)
+def test_texts_that_are_read_too_long_end_with_a_504_and_are_read_no_further(
+    settings: Settings, path: str, body: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = create_app(settings.model_copy(update={"deadline_s": 0.3}))
+    with TestClient(app) as client:
+        engine = app.state.service.engine
+        real, passes = engine._runner.compute, []
+
+        def slow(*works: Any) -> Any:
+            passes.append(len(works))
+            time.sleep(0.1)
+            return real(*works)
+
+        monkeypatch.setattr(engine._runner, "compute", slow)
+        response = client.post(path, json=body if path == "/score" else {"model": "demo", "max_tokens": 0, **body})
+        assert response.status_code == 504, response.text
+        assert response.json()["error"]["type"] == "deadline_exceeded"
+        monkeypatch.undo()
+        assert client.post("/score", json={"prompt": "a", "continuations": ["b"]}).status_code == 200
+        assert len(passes) < 7
+        assert engine.load.used_tokens == 0
+        engine._runner.cache.check()
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_request_that_takes_too_long_ends_with_a_504(settings: Settings, stream: bool) -> None:
     app = create_app(settings.model_copy(update={"deadline_s": 0.15, "max_batch_rows": 2, "step_tokens": 2}))
