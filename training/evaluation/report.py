@@ -1,7 +1,6 @@
 """An evaluation as a terminal table, as Markdown, as JSON and as a plot."""
 
 import logging
-import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,7 +42,7 @@ def rich_table(evaluation: Evaluation, title: str) -> Table:
 def terminal() -> Console:
     """Standard output; where it is no terminal, wide enough for a table."""
     console = Console()
-    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=160)
+    return console if console.is_terminal else Console(width=160)
 
 
 def markdown(evaluation: Evaluation) -> str:
