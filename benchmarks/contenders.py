@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections import abc
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,15 +18,13 @@ from torch import Tensor, nn
 
 from benchmarks.workload import Request, columns, llama
 from server.engine.engine import Engine
-from server.engine.kv_cache import KVCache
-from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
-from server.engine.types import Event, Finished, Row, Sampling, Steer
-from server.opening.trial import open_forward
+from server.engine.sequence import Event, Finished, SamplingParams, Sequence, SteeringParams
+from server.loading import choose_block_size, open_runner
 from steering.columns import ColumnBank
 from steering.hook import steered
 from steering.operators import steer
-from steering.types import RowSteering
+from steering.types import SequenceSteering
 
 
 class Contender(Protocol):
@@ -35,7 +33,7 @@ class Contender(Protocol):
     name: str
     subset: int | None
 
-    def __call__(self, requests: Sequence[Request]) -> None: ...
+    def __call__(self, requests: abc.Sequence[Request]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -51,8 +49,9 @@ class Ours:
         dtype: torch.dtype,
         rows: int,
         *,
-        mixes: Sequence[tuple[float, ...]] = ((1.0, 0.5, -0.5),),
-        step_tokens: int = 512,
+        mixes: abc.Sequence[tuple[float, ...]] = ((1.0, 0.5, -0.5),),
+        max_num_batched_tokens: int = 512,
+        block_size: int | None = None,
         native: bool = True,
         context: int = 512,
         device: torch.device | str = "cpu",
@@ -63,19 +62,19 @@ class Ours:
         self.name = name
         model = llama(shape, dtype, device)
         self.weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
-        self.bank = ColumnBank(device=device, max_tokens=max(512, step_tokens))
-        forward = open_forward(model, self.bank, shape, native=native)
-        forward.steering.install()
-        self.token_bytes = forward.attention.token_bytes
-        texts = max(8, 3 * rows // 2)
-        forward.allocate(context * texts, graphs=self.bank.device.type == "cuda")
-        self.cache = KVCache(context, texts)
+        self.bank = ColumnBank(device=device, max_tokens=max(512, max_num_batched_tokens))
+        runner = open_runner(model, self.bank, shape, native=native)
+        runner.steering.install()
+        self.token_bytes = runner.attention.token_bytes
+        size = block_size or choose_block_size(runner)
+        num_blocks = max(8, 3 * rows // 2) * -(-context // size)
+        self.blocks = runner.allocate(num_blocks, size, graphs=self.bank.device.type == "cuda")
         handle = self.bank.add(columns(shape))
-        self.unsteered = [Steer()]
-        self.steers = [Steer(RowSteering.of([(handle, mix)])) for mix in mixes] or self.unsteered
+        self.unsteered = [SteeringParams()]
+        self.steering = [SteeringParams(SequenceSteering.of([(handle, mix)])) for mix in mixes] or self.unsteered
         self.engine = Engine(
-            Runner(forward, self.cache, step_tokens=step_tokens),
-            Scheduler(self.cache, max_rows=rows, step_tokens=step_tokens),
+            runner,
+            Scheduler(self.blocks, max_num_seqs=rows, max_num_batched_tokens=max_num_batched_tokens),
             eos=frozenset(),
             decode=lambda ids: "",
             queue_limit=10**6,
@@ -83,26 +82,25 @@ class Ours:
         self._names = itertools.count()
         self.engine.start()
 
-    def __call__(self, requests: Sequence[Request]) -> None:
+    def __call__(self, requests: abc.Sequence[Request]) -> None:
         self.answers(requests)
 
     def close(self) -> None:
         self.engine.stop()
 
-    def row(self, index: int, request: Request, *, stream: bool = False) -> Row:
-        rules = Sampling(max_new_tokens=request.new, temperature=0)
-        name = f"bench-{next(self._names)}"
-        return Row(name, index, request.prompt, rules, self.steers[index % len(self.steers)], stream=stream)
+    def sequence(self, index: int, request: Request, *, stream: bool = False) -> Sequence:
+        params = SamplingParams(max_new_tokens=request.new, temperature=0)
+        steering = self.steering[index % len(self.steering)]
+        return Sequence(f"bench-{next(self._names)}", index, request.prompt, params, steering, stream=stream)
 
-    def answers(self, requests: Sequence[Request]) -> list[Finished]:
+    def answers(self, requests: abc.Sequence[Request]) -> list[Finished]:
         """In the order in which they end."""
-        self.cache.forget()  # between runs nothing is running: every run reads its prompts anew
+        self.blocks.reset_prefix_cache()  # between runs nothing is running: every run reads its prompts anew
         told: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        rows = [self.row(i, one) for i, one in enumerate(requests)]
-        self.engine.submit(rows, told.put)
-        events = [told.get() for _ in rows]
+        self.engine.submit([self.sequence(index, request) for index, request in enumerate(requests)], told.put)
+        events = [told.get() for _ in requests]
         finished = [event for event in events if isinstance(event, Finished)]
-        assert len(finished) == len(rows), events
+        assert len(finished) == len(requests), events
         return finished
 
 
@@ -121,7 +119,7 @@ class Generate:
     def close(self) -> None:
         pass
 
-    def __call__(self, requests: Sequence[Request]) -> None:
+    def __call__(self, requests: abc.Sequence[Request]) -> None:
         for start in range(0, len(requests), self._rows):
             batch = requests[start : start + self._rows]
             width = max(len(one.prompt) for one in batch)
@@ -154,7 +152,7 @@ class ContinuousBatching:
     def close(self) -> None:
         pass
 
-    def __call__(self, requests: Sequence[Request]) -> None:
+    def __call__(self, requests: abc.Sequence[Request]) -> None:
         manager = self._model.init_continuous_batching(
             generation_config=self._generation, continuous_batching_config=self._config
         )
@@ -213,7 +211,7 @@ class Pyvene:
     def close(self) -> None:
         pass
 
-    def __call__(self, requests: Sequence[Request]) -> None:
+    def __call__(self, requests: abc.Sequence[Request]) -> None:
         for one in requests:
             ids = torch.tensor([one.prompt]).to(self._device)
             base = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -251,7 +249,7 @@ class Vllm:
         )
         self._expect("ready")
 
-    def __call__(self, requests: Sequence[Request]) -> None:
+    def __call__(self, requests: abc.Sequence[Request]) -> None:
         assert self._process.stdin
         self._process.stdin.write(json.dumps([[one.prompt, one.new] for one in requests]) + "\n")
         self._process.stdin.flush()

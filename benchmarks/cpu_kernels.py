@@ -26,7 +26,7 @@ from server.layers.rms_norm import fuse_norms
 from server.layers.rotary import ARGUMENTS, SOURCE, FusedRotary
 from server.layers.tiled_linear import TiledLinear, tiled_linear
 from server.threads import usable_cores
-from steering import Column, ColumnBank, Gate, RowSteering, Site, steer
+from steering import Column, ColumnBank, Gate, SequenceSteering, Site, steer
 from steering.fused import fused_steer
 from steering.native import DTYPES, kernels
 
@@ -123,7 +123,7 @@ def steering() -> Iterator[Case]:
         ]
         for tokens in (1, 8, 32):
             bank = ColumnBank(device="cpu", max_tokens=tokens)
-            bank.fill([RowSteering.of([(bank.add(columns), (1.0, 0.5, -0.5))])], [0] * tokens)
+            bank.fill([SequenceSteering.of([(bank.add(columns), (1.0, 0.5, -0.5))])], [0] * tokens)
             at, x = bank.at(site), torch.randn(tokens, width)
             parts = at.vectors, at.weights, at.biases, at.kinds, at.keep_norm, at.multipliers
 

@@ -54,15 +54,15 @@ def measure(
     shape: str, dtype: torch.dtype, device: torch.device, rows: int, rounds: int, speed: float, slow: bool
 ) -> dict[str, Any]:
     """Steered and unsteered in turn, on one model."""
-    ours = Ours(shape, dtype, rows, device=device, step_tokens=max(2048, rows))
+    ours = Ours(shape, dtype, rows, device=device, max_num_batched_tokens=max(2048, rows))
     work = [
         Request(one.prompt, NEW) for one in requests(rows, SHAPES[shape]["vocab_size"], shortest=PROMPT, longest=PROMPT)
     ]
-    steered, unsteered = ours.steers, ours.unsteered
+    steered, unsteered = ours.steering, ours.unsteered
     rates: dict[bool, list[float]] = {True: [], False: []}
     for number in range(rounds + 1):  # the first one warms up and captures
         for on in (True, False):
-            ours.steers = steered if on else unsteered
+            ours.steering = steered if on else unsteered
             rate = decode_rate(ours, work)
             if number:
                 rates[on].append(rate)

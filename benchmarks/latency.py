@@ -21,7 +21,7 @@ from benchmarks.contenders import Ours
 from benchmarks.machine import described
 from benchmarks.workload import Request, columns, requests
 from server.engine.tape import Tape
-from server.engine.types import Event, Failed, Finished, Piece
+from server.engine.sequence import Event, Failed, Finished, TokenEvent
 from server.threads import aside, usable_cores
 
 LONG = 2000  # tokens
@@ -143,7 +143,7 @@ def _longest_gap(told: "queue.SimpleQueue[tuple[float, Event]]", rows: int) -> f
     while ended < rows:
         at, event = told.get()
         assert not isinstance(event, Failed), event
-        if isinstance(event, Piece):
+        if isinstance(event, TokenEvent):
             if event.row.index in last:
                 gaps.append(at - last[event.row.index])
             last[event.row.index] = at

@@ -29,10 +29,10 @@ from server.api.schemas import GenerateRequest
 from server.assembly import open_service
 from server.client import AsyncClient
 from server.config import Settings
-from server.engine.types import Event, Finished, Row, Sampling, Steer
+from server.engine.sequence import Event, Finished, Sequence, SamplingParams, SteeringParams
 from server.exchange import Told
 from server.service import Service
-from steering.types import RowSteering
+from steering.types import SequenceSteering
 
 PROMPTS = ("What colour is the sky?", "What is the capital of Japan?", "Where does a bear live?", "Is grass green?")
 NEW = 64  # tokens a text
@@ -87,14 +87,14 @@ def by_engine(service: Service, streams: int, seconds: float) -> dict[str, float
     """Rows of tokens, events into a queue."""
     active = service.registry.active
     assert active is not None
-    steer = Steer(RowSteering.of([(active.handle, active.multipliers(None, ""))]), active.positions)
+    steer = SteeringParams(SequenceSteering.of([(active.handle, active.multipliers(None, ""))]), active.positions)
     prompts = [service.codec.encode(f"Q: {prompt} A:", "prompt") for prompt in PROMPTS]
     told: queue.SimpleQueue[Event] = queue.SimpleQueue()
 
     def submit() -> None:
         index = next(NUMBERS)
-        rules = Sampling(max_new_tokens=NEW, temperature=0, ignore_eos=True)
-        service.engine.submit([Row(f"stack-{index}", 0, prompts[index % 4], rules, steer, stream=True)], told.put)
+        rules = SamplingParams(max_new_tokens=NEW, temperature=0, ignore_eos=True)
+        service.engine.submit([Sequence(f"stack-{index}", 0, prompts[index % 4], rules, steer, stream=True)], told.put)
 
     start, steps = time.perf_counter(), service.engine.stats.steps
     running_, tokens = streams, 0

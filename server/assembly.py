@@ -5,15 +5,12 @@ import time
 
 from server.config import Settings
 from server.engine.engine import Engine
-from server.engine.forward import is_spread
-from server.engine.kv_cache import KVCache
-from server.engine.runner import Runner
+from server.engine.model_runner import is_spread
 from server.engine.scheduler import Scheduler
+from server.engine.scoring import LOGITS_BUDGET
 from server.errors import ServerError, StartupError
+from server.loading import LoadedModel, choose_block_size, kv_cache_blocks, load_model, open_runner, text_limit
 from server.metrics import Metrics
-from server.opening.memory import cache_size, text_limit
-from server.opening.model import LoadedModel, load_model
-from server.opening.trial import open_forward
 from server.registry import Loaded, Registry, fits_model
 from server.remembered import recall, remember
 from server.service import Service
@@ -53,20 +50,35 @@ def _wire(settings: Settings, loaded: LoadedModel) -> Service:
 
 def _wired(settings: Settings, loaded: LoadedModel) -> Service:
     fits = fits_model(loaded.model, settings.served_name, settings.revision)
-    bank = ColumnBank(device=loaded.device, max_tokens=settings.step_tokens)
-    forward = open_forward(loaded.model, bank, settings.served_name, native=settings.native)
-    forward.steering.install()
+    bank = ColumnBank(device=loaded.device, max_tokens=settings.max_num_batched_tokens)
+    runner = open_runner(loaded.model, bank, settings.served_name, native=settings.native)
+    runner.steering.install()
     limit = text_limit(loaded.model, loaded.context)
-    largest, count = cache_size(forward, limit=limit, rows=settings.max_batch_rows, mib=settings.cache_mib)
+    block_size = choose_block_size(runner, settings.block_size)
+    num_blocks = kv_cache_blocks(
+        runner,
+        block_size,
+        limit=limit,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        mib=settings.kv_cache_mib,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        cpu_memory_share=settings.cpu_memory_share,
+    )
     spread = is_spread(loaded.model)
     if spread:
         log.info("the model is spread over several devices: decoding steps are not captured in CUDA graphs")
-    forward.allocate(largest * count, graphs=loaded.device.type == "cuda" and not spread)
-    cache = KVCache(largest, count)
-    codec = Codec(loaded.tokenizer, vocab=loaded.vocab, context=min(limit or largest, largest))
+    blocks = runner.allocate(num_blocks, block_size, graphs=loaded.device.type == "cuda" and not spread)
+    codec = Codec(loaded.tokenizer, vocab=loaded.vocab, context=min(limit or blocks.num_tokens, blocks.num_tokens))
+    scheduler = Scheduler(
+        blocks,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_num_logits=LOGITS_BUDGET // runner.vocab_size,
+    )
     engine = Engine(
-        Runner(forward, cache, step_tokens=settings.step_tokens),
-        Scheduler(cache, max_rows=settings.max_batch_rows, step_tokens=settings.step_tokens),
+        runner,
+        scheduler,
         eos=loaded.eos,
         decode=codec.decode,
         queue_limit=settings.queue_limit,

@@ -34,11 +34,14 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     threads: int = Field(default=0, ge=0, le=1024, description="CPU threads of the model, at most; 0: all cores")
     native: bool = Field(default=True, description="compile kernels for this CPU, where there is a C++ compiler")
-    max_batch_rows: int = Field(default=32, ge=2, le=4096, description="rows generated together")
-    step_tokens: int = Field(
+    max_num_seqs: int = Field(default=32, ge=2, le=4096, description="rows generated together")
+    block_size: int | None = None
+    gpu_memory_utilization: float = 0.9
+    cpu_memory_share: float = 0.25
+    max_num_batched_tokens: int = Field(
         default=512, ge=2, le=2**20, description="tokens of one forward pass: longer prompts are read in several"
     )
-    cache_mib: int = Field(
+    kv_cache_mib: int = Field(
         default=0, ge=0, description="memory for keys and values; 0: a quarter of what is free, on a GPU nine tenths"
     )
     stream_interval: int = Field(
@@ -73,9 +76,9 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _every_row_has_its_token(self) -> Self:
-        if self.step_tokens < self.max_batch_rows:
+        if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
-                f"step_tokens is {self.step_tokens}, but must be at least max_batch_rows, {self.max_batch_rows}"
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}, but must be at least max_num_seqs, {self.max_num_seqs}"
             )
         return self
 

@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from server.engine.types import FinishReason, PositionsName, Sampling, Timing, Touch
+from server.engine.sequence import FinishReason, PositionsName, SamplingParams, Timing, ColumnTrace
 from server.text import Spelling
 
 
@@ -38,7 +38,7 @@ class Ask:
     arms: tuple[Arm, ...] = (STEERED,)  # all from the same prompts, seeds and rules
     reference: int = 0  # the arm that the others are compared with
     positions: PositionsName | None = None  # None: as the checkpoint says
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     seed: int | None = None  # None: one is drawn
     n: int = 1
     trace: bool = False
@@ -109,7 +109,7 @@ class Traced:
 
     token_id: int
     token: str
-    touches: tuple[Touch, ...]
+    touches: tuple[ColumnTrace, ...]
 
 
 @dataclass(frozen=True)

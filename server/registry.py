@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from server.engine.types import PositionsName
+from server.engine.sequence import PositionsName
 from server.errors import (
     CheckpointInUse,
     EngineDown,
@@ -167,7 +167,7 @@ class Registry:
         return self._activate(self.load(reference))
 
     def renew(self, name: str, version: str | None = None, *, activate: bool = False) -> Loaded:
-        """Load a version, or the newest, as its folder is now; the plain name means it from now on.
+        """EngineStatus a version, or the newest, as its folder is now; the plain name means it from now on.
 
         What was loaded of it before, and is another one, is replaced between two steps. A folder that cannot be used
         changes nothing. Raises UnknownCheckpoint, UnusableCheckpoint, WrongModel.
@@ -218,7 +218,7 @@ class Registry:
             return Served(model, active, tuple(map("@".join, sorted(self._loaded))), dict(self._meant.values()))
 
     def restore(self, served: Served) -> Loaded | None:
-        """Load what was loaded, as far as it is still there; returns what was active."""
+        """EngineStatus what was loaded, as far as it is still there; returns what was active."""
         for label in served.loaded:
             try:
                 loaded = self.load(label)

@@ -4,7 +4,8 @@ import asyncio
 import secrets
 import time
 import weakref
-from collections.abc import AsyncIterator, Sequence
+from collections import abc
+from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -12,7 +13,8 @@ from typing import TypeVar
 
 from server.config import Settings
 from server.engine.engine import Engine
-from server.engine.types import Finished, Likelihood, Pair, Piece, PositionsName, Row, Steer
+from server.engine.sequence import Finished, TokenLogprob, TokenEvent, PositionsName, Sequence, SteeringParams
+from server.engine.scoring import ComparisonPair
 from server.errors import DeadlineExceeded, InvalidField, UnknownCheckpoint, UnknownModel
 from server.exchange import (
     Answer,
@@ -33,7 +35,7 @@ from server.registry import Holding, Loaded, Registry
 from server.teller import Teller
 from server.text import Codec
 from server.ticket import Ticket
-from steering.types import RowSteering
+from steering.types import SequenceSteering
 
 T = TypeVar("T")
 
@@ -42,7 +44,7 @@ T = TypeVar("T")
 class _Steering:
     """An arm's steering, resolved: what its rows carry, what it is made of, and how to report it."""
 
-    steer: Steer
+    steer: SteeringParams
     parts: tuple[Part, ...]
 
 
@@ -54,10 +56,10 @@ class _Run:
     until: float  # of time.monotonic: the request's time is up
     ask: Ask
     arms: tuple[_Steering, ...]
-    rows: list[Row]
+    rows: list[Sequence]
     ticket: Ticket
     holding: Holding
-    echoes: "Future[list[tuple[Likelihood, ...]]] | None"  # of prompts without their first tokens, while it is made
+    echoes: "Future[list[tuple[TokenLogprob, ...]]] | None"  # of prompts without their first tokens, while it is made
     teller: Teller
 
 
@@ -130,8 +132,8 @@ class Service:
         return _Run(created, until, ask, arms, rows, ticket, holding, echoes, Teller(self.codec, offsets=ask.offsets))
 
     def _score_prompts(
-        self, ask: Ask, prompts: Sequence[tuple[int, ...]], steer: Steer
-    ) -> "Future[list[tuple[Likelihood, ...]]] | None":
+        self, ask: Ask, prompts: abc.Sequence[tuple[int, ...]], steer: SteeringParams
+    ) -> "Future[list[tuple[TokenLogprob, ...]]] | None":
         if not ask.echo or ask.sampling.logprobs is None:
             return None
         given = [(prompt[:1], prompt[1:]) for prompt in prompts if len(prompt) > 1]
@@ -176,7 +178,7 @@ class Service:
         if not run.ask.echo:
             return ()
         prompts = [row.tokens for row in run.rows[:: run.ask.n * len(run.arms)]]
-        scored: Sequence[Sequence[Likelihood] | None] = [None] * len(prompts)
+        scored: abc.Sequence[abc.Sequence[TokenLogprob] | None] = [None] * len(prompts)
         if run.echoes:
             told = await self._in_time(run.echoes, run.until)
             found = iter(told)
@@ -200,7 +202,7 @@ class Service:
     def _arms(self, ask: Ask, holding: Holding) -> tuple[_Steering, ...]:
         return tuple(self._resolve(arm.uses, ask.positions, holding) for arm in ask.arms)
 
-    def _resolve(self, uses: Sequence[Use], asked: PositionsName | None, holding: Holding) -> _Steering:
+    def _resolve(self, uses: abc.Sequence[Use], asked: PositionsName | None, holding: Holding) -> _Steering:
         """Names to loaded columns; a checkpoint that is not loaded yet is loaded now. Blocks."""
         used = [(use, loaded) for use in uses if (loaded := self._checkpoint(use, holding))]
         for index, (use, one) in enumerate(used):
@@ -212,7 +214,7 @@ class Service:
         parts = [(one, one.multipliers(use.attributes, f"{use.param}attributes")) for use, one in used]
         positions = _positions(asked, [one for one, _ in parts])
         return _Steering(
-            Steer(RowSteering.of([(one.handle, multipliers) for one, multipliers in parts]), positions),
+            SteeringParams(SequenceSteering.of([(one.handle, multipliers) for one, multipliers in parts]), positions),
             tuple(
                 Part(
                     one.name, one.version, one.sha256, dict(one.defaults if use.attributes is None else use.attributes)
@@ -239,15 +241,15 @@ class Service:
         return loaded
 
     def _rows(
-        self, request: str, ask: Ask, prompts: Sequence[tuple[int, ...]], arms: Sequence[Steer], *, stream: bool
-    ) -> list[Row]:
+        self, request: str, ask: Ask, prompts: abc.Sequence[tuple[int, ...]], arms: abc.Sequence[SteeringParams], *, stream: bool
+    ) -> list[Sequence]:
         count = len(prompts) * ask.n * len(arms)
         if count > self.settings.max_request_rows:
             raise InvalidField(
                 f"The request asks for {count} texts (prompts x n x arms); at most {self.settings.max_request_rows}.",
                 param="n" if ask.n > 1 else "prompt",
             )
-        rows: list[Row] = []
+        rows: list[Sequence] = []
         for prompt in prompts:
             # All arms share a seed. Drawn ones differ by prompt, so that a prompt sent twice gives two texts; the
             # index among the choices makes the choices differ.
@@ -258,7 +260,7 @@ class Service:
             for choice in range(ask.n):
                 sampling = replace(ask.sampling, max_new_tokens=room, seed=seed, choice=choice)
                 rows += [
-                    Row(request, len(rows) + i, prompt, sampling, arm, stream, ask.trace) for i, arm in enumerate(arms)
+                    Sequence(request, len(rows) + i, prompt, sampling, arm, stream, ask.trace) for i, arm in enumerate(arms)
                 ]
         return rows
 
@@ -270,11 +272,11 @@ class Service:
             raise DeadlineExceeded(f"The request took longer than {self.settings.deadline_s:g} s.") from None
 
     async def _compare(
-        self, steered: Sequence[Finished], reference: Sequence[Finished], until: float
+        self, steered: abc.Sequence[Finished], reference: abc.Sequence[Finished], until: float
     ) -> tuple[Comparison, ...]:
         compared = []
         for mine, base in zip(steered, reference, strict=True):
-            pair = Pair(mine.row.tokens, mine.tokens, base.tokens, mine.row.steer, base.row.steer)
+            pair = ComparisonPair(mine.row.tokens, mine.tokens, base.tokens, mine.row.steer, base.row.steer)
             divergence = await self._in_time(self.engine.compare(pair), until)
             compared.append(
                 Comparison(
@@ -287,12 +289,12 @@ class Service:
         return tuple(compared)
 
 
-def _told(run: _Run, piece: Piece) -> Told:
+def _told(run: _Run, piece: TokenEvent) -> Told:
     index, arm = divmod(piece.row.index, len(run.arms))
     return run.teller.told(run.ask.arms[arm].name, index, piece)
 
 
-def _positions(asked: PositionsName | None, loaded: Sequence[Loaded]) -> PositionsName:
+def _positions(asked: PositionsName | None, loaded: abc.Sequence[Loaded]) -> PositionsName:
     """As asked, else as the checkpoints say; where they disagree the client has to choose."""
     if asked is not None:
         return asked
@@ -305,7 +307,7 @@ def _positions(asked: PositionsName | None, loaded: Sequence[Loaded]) -> Positio
     return named.pop() if named else "generated"
 
 
-def _first_difference(mine: Sequence[int], base: Sequence[int]) -> int | None:
+def _first_difference(mine: abc.Sequence[int], base: abc.Sequence[int]) -> int | None:
     """The first index at which two texts differ, one that ends earlier included; None when they are the same."""
     for index, (one, other) in enumerate(zip(mine, base, strict=False)):
         if one != other:

@@ -1,8 +1,9 @@
 """What the engine says, as clients are told it: with the texts of tokens, and without infinities."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import abc
+from collections.abc import Callable, Iterable, Iterator
 
-from server.engine.types import Draw, Finished, Likelihood, Piece, Row
+from server.engine.sequence import SampledToken, Finished, TokenLogprob, TokenEvent, Sequence
 from server.exchange import Echo, Part, Result, Score, Spelled, Spoken, SteeringReport, Told, Traced
 from server.text import Codec, Offsets
 
@@ -16,9 +17,9 @@ class Teller:
         """`offsets`: log-probabilities say where in the text their tokens begin."""
         self._codec = codec
         self._wants_offsets = offsets
-        self._offsets: dict[Row, Offsets | None] = {}  # of the rows that stream
+        self._offsets: dict[Sequence, Offsets | None] = {}  # of the rows that stream
 
-    def told(self, arm: str, index: int, piece: Piece) -> Told:
+    def told(self, arm: str, index: int, piece: TokenEvent) -> Told:
         """A token of the text of that index among the arm's; to be called for each of its tokens, in order."""
         row, draw = piece.row, piece.draw
         if row not in self._offsets:
@@ -36,8 +37,8 @@ class Teller:
     def echoes(
         self,
         given: Iterable[str | tuple[int, ...]],
-        prompts: Iterable[Sequence[int]],
-        likelihoods: Iterable[Iterable[Likelihood] | None],
+        prompts: Iterable[abc.Sequence[int]],
+        likelihoods: Iterable[Iterable[TokenLogprob] | None],
     ) -> tuple[Echo, ...]:
         """Prompts as they were given, as the model reads them, and each with the likelihoods of its tokens from the
         second one on, where they were asked for."""
@@ -47,7 +48,7 @@ class Teller:
         """Texts that have ended. `parts`: what has steered them."""
         return tuple(self._result(event, parts) for event in events)
 
-    def scores(self, texts: Iterable[Sequence[Likelihood]]) -> tuple[Score, ...]:
+    def scores(self, texts: Iterable[abc.Sequence[TokenLogprob]]) -> tuple[Score, ...]:
         """Of texts, from the likelihoods of their tokens."""
         return tuple(
             Score(
@@ -57,7 +58,7 @@ class Teller:
         )
 
     def _echo(
-        self, given: str | tuple[int, ...], prompt: Sequence[int], likelihoods: Iterable[Likelihood] | None
+        self, given: str | tuple[int, ...], prompt: abc.Sequence[int], likelihoods: Iterable[TokenLogprob] | None
     ) -> Echo:
         whole = self._codec.decode_all(prompt)
         text = given if isinstance(given, str) else whole
@@ -89,12 +90,12 @@ class Teller:
     def _spelled(self, token: int, logprob: float) -> Spelled:
         return Spelled(token, self._codec.spell(token), _finite(logprob))
 
-    def _offsets_after(self, tokens: Sequence[int], *, special: bool = False) -> Offsets | None:
+    def _offsets_after(self, tokens: abc.Sequence[int], *, special: bool = False) -> Offsets | None:
         return Offsets(self._codec, tokens, special=special) if self._wants_offsets else None
 
     def _spoken(
         self,
-        likelihoods: Iterable[Likelihood],
+        likelihoods: Iterable[TokenLogprob],
         offsets: Offsets | None,
         placed: Callable[[int], int] = lambda at: at,
     ) -> Iterator[Spoken]:
@@ -103,7 +104,7 @@ class Teller:
             top = tuple(map(self._spelled, one.top_tokens, one.top_logprobs))
             yield Spoken(self._spelled(one.token, one.logprob), top, offset)
 
-    def _traced(self, draw: Draw) -> Traced:
+    def _traced(self, draw: SampledToken) -> Traced:
         return Traced(draw.token, self._codec.spell(draw.token).text, draw.touches)
 
 

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 
-from server.engine.types import Event, Failed, Finished, Piece
+from server.engine.sequence import Event, Failed, Finished, TokenEvent
 from server.errors import ServerError
 
 
@@ -17,8 +17,8 @@ class Ticket:
         self._future: asyncio.Future[list[Finished]] = self._loop.create_future()
         # A failure that nobody awaits, because the client has gone, is no surprise.
         self._future.add_done_callback(lambda future: future.cancelled() or future.exception())
-        self._pieces: asyncio.Queue[Piece | None] = asyncio.Queue()  # None: no more will come
-        self._held: list[Piece] = []  # on the engine's thread
+        self._pieces: asyncio.Queue[TokenEvent | None] = asyncio.Queue()  # None: no more will come
+        self._held: list[TokenEvent] = []  # on the engine's thread
         self._interval = interval
         self._left = rows
         self._finished: list[Finished] = []
@@ -27,7 +27,7 @@ class Ticket:
 
     def __call__(self, event: Event) -> None:
         """On the engine's thread."""
-        if isinstance(event, Piece):
+        if isinstance(event, TokenEvent):
             self._held.append(event)
             if event.index % self._interval == 0:
                 self._flush()
@@ -47,7 +47,7 @@ class Ticket:
         """Every row's last event, in the order of the rows. Raises the first failure."""
         return await self._future
 
-    async def pieces(self) -> AsyncIterator[list[Piece]]:
+    async def pieces(self) -> AsyncIterator[list[TokenEvent]]:
         """The tokens of the rows that stream: all that have come since the last ones were taken, at least one; ends
         when all rows have."""
         ended = False
@@ -64,7 +64,7 @@ class Ticket:
         if held:
             self._loop.call_soon_threadsafe(self._put, held)
 
-    def _put(self, pieces: list[Piece]) -> None:
+    def _put(self, pieces: list[TokenEvent]) -> None:
         for piece in pieces:
             self._pieces.put_nowait(piece)
 

@@ -26,7 +26,7 @@ from steering.errors import (
 from steering.hook import Steering, steered
 from steering.operators import Trace, gate_codes, gate_values, steer, trace
 from steering.sites import layers, site_module, site_width
-from steering.types import UNSTEERED, Column, Gate, Handle, Positions, RowSteering, Site, SiteKind
+from steering.types import UNSTEERED, Column, Gate, Handle, Positions, SequenceSteering, Site, SiteKind
 
 __all__ = [
     "UNSTEERED",
@@ -44,7 +44,7 @@ __all__ = [
     "HookError",
     "NotFound",
     "Positions",
-    "RowSteering",
+    "SequenceSteering",
     "Site",
     "SiteKind",
     "Steering",

@@ -16,7 +16,7 @@ from torch import Tensor
 from steering.errors import ColumnError
 from steering.row_table import NO_OWNER, RowTable, upload
 from steering.site_buffers import SiteBuffers
-from steering.types import UNSTEERED, Column, Gate, Handle, Positions, RowSteering, Site, SiteKind
+from steering.types import UNSTEERED, Column, Gate, Handle, Positions, SequenceSteering, Site, SiteKind
 
 __all__ = [
     "UNSTEERED",
@@ -25,7 +25,7 @@ __all__ = [
     "Gate",
     "Handle",
     "Positions",
-    "RowSteering",
+    "SequenceSteering",
     "Site",
     "SiteBuffers",
     "SiteKind",
@@ -56,7 +56,7 @@ class ColumnBank:
         self.listeners: list[Callable[[], None]] = []  # called when `sites` or an address has changed
         self._buffers: dict[Site, SiteBuffers] = {}
         self._live: set[Handle] = set()
-        self._rows: tuple[RowSteering, ...] = ()
+        self._rows: tuple[SequenceSteering, ...] = ()
         self._token_rows: NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._active: frozenset[Site] = frozenset()
         self._allocate()
@@ -142,7 +142,7 @@ class ColumnBank:
         """How many tokens the current batch has."""
         return len(self._token_rows)
 
-    def fill(self, rows: Sequence[RowSteering], token_rows: ArrayLike | Tensor | None = None) -> None:
+    def fill(self, rows: Sequence[SequenceSteering], token_rows: ArrayLike | Tensor | None = None) -> None:
         """Sets the multipliers of the next forward pass, in place.
 
         rows: what each row of the batch asks for. token_rows [N]: for each token of the flattened forward, in order,
@@ -251,7 +251,7 @@ class ColumnBank:
         if counted is not None:
             self.steered_tokens[: len(counted)] = counted
 
-    def _fill(self, rows: tuple[RowSteering, ...], index: NDArray[np.int64]) -> None:
+    def _fill(self, rows: tuple[SequenceSteering, ...], index: NDArray[np.int64]) -> None:
         with _writable():
             lines = np.append(self._table.place(rows, self._live), 0)  # index -1 reads the last entry: line 0, zeros
             tokens = np.zeros(max(len(index), self.filled), dtype=np.int64)  # clears the rest of the batch before
@@ -287,7 +287,7 @@ def _token_index(token_rows: ArrayLike | Tensor | None, rows: int) -> NDArray[np
     return index
 
 
-def _same(rows: Sequence[RowSteering], others: Sequence[RowSteering]) -> bool:
+def _same(rows: Sequence[SequenceSteering], others: Sequence[SequenceSteering]) -> bool:
     return len(rows) == len(others) and all(a is b for a, b in zip(rows, others, strict=True))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from steering.columns import ColumnBank
 from steering.errors import ColumnError, HookError
-from steering.types import Handle, Positions, RowSteering
+from steering.types import Handle, Positions, SequenceSteering
 
 
 class PlainBatch:
@@ -78,9 +78,9 @@ def _real(attention_mask: Any, batch: int, length: int, *, lenient: bool = False
     raise HookError("positions 'prompt' and 'all' need a two-dimensional attention mask to know the padding")
 
 
-def _rows(handle: Handle, multipliers: Sequence[float] | Tensor) -> tuple[RowSteering, ...]:
+def _rows(handle: Handle, multipliers: Sequence[float] | Tensor) -> tuple[SequenceSteering, ...]:
     table = torch.as_tensor(multipliers, dtype=torch.float64)
     if table.dim() not in (1, 2) or table.shape[-1] != len(handle) or not len(table):
         raise ColumnError(f"multipliers must have shape [{len(handle)}] or [B, {len(handle)}], not {list(table.shape)}")
     lines: list[list[float]] = table.reshape(-1, len(handle)).tolist()
-    return tuple(RowSteering.of([(handle, line)]) for line in lines)
+    return tuple(SequenceSteering.of([(handle, line)]) for line in lines)

@@ -1,4 +1,4 @@
-"""A device-side cache of what rows ask for: one line of multipliers for each distinct RowSteering in use."""
+"""A device-side cache of what rows ask for: one line of multipliers for each distinct SequenceSteering in use."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steering.errors import ColumnError
-from steering.types import Handle, RowSteering, Site
+from steering.types import Handle, SequenceSteering, Site
 
 NO_OWNER = -1  # the owner of a token that no column acts on
 
@@ -24,10 +24,10 @@ class RowTable:
         self.values = torch.zeros(capacity, columns, device=device)
         self.owners = torch.full((capacity,), NO_OWNER, dtype=torch.int32, device=device)
         self._starts = dict(starts)  # where a site's columns begin; also the number by which the site is an owner
-        self._lines: dict[RowSteering, int] = {}
+        self._lines: dict[SequenceSteering, int] = {}
         self._free = list(range(capacity - 1, 0, -1))
 
-    def place(self, rows: Sequence[RowSteering], live: set[Handle]) -> NDArray[np.int64]:
+    def place(self, rows: Sequence[SequenceSteering], live: set[Handle]) -> NDArray[np.int64]:
         """The line of each row. Raises ColumnError, changing nothing, for a row with a handle that is not `live`."""
         new = [row for row in dict.fromkeys(rows) if row.slots and row not in self._lines]
         for row in new:
@@ -57,13 +57,13 @@ class RowTable:
             assert self.values[line].cpu().numpy().tolist() == values.tolist(), "a line differs from its row"
             assert int(self.owners[line]) == owner, "a line has the wrong owner"
 
-    def _describe(self, row: RowSteering) -> tuple[NDArray[np.float32], int]:
+    def _describe(self, row: SequenceSteering) -> tuple[NDArray[np.float32], int]:
         values = np.zeros(self.values.shape[1], dtype=np.float32)
         for site, index, value in row.slots:
             values[self._starts[site] + index] = value
         return values, self._starts[row.slots[0][0]]
 
-    def _write(self, new: list[RowSteering]) -> None:
+    def _write(self, new: list[SequenceSteering]) -> None:
         described = [self._describe(row) for row in new]
         lines = [self._free.pop() for _ in new]
         where = upload(np.array(lines, dtype=np.int64), self.values.device)
@@ -72,11 +72,11 @@ class RowTable:
         self.owners.index_copy_(0, where, upload(owners, self.values.device))
         self._lines.update(zip(new, lines, strict=True))
 
-    def _evict_all_but(self, rows: Sequence[RowSteering]) -> None:
+    def _evict_all_but(self, rows: Sequence[SequenceSteering]) -> None:
         kept = set(rows)
         self._evict([row for row in self._lines if row not in kept])
 
-    def _evict(self, rows: list[RowSteering]) -> None:
+    def _evict(self, rows: list[SequenceSteering]) -> None:
         self._free.extend(self._lines.pop(row) for row in rows)
 
     def _grow(self, needed: int) -> None:

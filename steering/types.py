@@ -133,10 +133,10 @@ class Handle:
 
 
 @dataclass(frozen=True, eq=False)
-class RowSteering:
+class SequenceSteering:
     """What one row of a batch asks for: multipliers for the columns of any number of handles.
 
-    Make it once per request with `RowSteering.of` and pass the same object to every `ColumnBank.fill`: equal rows
+    Make it once per request with `SequenceSteering.of` and pass the same object to every `ColumnBank.fill`: equal rows
     share a line of the bank's device table, and the hash that finds it is computed once.
     """
 
@@ -171,18 +171,18 @@ class RowSteering:
     def handles(self) -> tuple[Handle, ...]:
         return tuple(handle for handle, _ in self.parts)
 
-    def without(self, handle: Handle) -> "RowSteering":
+    def without(self, handle: Handle) -> "SequenceSteering":
         """The same row, asking nothing of `handle`."""
-        return RowSteering(tuple(part for part in self.parts if part[0] is not handle))
+        return SequenceSteering(tuple(part for part in self.parts if part[0] is not handle))
 
     def __hash__(self) -> int:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, RowSteering) and self.parts == other.parts)
+        return self is other or (isinstance(other, SequenceSteering) and self.parts == other.parts)
 
 
-UNSTEERED = RowSteering()
+UNSTEERED = SequenceSteering()
 
 
 def _member(kind: type[E], value: str, what: str) -> E:
@@ -227,7 +227,7 @@ def attribute_names(columns: Iterable[Column]) -> tuple[str, ...]:
 
 
 def multipliers_of(columns: Sequence[Column], attributes: Mapping[str, float]) -> tuple[float, ...]:
-    """The multiplier of each column, for `RowSteering.of`: that of its attribute, 0 where it is not listed.
+    """The multiplier of each column, for `SequenceSteering.of`: that of its attribute, 0 where it is not listed.
 
     Raises ColumnError for an unknown attribute, listing the known ones.
     """

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from server.engine.types import FinishReason, PositionsName
+from server.engine.sequence import FinishReason, PositionsName
 from server.exchange import Answer, Comparison, Result, ScoreAnswer, Spelled, Spoken, SteeringReport, Told, Traced
 from server.registry import Loaded
 

@@ -46,7 +46,7 @@ def checkpoint(name: str, service: ServiceOf) -> CheckpointVersionsBody:
 
 @router.post("/{name}/load", dependencies=CHANGES)
 def load(name: str, service: ServiceOf, body: VersionRequest | None = None) -> LoadedBody:
-    """Load a version (absent: the newest) as its folder is now. Requests that run finish on what they began with."""
+    """EngineStatus a version (absent: the newest) as its folder is now. Requests that run finish on what they began with."""
     return LoadedBody.of(service.registry.renew(name, body.version if body else None))
 
 

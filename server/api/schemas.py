@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from server.engine.types import PositionsName, Sampling
+from server.engine.sequence import PositionsName, SamplingParams
 from server.errors import InvalidField
 from server.exchange import BASELINE, STEERED, Arm, Ask, ScoreAsk, Use
 
@@ -80,8 +80,8 @@ class Rules(StrictRequest):
     n: int = Field(1, ge=1, le=128, description="answers per prompt")
     stream: bool = Field(False, description="server-sent events: pieces of the text as they come")
 
-    def sampling(self, max_new_tokens: int, logprobs: int | None) -> Sampling:
-        return Sampling(
+    def sampling(self, max_new_tokens: int, logprobs: int | None) -> SamplingParams:
+        return SamplingParams(
             max_new_tokens=max_new_tokens,
             temperature=self.temperature,
             top_p=self.top_p,

@@ -1,54 +1,67 @@
-"""The engine: one thread that owns the model, fed through an inbox, answering through sinks."""
+"""The engine: one thread that owns the model, fed through an inbox, answering through event sinks."""
 
+import itertools
 import logging
 import queue
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from server.engine.calls import Answer, Call, Calls
-from server.engine.delivery import Delivery
-from server.engine.reading import compare, score
-from server.engine.runner import Outcome, Runner, Step
+from server.engine.model_runner import ModelRunner
+from server.engine.output_processor import OutputProcessor
 from server.engine.scheduler import Scheduler
-from server.engine.tape import Work
-from server.engine.types import Divergence, EngineStats, Job, Likelihood, Load, Pair, Row, Sink, Steer
-from server.errors import DeadlineExceeded, EngineDown, GenerationFailed, QueueFull
+from server.engine.scoring import ComparisonPair, Divergence, ScoreCollector, to_score
+from server.engine.sequence import (
+    EngineStats,
+    EngineStatus,
+    Event,
+    EventSink,
+    ScheduledChunk,
+    Scored,
+    Sequence,
+    SteeringParams,
+    StepOutput,
+    TokenLogprob,
+    unique_requests,
+)
+from server.engine.tasks import EngineTask, TaskFuture, TaskQueue
+from server.errors import DeadlineExceeded, EngineDown, GenerationFailed, PromptTooLong, QueueFull, ServerError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Chunks = tuple[ScheduledChunk, ...]
 
 
 @dataclass(frozen=True)
 class _Submit:
-    rows: tuple[Row, ...]
-    sink: Sink
+    sequences: tuple[Sequence, ...]
+    on_event: EventSink
     at: float
+    counted: bool  # against the queue's limit
 
 
 @dataclass(frozen=True)
 class _Cancel:
-    request: str
+    request_id: str
 
 
 class _Wake:
     """Nothing to do but look whether to stop."""
 
 
-Message = _Submit | _Cancel | Call | _Wake
+Message = _Submit | _Cancel | EngineTask | _Wake
 
 
 class Engine:
-    """Runs steps until stopped. `submit`, `cancel` and `call` may be used from any thread."""
+    """Runs steps until stopped. `submit`, `cancel`, `call`, `score` and `compare` may be used from any thread."""
 
     def __init__(
         self,
-        runner: Runner,
+        runner: ModelRunner,
         scheduler: Scheduler,
         *,
         eos: frozenset[int],
@@ -63,12 +76,15 @@ class Engine:
         self._queue_limit = queue_limit
         self._stall_s = stall_s
         self._deadline_s = deadline_s
-        self._deadlines: deque[tuple[float, str]] = deque()  # of requests, in the order in which they came
+        self._deadlines: dict[str, float] = {}  # of requests, in the order in which they came
+        self._names = itertools.count()
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self._calls = Calls()
-        self._delivery = Delivery(scheduler, eos=eos, decode=decode, on_unqueued=self._unqueue)
+        self._tasks = TaskQueue()
+        self._outputs = OutputProcessor(
+            scheduler, eos=eos, decode=decode, on_dequeued=self._dequeued, on_request_end=self._request_ended
+        )
         self._lock = threading.Lock()  # guards _queued, _down and _draining
-        self._queued = 0  # rows submitted and not yet admitted
+        self._queued = 0  # sequences submitted and not yet admitted
         self._down: str | None = "the engine has not started"
         self._draining = False
         self._busy_since: float | None = None
@@ -76,9 +92,11 @@ class Engine:
 
     # --- for any thread -------------------------------------------------------------------------
 
-    def start(self) -> None:
+    def start(self, *, thread: bool = True) -> None:
+        """Without a thread, who calls `step` drives the engine."""
         self._down = None
-        self._thread.start()
+        if thread:
+            self._thread.start()
 
     def drain(self) -> None:
         """Take no new requests, and go on with those there are until `stop`."""
@@ -100,98 +118,93 @@ class Engine:
         return self._down or ("the server is draining: it finishes its requests and stops" if self._draining else None)
 
     @property
-    def open_rows(self) -> int:
-        """Rows that have been submitted, taken in, and not ended."""
-        return len(self._delivery)
+    def open_sequences(self) -> int:
+        """Sequences that have been submitted, taken in, and not ended."""
+        return len(self._outputs)
 
     @property
-    def load(self) -> Load:
+    def status(self) -> EngineStatus:
         """What the engine does now. Read while it runs: its numbers may be a step apart."""
-        scheduler, cache = self._scheduler, self._runner.cache
-        return Load(
-            running=len(scheduler.running),
-            waiting=scheduler.waiting,
-            used_tokens=sum(tape.extent.size for tape in [*scheduler.running] if tape.extent),
-            tokens=cache.extents.total,
-            shared_tokens=cache.shared_tokens,
+        scheduler, blocks = self._scheduler, self._runner.blocks
+        return EngineStatus(
+            running=sum(not sequence.is_scored for sequence in [*scheduler.running]),
+            scoring=self._outputs.num_scored,
+            waiting=sum(not sequence.is_scored for sequence in scheduler.waiting),
+            used_blocks=blocks.num_blocks - blocks.num_free_blocks,
+            num_blocks=blocks.num_blocks,
+            block_size=blocks.block_size,
+            cached_tokens=blocks.cached_tokens,
             preemptions=scheduler.preemptions,
             threads=self._runner.team.size,
         )
 
-    def submit(self, rows: Sequence[Row], sink: Sink) -> None:
-        """Queue the rows of one request; `sink` gets one last event for each of them, and before it, of rows that
-        stream, a Piece for each token.
+    def submit(self, sequences: list[Sequence], on_event: EventSink) -> None:
+        """Queue the sequences of one request; `on_event` gets one last event for each of them, and before it, of those
+        that stream, a TokenEvent for each token.
 
         Raises QueueFull, EngineDown.
         """
-        with self._lock:
-            if self._down is not None or self._draining:
-                raise EngineDown(f"The engine cannot take requests: {self._down or 'the server is shutting down'}.")
-            if self._queued and self._queued + len(rows) > self._queue_limit:
-                raise QueueFull(f"{self._queued} rows are waiting already (limit {self._queue_limit}); try again soon.")
-            self._queued += len(rows)
-            self._inbox.put(_Submit(tuple(rows), sink, time.monotonic()))
+        self._submit(sequences, on_event, counted=True)
 
-    def cancel(self, request: str) -> None:
-        """End the request's rows before the next step is begun; a request that has ended is left alone."""
-        self._inbox.put(_Cancel(request))
+    def cancel(self, request_id: str) -> None:
+        """End the request's sequences before the next step is begun; a request that has ended is left alone."""
+        self._inbox.put(_Cancel(request_id))
 
     def call(self, work: Callable[[], T]) -> Future[T]:
         """Run `work` on the engine's thread between two steps: the only safe time to touch model or bank.
 
         The future's exception is a ServerError whatever `work` raises. Raises EngineDown.
         """
-
-        def job() -> Job[T]:
-            yield from ()
-            return work()
-
-        return self.begin(job())
-
-    def begin(self, job: Job[T]) -> Future[T]:
-        """The same for work in parts: between two of them the engine makes a step, and after `cancel` does no more."""
-        future: Answer[T] = Answer()
+        future: TaskFuture[T] = TaskFuture()
         with self._lock:
             if self._down is not None:
                 raise EngineDown(f"The engine cannot take requests: {self._down}.")
-            self._inbox.put(Call(job, future))
+            self._inbox.put(EngineTask(work, future))
         return future
 
-    def compare(self, pair: Pair) -> Future[Divergence]:
-        """How far steering moved the model on two finished texts."""
-        return self.begin(compare(self._runner, pair))
-
     def score(
-        self, texts: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], steer: Steer, top: int = 0
-    ) -> Future[list[tuple[Likelihood, ...]]]:
+        self, texts: list[tuple[tuple[int, ...], tuple[int, ...]]], steering: SteeringParams, top: int = 0
+    ) -> Future[list[tuple[TokenLogprob, ...]]]:
         """texts: prompts with their continuations -> how likely each token of each continuation is, steered as if it
-        were being generated, beside the `top` likeliest in its place."""
-        return self.begin(score(self._runner, texts, steer, top))
+        were being generated, beside the `top` likeliest in its place. Raises QueueFull, EngineDown, PromptTooLong."""
+        name = f"score-{next(self._names)}"
+        sequences = [to_score(name, index, *text, steering, top) for index, text in enumerate(texts)]
+        return self._scored(sequences, lambda scored: [one.logprobs for one in scored], counted=True)
+
+    def compare(self, pair: ComparisonPair) -> Future[Divergence]:
+        """How far steering moved the model on two finished texts. It waits before all others: its request has been
+        admitted already. Raises EngineDown, PromptTooLong."""
+        return self._scored(pair.sequences(f"compare-{next(self._names)}"), Divergence.of, counted=False)
 
     # --- the engine's thread --------------------------------------------------------------------
+
+    def step(self, *, wait: bool = False) -> None:
+        """One turn of the loop: messages, a task between steps, a forward pass. `wait`: for a message, where there is
+        nothing to do."""
+        self._receive(wait)
+        self._end_late()
+        if self._tasks:
+            self._outputs.flush()
+            with self._busy():
+                self._tasks.run_next()
+        if chunks := self._scheduler.schedule():
+            self._execute(chunks)
+        else:
+            self._outputs.flush()
 
     def _run(self) -> None:
         try:
             while self._down is None:
-                self._receive()
-                self._end_late()
-                if self._calls:
-                    self._delivery.tell()
-                    with self._busy():
-                        self._scheduler.hold = self._calls.advance()
-                if works := self._scheduler.next():
-                    self._step(works)
-                else:
-                    self._delivery.tell()
+                self.step(wait=True)
         except Exception as error:  # a bug in the loop itself: say so, answer everybody, never hang
             log.exception("the engine's loop broke")
             self._close(f"its loop broke: {error}")
         self._shut()
 
-    def _receive(self) -> None:
+    def _receive(self, wait: bool) -> None:
         """Take in what has arrived; with nothing to do wait for it."""
-        if self._scheduler.idle and not self._calls:
-            self._delivery.tell()
+        if wait and self._scheduler.idle and not self._tasks:
+            self._outputs.flush()
             self._take(self._inbox.get())
         while (message := self._poll()) is not None:
             self._take(message)
@@ -204,65 +217,68 @@ class Engine:
 
     def _take(self, message: Message) -> None:
         match message:
-            case _Submit(rows, sink, at):
-                self._delivery.begin(rows, sink, at)
-                self._deadlines.append((at + self._deadline_s, rows[0].request))
-            case _Cancel(request):
-                self._delivery.cancel(request)
-            case Call():
-                self._calls.add(message)
+            case _Submit(sequences, on_event, at, counted):
+                self._deadlines[sequences[0].request_id] = at + self._deadline_s
+                self._outputs.add(sequences, on_event, at, counted=counted, first=not counted)
+            case _Cancel(request_id):
+                self._outputs.cancel(request_id)
+            case EngineTask():
+                self._tasks.add(message)
 
     @property
-    def _late(self) -> bool:
-        return bool(self._deadlines) and self._deadlines[0][0] < time.monotonic()
+    def _late(self) -> str | None:
+        """The request that came first, if its time is up."""
+        request_id, until = next(iter(self._deadlines.items()), ("", float("inf")))
+        return request_id if until < time.monotonic() else None
 
     def _end_late(self) -> None:
-        """Requests whose time is up fail, wherever their rows are."""
-        while self._late:
-            _, request = self._deadlines.popleft()
-            self._delivery.give_up(request, DeadlineExceeded(f"The request took longer than {self._deadline_s:g} s."))
+        """Requests whose time is up fail, wherever their sequences are."""
+        while (request_id := self._late) is not None:
+            del self._deadlines[request_id]
+            late = DeadlineExceeded(f"The request took longer than {self._deadline_s:g} s.")
+            self._outputs.fail(request_id, late)
 
-    def _step(self, works: Sequence[Work]) -> None:
+    def _execute(self, chunks: Chunks) -> None:
         """One step, and those that follow from it: where the host is free while the device computes, each is begun
         before the tokens of the one before are known."""
-        self.stats.rows += self._delivery.admit(works)
-        step: Step | None = None
-        while works:
+        self.stats.sequences += self._outputs.admit(chunks)
+        step = None
+        while chunks:
             with self._busy():
-                step = step or self._runner.launch(works)
-                ahead = self._ahead(works)
-                following = self._runner.launch(ahead, step) if ahead else None
-                self._delivery.tell()
+                step = step or self._runner.execute_async(chunks)
+                ahead = self._schedule_ahead(chunks)
+                following = self._runner.execute_async(ahead, step) if ahead else None
+                self._outputs.flush()
                 try:
-                    outcomes = step.outcomes()
+                    outputs = step.result()
                 except Exception as error:
-                    self._fail(works, error)
+                    self._fail(chunks, error)
                     return
-                self._deliver(works, outcomes)
-            works, step = ahead, following
+                self._process(chunks, outputs)
+            chunks, step = ahead, following
 
-    def _ahead(self, works: Sequence[Work]) -> Sequence[Work]:
-        """The works to begin while these are computed: none where anybody else wants something."""
-        if not self._runner.overlaps or self._calls or self._late or not self._inbox.empty():
+    def _schedule_ahead(self, chunks: Chunks) -> Chunks:
+        """The step to begin while these chunks are computed: none where anybody else wants something."""
+        if not self._runner.overlaps or self._tasks or self._late is not None or not self._inbox.empty():
             return ()
-        return self._scheduler.ahead(works)
+        return self._scheduler.schedule_ahead(chunks)
 
-    def _deliver(self, works: Sequence[Work], outcomes: Sequence[Outcome]) -> None:
+    def _process(self, chunks: Chunks, outputs: list[StepOutput]) -> None:
         self.stats.steps += 1
-        self.stats.largest_batch = max(self.stats.largest_batch, len(works))
-        self.stats.computed_tokens += sum(map(len, works))
-        for work, outcome in zip(works, outcomes, strict=True):
-            if work.tape.extent is None:
-                # It has ended: with the step before, or its request has failed with another row.
-                if outcome.draw and not outcome.draw.finite:
-                    self._runner.cache.wipe()
+        self.stats.largest_batch = max(self.stats.largest_batch, len(chunks))
+        self.stats.computed_tokens += sum(map(len, chunks))
+        for chunk, output in zip(chunks, outputs, strict=True):
+            if not chunk.sequence.block_table:
+                # It has ended: with the step before, or its request has failed with another sequence.
+                if output.sampled and not output.sampled.finite:
+                    self._runner.blocks.zero_free()
                 continue
-            self._scheduler.done(work, outcome.steered)
-            if outcome.draw is not None:
-                self.stats.tokens += 1
-                self._delivery.deliver(work.tape, outcome.draw)
+            self._scheduler.postprocess(chunk, output.steered)
+            self.stats.tokens += output.sampled is not None
+            self.stats.scored_tokens += len(output.scored.logprobs) if output.scored else 0
+            self._outputs.process(chunk, output)
         if not self._runner.overlaps:
-            self._delivery.tell()
+            self._outputs.flush()
 
     @contextmanager
     def _busy(self) -> Iterator[None]:
@@ -273,23 +289,74 @@ class Engine:
         finally:
             self._busy_since = None
 
-    def _fail(self, works: Sequence[Work], error: Exception) -> None:
-        """A failing step fails the requests in it, and nobody else, as long as the device still answers."""
-        log.error("a step with %d rows failed", len(works), exc_info=error)
+    def _fail(self, chunks: Chunks, error: Exception) -> None:
+        """A failing step fails the requests in it, and nobody else, as long as the device still answers. What it may
+        have left half done in the cache is forgotten before anything else runs: its sequences' blocks, blocks whose
+        content was to be copied first, and what ended sequences have left behind."""
+        log.error("a step with %d sequences failed", len(chunks), exc_info=error)
         self.stats.failed_steps += 1
-        for request in dict.fromkeys(work.tape.row.request for work in works if work.tape.row and work.tape.extent):
+        blocks = self._runner.blocks
+        uncopied = {copy.target for copy in blocks.copies}
+        touched = [chunk.sequence for chunk in chunks if chunk.sequence.block_table]
+        touched += [one for one in self._scheduler.running if not uncopied.isdisjoint(one.block_table)]
+        for request_id in unique_requests(touched):
             failure = GenerationFailed("The model failed on this request's batch; try again.")
-            self._delivery.give_up(request, failure, keep=False)
+            self._outputs.fail(request_id, failure, keep=False)
+        blocks.reset_prefix_cache()
         try:
             self._runner.recover()
         except Exception as fatal:
             log.critical("the device does not answer any more", exc_info=fatal)
             self._close(f"the device failed: {fatal}")
 
-    def _unqueue(self, rows: int) -> None:
-        if rows:
-            with self._lock:
-                self._queued -= rows
+    # --- inside ---------------------------------------------------------------------------------
+
+    def _submit(self, sequences: list[Sequence], on_event: EventSink, *, counted: bool) -> None:
+        with self._lock:
+            if self._down is not None or (counted and self._draining):
+                raise EngineDown(f"The engine cannot take requests: {self._down or 'the server is shutting down'}.")
+            if counted:
+                if self._queued and self._queued + len(sequences) > self._queue_limit:
+                    waiting = f"{self._queued} sequences are waiting already (limit {self._queue_limit})"
+                    raise QueueFull(f"{waiting}; try again soon.")
+                self._queued += len(sequences)
+            self._inbox.put(_Submit(tuple(sequences), on_event, time.monotonic(), counted))
+
+    def _scored(self, sequences: list[Sequence], result: Callable[[list[Scored]], T], *, counted: bool) -> Future[T]:
+        """Submits sequences whose continuations are given -> what `result` makes of their scores."""
+        blocks = self._runner.blocks
+        for sequence in sequences:
+            wanted = sum(blocks.blocks_for(len(one.token_ids)) for one in sequence.lockstep)
+            if wanted > blocks.num_blocks:
+                raise PromptTooLong(
+                    f"The text has {len(sequence.token_ids)} tokens; the cache has room for {blocks.num_tokens}"
+                    + (f", and {len(sequence.lockstep)} such texts are read at once." if len(sequence.lockstep) > 1 else ".")
+                )
+        future: TaskFuture[T] = TaskFuture(on_cancel=lambda: self.cancel(sequences[0].request_id))
+        collector = ScoreCollector(len(sequences))
+
+        def on_event(event: Event) -> None:
+            found = collector.add(event)
+            if isinstance(found, ServerError):
+                future.settle(found)
+            elif found is not None:
+                try:
+                    future.settle(result(found))
+                except ServerError as error:
+                    future.settle(error)
+
+        if not sequences:
+            future.settle(result([]))
+        else:
+            self._submit(sequences, on_event, counted=counted)
+        return future
+
+    def _dequeued(self, sequences: int) -> None:
+        with self._lock:
+            self._queued -= sequences
+
+    def _request_ended(self, request_id: str) -> None:
+        self._deadlines.pop(request_id, None)
 
     def _close(self, why: str) -> None:
         with self._lock:
@@ -297,9 +364,9 @@ class Engine:
         self._inbox.put(_Wake())
 
     def _shut(self) -> None:
-        """Answer everything that is left. Nothing new can arrive: submit and call look at _down under the lock."""
+        """Answer everything that is left. Nothing new can arrive: who submits looks at _down under the lock."""
         while (message := self._poll()) is not None:
             self._take(message)
         why = EngineDown(f"The engine stopped: {self._down}.")
-        self._delivery.clear(why)
-        self._calls.end(why)
+        self._outputs.clear(why)
+        self._tasks.close(why)

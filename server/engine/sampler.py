@@ -1,8 +1,8 @@
-"""Draw one token for every row of a batch at once, each row by its own rules.
+"""Sample one token for every row of a batch at once, each row by its own parameters.
 
-A row's draw depends on nothing but its own logits, rules, seed and step: the random number is a hash of
-(seed, choice, step), and a rule that is off for a row leaves that row's numbers as they were, even where
-a neighbour switches the rule on.
+What is sampled for a row depends on nothing but its own logits, parameters, seed and step: the random number is a hash of
+(seed, choice, step), and a parameter that is off for a row leaves that row's numbers as they were, even where
+a neighbour switches it on.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from server.engine.types import Sampling
+from server.engine.sequence import SamplingParams
 from steering.row_table import upload
 
 GREEDY_BELOW = 1e-4  # a temperature under this would overflow the logits; the result is the same
@@ -22,52 +22,52 @@ MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """One step's draws of a batch, still on the device."""
+class SamplerOutput:
+    """What one step samples for a batch, still on the device."""
 
     tokens: Tensor  # [rows] int64
-    finite: Tensor  # [rows] bool; False: NaN or infinite logits, from which nothing can be drawn
-    logprobs: Tensor | None  # [rows] float32, of the drawn tokens
+    finite: Tensor  # [rows] bool; False: NaN or infinite logits, from which nothing can be sampled
+    logprobs: Tensor | None  # [rows] float32, of the sampled tokens
     top_tokens: Tensor | None  # [rows, k] int64
     top_logprobs: Tensor | None  # [rows, k] float32
 
 
 class Sampler:
-    """The rules of the rows of a batch, on the device; made anew when other rows draw."""
+    """The sampling parameters of the rows of a batch, on the device; made anew for other rows."""
 
-    def __init__(self, rules: Sequence[Sampling], vocab: int, device: torch.device) -> None:
+    def __init__(self, params: Sequence[SamplingParams], vocab: int, device: torch.device) -> None:
         def column(values: Sequence[float]) -> Tensor:
             return upload(np.array(values, dtype=np.float32), device)[:, None]
 
-        self._rules = list(rules)
+        self._params = list(params)
         self._device = device
-        self._samples = any(rule.temperature >= GREEDY_BELOW for rule in rules)
-        self._temperature = column([max(rule.temperature, GREEDY_BELOW) for rule in rules])
-        self._greedy = upload(np.array([rule.temperature < GREEDY_BELOW for rule in rules]), device)
-        self._penalty = column([rule.repetition_penalty for rule in rules])
-        self._top_k = upload(np.array([min(rule.top_k or vocab, vocab) for rule in rules]), device)
-        self._top_p = column([rule.top_p for rule in rules])
-        self._min_p = column([rule.min_p for rule in rules])
-        self._keys = upload(_keys([(rule.seed, rule.choice) for rule in rules]).numpy(), device)
+        self._samples = any(one.temperature >= GREEDY_BELOW for one in params)
+        self._temperature = column([max(one.temperature, GREEDY_BELOW) for one in params])
+        self._greedy = upload(np.array([one.temperature < GREEDY_BELOW for one in params]), device)
+        self._penalty = column([one.repetition_penalty for one in params])
+        self._top_k = upload(np.array([min(one.top_k or vocab, vocab) for one in params]), device)
+        self._top_p = column([one.top_p for one in params])
+        self._min_p = column([one.min_p for one in params])
+        self._keys = upload(_keys([(one.seed, one.choice) for one in params]).numpy(), device)
 
-    def draw(self, logits: Tensor, texts: Sequence[Sequence[int]], steps: Sequence[int]) -> Drawn:
-        """logits [rows, vocab] of any float type -> one token a row. `texts`: what each row has had, prompt included;
-        `steps`: how many tokens it has drawn. Rules act in the order of transformers' `generate`: repetition penalty,
+    def sample(self, logits: Tensor, token_ids: Sequence[Sequence[int]], steps: Sequence[int]) -> SamplerOutput:
+        """logits [rows, vocab] of any float type -> one token a row. `token_ids`: what each row has had, prompt
+        included; `steps`: how many tokens have been sampled for it. Parameters act in the order of transformers' `generate`: repetition penalty,
         temperature, top_k, top_p, min_p."""
         raw = logits.float()
-        scores = self._penalise(raw, texts)
+        scores = self._penalise(raw, token_ids)
         tokens = scores.argmax(dim=-1)
         if self._samples:
             tokens = torch.where(self._greedy, tokens, self._sample(scores, steps))
         return self._described(raw, tokens)
 
-    def _penalise(self, raw: Tensor, texts: Sequence[Sequence[int]]) -> Tensor:
-        penalised = [row for row, rule in enumerate(self._rules) if rule.repetition_penalty != 1]
+    def _penalise(self, raw: Tensor, token_ids: Sequence[Sequence[int]]) -> Tensor:
+        penalised = [row for row, one in enumerate(self._params) if one.repetition_penalty != 1]
         if not penalised:
             return raw
         seen = torch.zeros(raw.shape, dtype=torch.bool)
         for row in penalised:
-            seen[row, torch.tensor(texts[row])] = True
+            seen[row, torch.tensor(token_ids[row])] = True
         seen = upload(seen.numpy(), self._device)
         return torch.where(seen, torch.where(raw < 0, raw * self._penalty, raw / self._penalty), raw)
 
@@ -83,8 +83,8 @@ class Sampler:
 
     def _restrict(self, scores: Tensor) -> Tensor:
         """Set what top_k, top_p and min_p exclude to -inf."""
-        rules = self._rules
-        if any(rule.top_k or rule.top_p < 1 for rule in rules):
+        params = self._params
+        if any(one.top_k or one.top_p < 1 for one in params):
             ordered, order = scores.sort(dim=-1, descending=True, stable=True)
             kth = ordered.gather(1, self._top_k[:, None] - 1)
             ordered = ordered.masked_fill(ordered < kth, -torch.inf)
@@ -93,23 +93,23 @@ class Sampler:
             excluded = (probabilities.cumsum(dim=-1) - probabilities >= self._top_p) & (self._top_p < 1)
             excluded[:, 0] = False
             scores = torch.empty_like(scores).scatter_(1, order, ordered.masked_fill(excluded, -torch.inf))
-        if any(rule.min_p > 0 for rule in rules):
+        if any(one.min_p > 0 for one in params):
             best = scores.amax(dim=-1, keepdim=True)
             scores = scores.masked_fill(scores < best + self._min_p.log(), -torch.inf)
         return scores
 
-    def _described(self, raw: Tensor, tokens: Tensor) -> Drawn:
+    def _described(self, raw: Tensor, tokens: Tensor) -> SamplerOutput:
         # The largest logit is NaN where one is, and infinite where all or the best are.
         finite = raw.amax(dim=-1).isfinite()
-        wanted = [rule.logprobs for rule in self._rules if rule.logprobs is not None]
+        wanted = [one.logprobs for one in self._params if one.logprobs is not None]
         if not wanted:
-            return Drawn(tokens, finite, None, None, None)
+            return SamplerOutput(tokens, finite, None, None, None)
         logprobs = torch.log_softmax(raw, dim=-1)
         chosen = logprobs.gather(1, tokens[:, None])[:, 0]
         if not (most := min(max(wanted), logprobs.shape[-1])):
-            return Drawn(tokens, finite, chosen, None, None)
+            return SamplerOutput(tokens, finite, chosen, None, None)
         top = logprobs.topk(most, dim=-1)
-        return Drawn(tokens, finite, chosen, top.indices, top.values)
+        return SamplerOutput(tokens, finite, chosen, top.indices, top.values)
 
 
 def uniforms(keys: Tensor, steps: Tensor) -> Tensor:

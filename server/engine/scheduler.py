@@ -1,218 +1,261 @@
 """Which tokens the next forward pass computes. Touches no tensor.
 
-Continuous batching: in every step each row that generates gets its one token, and what is left of the step's budget
-goes to prompts, first come first served. The first one that does not fit is read in chunks, of half of what is left at
-least; behind it, prompts that fit into the rest need not wait for it. Rows join and leave at any step.
+Continuous batching with chunked prefill: in every step each sequence that is generated gets its one token (decode), and
+what is left of `max_num_batched_tokens` goes to prompts and to continuations that are scored (prefill), first come
+first served. The first one that does not fit is cut into chunks, of half of what is left at least; behind it, shorter
+ones that fit into the rest need not wait for it. Sequences join and leave at any step.
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-from server.engine.kv_cache import KVCache
-from server.engine.tape import Tape, Work
-from server.engine.types import Row
+from server.engine.block_manager import BlockManager
+from server.engine.sequence import ScheduledChunk, Sequence
 
-# Tokens of its answer for which a row gets space at once; a longer answer moves to larger extents.
-RESERVED = 256
-# A row waits for a neighbour that is computing the same beginning if that saves this share of its own work.
+# A sequence waits for another one that is computing the same beginning if that saves this share of its own work.
 WORTH_WAITING = 0.5
+WATERMARK = 0.01  # of the blocks stay free when a sequence is admitted beside others: each new token may need one
 
 
 class Scheduler:
-    """Rows that wait and rows that run. The one that came first always goes on: when the cache is full, the youngest
-    gives its space back and is computed again later, so that nothing can wait for itself."""
+    """Sequences that wait and sequences that run. The one that came first always goes on: when there is no free block,
+    the youngest is preempted (its blocks are taken, and it is computed again later), so that nothing waits for itself.
+    """
 
-    def __init__(self, cache: KVCache, *, max_rows: int, step_tokens: int) -> None:
-        """`step_tokens`: how many tokens one forward pass may have."""
-        if step_tokens < max_rows:
-            raise ValueError(f"a step of {step_tokens} tokens cannot hold one for each of {max_rows} rows")
+    def __init__(
+        self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int, max_num_logits: int = 2**20
+    ) -> None:
+        """`max_num_seqs`: that are generated together, and as many more that are scored. `max_num_batched_tokens`: of
+        one forward pass. `max_num_logits`: tokens of one pass whose logits are kept for scores."""
+        if max_num_batched_tokens < max_num_seqs:
+            raise ValueError(f"a step of {max_num_batched_tokens} tokens cannot hold one for each of {max_num_seqs} rows")
+        self.blocks = blocks
         self.preemptions = 0
-        self.hold = False  # admit nobody: somebody waits for space that running rows will free
-        self._cache = cache
-        self._max_rows = max_rows
-        # Rows with extents of one size lie side by side; half of the memory is enough for this.
-        self._roomy = min(cache.extents.largest, cache.extents.total // (2 * max_rows))
-        self._step_tokens = step_tokens
-        self._waiting: deque[Tape] = deque()
-        self._running: list[Tape] = []  # in the order of admission
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_num_logits = max(2, max_num_logits)
+        # Of sequences in lockstep only the leader waits.
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []  # in the order of admission
 
     @property
     def idle(self) -> bool:
         return not self._waiting and not self._running
 
     @property
-    def running(self) -> Sequence[Tape]:
+    def running(self) -> list[Sequence]:
         return self._running
 
     @property
-    def waiting(self) -> int:
-        return len(self._waiting)
+    def waiting(self) -> list[Sequence]:
+        """All that wait, those in lockstep with another one included."""
+        return [sequence for leader in list(self._waiting) for sequence in leader.lockstep]
 
-    def add(self, tapes: Iterable[Tape]) -> None:
-        self._waiting.extend(tapes)
+    def add(self, sequences: Iterable[Sequence], *, first: bool = False) -> None:
+        """Queues sequences, `first` before all others."""
+        leaders = [sequence for sequence in sequences if sequence.lockstep]
+        if first:
+            self._waiting.extendleft(reversed(leaders))
+        else:
+            self._waiting.extend(leaders)
 
-    def next(self) -> tuple[Work, ...]:
-        """The work of the next step, rows that lie side by side in the cache next to each other; nothing when there is
-        nothing to do. Its caller reports `done`, and puts what was drawn on the tapes."""
+    def schedule(self) -> tuple[ScheduledChunk, ...]:
+        """The chunks of the next step, single tokens first; nothing when there is nothing to do. Its caller reports
+        `postprocess` for each, and puts what was sampled on the sequences."""
         preempted = self.preemptions
-        works = self._decode()
-        reading = _Reading(self._step_tokens - len(works))
-        for tape in self._running:
-            if tape.pending > 1:
-                reading.take(tape)
-        if self.preemptions == preempted and not self.hold:
-            self._admit(reading)
-        return tuple(sorted(works + reading.works, key=_place))
+        decodes = self._decode()
+        budget = PrefillBudget(self._max_num_batched_tokens - len(decodes), self._max_num_logits)
+        for sequence in self._running:
+            if sequence.is_scored or sequence.num_uncomputed > 1:
+                budget.take(sequence)
+        if self.preemptions == preempted:
+            self._admit(budget)
+        chunks = [*decodes, *budget.chunks]
+        return tuple(sorted(chunks, key=lambda chunk: len(chunk) > 1))
 
-    def ahead(self, works: Sequence[Work]) -> tuple[Work, ...]:
-        """The step after these works, begun before what they draw is known: one token for each row that goes on as far
-        as can be foreseen, which is what `next` would say. Nothing where it would say something else, or where a row
-        has to know its tokens, or to be told more than them, before the next one is drawn."""
-        if len(works) < len(self._running) or not all(work.draws for work in works):
+    def schedule_ahead(self, chunks: tuple[ScheduledChunk, ...]) -> tuple[ScheduledChunk, ...]:
+        """The step after these chunks, scheduled before what they sample is known: one token for each sequence that
+        goes on as far as can be foreseen, which is what `schedule` would say. Nothing where it would say something
+        else, or where a sequence has to know its tokens, or to be told more of them, before the next one is sampled."""
+        if len(chunks) < len(self._running) or not all(chunk.is_sampled for chunk in chunks):
             return ()
         following = []
-        for work in works:
-            tape = work.tape
-            row = _row(tape)
-            if tape.extent is None or work.stop + 1 - tape.prompt >= row.sampling.max_new_tokens:
-                continue  # has ended, or ends with the token that is being drawn
-            if tape.extent.size <= work.stop or not _can_hurry(row):
+        for chunk in chunks:
+            sequence = chunk.sequence
+            new = chunk.stop + 1 - sequence.num_prompt_tokens
+            if not sequence.block_table or new >= sequence.sampling_params.max_new_tokens:
+                continue  # has ended, or ends with the token that is being sampled
+            if not _can_run_ahead(sequence):
                 return ()
-            following.append(Work(tape, work.stop, work.stop + 1))
-        if self._waiting and len(following) < self._max_rows:
+            following.append(ScheduledChunk(sequence, chunk.stop, chunk.stop + 1))
+        if self._waiting and len(following) < self._max_num_seqs:
             return ()
-        return tuple(sorted(following, key=_place))
+        if not all(self.blocks.append(chunk.sequence, chunk.stop) for chunk in following):
+            return ()
+        return tuple(following)
 
-    @staticmethod
-    def done(work: Work, steered: list[int]) -> None:
-        """The work has been done; its tokens were steered so often each."""
-        work.tape.cached = work.stop
-        work.tape.steered += steered
+    def postprocess(self, chunk: ScheduledChunk, steered: list[int]) -> None:
+        """The chunk has been computed; `steered`: for each of its tokens whether it was."""
+        self.blocks.commit(chunk.sequence, chunk.stop, steered)
 
-    def finish(self, tape: Tape) -> None:
-        """The row has ended: it is in no later step."""
-        self._running.remove(tape)
-        self._cache.close(tape)
+    def finish(self, sequence: Sequence) -> None:
+        """The sequence has ended: it is in no later step."""
+        self._running.remove(sequence)
+        self.blocks.free(sequence)
 
-    def drop(self, request: str, *, keep: bool = True) -> list[Tape]:
-        """Takes every row of a request out; returns those that were there. `keep`: what they computed is sound."""
-        running = [tape for tape in self._running if _of(tape, request)]
-        waiting = [tape for tape in self._waiting if _of(tape, request)]
-        for tape in running:
-            self._running.remove(tape)
-            self._cache.close(tape, keep=keep)
-        self._waiting = deque(tape for tape in self._waiting if not _of(tape, request))
+    def abort(self, request_id: str, *, keep: bool = True) -> list[Sequence]:
+        """Takes every sequence of a request out; returns those that were there. `keep`: what they computed is sound."""
+        running = [sequence for sequence in self._running if sequence.request_id == request_id]
+        waiting = [sequence for sequence in self.waiting if sequence.request_id == request_id]
+        for sequence in running:
+            self._running.remove(sequence)
+            self.blocks.free(sequence, keep=keep)
+        if waiting:
+            self._waiting = deque(sequence for sequence in self._waiting if sequence.request_id != request_id)
         return running + waiting
 
-    def clear(self) -> list[Tape]:
+    def clear(self) -> list[Sequence]:
         """Takes everything out; returns it."""
-        tapes = [*self._running, *self._waiting]
-        for tape in self._running:
-            self._cache.close(tape, keep=False)
+        sequences = [*self._running, *self.waiting]
+        for sequence in self._running:
+            self.blocks.free(sequence, keep=False)
         self._running = []
         self._waiting.clear()
-        return tapes
+        return sequences
 
-    def _decode(self) -> list[Work]:
-        """One token for every row that has just one to compute."""
-        works = []
-        for tape in list(self._running):
-            if tape.extent is not None and tape.pending == 1 and self._has_room(tape):
-                works.append(_part(tape, 1))
-        return works
+    # --- inside ---------------------------------------------------------------------------------
 
-    def _has_room(self, tape: Tape) -> bool:
-        """Finds space for the tape's tokens, at the cost of those that came later or, at last, of itself."""
-        while not self._cache.grow(tape, len(tape.tokens)):
-            youngest = self._running[-1]
+    def _decode(self) -> list[ScheduledChunk]:
+        """One token for every sequence that is generated and has just one to compute."""
+        chunks = []
+        for sequence in list(self._running):
+            decodes = sequence.block_table and not sequence.is_scored and sequence.num_uncomputed == 1
+            if decodes and self._has_room(sequence):
+                stop = len(sequence.token_ids)
+                chunks.append(ScheduledChunk(sequence, stop - 1, stop))
+        return chunks
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Finds a block for the sequence's tokens, at the cost of those that came later or, at last, of itself."""
+        while not self.blocks.append(sequence, len(sequence.token_ids)):
+            youngest = next(one for one in reversed(self._running) if one.lockstep)
             self._preempt(youngest)
-            if youngest is tape:
+            if youngest is sequence:
                 return False
         return True
 
-    def _preempt(self, tape: Tape) -> None:
-        self._running.remove(tape)
-        self._cache.close(tape)
-        self._waiting.appendleft(tape)
+    def _preempt(self, leader: Sequence) -> None:
+        for sequence in leader.lockstep:
+            self._running.remove(sequence)
+            self.blocks.free(sequence)
+            sequence.restart()
+        self._waiting.appendleft(leader)
         self.preemptions += 1
 
-    def _admit(self, reading: "_Reading") -> None:
-        for tape in list(self._waiting):
-            if not reading.budget or len(self._running) >= self._max_rows:
+    def _admit(self, budget: "PrefillBudget") -> None:
+        places = {kind: self._max_num_seqs - self._count(kind) for kind in (False, True)}
+        for leader in list(self._waiting):
+            if budget.num_tokens <= 0 or not any(count > 0 for count in places.values()):
                 return
-            if reading.long and not self._fits(tape, reading.budget):
+            if places[leader.is_scored] <= 0 or not budget.takes(leader):
                 continue
-            if self._better_later(tape):
+            if budget.chunked and not self._fits(leader, budget.num_tokens):
                 continue
-            if not self._open(tape):
+            if self._better_later(leader):
+                continue
+            if not self._allocate(leader):
                 return
-            self._waiting.remove(tape)
-            self._running.append(tape)
-            reading.take(tape)
+            self._waiting.remove(leader)
+            self._running += leader.lockstep
+            places[leader.is_scored] -= len(leader.lockstep)
+            budget.take(leader)
 
-    def _fits(self, tape: Tape, budget: int) -> bool:
-        length = len(tape.tokens)
-        return length <= budget or length - self._cache.shareable(tape) <= budget
+    def _count(self, scored: bool) -> int:
+        return sum(sequence.is_scored is scored for sequence in self._running)
 
-    def _better_later(self, tape: Tape) -> bool:
-        """Whether rows that run are about to compute what this one would have to compute as well."""
-        coming = self._cache.coming(tape, self._running)
-        if coming <= WORTH_WAITING * len(tape.tokens):
+    def _fits(self, leader: Sequence, num_tokens: int) -> bool:
+        whole = len(leader.token_ids) * len(leader.lockstep)
+        return whole <= num_tokens or whole - sum(map(self.blocks.num_cached, leader.lockstep)) <= num_tokens
+
+    def _better_later(self, sequence: Sequence) -> bool:
+        """Whether sequences that run are about to compute what this one would have to compute as well."""
+        length = len(sequence.token_ids)
+        coming = self.blocks.num_coming(sequence, self._running)
+        if coming <= WORTH_WAITING * length:
             return False
-        known = self._cache.shareable(tape)
-        return coming - known > WORTH_WAITING * (len(tape.tokens) - known)
+        known = self.blocks.num_cached(sequence)
+        return coming - known > WORTH_WAITING * (length - known)
 
-    def _open(self, tape: Tape) -> bool:
-        """Space for the answer, too, or at least for what there is."""
-        length = len(tape.tokens)
-        wanted = min(_row(tape).sampling.max_new_tokens - (length - tape.prompt), RESERVED)
-        rooms = (max(length + wanted, self._roomy), length + wanted, length)
-        return any(self._cache.open(tape, room) for room in dict.fromkeys(rooms))
+    def _allocate(self, leader: Sequence) -> bool:
+        """Blocks for all that is to be computed, as long as some stay for those that run."""
+        spare = int(self.blocks.num_blocks * WATERMARK) if self._running else 0
+        done: list[Sequence] = []
+        for sequence in leader.lockstep:
+            if not self.blocks.allocate(sequence, len(sequence.token_ids), spare=spare):
+                for one in done:
+                    self.blocks.free(one)
+                return False
+            done.append(sequence)
+        return True
 
 
-class _Reading:
-    """How a step's budget of tokens is spent on prompts."""
+class PrefillBudget:
+    """How a step's tokens are spent on prompts and scored continuations."""
 
-    def __init__(self, budget: int) -> None:
-        self.budget = budget  # for prompts that fit
-        self.long: Tape | None = None  # the first prompt that does not
-        self._kept = 0  # tokens of the budget that it has for sure
-        self._whole: list[Work] = []
+    def __init__(self, num_tokens: int, num_logits: int) -> None:
+        self.num_tokens = num_tokens  # for what fits
+        self.chunked: Sequence | None = None  # the first one that does not
+        self._num_logits = num_logits
+        self._kept = 0  # tokens that it has for sure
+        self._whole: list[ScheduledChunk] = []
 
     @property
-    def works(self) -> list[Work]:
-        chunk = _part(self.long, self._kept + self.budget) if self.long else None
-        return [*self._whole, chunk] if chunk else self._whole
+    def chunks(self) -> list[ScheduledChunk]:
+        rest = self._cut(self.chunked, self._kept + self.num_tokens) if self.chunked else []
+        return [*self._whole, *rest]
 
-    def take(self, tape: Tape) -> None:
-        """Of the prompts in the order in which they came."""
-        if tape.pending <= self.budget:
-            self._whole.append(_part(tape, tape.pending))
-            self.budget -= tape.pending
-        elif self.long is None and self.budget:
-            self.long, self._kept = tape, (self.budget + 1) // 2
-            self.budget -= self._kept
+    def takes(self, leader: Sequence) -> bool:
+        """Whether there is anything left for a sequence."""
+        return self.num_tokens > 0 and (self._num_logits > 0 or not leader.is_scored)
+
+    def take(self, leader: Sequence) -> None:
+        """Of the sequences in the order in which they came. Those in lockstep share what their leader gets."""
+        if not leader.lockstep or not self.takes(leader):
+            return
+        chunks = self._cut(leader, self.num_tokens)
+        if [chunk.stop for chunk in chunks] == list(_targets(leader).values()):
+            self._whole += chunks
+            self.num_tokens -= sum(map(len, chunks))
+            self._num_logits -= sum(chunk.num_logits for chunk in chunks)
+        elif self.chunked is None:
+            self.chunked, self._kept = leader, (self.num_tokens + 1) // 2
+            self.num_tokens -= self._kept
+
+    def _cut(self, leader: Sequence, num_tokens: int) -> list[ScheduledChunk]:
+        """The next chunk of a sequence, or of each of those in lockstep, of so many tokens at most in all."""
+        targets = _targets(leader)
+        tokens, logits = num_tokens // len(targets), max(0, self._num_logits) // len(targets)
+        chunks = []
+        for sequence, target in targets.items():
+            start = sequence.num_computed_tokens
+            stop = min(target, start + tokens)
+            if sequence.is_scored:
+                stop = min(stop, max(start, sequence.num_prompt_tokens - 1) + logits)
+            if stop > start:
+                chunks.append(ScheduledChunk(sequence, start, stop))
+        return chunks
 
 
-def _row(tape: Tape) -> Row:
-    assert tape.row is not None, "only rows are scheduled"
-    return tape.row
+def _targets(leader: Sequence) -> dict[Sequence, int]:
+    """How far a sequence, or each of those in lockstep, could be computed in one step: those in lockstep first come to
+    where their continuations begin, each by itself."""
+    behind = {one: one.num_prompt_tokens - 1 for one in leader.lockstep}
+    behind = {one: stop for one, stop in behind.items() if one.num_computed_tokens < stop}
+    if behind and len(leader.lockstep) > 1:
+        return behind
+    return {one: len(one.token_ids) for one in leader.lockstep}
 
 
-def _can_hurry(row: Row) -> bool:
-    return row.sampling.repetition_penalty == 1 and row.sampling.logprobs is None and not row.trace
-
-
-def _part(tape: Tape, most: int) -> Work:
-    return Work(tape, tape.cached, tape.cached + min(tape.pending, most))
-
-
-def _of(tape: Tape, request: str) -> bool:
-    return tape.row is not None and tape.row.request == request
-
-
-def _place(work: Work) -> tuple[bool, int, int]:
-    """Single tokens first, by size and place of their extents, so that neighbours can be attended to at once."""
-    extent = work.tape.extent
-    assert extent is not None, "work is done on open tapes"
-    return len(work) > 1, extent.size, extent.start
+def _can_run_ahead(sequence: Sequence) -> bool:
+    sampling = sequence.sampling_params
+    return sampling.repetition_penalty == 1 and sampling.logprobs is None and not sequence.trace

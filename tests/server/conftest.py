@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from server.app import create_app
 from server.config import Settings
-from server.engine.runner import Runner
+from server.engine.model_runner import ModelRunner
 from server.service import Service
 from steering.checkpoint import BaseModelInfo, base_model_info, save
 from steering.types import Column, Gate, Positions, Site
@@ -206,4 +206,6 @@ def spelling(model_folder: Path) -> Any:
 def overlaps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a CPU, and as on a GPU."""
     overlaps = request.param != "told at once"
-    monkeypatch.setattr(Runner, "overlaps", property(lambda runner: overlaps))
+    monkeypatch.setattr(
+        ModelRunner, "overlaps", property(lambda runner: overlaps, lambda runner, value: None), raising=False
+    )

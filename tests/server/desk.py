@@ -1,86 +1,117 @@
-"""An engine without threads, to be driven step by step: scheduler, cache and runner over a real model."""
+"""An engine without a thread, to be driven step by step: the real one, over a real model."""
 
-from collections.abc import Sequence
-from typing import Any
+from concurrent.futures import Future
+from itertools import count
+from typing import Any, TypeVar
 
-from server.engine.kv_cache import KVCache
-from server.engine.runner import Runner, Step
+from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
-from server.engine.tape import Tape
-from server.engine.types import Job, Row, T
-from server.opening.trial import open_forward
+from server.engine.sequence import Event, Failed, Finished, ScheduledChunk, Sequence
+from server.loading import open_runner
 from steering.columns import ColumnBank
+
+T = TypeVar("T")
+NAMES = count()
 
 
 class Desk:
-    """Texts of at most `largest` tokens; `roots` such texts fit into the cache."""
+    """A cache of `num_blocks` blocks. Requests that fail raise their error."""
 
     def __init__(
         self,
         model: Any,
         *,
-        largest: int = 64,
-        roots: int = 8,
-        max_rows: int = 8,
-        step_tokens: int = 64,
+        num_blocks: int = 64,
+        block_size: int = 8,
+        max_num_seqs: int = 8,
+        max_num_batched_tokens: int = 64,
+        max_num_logits: int = 2**20,
         graphs: bool = False,
         native: bool = True,
         ahead: bool = False,
     ) -> None:
         """`ahead`: each step is begun before the tokens of the one before are known, where that can be."""
-        self.bank = ColumnBank(device=next(model.parameters()).device, max_tokens=step_tokens)
-        forward = open_forward(model, self.bank, "tiny", native=native)
-        forward.steering.install()
-        self.cache = KVCache(largest, roots)
-        forward.allocate(largest * roots, graphs=graphs)
-        self.scheduler = Scheduler(self.cache, max_rows=max_rows, step_tokens=step_tokens)
-        self.runner = Runner(forward, self.cache, step_tokens=step_tokens)
+        self.bank = ColumnBank(device=next(model.parameters()).device, max_tokens=max_num_batched_tokens)
+        self.runner = open_runner(model, self.bank, "tiny", native=native)
+        self.runner.steering.install()
+        self.blocks = self.runner.allocate(num_blocks, block_size, graphs=graphs)
+        self.scheduler = Scheduler(
+            self.blocks,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_logits=max_num_logits,
+        )
         self.ahead = ahead
         self.begun_ahead = 0
-        self._begun: Step | None = None
-        self.computed: list[int] = []  # tokens of each step
-        self.texts: dict[Row, list[int]] = {}
-        self.steered: dict[Row, int] = {}
+        self.computed: list[int] = []  # tokens of each pass
+        self.engine = Engine(self.runner, self.scheduler, eos=frozenset(), decode=lambda ids: "")
+        self.engine.start(thread=False)
+        self.finished: dict[Sequence, Finished] = {}
+        self.events: list[Event] = []
+        self._arriving: list[tuple[int, Sequence]] = []
+        self._watch()
 
     def step(self) -> None:
-        works = self._begun.works if self._begun else self.scheduler.next()
-        self.cache.check()
-        if not works:
-            return
-        self.computed.append(sum(map(len, works)))
-        step = self._begun or self.runner.launch(works)
-        ahead = self.scheduler.ahead(works) if self.ahead else ()
-        self._begun = self.runner.launch(ahead, step) if ahead else None
-        self.begun_ahead += bool(ahead)
-        for work, outcome in zip(works, step.outcomes(), strict=True):
-            tape = work.tape
-            self.scheduler.done(work, outcome.steered)
-            if outcome.draw is None:
-                continue
-            assert tape.row is not None
-            assert outcome.draw.finite
-            tape.tokens.append(outcome.draw.token)
-            if len(tape.tokens) - tape.prompt == tape.row.sampling.max_new_tokens:
-                self.texts[tape.row] = tape.tokens[tape.prompt :]
-                self.steered[tape.row] = sum(tape.steered)
-                self.scheduler.finish(tape)
+        """One turn of the engine's loop, after which no invariant is broken."""
+        self.engine.step()
+        self.blocks.check(self.scheduler.running)
 
-    def run(self, rows: Sequence[Row], *, arrivals: Sequence[int] = ()) -> dict[Row, list[int]]:
-        """The texts of rows; row i arrives before step `arrivals[i]`, or at once."""
-        step = 0
-        left = sorted(zip([*arrivals] + [0] * (len(rows) - len(arrivals)), range(len(rows)), strict=True))
-        while left or not self.scheduler.idle:
-            while left and left[0][0] <= step:
-                self.scheduler.add([Tape.of(rows[left.pop(0)[1]])])
+    def add(self, *sequences: Sequence) -> None:
+        for sequence in sequences:
+            self.engine.submit([sequence], self._take)
+
+    def run(self, sequences: list[Sequence], *, arrivals: list[int] | None = None) -> dict[Sequence, list[int]]:
+        """The new tokens of sequences; sequence i arrives before pass `arrivals[i]`, or at once."""
+        numbers = zip(arrivals or [0] * len(sequences), range(len(sequences)), strict=True)
+        self._arriving = [(number, sequences[index]) for number, index in sorted(numbers)]
+        passes = 0
+        while any(sequence not in self.finished for sequence in sequences):
+            self._arrive(max(passes, len(self.computed)))
             self.step()
-            step += 1
-        return {row: self.texts[row] for row in rows}
+            passes += 1
+        return {sequence: list(self.finished[sequence].token_ids) for sequence in sequences}
 
-    def finish(self, job: Job[T]) -> T:
-        """What a job gives that has all the space it wants."""
-        while True:
-            try:
-                assert not next(job), "the job waits for space"
-            except StopIteration as done:
-                result: T = done.value
-                return result
+    def _arrive(self, passes: int) -> None:
+        while self._arriving and self._arriving[0][0] <= passes:
+            self.add(self._arriving.pop(0)[1])
+
+    def steered(self, sequence: Sequence) -> int:
+        """How many of its tokens were steered, as the device counted them."""
+        return self.finished[sequence].steered_tokens
+
+    def finish(self, future: Future[T]) -> T:
+        """What the engine says of something that was asked of it."""
+        while not future.done():
+            self.step()
+        return future.result()
+
+    def _take(self, event: Event) -> None:
+        self.events.append(event)
+        if isinstance(event, Failed):
+            raise AssertionError(event.error)
+        if isinstance(event, Finished):
+            self.finished[event.sequence] = event
+
+    def _watch(self) -> None:
+        """Counts passes, and makes this a device where the host is free, or not."""
+        runner, scheduler = self.runner, self.scheduler
+        execute, schedule_ahead = runner.execute_async, scheduler.schedule_ahead
+
+        def counted(chunks: tuple[ScheduledChunk, ...], *after: Any) -> Any:
+            self.computed.append(sum(map(len, chunks)))
+            return execute(chunks, *after)
+
+        def foreseen(chunks: tuple[ScheduledChunk, ...]) -> tuple[ScheduledChunk, ...]:
+            self._arrive(len(self.computed))
+            following = schedule_ahead(chunks)
+            self.begun_ahead += bool(following)
+            return following
+
+        runner.execute_async = counted  # type: ignore[method-assign]
+        scheduler.schedule_ahead = foreseen  # type: ignore[method-assign]
+        runner.overlaps = self.ahead
+
+
+def sequence(tokens: tuple[int, ...], *, index: int = 0, request_id: str = "", **more: Any) -> Sequence:
+    """One of a request of its own."""
+    return Sequence(request_id or f"desk-{next(NAMES)}", index, tokens, **more)

@@ -7,13 +7,12 @@ import pytest
 import torch
 import transformers
 
-from server.engine.types import Row, Sampling, Steer
+from server.engine.sequence import SamplingParams, Sequence, SteeringParams
 from server.errors import StartupError
-from server.opening.memory import text_limit
-from server.opening.trial import open_forward
+from server.loading import open_runner, text_limit
 from steering.columns import ColumnBank
-from steering.types import Column, Gate, RowSteering, Site
-from tests.server.desk import Desk
+from steering.types import Column, Gate, SequenceSteering, Site
+from tests.server.desk import Desk, sequence
 from tests.server.reference import greedy, plain
 from tests.steering.families import FAMILIES, GROUPED, HIDDEN, VOCABULARY, Family
 
@@ -79,19 +78,20 @@ def tiny(name: str) -> Any:
     return model
 
 
-def rows(number: random.Random, steers: list[Steer]) -> list[Row]:
+def sequences(number: random.Random, steering: list[SteeringParams]) -> list[Sequence]:
     """Prompts of 1 to 40 tokens, some with a common beginning; answers of 1 to 20."""
     stem = tuple(number.randrange(3, VOCABULARY) for _ in range(20))
     made = []
     for index in range(10):
         own = tuple(number.randrange(3, VOCABULARY) for _ in range(number.randint(1, 20)))
         prompt = stem[: number.choice((0, 0, 5, 20))] + own
-        sampling = Sampling(max_new_tokens=number.randint(1, 20), temperature=0)
-        made.append(Row("r", index, prompt, sampling, steers[index % len(steers)]))
-    return [
-        *made,
-        *(Row("r", 10 + i, stem, Sampling(max_new_tokens=8, temperature=0), one) for i, one in enumerate(steers)),
-    ]
+        made.append(greedy_sequence(prompt, number.randint(1, 20), steering[index % len(steering)]))
+    return [*made, *(greedy_sequence(stem, 8, one) for one in steering)]
+
+
+def greedy_sequence(prompt: tuple[int, ...], new: int, steering: SteeringParams) -> Sequence:
+    params = SamplingParams(max_new_tokens=new, temperature=0)
+    return sequence(prompt, sampling_params=params, steering_params=steering)
 
 
 def columns(name: str) -> list[Column]:
@@ -115,33 +115,33 @@ def columns(name: str) -> list[Column]:
 
 @pytest.mark.parametrize("attention", ["native", "torch", "static"])
 @pytest.mark.parametrize("name", [*FAMILIES, *MORE])
-def test_rows_equal_the_plain_model_whatever_happens_to_them(name: str, attention: str) -> None:
+def test_sequences_equal_the_plain_model_whatever_happens_to_them(name: str, attention: str) -> None:
     """Mixed lengths and steerings, random arrivals, chunked prompts, shared beginnings, a cache that is too small;
     with the kernel for CPUs, and as on a GPU, where each step is begun before the tokens of the one before are known,
     with PyTorch's attention and with the steps that are captured there."""
     reference = tiny(name)
     options = {"native": attention == "native", "graphs": attention == "static", "ahead": attention != "native"}
-    desk = Desk(tiny(name), largest=64, roots=2, max_rows=6, step_tokens=12, **options)
+    desk = Desk(tiny(name), num_blocks=16, block_size=4, max_num_seqs=6, max_num_batched_tokens=12, **options)
     handle = desk.bank.add(columns(name))
     mixes = [(1.0, 0.0), (-1.0, 1.5)]
-    steers = [Steer(), *(Steer(RowSteering.of([(handle, mix)])) for mix in mixes)]
+    steering = [SteeringParams(), *(SteeringParams(SequenceSteering.of([(handle, mix)])) for mix in mixes)]
     number = random.Random(0)
-    asked = rows(number, steers)
+    asked = sequences(number, steering)
     texts = desk.run(asked, arrivals=[number.randint(0, 40) for _ in asked])
     assert desk.scheduler.preemptions, "the cache was not small enough to prove anything"
-    assert desk.cache.shared_tokens > 40
+    assert desk.blocks.cached_tokens > 40
     assert desk.begun_ahead > 20 or not desk.ahead
     moved = 0
-    for row, text in texts.items():
-        new = row.sampling.max_new_tokens
-        unsteered = plain(reference, row.tokens, new=new)
-        if not row.steer.columns.slots:
-            assert text == unsteered, row
-            assert desk.steered[row] == 0
+    for one, text in texts.items():
+        new, columns_of = one.sampling_params.max_new_tokens, one.steering_params.columns
+        unsteered = plain(reference, one.prompt_token_ids, new=new)
+        if not columns_of.slots:
+            assert text == unsteered, one
+            assert desk.steered(one) == 0
             continue
-        multipliers = dict(zip(("kind", "fair"), row.steer.columns.parts[0][1], strict=True))
-        assert text == greedy(reference, row.tokens, columns(name), multipliers, new=new, eos=None), row
-        assert desk.steered[row] == new
+        multipliers = dict(zip(("kind", "fair"), columns_of.parts[0][1], strict=True))
+        assert text == greedy(reference, one.prompt_token_ids, columns(name), multipliers, new=new, eos=None), one
+        assert desk.steered(one) == new
         moved += text != unsteered
     assert moved > 4, "the test steers too weakly to prove anything"
 
@@ -166,7 +166,7 @@ def test_a_model_that_cannot_be_served_is_refused_with_a_sentence(
     torch.manual_seed(0)
     made = getattr(transformers, model)(getattr(transformers, config)(vocab_size=61, **settings)).eval()
     with pytest.raises(StartupError, match=rf"The model 'odd' \({model}\) cannot be served: .*\.$"):
-        open_forward(made, ColumnBank(device="cpu", max_tokens=64), "odd")
+        open_runner(made, ColumnBank(device="cpu", max_tokens=64), "odd")
 
 
 def test_rotary_embeddings_that_depend_on_the_longest_text_bound_every_text() -> None:

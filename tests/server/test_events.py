@@ -12,7 +12,7 @@ import torch
 from server.engine.types import Event, Finished, Piece, Row, Sampling, Steer
 from steering.checkpoint import load
 from steering.operators import trace
-from steering.types import RowSteering
+from steering.types import SequenceSteering
 from tests.server.conftest import World
 
 PROMPT = "Q: What colour"
@@ -82,7 +82,7 @@ def test_a_trace_says_what_the_formulas_say_of_each_token(world: World, model: A
     loaded = world.service.registry.load("demo@2", "checkpoint")
     mix = (1.5, 0.0, -0.5)
     plain = row(world, temperature=0, max_new_tokens=6)
-    traced = replace(plain, index=1, steer=Steer(RowSteering.of([(loaded.handle, mix)])), trace=True)
+    traced = replace(plain, index=1, steer=Steer(SequenceSteering.of([(loaded.handle, mix)])), trace=True)
     seen = events(world, [plain, traced, replace(plain, index=2, trace=True)])
     finished = {event.row.index: event for event in seen if isinstance(event, Finished)}
     assert all(not draw.touches for index in (0, 2) for draw in finished[index].draws), "nothing steers them"

@@ -9,7 +9,7 @@ from accelerate import dispatch_model
 
 from server.engine.tape import Tape
 from server.engine.types import Row, Sampling, Steer
-from steering.types import RowSteering
+from steering.types import SequenceSteering
 from tests.server.desk import Desk
 from tests.server.reference import greedy, plain
 from tests.server.test_architectures import columns, rows, tiny
@@ -27,7 +27,7 @@ def test_captured_steps_equal_the_plain_model(name: str) -> None:
     desk = Desk(tiny(name).to("cuda"), largest=64, roots=8, max_rows=6, step_tokens=12, graphs=True, ahead=True)
     handle = desk.bank.add(columns(name))
     mixes = [(1.0, 0.0), (-1.0, 1.5)]
-    steers = [Steer(), *(Steer(RowSteering.of([(handle, mix)])) for mix in mixes)]
+    steers = [Steer(), *(Steer(SequenceSteering.of([(handle, mix)])) for mix in mixes)]
     number = random.Random(0)
     asked = rows(number, steers)
     texts = desk.run(asked, arrivals=[number.randint(0, 40) for _ in asked])
@@ -47,7 +47,7 @@ def test_columns_that_come_while_graphs_exist_act() -> None:
     row = rows(random.Random(0), [Steer()])[0]
     before = desk.run([row])[row]
     handle = desk.bank.add(columns(name))
-    steered: Row = replace(row, steer=Steer(RowSteering.of([(handle, (2.0, 2.0))])))
+    steered: Row = replace(row, steer=Steer(SequenceSteering.of([(handle, (2.0, 2.0))])))
     again = replace(row)
     texts = desk.run([steered, again])
     assert texts[again] == before
@@ -84,7 +84,7 @@ def test_a_model_over_two_devices_equals_the_plain_one() -> None:
     places |= {f"model.layers.{index}": int(index >= half) for index in range(len(reference.model.layers))}
     desk = Desk(dispatch_model(tiny("llama"), places), largest=64, roots=8)
     handle = desk.bank.add(columns("llama"))
-    asked = rows(random.Random(0), [Steer(), Steer(RowSteering.of([(handle, (1.0, -0.5))]))])
+    asked = rows(random.Random(0), [Steer(), Steer(SequenceSteering.of([(handle, (1.0, -0.5))]))])
     for row, text in desk.run(asked).items():
         new = row.sampling.max_new_tokens
         if row.steer.columns.slots:

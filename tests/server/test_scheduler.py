@@ -5,110 +5,133 @@ import random
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from server.engine.kv_cache import KVCache
+from server.engine.block_manager import BlockManager
 from server.engine.scheduler import Scheduler
-from server.engine.tape import Tape, Work
-from server.engine.types import Row, Sampling
+from server.engine.sequence import SamplingParams, ScheduledChunk, Sequence, SteeringParams
+
+Chunks = tuple[ScheduledChunk, ...]
 
 
-def tape(request: str, index: int = 0, tokens: tuple[int, ...] = (1, 2, 3), new: int = 1) -> Tape:
-    return Tape.of(Row(request, index, tokens, Sampling(max_new_tokens=new)))
+def sequence(request_id: str, index: int = 0, tokens: tuple[int, ...] = (1, 2, 3), new: int = 1) -> Sequence:
+    return Sequence(request_id, index, tokens, SamplingParams(max_new_tokens=new))
 
 
-def build(*, largest: int = 64, roots: int = 4, max_rows: int = 4, step_tokens: int = 16) -> Scheduler:
-    return Scheduler(KVCache(largest, roots), max_rows=max_rows, step_tokens=step_tokens)
+def scored(request_id: str, prompt: tuple[int, ...], continuation: tuple[int, ...], index: int = 0) -> Sequence:
+    return Sequence(request_id, index, prompt, continuation=continuation)
 
 
-def make(scheduler: Scheduler, works: tuple[Work, ...], token: int = 7) -> None:
-    """Does the works as an engine would; a row ends with its last token."""
-    for work in works:
-        scheduler.done(work, [0] * len(work))
-        if work.draws:
-            work.tape.tokens.append(token)
-            row = work.tape.row
-            assert row is not None
-            if len(work.tape.tokens) - work.tape.prompt >= row.sampling.max_new_tokens:
-                scheduler.finish(work.tape)
+def pair(request_id: str, prompt: tuple[int, ...], continuation: tuple[int, ...]) -> list[Sequence]:
+    """Two that are scored in lockstep."""
+    leader, follower = (scored(request_id, prompt, continuation, index) for index in range(2))
+    follower.follow(leader)
+    return [leader, follower]
 
 
-def spans(works: tuple[Work, ...]) -> list[tuple[str, int, int]]:
-    return sorted((work.tape.row.request, work.start, work.stop) for work in works if work.tape.row)
+def build(
+    *,
+    num_blocks: int = 64,
+    block_size: int = 4,
+    max_num_seqs: int = 4,
+    max_num_batched_tokens: int = 16,
+    max_num_logits: int = 1000,
+) -> Scheduler:
+    return Scheduler(
+        BlockManager(num_blocks, block_size),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_logits=max_num_logits,
+    )
+
+
+def make(scheduler: Scheduler, chunks: Chunks, token: int = 7) -> None:
+    """Does the chunks as an engine would; a sequence ends with its last token."""
+    for chunk in chunks:
+        one = chunk.sequence
+        scheduler.postprocess(chunk, [0] * len(chunk))
+        if chunk.is_sampled:
+            one.token_ids.append(token)
+        if one.num_new_tokens >= one.sampling_params.max_new_tokens or (one.is_scored and not one.num_uncomputed):
+            scheduler.finish(one)
+
+
+def spans(chunks: Chunks) -> list[tuple[str, int, int]]:
+    return sorted((chunk.sequence.request_id, chunk.start, chunk.stop) for chunk in chunks)
 
 
 def test_rows_join_and_leave_at_any_step() -> None:
     scheduler = build()
-    scheduler.add([tape("a", new=3)])
-    works = scheduler.next()
-    assert spans(works) == [("a", 0, 3)]
-    make(scheduler, works)
-    scheduler.add([tape("b", tokens=(4, 5), new=1)])
-    works = scheduler.next()
-    assert spans(works) == [("a", 3, 4), ("b", 0, 2)]
-    make(scheduler, works)
-    assert spans(scheduler.next()) == [("a", 4, 5)]
+    scheduler.add([sequence("a", new=3)])
+    chunks = scheduler.schedule()
+    assert spans(chunks) == [("a", 0, 3)]
+    make(scheduler, chunks)
+    scheduler.add([sequence("b", tokens=(4, 5), new=1)])
+    chunks = scheduler.schedule()
+    assert spans(chunks) == [("a", 3, 4), ("b", 0, 2)]
+    make(scheduler, chunks)
+    assert spans(scheduler.schedule()) == [("a", 4, 5)]
 
 
 def test_a_long_prompt_is_read_in_chunks_beside_rows_that_generate() -> None:
-    scheduler = build(step_tokens=8)
-    scheduler.add([tape("a", new=20)])
-    make(scheduler, scheduler.next())
-    scheduler.add([tape("b", tokens=tuple(range(10, 30)))])
+    scheduler = build(max_num_batched_tokens=8)
+    scheduler.add([sequence("a", new=20)])
+    make(scheduler, scheduler.schedule())
+    scheduler.add([sequence("b", tokens=tuple(range(10, 30)))])
     seen = []
     for _ in range(4):
-        works = scheduler.next()
-        seen.append(spans(works))
-        make(scheduler, works)
+        chunks = scheduler.schedule()
+        seen.append(spans(chunks))
+        make(scheduler, chunks)
     assert seen[0] == [("a", 3, 4), ("b", 0, 7)]
     assert [entry for step in seen for entry in step if entry[0] == "b"] == [("b", 0, 7), ("b", 7, 14), ("b", 14, 20)]
     assert all(any(entry[0] == "a" for entry in step) for step in seen), "nobody is stalled"
 
 
 def test_short_prompts_do_not_wait_for_a_long_one_that_came_before() -> None:
-    scheduler = build(step_tokens=16)
-    scheduler.add([tape("long", tokens=tuple(range(40)))])
-    assert spans(scheduler.next()) == [("long", 0, 16)]
-    make(scheduler, scheduler.next())
-    scheduler.add([tape("a", tokens=(50, 51, 52)), tape("b", tokens=(60, 61, 62, 63)), tape("c", tokens=(70, 71))])
-    works = scheduler.next()
-    assert spans(works) == [("a", 0, 3), ("b", 0, 4), ("long", 16, 25)], "half, and what no other prompt fits into"
-    make(scheduler, works)
-    assert spans(scheduler.next()) == [("c", 0, 1), ("long", 25, 40)], "what fits comes whole, in its turn"
+    scheduler = build(max_num_batched_tokens=16)
+    scheduler.add([sequence("long", tokens=tuple(range(40)))])
+    assert spans(scheduler.schedule()) == [("long", 0, 16)]
+    make(scheduler, scheduler.schedule())
+    scheduler.add([sequence("a", tokens=(50, 51, 52)), sequence("b", tokens=(60, 61, 62, 63)), sequence("c", tokens=(70, 71))])
+    chunks = scheduler.schedule()
+    assert spans(chunks) == [("a", 0, 3), ("b", 0, 4), ("long", 16, 25)], "half, and what no other prompt fits into"
+    make(scheduler, chunks)
+    assert spans(scheduler.schedule()) == [("c", 0, 1), ("long", 25, 40)], "what fits comes whole, in its turn"
 
 
 def test_what_has_been_computed_before_is_not_counted_against_a_prompt_that_passes() -> None:
-    scheduler = build(step_tokens=16)
+    scheduler = build(max_num_batched_tokens=16)
     chat = tuple(range(100, 130))
-    scheduler.add([tape("before", tokens=chat)])
+    scheduler.add([sequence("before", tokens=chat)])
     while not scheduler.idle:
-        make(scheduler, scheduler.next())
-    scheduler.add([tape("long", tokens=tuple(range(40)))])
-    make(scheduler, scheduler.next())
-    scheduler.add([tape("again", tokens=(*chat, 5, 6, 7))])
-    assert spans(scheduler.next()) == [("again", 30, 33), ("long", 16, 29)]
+        make(scheduler, scheduler.schedule())
+    scheduler.add([sequence("long", tokens=tuple(range(40)))])
+    make(scheduler, scheduler.schedule())
+    scheduler.add([sequence("again", tokens=(*chat, 5, 6, 7))])
+    assert spans(scheduler.schedule()) == [("again", 30, 33), ("long", 16, 29)]
 
 
 def test_a_long_prompt_has_half_of_every_step_however_many_short_ones_come() -> None:
-    scheduler = build(step_tokens=16, max_rows=8)
-    scheduler.add([tape("long", tokens=tuple(range(64)))])
+    scheduler = build(max_num_batched_tokens=16, max_num_seqs=8)
+    scheduler.add([sequence("long", tokens=tuple(range(64)))])
     number, steps = 100, 0
-    while any(one.row and one.row.request == "long" for one in scheduler.running) or steps == 0:
-        works = scheduler.next()
-        mine = sum(len(work) for work in works if work.tape.row and work.tape.row.request == "long")
+    while any(one.request_id == "long" for one in scheduler.running) or steps == 0:
+        chunks = scheduler.schedule()
+        mine = sum(len(chunk) for chunk in chunks if chunk.sequence.request_id == "long")
         assert mine >= 8
-        make(scheduler, works)
-        scheduler.add([tape(f"short-{number + i}", tokens=(number + i, 1, 2, 3)) for i in range(8)])
+        make(scheduler, chunks)
+        scheduler.add([sequence(f"short-{number + i}", tokens=(number + i, 1, 2, 3)) for i in range(8)])
         number, steps = number + 8, steps + 1
     assert steps <= 8
 
 
 def test_long_prompts_are_read_one_after_the_other() -> None:
-    scheduler = build(step_tokens=16)
-    scheduler.add([tape("a", tokens=tuple(range(40))), tape("b", tokens=tuple(range(100, 140)))])
+    scheduler = build(max_num_batched_tokens=16)
+    scheduler.add([sequence("a", tokens=tuple(range(40))), sequence("b", tokens=tuple(range(100, 140)))])
     seen = []
     for _ in range(5):
-        works = scheduler.next()
-        seen.append(spans(works))
-        make(scheduler, works)
+        chunks = scheduler.schedule()
+        seen.append(spans(chunks))
+        make(scheduler, chunks)
     assert seen == [
         [("a", 0, 16)],
         [("a", 16, 32)],
@@ -122,144 +145,232 @@ def test_a_row_waits_for_a_neighbour_that_computes_the_same_prompt() -> None:
     """The two arms of a comparison: the prompt is computed once, its last token for each."""
     scheduler = build()
     prompt = tuple(range(10))
-    scheduler.add([tape("a", 0, prompt, new=4), tape("a", 1, prompt, new=4)])
-    first = scheduler.next()
+    scheduler.add([sequence("a", 0, prompt, new=4), sequence("a", 1, prompt, new=4)])
+    first = scheduler.schedule()
     assert spans(first) == [("a", 0, 10)]
     make(scheduler, first)
-    assert spans(scheduler.next()) == [("a", 9, 10), ("a", 10, 11)]
+    assert spans(scheduler.schedule()) == [("a", 9, 10), ("a", 10, 11)]
 
 
 def test_a_row_does_not_wait_for_a_few_common_tokens() -> None:
-    scheduler = build(step_tokens=32)
-    scheduler.add([tape("a", tokens=(1, 2, 3, 4, 5)), tape("b", tokens=(1, 2, 9, 9, 9))])
-    assert spans(scheduler.next()) == [("a", 0, 5), ("b", 0, 5)]
+    scheduler = build(max_num_batched_tokens=32)
+    scheduler.add([sequence("a", tokens=(1, 2, 3, 4, 5)), sequence("b", tokens=(1, 2, 9, 9, 9))])
+    assert spans(scheduler.schedule()) == [("a", 0, 5), ("b", 0, 5)]
 
 
-def test_when_the_cache_is_full_the_youngest_gives_way_and_goes_on_later() -> None:
-    scheduler = build(largest=32, roots=1, step_tokens=32)
-    old, young = tape("old", tokens=(1,) * 14, new=18), tape("young", tokens=(2,) * 14, new=1)
-    scheduler.add([old])
-    make(scheduler, scheduler.next())
-    assert old.extent is not None
-    scheduler._cache.close(old)
-    scheduler._cache.open(old, 16)  # as if it had been given little space
-    scheduler.add([young])
+def test_when_there_is_no_free_block_the_youngest_is_preempted_and_goes_on_later() -> None:
+    scheduler = build(num_blocks=8, max_num_batched_tokens=32)
+    old, young = sequence("old", tokens=(1,) * 14, new=18), sequence("young", tokens=(2,) * 10, new=3)
+    scheduler.add([old, young])
     ran: list[str] = []
     for _ in range(60):
-        works = scheduler.next()
-        scheduler._cache.check()
-        ran += [name for name, _, _ in spans(works)]
-        make(scheduler, works)
+        chunks = scheduler.schedule()
+        scheduler.blocks.check(scheduler.running)
+        ran += [name for name, _, _ in spans(chunks)]
+        make(scheduler, chunks)
         if scheduler.idle:
             break
     assert scheduler.idle
-    assert ran.count("young") == 1
+    assert not scheduler.preemptions, "there was room for both"
+    young = sequence("young", tokens=(2,) * 10, new=14)
+    scheduler.add([sequence("old", tokens=(1,) * 14, new=18), young])
+    while not scheduler.idle:
+        make(scheduler, scheduler.schedule())
+        scheduler.blocks.check(scheduler.running)
+    assert scheduler.preemptions
+    assert young.num_new_tokens == 14
 
 
 def test_a_step_can_be_foreseen_as_long_as_nothing_else_is_due() -> None:
-    scheduler = build(max_rows=2, step_tokens=8)
-    scheduler.add([tape("a", new=3), tape("b", tokens=(4, 5, 6), new=6)])
-    works = scheduler.next()
-    following = scheduler.ahead(works)
+    scheduler = build(max_num_seqs=2, max_num_batched_tokens=8)
+    scheduler.add([sequence("a", new=3), sequence("b", tokens=(4, 5, 6), new=6)])
+    chunks = scheduler.schedule()
+    following = scheduler.schedule_ahead(chunks)
     assert spans(following) == [("a", 3, 4), ("b", 3, 4)]
-    make(scheduler, works)
-    assert spans(scheduler.next()) == spans(following)
-    scheduler.add([tape("c", tokens=(8, 9))])
-    assert spans(scheduler.ahead(following)) == [("a", 4, 5), ("b", 4, 5)]
+    make(scheduler, chunks)
+    assert spans(scheduler.schedule()) == spans(following)
+    scheduler.add([sequence("c", tokens=(8, 9))])
+    assert spans(scheduler.schedule_ahead(following)) == [("a", 4, 5), ("b", 4, 5)]
     make(scheduler, following)
-    works = scheduler.next()
-    assert not scheduler.ahead(works), "one ends, and somebody waits for its place"
+    chunks = scheduler.schedule()
+    assert not scheduler.schedule_ahead(chunks), "one ends, and somebody waits for its place"
 
 
 def test_what_is_to_be_known_of_a_token_is_waited_for() -> None:
     for rules in ({"logprobs": 0}, {"repetition_penalty": 1.1}, {"trace": True}):
         scheduler = build()
         more = {name: rules.pop(name) for name in list(rules) if name == "trace"}
-        scheduler.add([Tape.of(Row("a", 0, (1, 2, 3), Sampling(max_new_tokens=9, **rules), **more))])
-        assert not scheduler.ahead(scheduler.next())
+        scheduler.add([Sequence("a", 0, (1, 2, 3), SamplingParams(max_new_tokens=9, **rules), **more)])
+        assert not scheduler.schedule_ahead(scheduler.schedule())
 
 
-def test_a_row_that_outgrows_its_space_is_waited_for() -> None:
-    scheduler = build(largest=1024, roots=1, max_rows=2)
-    scheduler.add([tape("a", new=600)])
-    sizes, waited = set(), 0
-    while works := scheduler.next():
-        (work,) = works
-        assert work.tape.extent is not None
-        sizes.add(work.tape.extent.size)
-        waited += not scheduler.ahead(works)
-        make(scheduler, works)
-    assert sizes == {512, 1024}
-    assert waited == 2, "before it grows, and before it ends"
+def test_a_step_is_foreseen_also_where_a_sequence_needs_another_block() -> None:
+    scheduler = build(num_blocks=160, max_num_seqs=2)
+    scheduler.add([sequence("a", new=600)])
+    waited = 0
+    while chunks := scheduler.schedule():
+        waited += not scheduler.schedule_ahead(chunks)
+        make(scheduler, chunks)
+        scheduler.blocks.check(scheduler.running)
+    assert waited == 1, "before it ends"
 
 
-def test_a_dropped_request_is_gone_wherever_it_was() -> None:
-    scheduler = build(max_rows=2)
-    scheduler.add([tape("a"), tape("b", tokens=(7, 8), new=5), tape("a", 1)])
-    make(scheduler, scheduler.next())
-    dropped = scheduler.drop("a")
-    assert [one.row.index for one in dropped if one.row] == [1]
-    assert spans(scheduler.next()) == [("b", 2, 3)]
-    scheduler.drop("b")
+def test_nothing_is_foreseen_where_somebody_would_have_to_be_preempted() -> None:
+    scheduler = build(num_blocks=2, block_size=4, max_num_seqs=2)
+    scheduler.add([sequence("a", tokens=(1, 2), new=6), sequence("b", tokens=(3, 4), new=6)])
+    for _ in range(2):
+        make(scheduler, scheduler.schedule())
+    chunks = scheduler.schedule()
+    assert spans(chunks) == [("a", 3, 4), ("b", 3, 4)]
+    assert not scheduler.schedule_ahead(chunks)
+
+
+def test_an_aborted_request_is_gone_wherever_it_was() -> None:
+    scheduler = build(max_num_seqs=2)
+    scheduler.add([sequence("a"), sequence("b", tokens=(7, 8), new=5), sequence("a", 1)])
+    make(scheduler, scheduler.schedule())
+    aborted = scheduler.abort("a")
+    assert [one.index for one in aborted] == [1]
+    assert spans(scheduler.schedule()) == [("b", 2, 3)]
+    scheduler.abort("b")
     assert scheduler.idle
-    scheduler._cache.check()
+    scheduler.blocks.check([])
 
 
-def test_nobody_is_admitted_while_somebody_waits_for_space() -> None:
-    scheduler = build()
-    scheduler.add([tape("a")])
-    scheduler.hold = True
-    assert scheduler.next() == ()
-    scheduler.hold = False
-    assert len(scheduler.next()) == 1
+def test_what_is_scored_shares_steps_with_what_is_generated() -> None:
+    scheduler = build(max_num_batched_tokens=16)
+    scheduler.add([sequence("a", new=9)])
+    make(scheduler, scheduler.schedule())
+    scheduler.add([scored("s", (5, 6), (7, 8, 9)), scored("long", tuple(range(10, 30)), tuple(range(20)))])
+    chunks = scheduler.schedule()
+    assert spans(chunks) == [("a", 3, 4), ("long", 0, 11), ("s", 0, 4)]
+    assert {chunk.sequence.request_id: chunk.num_logits for chunk in chunks} == {"a": 1, "s": 3, "long": 0}
+
+
+def test_a_short_score_does_not_wait_behind_a_long_one() -> None:
+    scheduler = build(max_num_batched_tokens=16)
+    scheduler.add([scored("long", (1,), tuple(range(100)))])
+    make(scheduler, scheduler.schedule())
+    scheduler.add([scored("short", (5, 6), (7, 8, 9))])
+    assert ("short", 0, 4) in spans(scheduler.schedule())
+
+
+def test_what_is_generated_and_what_is_scored_have_places_of_their_own() -> None:
+    scheduler = build(max_num_seqs=2, max_num_batched_tokens=64)
+    scheduler.add([scored("s", (i, 2), (3, 4), index=i) for i in range(10)])
+    scheduler.add([sequence("a", tokens=(50, 51), new=9)])
+    chunks = scheduler.schedule()
+    assert [name for name, _, _ in spans(chunks)] == ["a", "s", "s"]
+
+
+def test_logits_for_scores_are_bounded() -> None:
+    scheduler = build(max_num_batched_tokens=64, max_num_logits=6)
+    scheduler.add([scored("s", (1, 2, 3), tuple(range(10, 30)))])
+    seen = []
+    while chunks := scheduler.schedule():
+        seen.append((spans(chunks), sum(chunk.num_logits for chunk in chunks)))
+        make(scheduler, chunks)
+    assert [count for _, count in seen] == [6, 6, 6, 2]
+    assert seen[0][0] == [("s", 0, 8)]
+
+
+def test_those_in_lockstep_are_computed_in_the_same_steps_whatever_is_known_of_them() -> None:
+    scheduler = build(max_num_batched_tokens=8)
+    before = sequence("before", tokens=tuple(range(6)))
+    scheduler.add([before])
+    while not scheduler.idle:
+        make(scheduler, scheduler.schedule())
+    leader, follower = pair("pair", tuple(range(12)), tuple(range(50, 70)))
+    # Steered at its prompt, it finds nothing of what the other one finds.
+    follower.steering_params = SteeringParams(positions="all")
+    scheduler.add([leader, follower])
+    steps = []
+    while chunks := scheduler.schedule():
+        assert sum(map(len, chunks)) <= 8
+        scored_now = {chunk.sequence.index: (chunk.stop - chunk.num_logits, chunk.stop) for chunk in chunks if chunk.num_logits}
+        assert len(set(scored_now.values())) <= 1, "not the same tokens"
+        assert len(scored_now) in (0, 2)
+        steps.append(len(scored_now))
+        make(scheduler, chunks)
+        scheduler.blocks.check(scheduler.running)
+    assert steps.count(2) == 5
+    assert leader.num_computed_tokens == follower.num_computed_tokens == 0
+    assert scheduler.idle
 
 
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 10**6),
-    largest=st.sampled_from([32, 48, 64]),
-    roots=st.integers(1, 4),
-    max_rows=st.integers(2, 8),
-    step_tokens=st.integers(8, 40),
+    num_blocks=st.integers(8, 40),
+    block_size=st.sampled_from([1, 4, 7]),
+    max_num_seqs=st.integers(2, 8),
+    max_num_batched_tokens=st.integers(8, 40),
+    max_num_logits=st.sampled_from([3, 8, 1000]),
 )
-def test_every_row_ends_with_all_its_tokens_and_the_cache_stays_sound(
-    seed: int, largest: int, roots: int, max_rows: int, step_tokens: int
+def test_every_sequence_ends_with_all_its_tokens_and_the_cache_stays_sound(
+    seed: int, num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, max_num_logits: int
 ) -> None:
-    """Random submits, steps and cancellations of texts that share beginnings, in a cache that is often too small."""
+    """Random submits, steps and cancellations of texts that share beginnings, generated and scored, alone and in
+    lockstep, in a cache that is often too small."""
     number = random.Random(seed)
-    scheduler = build(largest=largest, roots=roots, max_rows=max_rows, step_tokens=step_tokens)
-    cache = scheduler._cache
+    scheduler = build(
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_logits=max_num_logits,
+    )
+    blocks = scheduler.blocks
+    longest = min(64, (num_blocks // 2) * block_size)  # two of them fit, as those in lockstep need
     stem = tuple(number.randrange(5) for _ in range(20))
-    sent: list[Tape] = []
+    sent: list[Sequence] = []
     cancelled: set[str] = set()
     foreseen: list[tuple[str, int, int]] = []
-    for _ in range(400):
+    logits: dict[Sequence, int] = {}
+    for _ in range(600):
         came = len(sent), len(cancelled)
         if len(sent) < 12 and number.random() < 0.4:
-            own = tuple(number.randrange(5) for _ in range(number.randint(1, largest - 22)))
-            prompt = (stem[: number.randint(0, 20)] + own)[: largest - 1]
-            new = number.randint(1, largest - len(prompt))
-            sent.append(tape(f"r{len(sent)}", 0, prompt, new))
-            scheduler.add([sent[-1]])
+            own = tuple(number.randrange(5) for _ in range(number.randint(1, longest)))
+            prompt = (stem[: number.randint(0, 20)] + own)[: longest - 1]
+            new, name = number.randint(1, longest - len(prompt)), f"r{len(sent)}"
+            given = tuple(number.randrange(5) for _ in range(new))
+            kind = number.random()
+            if kind < 0.6:
+                fresh = [sequence(name, 0, prompt, new)]
+            else:
+                fresh = [scored(name, prompt, given)] if kind < 0.8 else pair(name, prompt, given)
+            sent += fresh
+            scheduler.add(fresh, first=kind > 0.9)
         if sent and number.random() < 0.05:
-            victim = f"r{number.randrange(len(sent))}"
-            if scheduler.drop(victim):
+            victim = number.choice(sent).request_id
+            if scheduler.abort(victim):
                 cancelled.add(victim)
-        works = scheduler.next()
-        cache.check()
-        assert sum(map(len, works)) <= step_tokens
-        assert len(scheduler.running) <= max_rows
-        assert works or scheduler.idle, "somebody waits for ever"
-        assert len({work.tape for work in works}) == len(works)
+        chunks = scheduler.schedule()
+        blocks.check(scheduler.running)
+        assert sum(map(len, chunks)) <= max_num_batched_tokens
+        assert sum(chunk.num_logits for chunk in chunks if chunk.sequence.is_scored) <= max(2, max_num_logits)
+        assert sum(not one.is_scored for one in scheduler.running) <= max_num_seqs
+        assert chunks or scheduler.idle, "somebody waits for ever"
+        assert len({chunk.sequence for chunk in chunks}) == len(chunks)
+        for chunk in chunks:
+            one = chunk.sequence
+            first = chunk.stop - chunk.num_logits
+            if one.is_scored and chunk.num_logits:
+                if first == one.num_prompt_tokens - 1:
+                    logits[one] = 0  # also once more, after it was preempted
+                assert logits[one] == first - one.num_prompt_tokens + 1, "a token is left out, or scored twice"
+                logits[one] += chunk.num_logits
         if foreseen and came == (len(sent), len(cancelled)):
-            assert spans(works) == foreseen, "what was begun is not what is due"
-        foreseen = spans(scheduler.ahead(works))
-        make(scheduler, works, token=number.randrange(5))
-        cache.check()
-        if len(sent) == 12 and scheduler.idle:
+            assert spans(chunks) == foreseen, "what was begun is not what is due"
+        foreseen = spans(scheduler.schedule_ahead(chunks))
+        make(scheduler, chunks, token=number.randrange(5))
+        blocks.check(scheduler.running)
+        if len(sent) >= 12 and scheduler.idle:
             break
     assert scheduler.idle
     for one in sent:
-        assert one.row is not None
-        whole = len(one.row.tokens) + one.row.sampling.max_new_tokens
-        assert len(one.tokens) == whole or one.row.request in cancelled
+        if one.request_id not in cancelled:
+            assert logits[one] == len(one.continuation) if one.continuation else (
+                one.num_new_tokens == one.sampling_params.max_new_tokens
+            )
+    assert blocks.num_free_blocks == num_blocks

@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from steering import UNSTEERED, ColumnBank, ColumnError, Gate, RowSteering, Site, SiteKind
+from steering import UNSTEERED, ColumnBank, ColumnError, Gate, SequenceSteering, Site, SiteKind
 from tests.steering.families import column
 
 A, B, C = Site(0, SiteKind.RESIDUAL), Site(1, SiteKind.ATTN_OUTPUT), Site(1, SiteKind.ATTN_HEADS)
@@ -69,7 +69,7 @@ class Bank(RuleBasedStateMachine):
                 st.just(handle), st.lists(self.multipliers, min_size=len(handle), max_size=len(handle))
             )
         )
-        return st.lists(part, max_size=2).map(RowSteering.of)
+        return st.lists(part, max_size=2).map(SequenceSteering.of)
 
     def pointers(self):
         shared = [self.bank.multipliers, self.bank.owners, self.bank.steered_tokens]
@@ -106,7 +106,7 @@ def test_a_handle_names_its_slots_in_the_order_of_its_columns():
 def test_every_token_gets_the_multipliers_of_its_row():
     made = bank()
     handle = made.add(columns(A, A))
-    rows = [RowSteering.of([(handle, [1.0, 2.0])]), UNSTEERED, RowSteering.of([(handle, [0.0, -3.0])])]
+    rows = [SequenceSteering.of([(handle, [1.0, 2.0])]), UNSTEERED, SequenceSteering.of([(handle, [0.0, -3.0])])]
     made.fill(rows, [2, 2, -1, 0, 1])
     expected = torch.zeros(8, 4)
     expected[0, 1] = expected[1, 1] = -3
@@ -117,7 +117,7 @@ def test_every_token_gets_the_multipliers_of_its_row():
 @pytest.mark.parametrize("form", [list, np.array, torch.tensor, lambda x: np.array(x).reshape(2, 2)])
 def test_the_token_map_may_be_a_list_an_array_or_a_tensor(form):
     made = bank()
-    row = RowSteering.of([(made.add(columns(A)), [2.0])])
+    row = SequenceSteering.of([(made.add(columns(A)), [2.0])])
     made.fill([row], form([0, -1, 0, -1]))
     assert made.at(A).multipliers[:, 0].tolist() == [2, 0, 2, 0, 0, 0, 0, 0]
 
@@ -125,16 +125,16 @@ def test_the_token_map_may_be_a_list_an_array_or_a_tensor(form):
 def test_without_a_token_map_each_row_has_one_token():
     made = bank()
     handle = made.add(columns(A))
-    made.fill([RowSteering.of([(handle, [x])]) for x in (1.0, 2.0, 0.0)])
+    made.fill([SequenceSteering.of([(handle, [x])]) for x in (1.0, 2.0, 0.0)])
     assert made.at(A).multipliers[:4, 0].tolist() == [1, 2, 0, 0]
-    made.fill([RowSteering.of([(handle, [5.0])])])
+    made.fill([SequenceSteering.of([(handle, [5.0])])])
     assert made.at(A).multipliers[:4, 0].tolist() == [5, 0, 0, 0]
 
 
 def test_several_checkpoints_act_on_one_row():
     made = bank()
     first, second = made.add(columns(A)), made.add(columns(A, B))
-    made.fill([RowSteering.of([(first, [1.0]), (second, [2.0, 3.0])])])
+    made.fill([SequenceSteering.of([(first, [1.0]), (second, [2.0, 3.0])])])
     assert made.at(A).multipliers[0, :2].tolist() == [1, 2]
     assert made.at(B).multipliers[0, 0] == 3
     assert made.active_sites == {A, B}
@@ -142,7 +142,7 @@ def test_several_checkpoints_act_on_one_row():
 
 def test_filling_writes_in_place():
     made = bank()
-    row = RowSteering.of([(made.add(columns(A)), [1.0])])
+    row = SequenceSteering.of([(made.add(columns(A)), [1.0])])
     address = made.multipliers.data_ptr()
     for tokens in ([0], [0] * 8, [-1, 0]):
         made.fill([row], tokens)
@@ -152,7 +152,7 @@ def test_filling_writes_in_place():
 
 def test_filling_with_the_batch_before_costs_nothing():
     made = bank()
-    row = RowSteering.of([(made.add(columns(A)), [1.0])])
+    row = SequenceSteering.of([(made.add(columns(A)), [1.0])])
     made.fill([row, row])
     before = made.multipliers._version
     made.fill([row, row])
@@ -172,7 +172,7 @@ def test_a_checkpoint_that_fits_the_spare_columns_moves_nothing():
 def test_growing_keeps_the_current_batch():
     made = bank(spare=0)
     handle = made.add(columns(A))
-    made.fill([RowSteering.of([(handle, [2.0])])] * 3)
+    made.fill([SequenceSteering.of([(handle, [2.0])])] * 3)
     made.add(columns(A, B, B))
     made.reserve(20)
     assert made.at(A).multipliers[:4].tolist() == [[2, 0]] * 3 + [[0, 0]]
@@ -183,7 +183,7 @@ def test_growing_keeps_the_current_batch():
 def test_a_removed_handle_steers_nothing_and_its_slot_can_be_used_again():
     made = bank()
     old, other = made.add(columns(A)), made.add(columns(A, seed=5))
-    row = RowSteering.of([(old, [2.0]), (other, [3.0])])
+    row = SequenceSteering.of([(old, [2.0]), (other, [3.0])])
     made.fill([row])
     made.remove(old)
     assert made.at(A).multipliers[0, :2].tolist() == [0, 3]
@@ -207,7 +207,7 @@ def test_a_handle_of_another_bank_is_refused():
     handle = other.add(columns(A))
     mine.add(columns(A))
     with pytest.raises(ColumnError, match="another bank"):
-        mine.fill([RowSteering.of([(handle, [1.0])])])
+        mine.fill([SequenceSteering.of([(handle, [1.0])])])
     with pytest.raises(ColumnError, match="another bank"):
         mine.columns(handle)
 
@@ -218,7 +218,7 @@ def test_a_handle_of_another_bank_is_refused():
 )
 def test_a_token_map_that_does_not_fit_is_refused_and_changes_nothing(tokens, named):
     made = bank()
-    row = RowSteering.of([(made.add(columns(A)), [1.0])])
+    row = SequenceSteering.of([(made.add(columns(A)), [1.0])])
     made.fill([row, row], [0, 1])
     with pytest.raises(ColumnError, match=named):
         made.fill([row, row], tokens)
@@ -250,7 +250,7 @@ def test_more_different_rows_than_were_foreseen_are_served():
     made = bank(tokens=1000)
     handle = made.add(columns(A))
     for start in (0, 600, 1200):
-        made.fill([RowSteering.of([(handle, [float(start + i + 1)])]) for i in range(600)])
+        made.fill([SequenceSteering.of([(handle, [float(start + i + 1)])]) for i in range(600)])
         assert made.at(A).multipliers[:601, 0].tolist() == [*(float(start + i + 1) for i in range(600)), 0.0]
     made.check()
 
@@ -266,11 +266,11 @@ def test_a_bank_made_in_inference_mode_works_outside_and_the_other_way_round():
     with torch.inference_mode():
         made = bank(spare=0)
         handle = made.add(columns(A))
-    made.fill([RowSteering.of([(handle, [1.0])])])
+    made.fill([SequenceSteering.of([(handle, [1.0])])])
     with torch.inference_mode():
         made.add(columns(A))
-        made.fill([RowSteering.of([(handle, [2.0])])])
-    made.fill([RowSteering.of([(handle, [3.0])])])
+        made.fill([SequenceSteering.of([(handle, [2.0])])])
+    made.fill([SequenceSteering.of([(handle, [3.0])])])
     assert made.at(A).multipliers[0, 0] == 3
     made.check()
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from steering import Column, ColumnBank, Gate, RowSteering, Site, steer
+from steering import Column, ColumnBank, Gate, SequenceSteering, Site, steer
 from steering.fused import can_fuse, fused_steer
 from steering.site_buffers import SiteBuffers
 
@@ -31,7 +31,7 @@ def bank_of(columns: list[Column], rows: list[tuple[float, ...]], tokens: list[i
     bank = ColumnBank(device="cpu", max_tokens=len(tokens), spare=3)
     bank.add([column(99, Gate.SIGMOID, True, columns[0].width)])  # someone else's
     handle = bank.add(columns)
-    bank.fill([RowSteering.of([(handle, row)]) for row in rows], tokens)
+    bank.fill([SequenceSteering.of([(handle, row)]) for row in rows], tokens)
     return bank
 
 

@@ -7,7 +7,7 @@ from steering import (
     ColumnBank,
     Gate,
     HookError,
-    RowSteering,
+    SequenceSteering,
     Site,
     SiteKind,
     Steering,
@@ -30,11 +30,11 @@ def model():
     assert hooks(model) == before, "a hook was left behind"
 
 
-def bank_for(*sites: Site, tokens: int = 12) -> tuple[ColumnBank, RowSteering]:
+def bank_for(*sites: Site, tokens: int = 12) -> tuple[ColumnBank, SequenceSteering]:
     """A bank with one column at each site, and a row that uses them all."""
     bank = ColumnBank(device="cpu", max_tokens=tokens, spare=1)
     handle = bank.add([column(site, seed=i, scale=2.0) for i, site in enumerate(sites)])
-    return bank, RowSteering.of([(handle, [1.0] * len(sites))])
+    return bank, SequenceSteering.of([(handle, [1.0] * len(sites))])
 
 
 @torch.no_grad()
@@ -111,7 +111,7 @@ def test_installed_hooks_follow_the_bank(model):
         assert hooks(model) == before
         handle = bank.add([column(MIDDLE, scale=2.0)])
         assert hooks(model) == before + 1
-        bank.fill([RowSteering.of([(handle, [1.0])])], each_token(0, 0, 0))
+        bank.fill([SequenceSteering.of([(handle, [1.0])])], each_token(0, 0, 0))
         assert not torch.equal(logits(model), plain)
         bank.remove(handle)
         assert hooks(model) == before
@@ -131,7 +131,7 @@ def test_columns_that_the_model_has_no_site_for_do_not_stay_in_an_installed_bank
 def test_rows_of_one_batch_are_steered_each_its_own_way(model):
     bank = ColumnBank(device="cpu", max_tokens=12)
     first, second = bank.add([column(MIDDLE, seed=1, scale=2.0)]), bank.add([column(MIDDLE, seed=2, scale=2.0)])
-    rows = [RowSteering.of([(first, [1.5])]), UNSTEERED, RowSteering.of([(first, [-1.0]), (second, [2.0])])]
+    rows = [SequenceSteering.of([(first, [1.5])]), UNSTEERED, SequenceSteering.of([(first, [-1.0]), (second, [2.0])])]
     plain = logits(model)
     with Steering(model, bank):
         bank.fill(rows, each_token(0, 1, 2))
@@ -185,7 +185,7 @@ def test_a_half_precision_model_stays_in_its_dtype(dtype):
     bank = ColumnBank(device="cpu", max_tokens=4)
     handle = bank.add([column(Site(0, SiteKind.RESIDUAL), 4)])
     with Steering(block, bank):
-        bank.fill([RowSteering.of([(handle, [1.0])])] * 2)
+        bank.fill([SequenceSteering.of([(handle, [1.0])])] * 2)
         assert block(torch.ones(2, 4, dtype=dtype)).dtype == dtype
 
 
@@ -225,7 +225,7 @@ def test_tuples_keep_their_other_elements_and_keyword_inputs_are_steered():
     for site in (Site(0, SiteKind.RESIDUAL), Site(0, SiteKind.ATTN_HEADS)):
         for toy in (Toy(), Toy(keywords=True)):
             bank = ColumnBank(device="cpu", max_tokens=4)
-            row = RowSteering.of([(bank.add([column(site, 4)]), [1.0])])
+            row = SequenceSteering.of([(bank.add([column(site, 4)]), [1.0])])
             with Steering(toy, bank):
                 plain = toy(x)
                 bank.fill([UNSTEERED, row])
@@ -237,8 +237,8 @@ def test_tuples_keep_their_other_elements_and_keyword_inputs_are_steered():
 def test_a_token_counts_once_however_many_sites_and_columns_act_on_it(model):
     bank = ColumnBank(device="cpu", max_tokens=12)
     handle = bank.add([column(site, seed=i) for i, site in enumerate([*EVERYWHERE, MIDDLE, MIDDLE])])
-    everything = RowSteering.of([(handle, [1.0] * len(handle))])
-    late = RowSteering.of([(handle, [0.0] * 9 + [0.5] + [0.0] * 4)])
+    everything = SequenceSteering.of([(handle, [1.0] * len(handle))])
+    late = SequenceSteering.of([(handle, [0.0] * 9 + [0.5] + [0.0] * 4)])
     with Steering(model, bank) as steering:
         bank.fill([everything, UNSTEERED, late], [0, 0, -1, -1] + [1] * 4 + [2] * 4)
         logits(model)
@@ -293,7 +293,7 @@ def test_the_hook_never_looks_at_a_value_on_the_device():
     toy = Toy().to("meta")
     site = Site(0, SiteKind.RESIDUAL)
     bank = ColumnBank(device="meta", max_tokens=4)
-    row = RowSteering.of([(bank.add([column(site, 4, gate=gate, seed=i) for i, gate in enumerate(Gate)]), [1.0] * 3)])
+    row = SequenceSteering.of([(bank.add([column(site, 4, gate=gate, seed=i) for i, gate in enumerate(Gate)]), [1.0] * 3)])
     with Steering(toy, bank, traced=True):
         bank.fill([row, UNSTEERED])
         assert toy(torch.ones(2, 4, device="meta")).shape == (2, 4)
@@ -355,7 +355,7 @@ def test_a_captured_graph_serves_every_later_batch():
             out = toy(x)
         later = bank.add([column(site, 4, seed=1)])  # fits the spare columns: no new capture
         for rows in ([(handle, 1.0), (later, 2.0)], [(later, -1.0)], []):
-            bank.fill([RowSteering.of([(part, [value])]) for part, value in rows])
+            bank.fill([SequenceSteering.of([(part, [value])]) for part, value in rows])
             bank.take_counts()
             graph.replay()
             assert bank.take_counts(4).tolist() == [1] * len(rows) + [0] * (4 - len(rows))

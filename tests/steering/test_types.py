@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from steering import UNSTEERED, ColumnError, Gate, Handle, RowSteering, Site, SiteKind
+from steering import UNSTEERED, ColumnError, Gate, Handle, SequenceSteering, Site, SiteKind
 from tests.steering.families import column
 
 HERE, THERE = Site(1, SiteKind.ATTN_OUTPUT), Site(0, SiteKind.RESIDUAL)
@@ -73,7 +73,7 @@ def handle(*sites: Site) -> Handle:
 
 def test_a_row_lists_what_is_not_zero_in_site_order():
     one, other = handle(HERE, HERE), handle(THERE)
-    row = RowSteering.of([(one, [0.0, 2.0]), (other, [-1.0])])
+    row = SequenceSteering.of([(one, [0.0, 2.0]), (other, [-1.0])])
     assert row.slots == ((THERE, 0, -1.0), (HERE, 1, 2.0))
     assert row.sites == {HERE, THERE}
     assert row.without(other).slots == ((HERE, 1, 2.0),)
@@ -81,25 +81,25 @@ def test_a_row_lists_what_is_not_zero_in_site_order():
 
 def test_a_handle_named_twice_adds_up():
     one = handle(HERE)
-    assert RowSteering.of([(one, [1.0]), (one, [0.5])]).slots == ((HERE, 0, 1.5),)
-    assert RowSteering.of([(one, [1.0]), (one, [-1.0])]).slots == ()
+    assert SequenceSteering.of([(one, [1.0]), (one, [0.5])]).slots == ((HERE, 0, 1.5),)
+    assert SequenceSteering.of([(one, [1.0]), (one, [-1.0])]).slots == ()
 
 
 def test_rows_that_ask_for_the_same_are_equal():
     one = handle(HERE)
-    assert RowSteering.of([(one, [1.0])]) == RowSteering.of([(one, [1])])
-    assert hash(RowSteering.of([(one, [1.0])])) == hash(RowSteering.of([(one, [1])]))
-    assert RowSteering.of([(one, [1.0])]) != RowSteering.of([(handle(HERE), [1.0])])
+    assert SequenceSteering.of([(one, [1.0])]) == SequenceSteering.of([(one, [1])])
+    assert hash(SequenceSteering.of([(one, [1.0])])) == hash(SequenceSteering.of([(one, [1])]))
+    assert SequenceSteering.of([(one, [1.0])]) != SequenceSteering.of([(handle(HERE), [1.0])])
 
 
 def test_a_multiplier_too_small_for_float32_does_not_steer():
-    assert RowSteering.of([(handle(HERE), [1e-60])]).slots == ()
+    assert SequenceSteering.of([(handle(HERE), [1e-60])]).slots == ()
 
 
 @pytest.mark.parametrize("values", [[], [1.0, 2.0], [math.nan], [math.inf], [1e39]])
 def test_multipliers_that_cannot_be_used_are_refused(values):
     with pytest.raises(ColumnError, match="multiplier"):
-        RowSteering.of([(handle(HERE), values)])
+        SequenceSteering.of([(handle(HERE), values)])
 
 
 def test_unsteered_asks_for_nothing():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from steering import Column, ColumnBank, RowSteering, Site, Steering, site_module
+from steering import Column, ColumnBank, SequenceSteering, Site, Steering, site_module
 from steering import checkpoint as checkpoints
 from tests.training.every_method import (
     ATTENTION,
@@ -66,7 +66,7 @@ def test_a_mixed_batch_is_what_the_formulas_say(
 ) -> None:
     bank = ColumnBank(device="cpu", max_tokens=TOKENS.numel())
     handles = {name: bank.add(checkpoint.columns) for name, checkpoint in stored.items()}
-    rows = [RowSteering.of([(handles[n], [m] * len(handles[n])) for n, m in row.items()]) for row in ROWS]
+    rows = [SequenceSteering.of([(handles[n], [m] * len(handles[n])) for n, m in row.items()]) for row in ROWS]
     plain = llama(TOKENS).logits
     with Steering(llama, bank):
         bank.fill(rows, [row for row in range(len(rows)) for _ in range(TOKENS.shape[1])])

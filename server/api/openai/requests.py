@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import ConfigDict, Field, model_validator
 
 from server.api.schemas import LONGEST, Attributes, Prompt, Rules, StrictRequest
-from server.engine.types import PositionsName
+from server.engine.sequence import PositionsName
 from server.errors import InvalidField
 from server.exchange import STEERED, Arm, Ask, Use
 

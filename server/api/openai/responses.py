@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from server.api.bodies import SteeringBody, TraceBody
-from server.engine.types import FinishReason
+from server.engine.sequence import FinishReason
 from server.exchange import Answer, Result, Spelled, Spoken
 from server.text import Spelling
 

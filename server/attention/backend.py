@@ -1,0 +1,102 @@
+"""Attention over our own keys and values, inside the Hugging Face model's own code.
+
+A forward pass is one line of packed tokens, [1, N]: no padding, each token with its position. `AttentionInterface` is
+transformers' extension point; layers call `_attend` with the new queries, keys and values, and everything else (grouped
+heads, windows, caps, sinks, scales) comes with the call.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from server.attention.kv_pool import KVPool, KVShape
+from server.attention.layout import BlockCopy
+from server.attention.metadata import AttentionParams, ForwardMetadata
+from steer_ops import paged_attention_decode, plain
+from steer_ops.ops import PAGED_ATTENTION_DECODE
+
+NAME = "matsteer"
+
+
+class Attention:
+    """Keys and values of all layers, and the attention of the passes inside `using`."""
+
+    def __init__(self, device: torch.device, *, native: bool = True) -> None:
+        """`native`: kernels attend to single tokens, where they can be had."""
+        self.device = device
+        self.shapes: dict[int, KVShape] = {}  # of each layer, as the first pass showed them
+        self.windowed: set[int] = set()  # layers that look back a limited way
+        self.pools: dict[int, KVPool] = {}
+        self.block_size = 1
+        self.native = native  # whether single tokens are attended to by a kernel, each row to its own length
+        self._metadata: ForwardMetadata | None = None
+
+    @property
+    def token_bytes(self) -> int:
+        """Memory that one token's keys and values take in all layers together."""
+        return sum(shape.bytes for shape in self.shapes.values())
+
+    @property
+    def can_read_blocks(self) -> bool:
+        """Whether there is a kernel that reads keys and values where they lie."""
+        shapes = self.shapes.values()
+        return self.native and all(PAGED_ATTENTION_DECODE.has_kernel(one.device, one.dtype) for one in shapes)
+
+    def allocate(self, num_blocks: int, block_size: int) -> None:
+        """Makes room for so many blocks in every layer that a pass has shown."""
+        self.block_size = block_size
+        self.native = self.can_read_blocks
+        decode = paged_attention_decode if self.native else plain.paged_attention_decode
+        self.pools = {layer: KVPool.of(shape, num_blocks, block_size, decode) for layer, shape in self.shapes.items()}
+
+    def copy(self, copies: Sequence[BlockCopy]) -> None:
+        """In order."""
+        for copy in copies:
+            for pool in self.pools.values():
+                pool.copy(copy)
+
+    @contextmanager
+    def using(self, metadata: ForwardMetadata) -> Iterator[None]:
+        """The model's forward passes inside follow this."""
+        self._metadata = metadata
+        _here.attention = self
+        try:
+            yield
+        finally:
+            _here.attention = self._metadata = None
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
+        """query [1, heads, N, width], key and value [1, key heads, N, width] -> [1, N, heads, value width]."""
+        metadata, pool = self._metadata, self.pools.get(layer)
+        assert metadata is not None, "a pass has its metadata"
+        if pool is None:
+            self.shapes[layer] = KVShape(key.shape[1], key.shape[-1], value.shape[-1], key.dtype, key.device)
+            if params.window:
+                self.windowed.add(layer)
+        return metadata.attend(pool, query[0].transpose(0, 1), key, value, params)[None]
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """What transformers calls. The mask is ours to make: it knows nothing of packed texts."""
+    attention: Attention | None = getattr(_here, "attention", None)
+    if attention is None:
+        raise RuntimeError("this model's attention is the engine's: run it through the engine")
+    layer: Any = module.layer_idx
+    params = AttentionParams(
+        scale=options.get("scaling"),
+        window=options.get("sliding_window"),
+        softcap=options.get("softcap"),
+        sinks=options.get("s_aux"),
+    )
+    return attention.attend(layer, query, key, value, params), None
+
+
+_here = threading.local()
+AttentionInterface.register(NAME, _attend)

@@ -1,0 +1,303 @@
+"""Where the tokens of one forward pass belong, and how one layer attends to them.
+
+Single tokens of sequences (decode) are attended to in one call over all their blocks, `paged_attention_decode`. A chunk
+of a prompt gathers the keys and values of its own blocks, whole blocks at a time, and goes to PyTorch's attention.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from server.attention.kv_pool import KVPool, slot_mapping
+from server.attention.layout import ChunkLayout
+from steering.row_table import upload
+
+if TYPE_CHECKING:
+    from server.attention.backend import Attention
+
+
+@dataclass(frozen=True)
+class AttentionParams:
+    """What a layer asks of its attention."""
+
+    scale: float | None = None  # None: one over the root of the width
+    window: int | None = None  # how many tokens a token sees, itself included
+    softcap: float | None = None  # scores go through softcap * tanh(score / softcap)
+    sinks: Tensor | None = None  # [heads]: a score that takes its share and gives nothing
+
+    def scale_of(self, query: Tensor) -> float:
+        return query.shape[-1] ** -0.5 if self.scale is None else self.scale
+
+
+@dataclass(frozen=True)
+class Decodes:
+    """Single tokens that are attended to in one call."""
+
+    rows: slice | Tensor  # which tokens of the line
+    block_tables: Tensor  # [R, blocks] int32; beyond a row's own anything
+    context_lens: Tensor  # [R] int32: tokens of each row, the new one included
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Tokens lo..hi of the line: a chunk of one sequence, which has so many tokens in all."""
+
+    lo: int
+    hi: int
+    context_len: int
+    blocks: Tensor | None  # [n] int64; None: nothing is kept
+
+    @property
+    def count(self) -> int:
+        return self.hi - self.lo
+
+    def first_key(self, window: int | None) -> int:
+        """The first key that some of the new tokens see."""
+        return max(0, self.context_len - self.count + 1 - window) if window else 0
+
+
+@dataclass
+class AttentionMetadata:
+    """Indices and masks are made once and serve every layer."""
+
+    positions: Tensor  # [N] int64: each token's index in its sequence
+    decodes: list[Decodes]
+    prefills: list[Prefill]
+    written: Tensor | None  # [tokens of `prefills`, 2] int64: block and offset of each
+    prefill_rows: Tensor | slice  # which tokens of the line those are
+    _slots: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _masks: dict[tuple[int, int | None, int, torch.dtype, torch.device], Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, chunks: Sequence[ChunkLayout], attention: "Attention") -> "AttentionMetadata":
+        """Chunks in the order of their tokens in the line."""
+        device, size = attention.device, attention.block_size
+        positions: list[int] = []
+        singles: list[tuple[int, ChunkLayout]] = []
+        prefills: list[Prefill] = []
+        written: list[tuple[int, int]] = []
+        rows: list[int] = []
+        for chunk in chunks:
+            lo = len(positions)
+            positions += range(chunk.start, chunk.stop)
+            table = chunk.block_table
+            if table is not None and len(chunk) == 1:
+                singles.append((lo, chunk))
+                continue
+            blocks = None
+            if table is not None:
+                held = np.array(table[: -(-chunk.stop // size)], dtype=np.int64)
+                blocks = upload(held, device)
+                written += [(table[at // size], at % size) for at in range(chunk.start, chunk.stop)]
+                rows += range(lo, lo + len(chunk))
+            prefills.append(Prefill(lo, len(positions), chunk.stop, blocks))
+        return cls(
+            positions=upload(np.array(positions, dtype=np.int64), device),
+            decodes=[_decodes(group, size, device) for group in _groups(singles, size, whole=attention.native)],
+            prefills=prefills,
+            written=upload(np.array(written, dtype=np.int64), device) if written else None,
+            prefill_rows=_span(rows, device),
+        )
+
+    def attend(self, pool: KVPool | None, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
+        """query [N, heads, width], key and value [1, key heads, N, width] -> [N, heads, value width]. Writes keys and
+        values into the pool; without one, those given are all there are."""
+        tokens, heads, width = query.shape
+        key, value = key[0], value[0]
+        groups = heads // key.shape[0]
+        out = query.new_empty(tokens, heads, value.shape[-1])
+        if pool is not None:
+            for decodes in self.decodes:
+                self._decode(decodes, pool, query, key, value, out, params)
+            if self.written is not None:
+                slots = self._slot_mapping(key.shape[0], pool.block_size)
+                pool.write(slots, key[:, self.prefill_rows], value[:, self.prefill_rows])
+        for index, prefill in enumerate(self.prefills):
+            lo, hi, first = prefill.lo, prefill.hi, prefill.first_key(params.window)
+            if pool is None or prefill.blocks is None or prefill.count == prefill.context_len:
+                keys, values = key[:, lo:hi], value[:, lo:hi]
+                keys, values = keys[:, first:], values[:, first:]
+            else:
+                skipped = first // pool.block_size
+                keys, values = pool.gather(prefill.blocks[skipped:])
+                seen = slice(first - skipped * pool.block_size, prefill.context_len - skipped * pool.block_size)
+                keys, values = keys[:, seen], values[:, seen]
+            mask = self._mask(index, params.window, groups, query)
+            # [1, key heads, groups * count, width]: queries that share their keys stand together
+            asked = query[lo:hi].view(prefill.count, -1, groups, width).permute(1, 2, 0, 3)
+            asked = asked.reshape(1, -1, groups * prefill.count, width)
+            found = attend(asked, keys[None], values[None], mask, params)
+            found = found.view(-1, groups, prefill.count, value.shape[-1]).permute(2, 0, 1, 3)
+            out[lo:hi] = found.reshape(prefill.count, heads, -1)
+        return out
+
+    @staticmethod
+    def _decode(
+        decodes: Decodes, pool: KVPool, query: Tensor, key: Tensor, value: Tensor, out: Tensor, params: AttentionParams
+    ) -> None:
+        rows = decodes.rows
+        asked = query[rows]
+        new_key, new_value = (part.transpose(0, 1)[rows] for part in (key, value))
+        into = out[rows] if isinstance(rows, slice) else out.new_empty(asked.shape[0], *out.shape[1:])
+        decode_attention(asked, new_key, new_value, pool, decodes.block_tables, decodes.context_lens, into, params)
+        if not isinstance(rows, slice):
+            out[rows] = into
+
+    def _slot_mapping(self, heads: int, block_size: int) -> Tensor:
+        """[tokens * heads]: where the tokens of chunks go in a pool with so many heads."""
+        assert self.written is not None, "there are chunks"
+        if (heads, block_size) not in self._slots:
+            self._slots[heads, block_size] = slot_mapping(*self.written.T, heads, block_size)
+        return self._slots[heads, block_size]
+
+    def _mask(self, index: int, window: int | None, groups: int, like: Tensor) -> Tensor | None:
+        """What to add to the scores of a chunk: [1, 1, groups * new tokens, keys]; None: nothing."""
+        prefill = self.prefills[index]
+        if prefill.count == 1:
+            return None  # it sees all that there is
+        key = index, window, groups, like.dtype, like.device
+        if key not in self._masks:
+            new = torch.arange(prefill.context_len - prefill.count, prefill.context_len, device=like.device)
+            seen = torch.arange(prefill.first_key(window), prefill.context_len, device=like.device)
+            hidden = _hidden_keys(seen, new, window)
+            mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -torch.inf)
+            self._masks[key] = mask.repeat(groups, 1)[None, None]
+        return self._masks[key]
+
+
+@dataclass
+class DecodeMetadata:
+    """A pass of single tokens in static shapes, filled anew for every step: what a CUDA graph can replay.
+
+    Rows beyond those that there are have nothing to do, and write to a block of their own.
+    """
+
+    inputs: Tensor  # [3, rows] int64: ids, positions, lengths
+    block_tables: Tensor  # [rows, blocks] int32
+    _shared: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def empty(cls, rows: int, blocks: int, device: torch.device) -> "DecodeMetadata":
+        inputs = torch.zeros(3, rows, dtype=torch.int64, device=device)
+        return cls(inputs, torch.zeros(rows, blocks, dtype=torch.int32, device=device))
+
+    def fill(self, chunks: Sequence[ChunkLayout], ids: Tensor, idle_block: int) -> None:
+        """chunks of one token each, ids [chunks]. Rows that have nothing to do keep the ids that they had: nobody reads
+        what becomes of them."""
+        rows, blocks = self.block_tables.shape
+        places = np.zeros((2, rows), dtype=np.int64)
+        places[1] = 1
+        tables = np.full((rows, blocks), idle_block, dtype=np.int32)
+        for row, chunk in enumerate(chunks):
+            assert chunk.block_table is not None, "only what is kept goes on"
+            places[:, row] = chunk.start, chunk.stop
+            held = chunk.block_table[:blocks]
+            tables[row, : len(held)] = held
+        self.inputs[0, : len(ids)] = ids
+        self.inputs[1:].copy_(upload(places, self.inputs.device), non_blocking=True)
+        self.block_tables.copy_(upload(tables, self.block_tables.device), non_blocking=True)
+
+    def begin(self) -> None:
+        """Inside a graph everything that depends on the inputs is computed, once a pass."""
+        self._shared.clear()
+
+    def attend(self, pool: KVPool | None, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
+        """See `AttentionMetadata`."""
+        assert pool is not None, "graphs run on a model that has been tried"
+        out = query.new_empty(*query.shape[:2], value.shape[-1])
+        new_key, new_value = (part[0].transpose(0, 1) for part in (key, value))
+        if "lens" not in self._shared:
+            self._shared["lens"] = self.inputs[2].int()
+        decode_attention(query, new_key, new_value, pool, self.block_tables, self._shared["lens"], out, params)
+        return out
+
+
+def decode_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pool: KVPool,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    out: Tensor,
+    params: AttentionParams,
+) -> None:
+    """See `steer_ops.paged_attention_decode`."""
+    device = pool.keys.device
+    pool.decode(
+        query,
+        key,
+        value,
+        pool.keys,
+        pool.values,
+        block_tables.to(device),
+        context_lens.to(device),
+        out,
+        scale=params.scale_of(query),
+        window=params.window,
+        softcap=params.softcap,
+        sinks=params.sinks,
+    )
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, params: AttentionParams) -> Tensor:
+    """query [rows, heads, asked, width], keys and values [rows, heads, keys, width], mask broadcastable to the scores
+    -> [rows, heads, asked, value width]. Step by step where PyTorch's own has no argument for it: capped scores
+    (Gemma 2) and sinks (GPT-OSS)."""
+    if params.softcap is None and params.sinks is None:
+        return scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=params.scale)
+    scores = query @ keys.transpose(2, 3) * params.scale_of(query)
+    if params.softcap is not None:
+        scores = torch.tanh(scores / params.softcap) * params.softcap
+    if mask is not None:
+        scores = scores + mask
+    if params.sinks is not None:
+        rows, heads, asked, _ = scores.shape
+        sink = params.sinks.view(1, heads, -1, 1).expand(rows, heads, -1, asked * heads // len(params.sinks))
+        scores = torch.cat([scores, sink.reshape(rows, heads, asked, 1).to(scores.dtype)], dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return weights[..., : keys.shape[2]] @ values
+
+
+def _hidden_keys(keys: Tensor, last: Tensor, window: int | None) -> Tensor:
+    """keys [K], last [...]: the last key that each token may see -> [..., K] bool: what it must not."""
+    hidden = keys > last[..., None]
+    return hidden | (keys <= last[..., None] - window) if window else hidden
+
+
+def _groups(
+    singles: list[tuple[int, ChunkLayout]], block_size: int, *, whole: bool
+) -> list[list[tuple[int, ChunkLayout]]]:
+    """Single tokens that are attended to in one call: all together where each row is read to its own length, else those
+    with as many blocks, as every row of a call is read as far as the longest."""
+    if whole or len(singles) < 2:
+        return [singles] if singles else []
+    by_blocks: dict[int, list[tuple[int, ChunkLayout]]] = {}
+    for single in singles:
+        by_blocks.setdefault(-(-single[1].stop // block_size), []).append(single)
+    return list(by_blocks.values())
+
+
+def _decodes(singles: list[tuple[int, ChunkLayout]], block_size: int, device: torch.device) -> Decodes:
+    counts = [-(-chunk.stop // block_size) for _, chunk in singles]
+    tables = np.zeros((len(singles), max(counts)), dtype=np.int32)
+    for row, (_, chunk) in enumerate(singles):
+        tables[row, : counts[row]] = (chunk.block_table or ())[: counts[row]]
+    lens = np.array([chunk.stop for _, chunk in singles], dtype=np.int32)
+    return Decodes(_span([place for place, _ in singles], device), upload(tables, device), upload(lens, device))
+
+
+def _span(places: list[int], device: torch.device) -> slice | Tensor:
+    """Places of the line, as a slice where they are neighbours: that is no copy."""
+    first = places[0] if places else 0
+    if places == list(range(first, first + len(places))):
+        return slice(first, first + len(places))
+    return upload(np.array(places, dtype=np.int64), device)
+
+
+ForwardMetadata = AttentionMetadata | DecodeMetadata

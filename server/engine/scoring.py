@@ -1,0 +1,148 @@
+"""Given texts instead of new ones: log-probabilities of continuations (teacher forcing), and how far steering moved the
+model on a pair of them."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from server.engine.sequence import (
+    Event,
+    Failed,
+    SamplingParams,
+    ScheduledChunk,
+    Scored,
+    ScoredTokens,
+    Sequence,
+    SteeringParams,
+    TokenLogprob,
+)
+from server.errors import NotFinite, ServerError
+
+# Logits held at once for scores, in numbers: 64 Mi float32 are 256 MB.
+LOGITS_BUDGET = 64 * 2**20
+LARGEST_EXPONENT = 700.0  # math.exp overflows beyond 709
+
+
+@dataclass(frozen=True)
+class ComparisonPair:
+    """A continuation of a prompt, beside that of a reference (mostly the unsteered one), to be compared."""
+
+    prompt: tuple[int, ...]
+    steered: tuple[int, ...]
+    baseline: tuple[int, ...]
+    steering: SteeringParams
+    base: SteeringParams = SteeringParams()
+
+    def sequences(self, request_id: str) -> list[Sequence]:
+        """The steered text as it was steered and as the reference is, in the same steps, and the reference's own text.
+        Distributions are the model's own, before temperature and other sampling rules."""
+        mine = to_score(request_id, 0, self.prompt, self.steered, self.steering)
+        under_base = to_score(request_id, 1, self.prompt, self.steered, self.base)
+        under_base.follow(mine)
+        return [mine, under_base, to_score(request_id, 2, self.prompt, self.baseline, self.base)]
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far steering moved the model on one pair, from teacher-forced passes (nats, natural logarithms)."""
+
+    kl_per_token: float  # mean over the steered text of KL(steered || reference)
+    logprob_under_baseline: float  # mean log-probability per token of the steered text, reference model
+    perplexity_ratio: float  # reference model: perplexity of the steered text / of the reference's text
+
+    @classmethod
+    def of(cls, scored: list[Scored]) -> "Divergence":
+        """From the scores of `ComparisonPair.sequences`. Raises NotFinite."""
+        mine, under_base, own = scored
+        steered_mean, baseline_mean = _mean(under_base.logprobs), _mean(own.logprobs)
+        if not (math.isfinite(steered_mean) and math.isfinite(baseline_mean)):
+            raise NotFinite("The steered and the unsteered text cannot be compared: the model's output is not finite.")
+        return cls(
+            kl_per_token=max(0.0, mine.kl / len(mine.logprobs)),
+            logprob_under_baseline=steered_mean,
+            perplexity_ratio=math.exp(min(LARGEST_EXPONENT, baseline_mean - steered_mean)),
+        )
+
+
+class ScoreCollector:
+    """Takes the events of sequences that are scored; gives their scores in order, or the first error."""
+
+    def __init__(self, count: int) -> None:
+        self._scored: list[Scored] = []
+        self._error: ServerError | None = None
+        self._left = count
+
+    def add(self, event: Event) -> "list[Scored] | ServerError | None":
+        """None: more will come."""
+        if isinstance(event, Failed):
+            self._error = self._error or event.error
+        elif isinstance(event, Scored):
+            self._scored.append(event)
+        self._left -= 1
+        if self._left:
+            return None
+        return self._error or sorted(self._scored, key=lambda scored: scored.sequence.index)
+
+
+def to_score(
+    request_id: str,
+    index: int,
+    prompt: tuple[int, ...],
+    continuation: tuple[int, ...],
+    steering: SteeringParams,
+    top: int = 0,
+) -> Sequence:
+    """A continuation to score, beside the `top` likeliest tokens in each place."""
+    return Sequence(request_id, index, prompt, SamplingParams(logprobs=top), steering, continuation=continuation)
+
+
+@dataclass(frozen=True)
+class PendingScores:
+    """Scores of one step's chunks, still on the device: of each chunk the log-probabilities of its tokens, and those of
+    the likeliest [tokens, k], and the sum of its divergences."""
+
+    logprobs: Mapping[ScheduledChunk, Tensor]
+    top: Mapping[ScheduledChunk, tuple[Tensor, Tensor]]
+    kl: Mapping[ScheduledChunk, Tensor]
+
+    def result(self) -> dict[ScheduledChunk, ScoredTokens]:
+        """Waits for the device."""
+        scored = {}
+        for chunk, logprobs in self.logprobs.items():
+            top_ids, top_logprobs = (map(tuple, part.tolist()) for part in self.top[chunk])
+            each = zip(_targets(chunk), logprobs.tolist(), top_ids, top_logprobs, strict=True)
+            kl = float(self.kl[chunk]) if chunk in self.kl else 0.0
+            scored[chunk] = ScoredTokens(tuple(TokenLogprob(*one) for one in each), kl)
+        return scored
+
+
+def score_chunks(logits: Mapping[ScheduledChunk, Tensor]) -> PendingScores:
+    """logits [tokens, vocab] of what follows each of the chunks' last `num_logits` tokens. Chunks whose sequences are
+    in lockstep are of the same tokens."""
+    chosen, top, kl = {}, {}, {}
+    logprobs = {chunk: torch.log_softmax(numbers.float(), dim=-1) for chunk, numbers in logits.items()}
+    chunk_of = {chunk.sequence: chunk for chunk in logits}
+    for chunk, mine in logprobs.items():
+        targets = torch.tensor(_targets(chunk), dtype=torch.int64, device=mine.device)
+        chosen[chunk] = mine.gather(1, targets[:, None])[:, 0]
+        best = mine.topk(min(chunk.sequence.sampling_params.logprobs or 0, mine.shape[-1]), dim=-1)
+        top[chunk] = best.indices, best.values
+        for follower in chunk.sequence.lockstep[1:]:
+            base = logprobs[chunk_of[follower]]
+            # A token that is impossible under the model adds nothing; its difference of infinities would be NaN.
+            kl[chunk] = (mine.exp() * (mine - base)).masked_fill(mine == -torch.inf, 0.0).sum(dim=-1).double().sum()
+    return PendingScores(chosen, top, kl)
+
+
+def _targets(chunk: ScheduledChunk) -> tuple[int, ...]:
+    """The tokens that come after those of which logits are wanted."""
+    sequence = chunk.sequence
+    first = chunk.stop - chunk.num_logits - sequence.num_prompt_tokens + 1
+    return (sequence.continuation or ())[first : first + chunk.num_logits]
+
+
+def _mean(logprobs: tuple[TokenLogprob, ...]) -> float:
+    return sum(one.logprob for one in logprobs) / len(logprobs)

@@ -1,0 +1,308 @@
+"""From a model on disk to one that the engine can run: loaded, checked, and with memory for its keys and values."""
+
+import logging
+import os
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as hf_logging
+
+from server.attention.backend import NAME
+from server.config import Settings
+from server.engine.model_runner import ModelRunner
+from server.engine.sequence import ScheduledChunk, Sequence
+from server.errors import StartupError
+from server.layers.exchange import exchange_layers
+from server.threads import usable_cores
+from steering.columns import ColumnBank
+
+log = logging.getLogger(__name__)
+WEIGHTS_SHARE = 0.8  # of a device's free memory, at most, where there are several devices
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# How far the logits may be from the model's own, as a share of their norm.
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+CHECKED = (24, 9)  # tokens of the texts that a model is checked on, packed into one pass
+CGROUP = Path("/sys/fs/cgroup")
+BOUND_BY_LENGTH = ("dynamic", "longrope")  # rotary embeddings that change for all tokens when a text grows long
+BLOCK_SIZE = 32  # tokens, where a kernel reads blocks where they lie
+LARGE_BLOCK_SIZE = 256  # where blocks are copied together for every step, and fewer copies are faster
+SMALLEST_CACHE = 32  # tokens
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode on its device, with what the server needs to know about it."""
+
+    model: Any
+    tokenizer: Any
+    device: torch.device  # of its input, where it is spread
+    eos: frozenset[int]
+    context: int | None  # tokens that a sequence may have; None: no limit is known
+    vocab: int  # rows of the input embedding
+
+
+def load_model(settings: Settings) -> LoadedModel:
+    """Raises StartupError with one sentence."""
+    path = settings.model_path
+    local = Path(path).is_dir()
+    if not local and not settings.model:
+        raise StartupError(
+            f"There is no demo model at {path}: an installed package does not carry it, a clone of the repository "
+            "does. Choose a model with --model ID_OR_PATH (or MATSTEER_MODEL)."
+        )
+    if not local and (Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1):
+        raise StartupError(f"There is no model folder {path!r} (--model or MATSTEER_MODEL).")
+    device = _device(settings.device)
+    _set_threads(settings.threads, device)
+    if settings.log_level in ("warning", "error"):
+        hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    options: dict[str, Any] = {"local_files_only": local, "revision": settings.revision or "main"}
+    try:
+        config = AutoConfig.from_pretrained(path, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            # Only safetensors: a server has no reason to unpickle anything.
+            path,
+            dtype=_dtype(settings.dtype, device),
+            use_safetensors=True,
+            **_placement(settings.device, device),
+            **options,
+        )
+    except Exception as error:  # transformers raises dozens of kinds, with pages of text
+        log.debug("the model could not be loaded", exc_info=error)
+        raise StartupError(f"The model {path!r} cannot be loaded: {_first_sentence(error)}") from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise StartupError(f"The model {path!r} is an encoder-decoder; only decoder-only models can be served.")
+    placed = getattr(model, "hf_device_map", {})
+    if {"cpu", "disk"} & set(placed.values()) and device.type == "cuda":
+        raise StartupError(f"The model {path!r} does not fit the {torch.cuda.device_count()} CUDA devices there are.")
+    model = (model if placed else model.to(device)).eval().requires_grad_(False)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        device=model.get_input_embeddings().weight.device,
+        eos=_eos(model, tokenizer),
+        context=_context(model, settings.max_context),
+        vocab=model.get_input_embeddings().weight.shape[0],
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda"):
+        index = int(name.partition(":")[2] or 0)
+        if index >= torch.cuda.device_count():
+            raise StartupError(
+                f"Bad setting device: {name!r}: this machine has {torch.cuda.device_count()} CUDA devices."
+            )
+    return torch.device(name)
+
+
+def _placement(name: str, device: torch.device) -> dict[str, Any]:
+    """Where accelerate puts the weights: on the first CUDA device and, for what does not fit there, the next ones, with
+    room left on each for keys and values. Nothing to say for one device."""
+    if name != "auto" or device.type != "cuda" or torch.cuda.device_count() < 2:
+        return {}
+    free = {index: int(torch.cuda.mem_get_info(index)[0] * WEIGHTS_SHARE) for index in range(torch.cuda.device_count())}
+    return {"device_map": "sequential", "max_memory": free}
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return DTYPES[name]
+
+
+def _set_threads(threads: int, device: torch.device) -> None:
+    if device.type == "cpu":
+        torch.set_num_threads(threads or usable_cores())
+
+
+def _eos(model: Any, tokenizer: Any) -> frozenset[int]:
+    """generation_config's end tokens (one or several), else the tokenizer's."""
+    ids = getattr(model.generation_config, "eos_token_id", None)
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    return frozenset(() if ids is None else ids if isinstance(ids, list | tuple) else (ids,))
+
+
+def _context(model: Any, wanted: int | None) -> int | None:
+    own = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limits = [limit for limit in (own, wanted) if isinstance(limit, int) and limit > 0]
+    return min(limits, default=None)
+
+
+def _first_sentence(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+# --- self-check -----------------------------------------------------------------------------------
+
+
+def open_runner(model: Any, bank: ColumnBank, name: str, *, native: bool = True) -> ModelRunner:
+    """The model with the engine's attention in place of its own, and on a CPU with faster layers; checked on two texts.
+    `native`: by kernels that are compiled for it, where they can be had.
+
+    Raises StartupError where that is not the same model any more.
+    """
+    texts = _random_texts(model)
+    with torch.inference_mode():
+        own = [model(input_ids=text[None], use_cache=False).logits[0] for text in texts]
+    exchange_layers(model, native=native)
+    try:
+        runner = ModelRunner(model, bank, native=native)
+        # Every token's logits: as if all that follows the first one were to be scored.
+        given = [Sequence("check", 0, (ids[0],), continuation=(*ids[1:], 0)) for ids in (text.tolist() for text in texts)]
+        logits, _ = runner.forward(tuple(ScheduledChunk(one, 0, len(one.token_ids)) for one in given))
+    except Exception as error:
+        log.debug("the engine's attention fails", exc_info=error)
+        raise StartupError(_refusal(name, model, f"its attention cannot be replaced ({error})")) from error
+    if not runner.attention.shapes:
+        raise StartupError(_refusal(name, model, f"it does not call the attention that is registered as {NAME!r}"))
+    _check_layers(model, runner, name)
+    for mine, theirs in zip(torch.split(logits, list(CHECKED)), own, strict=True):
+        away = float((mine.float() - theirs.float()).norm() / theirs.float().norm())
+        if not away <= TOLERANCES.get(theirs.dtype, 1e-3):
+            raise StartupError(
+                _refusal(name, model, f"with the engine's attention its logits are {away:.2g} away from its own")
+            )
+    return runner
+
+
+def _random_texts(model: Any) -> list[Tensor]:
+    vocab = model.get_input_embeddings().weight.shape[0]
+    random = torch.Generator().manual_seed(0)
+    return [torch.randint(0, vocab, (length,), generator=random).to(model.device) for length in CHECKED]
+
+
+def _check_layers(model: Any, runner: ModelRunner, name: str) -> None:
+    """Kinds of layers that a short text cannot tell from others."""
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or []
+    if unknown := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
+        raise StartupError(_refusal(name, model, f"it has layers of a kind that keeps another state: {unknown[0]}"))
+    sliding = {layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"}
+    if sliding - runner.attention.windowed:
+        raise StartupError(_refusal(name, model, "it does not tell its attention how far its layers look back"))
+
+
+def _refusal(name: str, model: Any, why: str) -> str:
+    return f"The model {name!r} ({type(model).__name__}) cannot be served: {why}."
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def text_limit(model: Any, limit: int | None) -> int | None:
+    """How many tokens a text may have, at most `limit`."""
+    config = model.config.get_text_config(decoder=True)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for rope in parameters.values() if all(isinstance(one, dict) for one in parameters.values()) else [parameters]:
+        if isinstance(rope, dict) and rope.get("rope_type") in BOUND_BY_LENGTH:
+            own = rope.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+            own = own or config.max_position_embeddings
+            limit = own if limit is None else min(limit, own)
+    return limit
+
+
+def choose_block_size(runner: ModelRunner, wanted: int | None = None) -> int:
+    """Tokens of a block: as wanted, else what is fastest on the device."""
+    if wanted is not None:
+        return wanted
+    reads_blocks = runner.attention.can_read_blocks or runner.device.type == "cuda"
+    return BLOCK_SIZE if reads_blocks else LARGE_BLOCK_SIZE
+
+
+def kv_cache_blocks(
+    runner: ModelRunner,
+    block_size: int,
+    *,
+    limit: int | None,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    mib: int = 0,
+    gpu_memory_utilization: float = 0.9,
+    cpu_memory_share: float = 0.25,
+) -> int:
+    """How many blocks the KV cache has. `mib`: its memory; 0: by what is free. Not more than twice what so many
+    sequences of `limit` tokens can use.
+
+    Raises StartupError where not even a short text fits.
+    """
+    token = runner.attention.token_bytes
+    if mib:
+        tokens = mib * 2**20 // token
+    else:
+        peak = peak_bytes(runner, block_size, limit, max_num_batched_tokens)
+        tokens = _free_tokens(runner, peak, gpu_memory_utilization, cpu_memory_share)
+    if tokens < max(SMALLEST_CACHE, block_size):
+        raise StartupError(
+            f"There is no memory for keys and values: a token takes {token} bytes, and {max(0, tokens) * token} are to be "
+            f"had; at least {max(SMALLEST_CACHE, block_size)} tokens have to fit (MATSTEER_KV_CACHE_MIB)."
+        )
+    if limit and limit > tokens:
+        log.warning("texts may have %d tokens, not %d: there is no memory for more", tokens, limit)
+    blocks = tokens // block_size
+    # More than twice what the sequences can use would serve repeated prompts only.
+    return min(blocks, 2 * max_num_seqs * -(-limit // block_size)) if limit else blocks
+
+
+def peak_bytes(runner: ModelRunner, block_size: int, limit: int | None, max_num_batched_tokens: int) -> int:
+    """What the largest step takes beside weights and the KV cache, measured on a GPU by making it: as many tokens as a
+    step may have, at the end of the longest text. 0 on a CPU, where the KV cache takes a small share of the memory."""
+    if runner.device.type != "cuda":
+        return 0
+    length = limit or max_num_batched_tokens
+    tokens = min(length, max_num_batched_tokens)
+    runner.allocate(1, block_size)  # every block of the text is this one: what it holds does not matter
+    longest = Sequence("memory", 0, (0,) * length)
+    longest.block_table = [0] * runner.blocks.blocks_for(length)
+    torch.cuda.synchronize(runner.device)
+    torch.cuda.reset_peak_memory_stats(runner.device)
+    before = torch.cuda.memory_allocated(runner.device)
+    runner.forward((ScheduledChunk(longest, length - tokens, length),))
+    torch.cuda.synchronize(runner.device)
+    peak = torch.cuda.max_memory_allocated(runner.device) - before
+    log.info("a step of %d tokens takes %d MiB", tokens, peak // 2**20)
+    runner.attention.pools.clear()
+    torch.cuda.empty_cache()
+    return peak
+
+
+def _free_tokens(runner: ModelRunner, peak: int, gpu_memory_utilization: float, cpu_memory_share: float) -> int:
+    """How many tokens' keys and values fit into what the cache may take of every device that has layers."""
+    sizes: Counter[torch.device] = Counter()
+    for shape in runner.attention.shapes.values():
+        sizes[shape.device] += shape.bytes
+    return min(
+        (_free_bytes(device, gpu_memory_utilization, cpu_memory_share) - peak) // size for device, size in sizes.items()
+    )
+
+
+def _free_bytes(device: torch.device, gpu_memory_utilization: float, cpu_memory_share: float) -> int:
+    """What the cache may take: on a GPU what is left of its memory's share once all that is there has its own,
+    elsewhere a share of the memory that is free."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return free - int(total * (1 - gpu_memory_utilization))
+    known = "SC_AVPHYS_PAGES" in os.sysconf_names  # macOS tells only how much there is
+    pages = os.sysconf("SC_AVPHYS_PAGES") if known else os.sysconf("SC_PHYS_PAGES") // 2
+    return int(min(pages * os.sysconf("SC_PAGE_SIZE"), _container_bytes()) * cpu_memory_share)
+
+
+def _container_bytes() -> int:
+    """What is left of a container's own limit (cgroup v2)."""
+    try:
+        limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return sys.maxsize
+    return max(0, int(limit) - int(used)) if limit != "max" else sys.maxsize
