@@ -7,6 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FORBIDDEN = {
+    "steer_ops": {"steering", "server", "training", "demo"},
     "steering": {"server", "training", "demo"},
     "training": {"server", "demo"},
     "server": {"training", "demo"},

@@ -1,0 +1,115 @@
+"""Operations that are computed faster than plain PyTorch, and which implementation of each serves a device and dtype.
+
+An op is registered with `torch.library` as `torch.ops.steer_ops.<name>`: its schema says which arguments it writes to,
+fake tensors and `torch.compile` know it, and its twin in PyTorch serves every device that has no kernel. A kernel is
+used after it has computed what the twin computes on random numbers; this is tried once in a process for each device
+and dtype.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from threading import RLock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steer_ops.cpu import build
+
+log = logging.getLogger(__name__)
+NAMESPACE = "steer_ops"
+DTYPES = (torch.float32, torch.bfloat16)  # that kernels compute
+# How far a kernel's numbers may be from the twin's, as a share of their norm.
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+Implementation = Callable[..., Any]
+_library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]  # registrations last as long as this object
+_lock = RLock()
+
+
+class Op:
+    """One operation, with its twin in PyTorch and its kernels."""
+
+    def __init__(
+        self,
+        schema: str,
+        twin: Implementation,
+        examples: Callable[[torch.dtype], Iterable[tuple[tuple[Any, ...], dict[str, Any]]]],
+        *,
+        fake: Implementation | None = None,
+    ) -> None:
+        """schema: as `torch.library.define` takes it, with the name. examples: arguments of a dtype on the CPU that the
+        kernels are tried on. fake: what the op returns for fake tensors; None: nothing, it writes to its arguments."""
+        self.name = schema.partition("(")[0]
+        self.twin = twin
+        self._examples = examples
+        self._chosen: dict[tuple[str, torch.dtype], Implementation] = {}
+        _library.define(schema)
+        _library.impl(self.name, twin, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake or _returns_nothing, lib=_library)
+        self.overload: Implementation = getattr(getattr(torch.ops, NAMESPACE), self.name).default
+
+    def for_tensor(self, tensor: Tensor) -> Implementation:
+        """The implementation for tensors like this one."""
+        return self._chosen.get((tensor.device.type, tensor.dtype)) or self.choose(tensor.device, tensor.dtype)
+
+    def choose(self, device: torch.device, dtype: torch.dtype) -> Implementation:
+        """The implementation for a device and dtype: the kernel where there is one that computes what the twin
+        computes, else the twin. The first call in a process may compile the kernels, which takes seconds."""
+        key = device.type, dtype
+        with _lock:
+            if key not in self._chosen:
+                use = has_kernel(self.name, *key) and self._passes_trial(device, dtype)
+                self._chosen[key] = self.overload if use else self.twin
+            return self._chosen[key]
+
+    def has_kernel(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether a kernel serves this device and dtype, rather than the twin."""
+        return self.choose(device, dtype) is not self.twin
+
+    def forget(self) -> None:
+        """Implementations are chosen anew. For tests."""
+        self._chosen.clear()
+
+    def _passes_trial(self, device: torch.device, dtype: torch.dtype) -> bool:
+        try:
+            with torch.no_grad():
+                same = all(
+                    _same(_run(self.overload, args, named, device), _run(self.twin, args, named, device), dtype)
+                    for args, named in self._examples(dtype)
+                )
+        except Exception as error:
+            log.warning("the kernel of %s for %s fails (%s): PyTorch computes that", self.name, dtype, error)
+            return False
+        if not same:
+            log.warning("the kernel of %s for %s computes something else: PyTorch computes that", self.name, dtype)
+        return same
+
+
+def has_kernel(name: str, device: str, dtype: torch.dtype) -> bool:
+    """Whether a kernel is registered for an op on a kind of device ("cpu"). Kernels for CPUs are compiled when first
+    asked for."""
+    if device != "cpu" or dtype not in DTYPES or build.load() is None:
+        return False
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CPU"))
+
+
+def _returns_nothing(*args: Any, **named: Any) -> None:
+    pass
+
+
+def _run(
+    implementation: Implementation, args: tuple[Any, ...], named: dict[str, Any], device: torch.device
+) -> list[Tensor]:
+    """What an implementation returns for copies of these arguments, and what it leaves in them."""
+    copies = [arg.to(device, copy=True) if isinstance(arg, Tensor) else arg for arg in args]
+    result = implementation(*copies, **named)
+    return [part for part in (result, *copies) if isinstance(part, Tensor)]
+
+
+def _same(found: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> bool:
+    return len(found) == len(expected) and all(
+        mine.shape == theirs.shape
+        and mine.dtype == theirs.dtype
+        and bool((mine - theirs).double().norm() <= TOLERANCES[dtype] * theirs.double().norm())
+        for mine, theirs in zip(found, expected, strict=True)
+    )
