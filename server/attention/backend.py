@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 from server.attention.kv_pool import KVPool, KVShape
 from server.attention.layout import BlockCopy
 from server.attention.metadata import AttentionParams, ForwardMetadata
-from steer_ops import paged_attention_decode, plain
+from steer_ops import plain
 from steer_ops.ops import PAGED_ATTENTION_DECODE
 
 NAME = "matsteer"
@@ -51,8 +51,11 @@ class Attention:
         """Makes room for so many blocks in every layer that a pass has shown."""
         self.block_size = block_size
         self.native = self.can_read_blocks
-        decode = paged_attention_decode if self.native else plain.paged_attention_decode
-        self.pools = {layer: KVPool.of(shape, num_blocks, block_size, decode) for layer, shape in self.shapes.items()}
+        self.pools = {}
+        for layer, shape in self.shapes.items():
+            kernel = PAGED_ATTENTION_DECODE.choose(shape.device, shape.dtype) if self.native else None
+            decode = kernel or plain.paged_attention_decode
+            self.pools[layer] = KVPool.of(shape, num_blocks, block_size, decode)
 
     def copy(self, copies: Sequence[BlockCopy]) -> None:
         """In order."""

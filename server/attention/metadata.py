@@ -140,13 +140,16 @@ class AttentionMetadata:
     def _decode(
         decodes: Decodes, pool: KVPool, query: Tensor, key: Tensor, value: Tensor, out: Tensor, params: AttentionParams
     ) -> None:
-        rows = decodes.rows
-        asked = query[rows]
-        new_key, new_value = (part.transpose(0, 1)[rows] for part in (key, value))
-        into = out[rows] if isinstance(rows, slice) else out.new_empty(asked.shape[0], *out.shape[1:])
-        decode_attention(asked, new_key, new_value, pool, decodes.block_tables, decodes.context_lens, into, params)
-        if not isinstance(rows, slice):
-            out[rows] = into
+        rows, tables, lens = decodes.rows, decodes.block_tables, decodes.context_lens
+        key, value = key.transpose(0, 1), value.transpose(0, 1)
+        if len(lens) == len(query):
+            decode_attention(query, key, value, pool, tables, lens, out, params)
+        elif isinstance(rows, slice):
+            decode_attention(query[rows], key[rows], value[rows], pool, tables, lens, out[rows], params)
+        else:
+            found = out.new_empty(len(lens), *out.shape[1:])
+            decode_attention(query[rows], key[rows], value[rows], pool, tables, lens, found, params)
+            out[rows] = found
 
     def _slot_mapping(self, heads: int, block_size: int) -> Tensor:
         """[tokens * heads]: where the tokens of chunks go in a pool with so many heads."""
@@ -228,15 +231,16 @@ def decode_attention(
     params: AttentionParams,
 ) -> None:
     """See `steer_ops.paged_attention_decode`."""
-    device = pool.keys.device
+    if pool.keys.device != block_tables.device:  # the model is spread over several
+        block_tables, context_lens = block_tables.to(pool.keys.device), context_lens.to(pool.keys.device)
     pool.decode(
         query,
         key,
         value,
         pool.keys,
         pool.values,
-        block_tables.to(device),
-        context_lens.to(device),
+        block_tables,
+        context_lens,
         out,
         scale=params.scale_of(query),
         window=params.window,

@@ -296,6 +296,8 @@ class BlockManager:
         if not steering.columns.slots:
             return tokens
         number = self._number(steering.columns) << STEERING_BITS
+        if start >= sequence.num_prompt_tokens:  # generated: the usual case, without masks
+            return tokens if steering.positions == "prompt" else [token | number for token in tokens]
         acting = steering_mask(steering.positions, start, stop, sequence.num_prompt_tokens).tolist()
         return [token | number if acts else token for token, acts in zip(tokens, acting, strict=True)]
 
