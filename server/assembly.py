@@ -17,8 +17,8 @@ from server.opening.trial import open_forward
 from server.registry import Loaded, Registry, fits_model
 from server.remembered import recall, remember
 from server.service import Service
-from server.text import Codec
 from server.threads import aside
+from server.tokenizer import Codec
 from steering.columns import ColumnBank
 from steering.errors import UnsupportedArchitecture
 

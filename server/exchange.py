@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from server.engine.types import FinishReason, PositionsName, Sampling, Timing, Touch
-from server.text import Spelling
+from server.tokenizer import TokenText
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Spelled:
     """A token and its log-probability."""
 
     token_id: int
-    spelling: Spelling
+    spelling: TokenText
     logprob: float
 
 
@@ -99,7 +99,7 @@ class Echo:
     generated under the request's steering; None where log-probabilities were not asked for."""
 
     text: str
-    first: Spelling  # its first token, before which there is nothing
+    first: TokenText  # its first token, before which there is nothing
     spoken: tuple[Spoken, ...] | None
 
 

@@ -31,8 +31,8 @@ from server.exchange import (
 from server.metrics import Metrics
 from server.registry import Holding, Loaded, Registry
 from server.teller import Teller
-from server.text import Codec
 from server.ticket import Ticket
+from server.tokenizer import Codec
 from steering.types import RowSteering
 
 T = TypeVar("T")
@@ -193,7 +193,7 @@ class Service:
 
     def _split(self, ask: ScoreAsk) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         return [
-            self.codec.split(ask.prompt, continuation, f"continuations.{index}")
+            self.codec.encode_pair(ask.prompt, continuation, f"continuations.{index}")
             for index, continuation in enumerate(ask.continuations)
         ]
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from server.engine.types import Draw, Finished, Likelihood, Piece, Row
 from server.exchange import Echo, Part, Result, Score, Spelled, Spoken, SteeringReport, Told, Traced
-from server.text import Codec, Offsets
+from server.tokenizer import Codec, TextOffsets
 
 IMPOSSIBLE = -9999.0
 
@@ -16,7 +16,7 @@ class Teller:
         """`offsets`: log-probabilities say where in the text their tokens begin."""
         self._codec = codec
         self._wants_offsets = offsets
-        self._offsets: dict[Row, Offsets | None] = {}  # of the rows that stream
+        self._offsets: dict[Row, TextOffsets | None] = {}  # of the rows that stream
 
     def told(self, arm: str, index: int, piece: Piece) -> Told:
         """A token of the text of that index among the arm's; to be called for each of its tokens, in order."""
@@ -69,7 +69,7 @@ class Teller:
             # What the tokenizer has put before the text is no part of it.
             lead = max(0, whole.find(text))
             spoken = tuple(self._spoken(likelihoods, offsets, lambda at: min(max(0, at - lead), len(text))))
-        return Echo(text, self._codec.spell(prompt[0]), spoken)
+        return Echo(text, self._codec.token_text(prompt[0]), spoken)
 
     def _result(self, event: Finished, parts: tuple[Part, ...]) -> Result:
         row, draws = event.row, event.draws
@@ -87,15 +87,15 @@ class Teller:
         )
 
     def _spelled(self, token: int, logprob: float) -> Spelled:
-        return Spelled(token, self._codec.spell(token), _finite(logprob))
+        return Spelled(token, self._codec.token_text(token), _finite(logprob))
 
-    def _offsets_after(self, tokens: Sequence[int], *, special: bool = False) -> Offsets | None:
-        return Offsets(self._codec, tokens, special=special) if self._wants_offsets else None
+    def _offsets_after(self, tokens: Sequence[int], *, special: bool = False) -> TextOffsets | None:
+        return TextOffsets(self._codec, tokens, special=special) if self._wants_offsets else None
 
     def _spoken(
         self,
         likelihoods: Iterable[Likelihood],
-        offsets: Offsets | None,
+        offsets: TextOffsets | None,
         placed: Callable[[int], int] = lambda at: at,
     ) -> Iterator[Spoken]:
         for one in likelihoods:
@@ -104,7 +104,7 @@ class Teller:
             yield Spoken(self._spelled(one.token, one.logprob), top, offset)
 
     def _traced(self, draw: Draw) -> Traced:
-        return Traced(draw.token, self._codec.spell(draw.token).text, draw.touches)
+        return Traced(draw.token, self._codec.token_text(draw.token).text, draw.touches)
 
 
 def _finite(logprob: float) -> float:

@@ -11,7 +11,7 @@ from server.api.openai.responses import ChatLogprobs, CompletionLogprobs
 from server.engine.types import Likelihood
 from server.exchange import Spelled, Spoken
 from server.teller import Teller
-from server.text import Codec
+from server.tokenizer import Codec
 from steering.hook import steered
 from tests.server.conftest import World, columns
 
@@ -300,7 +300,7 @@ def test_an_error_in_a_stream_is_its_last_event(fresh: World, monkeypatch: pytes
     def broken(*_: Any) -> str:
         raise RuntimeError
 
-    monkeypatch.setattr(fresh.service.codec, "spell", broken)
+    monkeypatch.setattr(fresh.service.codec, "token_text", broken)
     body = {"model": "demo", "prompt": "a", "stream": True, "logprobs": 1}
     lines = fresh.client.post("/v1/completions", json=body).text.split("\n\n")
     assert '"internal_error"' in lines[-2]
@@ -395,8 +395,8 @@ def test_bytes_of_parts_of_characters_by_the_kind_of_vocabulary(name: str, raw: 
             return name
 
     codec = Codec(Vocabulary(), vocab=1, context=None)
-    assert codec.spell(0) == ("\ufffd", raw)
-    spoken = [Spoken(Spelled(0, codec.spell(0), -1.0), (), 4)]
+    assert codec.token_text(0) == ("\ufffd", raw)
+    spoken = [Spoken(Spelled(0, codec.token_text(0), -1.0), (), 4)]
     spelled = "\ufffd" if raw is None else "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
     assert CompletionLogprobs.of(spoken, 2).tokens == [spelled]
     assert CompletionLogprobs.of(spoken, 2).text_offset == [6]

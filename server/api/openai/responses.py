@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field
 from server.api.bodies import SteeringBody, TraceBody
 from server.engine.types import FinishReason
 from server.exchange import Answer, Result, Spelled, Spoken
-from server.text import Spelling
+from server.tokenizer import TokenText
 
 
 class Usage(BaseModel):
@@ -45,7 +45,7 @@ class CompletionLogprobs(BaseModel):
     )
 
     @classmethod
-    def of(cls, spoken: Iterable[Spoken], begin: int, first: Spelling | None = None) -> "CompletionLogprobs":
+    def of(cls, spoken: Iterable[Spoken], begin: int, first: TokenText | None = None) -> "CompletionLogprobs":
         """`begin`: the characters before the tokens. `first`: a token with nothing before it."""
         lists = cls(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
         if first is not None:
@@ -164,7 +164,7 @@ class ModelList(BaseModel):
     data: list[ModelBody]
 
 
-def _named(spelling: Spelling) -> str:
+def _named(spelling: TokenText) -> str:
     """As OpenAI's older route names tokens, so that two parts of characters have two names."""
     text, raw = spelling
     if raw is None or raw == text.encode():
