@@ -198,8 +198,7 @@ def bench(
         extra: dict[str, Any] = {"ignore_eos": True} if ignore_eos else {}
         if (attributes := _multipliers(set_)) is not None:
             extra["steering"] = {"attributes": attributes}
-        from server.bench import Workload
-        from server.terminal.bench import measure, report
+        from server.bench import Workload, measure, report
 
         work = Workload(model or "", requests, prompt, new, vocab, seed, extra)
         summaries = asyncio.run(measure(url, api_key, work, clients, rate=rate, warmup=warmup, timeout=timeout))
@@ -214,7 +213,7 @@ def list_checkpoints(checkpoints: Checkpoints = None) -> None:
     Example: matsteer checkpoints list --checkpoints checkpoints
     """
     with _one_sentence():
-        from server.terminal.folders import list_folders
+        from server.terminal.checkpoints import list_folders
 
         list_folders(load_settings(checkpoints=checkpoints).checkpoints)
 
@@ -226,7 +225,7 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME[@VERSION]")], checkpo
     Example: matsteer checkpoints show demo
     """
     with _one_sentence():
-        from server.terminal.folders import show_folder
+        from server.terminal.checkpoints import show_folder
 
         show_folder(load_settings(checkpoints=checkpoints).checkpoints, name)
 
@@ -242,7 +241,7 @@ def verify(
     Example: matsteer checkpoints verify demo --model demo/model
     """
     with _one_sentence():
-        from server.terminal.folders import verify_folders
+        from server.terminal.checkpoints import verify_folders
 
         if not verify_folders(load_settings(checkpoints=checkpoints, model=model), name, against=model is not None):
             raise typer.Exit(1)
@@ -276,10 +275,10 @@ def import_checkpoint(
     Example: matsteer checkpoints import honesty.gguf --model mistralai/Mistral-7B-v0.1 --out checkpoints/honesty
     """
     with _one_sentence():
-        from server.terminal.formats import Import, import_file
+        from server.terminal.checkpoints import ImportOptions, import_file
 
         import_file(
-            Import(
+            ImportOptions(
                 source, model, out, format, layer, site, tuple(attribute or ()), version, positions, revision, overwrite
             )
         )
@@ -302,7 +301,7 @@ def export_checkpoint(
     """
     with _one_sentence():
         multipliers = _multipliers(set_)
-        from server.terminal.formats import export_folder
+        from server.terminal.checkpoints import export_folder
 
         export_folder(load_settings(checkpoints=checkpoints).checkpoints, name, out, format, multipliers)
 
@@ -312,23 +311,19 @@ def _show(
 ) -> None:
     """The answer of the server at `url`, or of one that is `given` so and lives as long as the command."""
     with _one_sentence():
+        from server.terminal.generate import answer_here, ask_server, show_arms
+
         if url is None:
             settings = load_settings(**given, log_level="warning", remember=False)
             _log(settings)
-            from server.local import ask
-
-            answer = ask(settings, route, body)
+            answer = answer_here(settings, route, body)
         else:
             checkpoint = given.pop("checkpoint")
             if foreign := [f"--{name}" for name, value in given.items() if value is not None]:
                 raise typer.BadParameter(f"{', '.join(foreign)}: the server at --url has its own")
             for steered in body.get("arms", [body]):
                 steered["checkpoint"] = checkpoint
-            from server.client import ask_server
-
             answer = ask_server(url, api_key, route, body)
-        from server.terminal.arms import show_arms
-
         show_arms(body["prompt"], answer)
 
 

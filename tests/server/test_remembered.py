@@ -9,7 +9,7 @@ from starlette.testclient import TestClient
 
 from server.app import create_app
 from server.config import Settings
-from server.remembered import NAME
+from server.registry_state import NAME
 
 
 @pytest.fixture

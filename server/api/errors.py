@@ -1,4 +1,4 @@
-"""Every exception becomes one of our errors, and every error one shape."""
+"""Every exception becomes a ServerError, and every ServerError the same JSON: {"error": {...}}."""
 
 import difflib
 import json
@@ -11,8 +11,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from server.api.openai.requests import NEUTRAL, ChatRequest, CompletionRequest
-from server.api.schemas import CompareRequest, GenerateRequest, ScoreRequest, StrictRequest
+from server.api.openai.schemas import NO_EFFECT, ChatCompletionRequest, CompletionRequest
 from server.errors import (
     BadRequest,
     BodyTooLarge,
@@ -23,6 +22,7 @@ from server.errors import (
     ServerError,
     UnsupportedField,
 )
+from server.schemas import CompareRequest, GenerateRequest, ScoreRequest, StrictRequest
 
 Request = TypeVar("Request", bound=StrictRequest)
 SHOWN = 80  # characters of a client's value in a message
@@ -37,14 +37,14 @@ BODIES: Mapping[str, type[StrictRequest]] = {  # others: GenerateRequest
     "/compare": CompareRequest,
     "/score": ScoreRequest,
     "/v1/completions": CompletionRequest,
-    "/v1/chat/completions": ChatRequest,
+    "/v1/chat/completions": ChatCompletionRequest,
 }
 KINDS = ("string_type", "list_type")
 TYPE_NAME = re.compile(r"^str$|^constrained-|\[")  # as pydantic writes the members of a union
 
 
-def error_of(exception: Exception, *, method: str = "", path: str = "") -> ServerError:
-    """What the client is told of an exception; what is not foreseen stays in the log."""
+def to_server_error(exception: Exception, *, method: str = "", path: str = "") -> ServerError:
+    """The error for the client. Of an exception that nobody expected it says nothing; the log does."""
     match exception:
         case ServerError():
             return exception
@@ -65,14 +65,14 @@ def error_of(exception: Exception, *, method: str = "", path: str = "") -> Serve
 
 
 def parse(kind: type[Request], body: Mapping[str, Any]) -> Request:
-    """A body that did not come over HTTP. Raises InvalidField with the same sentences."""
+    """Validates a body that did not come over HTTP. Raises InvalidField with the sentences of the routes."""
     try:
         return kind.model_validate(body)
     except ValidationError as error:
         raise _invalid([{**one, "loc": ("body", *one["loc"])} for one in error.errors()], "") from None
 
 
-def spell(error: ServerError, request_id: str) -> str:
+def error_json(error: ServerError, request_id: str) -> str:
     """{"error": {type, message, param, request_id}}, in ASCII, so that no text a client sent can break it."""
     detail = {
         "type": error.type,
@@ -83,10 +83,10 @@ def spell(error: ServerError, request_id: str) -> str:
     return json.dumps({"error": detail})
 
 
-def render(error: ServerError, request_id: str, headers: Mapping[str, str] | None = None) -> Response:
-    """The response that tells of an error."""
+def error_response(error: ServerError, request_id: str, headers: Mapping[str, str] | None = None) -> Response:
+    """The HTTP response for an error."""
     return Response(
-        spell(error, request_id),
+        error_json(error, request_id),
         status_code=error.status,
         headers={**(headers or {}), **error.headers},
         media_type="application/json",
@@ -151,7 +151,7 @@ def _sentence(problem: Mapping[str, Any], path: str) -> str:
     param = _param(problem["loc"])
     if problem["type"] == "extra_forbidden":
         # Nobody misspells a name into a text: those are not worth the search.
-        if param in NEUTRAL:
+        if param in NO_EFFECT:
             return f"{param} is not supported; leave it out."
         fields = [*BODIES.get(path, GenerateRequest).model_fields] if problem["loc"][0] == "body" else ["version"]
         close = difflib.get_close_matches(param, fields, n=1) if len(param) <= SHOWN and "." not in param else []

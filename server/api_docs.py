@@ -1,4 +1,4 @@
-"""docs/api.md, from the OpenAPI document: `python -m server.reference` writes it, a test looks whether it is true."""
+"""docs/api.md, from the OpenAPI document: `python -m server.api_docs` writes it, a test looks whether it is true."""
 
 import json
 import math
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from server.app import routed
+from server.app import bare_app
 
 PATH = Path(__file__).parents[1] / "docs" / "api.md"
 HEAD = """# The HTTP API
@@ -28,7 +28,7 @@ RANGES = (  # lower and upper limits as OpenAPI names them, with the unit
 
 
 def page() -> str:
-    document = routed().openapi()
+    document = bare_app().openapi()
     schemas: dict[str, Any] = document["components"]["schemas"]
     parts = [HEAD]
     for path, methods in document["paths"].items():
