@@ -53,11 +53,11 @@ def _build(settings: Settings, loaded: LoadedModel) -> Service:
 
 def _build_service(settings: Settings, loaded: LoadedModel) -> Service:
     fits = fits_model(loaded.model, settings.served_name, settings.revision)
-    bank = ColumnBank(device=loaded.device, max_tokens=settings.step_tokens)
+    bank = ColumnBank(device=loaded.device, max_tokens=settings.max_num_batched_tokens)
     forward = open_forward(loaded.model, bank, settings.served_name, native=settings.native)
     forward.steering.install()
     limit = text_limit(loaded.model, loaded.context)
-    largest, count = cache_size(forward, limit=limit, rows=settings.max_batch_rows, mib=settings.cache_mib)
+    largest, count = cache_size(forward, limit=limit, rows=settings.max_num_seqs, mib=settings.kv_cache_mib)
     spread = is_spread(loaded.model)
     if spread:
         log.info("the model is spread over several devices: decoding steps are not captured in CUDA graphs")
@@ -65,8 +65,8 @@ def _build_service(settings: Settings, loaded: LoadedModel) -> Service:
     cache = KVCache(largest, count)
     codec = Codec(loaded.tokenizer, vocab=loaded.vocab, context=min(limit or largest, largest))
     engine = Engine(
-        Runner(forward, cache, step_tokens=settings.step_tokens),
-        Scheduler(cache, max_rows=settings.max_batch_rows, step_tokens=settings.step_tokens),
+        Runner(forward, cache, step_tokens=settings.max_num_batched_tokens),
+        Scheduler(cache, max_rows=settings.max_num_seqs, step_tokens=settings.max_num_batched_tokens),
         eos=loaded.eos,
         decode=codec.decode,
         queue_limit=settings.queue_limit,

@@ -67,10 +67,13 @@ def serve(
     dtype: Dtype = None,
     model_name: Annotated[str | None, typer.Option(help="The name that clients see.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the model, at most; 0: all cores.")] = None,
-    max_batch_rows: Annotated[int | None, typer.Option(help="Texts generated together.")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Texts generated together.")] = None,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens of one forward pass.")] = None,
     max_context: Annotated[int | None, typer.Option(help="Tokens of prompt and answer together.")] = None,
     queue_limit: Annotated[int | None, typer.Option(help="Texts that may wait; beyond: 429.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    max_batch_rows: Annotated[int | None, typer.Option(help="Old name of --max-num-seqs.", hidden=True)] = None,
+    step_tokens: Annotated[int | None, typer.Option(help="Old name of --max-num-batched-tokens.", hidden=True)] = None,
 ) -> None:
     """Serve a steered model over HTTP. Every setting can also be given as MATSTEER_NAME in the environment.
 

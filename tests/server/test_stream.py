@@ -260,7 +260,7 @@ def test_texts_that_are_read_too_long_end_with_a_504_and_are_read_no_further(
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_request_that_takes_too_long_ends_with_a_504(settings: Settings, stream: bool) -> None:
-    app = create_app(settings.model_copy(update={"deadline_s": 0.15, "max_batch_rows": 2, "step_tokens": 2}))
+    app = create_app(settings.model_copy(update={"deadline_s": 0.15, "max_num_seqs": 2, "max_num_batched_tokens": 2}))
     with TestClient(app) as client:
         body = {
             "prompt": "Q: What colour is the sky?",
