@@ -12,15 +12,13 @@ from importlib.metadata import version
 from typing import Any
 from urllib.parse import quote
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api import routes
-from server.api.errors import error_response, to_server_error
+from server.api.exception_handlers import add_exception_handlers, error_response, to_server_error
 from server.api.openai import routes as openai
 from server.assembly import open_service
 from server.config import Settings
@@ -45,8 +43,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     app = bare_app(lifespan=lifespan)
     app.state.service = service
-    for kind in (ServerError, HTTPException, RequestValidationError):
-        app.add_exception_handler(kind, _on_error)
+    add_exception_handlers(app)
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
     app.add_middleware(RequestMiddleware, on_end=service.metrics.request)  # the last one added is the outermost
     return app
@@ -58,12 +55,6 @@ def bare_app(**options: Any) -> FastAPI:
     for router in (routes.generation, routes.checkpoints, openai.router, routes.operations):
         app.include_router(router)
     return app
-
-
-async def _on_error(request: Request, exception: Exception) -> Response:
-    error = to_server_error(exception, method=request.method, path=request.url.path)
-    headers = exception.headers if isinstance(exception, HTTPException) else None
-    return error_response(error, request.state.request_id, headers)
 
 
 class RequestMiddleware:

@@ -60,8 +60,8 @@ class Workload:
 class Outcome:
     """One request, in seconds since it was sent."""
 
-    first: float | None = None  # the first piece of text
-    gaps: list[float] = field(default_factory=list)  # between two pieces
+    first: float | None = None  # when the first chunk with text came
+    gaps: list[float] = field(default_factory=list)  # between two such chunks
     total: float = 0.0
     prompt_tokens: int = 0
     new_tokens: int = 0
@@ -70,7 +70,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Summary:
-    """One run. Milliseconds; percentiles over requests, of the time between tokens over all pairs of tokens."""
+    """One run. Milliseconds; percentiles over requests, of `inter_token_ms` over pairs of neighbouring chunks."""
 
     load: str
     requests: int
@@ -115,8 +115,8 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
     return {f"p{share}": round(cuts[share - 1] * 1000, 2) for share in PERCENTILES}
 
 
-async def closed(http: httpx.AsyncClient, bodies: Sequence[Mapping[str, Any]], clients: int) -> Summary:
-    """So many clients at once, until all requests are answered."""
+async def closed_loop(http: httpx.AsyncClient, bodies: Sequence[Mapping[str, Any]], clients: int) -> Summary:
+    """Sends all requests, each of `clients` clients the next one when its last is answered."""
     left = iter(bodies)
     outcomes: list[Outcome] = []
 
@@ -129,8 +129,8 @@ async def closed(http: httpx.AsyncClient, bodies: Sequence[Mapping[str, Any]], c
     return Summary.of(f"{clients} clients", outcomes, time.perf_counter() - start)
 
 
-async def open_(http: httpx.AsyncClient, bodies: Sequence[Mapping[str, Any]], rate: float, seed: int) -> Summary:
-    """So many requests a second on average."""
+async def open_loop(http: httpx.AsyncClient, bodies: Sequence[Mapping[str, Any]], rate: float, seed: int) -> Summary:
+    """Sends all requests at a random time each, `rate` a second on average, without waiting for answers."""
     number = random.Random(seed)
     start = time.perf_counter()
     tasks = []
@@ -149,12 +149,12 @@ async def send(http: httpx.AsyncClient, body: Mapping[str, Any]) -> Outcome:
     start = time.perf_counter()
     last = start
     try:
-        async for piece in _pieces(http, body):
+        async for chunk in _chunks(http, body):
             now = time.perf_counter()
-            if usage := piece.get("usage"):
+            if usage := chunk.get("usage"):
                 outcome.prompt_tokens = usage["prompt_tokens"]
                 outcome.new_tokens = usage["completion_tokens"]
-            if any(choice.get("text") for choice in piece.get("choices") or ()):
+            if any(choice.get("text") for choice in chunk.get("choices") or ()):
                 if outcome.first is None:
                     outcome.first = now - start
                 else:
@@ -166,7 +166,7 @@ async def send(http: httpx.AsyncClient, body: Mapping[str, Any]) -> Outcome:
     return outcome
 
 
-async def _pieces(http: httpx.AsyncClient, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+async def _chunks(http: httpx.AsyncClient, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
     async with http.stream("POST", "/v1/completions", json=body) as response:
         if response.is_error:
             raise RuntimeError(f"{response.status_code} {(await response.aread()).decode(errors='replace')[:300]}")
@@ -176,16 +176,16 @@ async def _pieces(http: httpx.AsyncClient, body: Mapping[str, Any]) -> AsyncIter
             if data == "[DONE]":
                 ended = True
             elif data:
-                piece = json.loads(data)
-                if "error" in piece:
-                    raise RuntimeError(str(piece["error"])[:300])
-                yield piece
+                chunk = json.loads(data)
+                if "error" in chunk:
+                    raise RuntimeError(str(chunk["error"])[:300])
+                yield chunk
         if not ended:
             raise RuntimeError("the stream ended too early")
 
 
 def report(summaries: Sequence[Summary], out: Path | None) -> bool:
-    """A table, and the numbers in a file; whether every request was answered."""
+    """Prints a table and writes the numbers to `out`. Returns whether every request was answered."""
     table = Table(*("load", "failed", "requests/s", "tokens/s", "first token ms", "between tokens ms", "answer ms"))
     for one in summaries:
         spans = [
@@ -223,8 +223,8 @@ async def measure(
             for body in replace(work, requests=warmup, seed=work.seed + 1).bodies():
                 await send(http, body)
             if rate is not None:
-                return [await open_(http, work.bodies(), rate, work.seed)]
-            return [await closed(http, work.bodies(), count) for count in clients]
+                return [await open_loop(http, work.bodies(), rate, work.seed)]
+            return [await closed_loop(http, work.bodies(), count) for count in clients]
         except (httpx.HTTPError, ValueError, LookupError) as error:
             raise ServerError(f"There is no server of OpenAI's API at {url}: {error!r}.") from None
 

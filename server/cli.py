@@ -19,7 +19,7 @@ GROUP = "matsteer.commands"
 
 
 class _Commands(TyperGroup):
-    """The commands of this file first; those of other packages are imported only when they are asked for."""
+    """The commands of this file, then those of other packages, which are imported when the first of them is needed."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return [*super().list_commands(ctx), *self._added()]
@@ -80,9 +80,9 @@ def serve(
     Example: matsteer serve --model Qwen/Qwen2.5-0.5B --checkpoints checkpoints --port 8000
     """
     given = dict(locals())
-    with _one_sentence():
+    with _error_as_sentence():
         settings = load_settings(**given)
-        _log(settings)
+        _configure_logging(settings)
         from server.listener import listen, run
 
         with listen(settings) as bound:  # first: nobody should wait for the model to hear that the port is taken
@@ -195,9 +195,9 @@ def bench(
 
     Example: matsteer bench --url http://127.0.0.1:8000 --concurrency 1,8,32 --set truthfulness=1
     """
-    with _one_sentence():
-        clients = [_whole(part, "--concurrency") for part in concurrency.split(",")]
-        prompt, new = _span(prompt_tokens, "--prompt-tokens"), _span(new_tokens, "--new-tokens")
+    with _error_as_sentence():
+        clients = [_positive(part, "--concurrency") for part in concurrency.split(",")]
+        prompt, new = _range(prompt_tokens, "--prompt-tokens"), _range(new_tokens, "--new-tokens")
         extra: dict[str, Any] = {"ignore_eos": True} if ignore_eos else {}
         if (attributes := _multipliers(set_)) is not None:
             extra["steering"] = {"attributes": attributes}
@@ -215,7 +215,7 @@ def list_checkpoints(checkpoints: Checkpoints = None) -> None:
 
     Example: matsteer checkpoints list --checkpoints checkpoints
     """
-    with _one_sentence():
+    with _error_as_sentence():
         from server.terminal.checkpoints import list_folders
 
         list_folders(load_settings(checkpoints=checkpoints).checkpoints)
@@ -227,7 +227,7 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME[@VERSION]")], checkpo
 
     Example: matsteer checkpoints show demo
     """
-    with _one_sentence():
+    with _error_as_sentence():
         from server.terminal.checkpoints import show_folder
 
         show_folder(load_settings(checkpoints=checkpoints).checkpoints, name)
@@ -243,7 +243,7 @@ def verify(
 
     Example: matsteer checkpoints verify demo --model demo/model
     """
-    with _one_sentence():
+    with _error_as_sentence():
         from server.terminal.checkpoints import verify_folders
 
         if not verify_folders(load_settings(checkpoints=checkpoints, model=model), name, against=model is not None):
@@ -277,7 +277,7 @@ def import_checkpoint(
 
     Example: matsteer checkpoints import honesty.gguf --model mistralai/Mistral-7B-v0.1 --out checkpoints/honesty
     """
-    with _one_sentence():
+    with _error_as_sentence():
         from server.terminal.checkpoints import ImportOptions, import_file
 
         import_file(
@@ -302,7 +302,7 @@ def export_checkpoint(
 
     Example: matsteer checkpoints export honesty --format gguf --set honesty=1.5 --out honesty.gguf
     """
-    with _one_sentence():
+    with _error_as_sentence():
         multipliers = _multipliers(set_)
         from server.terminal.checkpoints import export_folder
 
@@ -312,13 +312,13 @@ def export_checkpoint(
 def _show(
     route: Literal["generate", "compare"], body: dict[str, Any], url: str | None, api_key: str | None, **given: Any
 ) -> None:
-    """The answer of the server at `url`, or of one that is `given` so and lives as long as the command."""
-    with _one_sentence():
+    """Shows the answer of the server at `url`, or of a model that is loaded here with the `given` settings."""
+    with _error_as_sentence():
         from server.terminal.generate import answer_here, ask_server, show_arms
 
         if url is None:
             settings = load_settings(**given, log_level="warning", remember=False)
-            _log(settings)
+            _configure_logging(settings)
             answer = answer_here(settings, route, body)
         else:
             checkpoint = given.pop("checkpoint")
@@ -330,7 +330,7 @@ def _show(
         show_arms(body["prompt"], answer)
 
 
-def _whole(text: str, option: str) -> int:
+def _positive(text: str, option: str) -> int:
     try:
         number = int(text)
     except ValueError:
@@ -340,9 +340,9 @@ def _whole(text: str, option: str) -> int:
     return number
 
 
-def _span(text: str, option: str) -> tuple[int, int]:
+def _range(text: str, option: str) -> tuple[int, int]:
     least, _, most = text.partition("-")
-    span = _whole(least, option), _whole(most or least, option)
+    span = _positive(least, option), _positive(most or least, option)
     if span[0] > span[1]:
         raise typer.BadParameter(f"{option} takes LEAST-MOST, as in 16-128, not {text!r}")
     return span
@@ -365,15 +365,15 @@ def _multipliers(pairs: list[str] | None) -> dict[str, float] | None:
     return multipliers
 
 
-def _log(settings: Settings) -> None:
+def _configure_logging(settings: Settings) -> None:
     import logging
 
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 
 @contextmanager
-def _one_sentence() -> Iterator[None]:
-    """An error that a user can mend is one sentence, not a traceback."""
+def _error_as_sentence() -> Iterator[None]:
+    """A ServerError ends the command with one sentence and exit status 1, without a traceback."""
     try:
         yield
     except ServerError as error:

@@ -1,5 +1,7 @@
-"""Response bodies of the native routes, made from the engine's numbers. Whole answers can take long: not on the event
-loop."""
+"""Response bodies of the native routes, made from the engine's numbers.
+
+Whole answers may have a million log-probabilities: they are formatted in a thread, not on the event loop.
+"""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""What Prometheus reads: requests and texts as they end, and the engine as it is."""
+"""Metrics for Prometheus: requests and texts when they end, the engine when it is scraped."""
 
 from collections.abc import Iterator
 
@@ -36,12 +36,12 @@ class Metrics:
         )
 
     def request(self, route: str, status: int, seconds: float) -> None:
-        """A request has ended. `route`: the path with its parameters' names, so that there are only so many."""
+        """To be called when a request has ended. `route`: the path template, so that there are few values."""
         self._requests.labels(route, str(status)).inc()
         self._request_seconds.labels(route).observe(seconds)
 
     def text(self, event: Finished) -> None:
-        """A text has ended."""
+        """To be called when a text has ended."""
         timing, tokens = event.timing, len(event.tokens)
         self._queue.observe(timing.queue_ms / 1000)
         self._first.observe(timing.ttft_ms / 1000)
@@ -62,7 +62,7 @@ class Metrics:
 
 
 class _Engine(Collector):
-    """Reads what the engine and the registry count anyway."""
+    """Reads the counters of the engine and the registry at each scrape."""
 
     def __init__(self, engine: Engine, registry: Registry) -> None:
         self._engine = engine

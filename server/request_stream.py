@@ -18,7 +18,7 @@ class RequestStream:
         # A failure that nobody awaits, because the client has gone, is no surprise.
         self._future.add_done_callback(lambda future: future.cancelled() or future.exception())
         self._tokens: asyncio.Queue[Piece | None] = asyncio.Queue()  # None: the end
-        self._held_back: list[Piece] = []  # used by the engine's thread alone
+        self._buffer: list[Piece] = []  # used by the engine's thread alone
         self._interval = interval
         self._running = texts
         self._finished: list[Finished] = []
@@ -28,7 +28,7 @@ class RequestStream:
     def on_event(self, event: Event) -> None:
         """Called on the engine's thread; returns at once."""
         if isinstance(event, Piece):
-            self._held_back.append(event)
+            self._buffer.append(event)
             if event.index % self._interval == 0:
                 self._flush()
             return
@@ -59,9 +59,9 @@ class RequestStream:
                 yield tokens
 
     def _flush(self) -> None:
-        held_back, self._held_back = self._held_back, []
-        if held_back:
-            self._loop.call_soon_threadsafe(self._put, held_back)
+        buffered, self._buffer = self._buffer, []
+        if buffered:
+            self._loop.call_soon_threadsafe(self._put, buffered)
 
     def _put(self, tokens: list[Piece]) -> None:
         for token in tokens:

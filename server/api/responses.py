@@ -8,7 +8,7 @@ from fastapi import Request
 from pydantic import BaseModel
 from starlette.responses import Response, StreamingResponse
 
-from server.api.errors import error_json, to_server_error
+from server.api.exception_handlers import error_json, to_server_error
 from server.errors import ClientGone
 from server.schemas import TOKEN_BODY, TokenBody
 from server.types import GenerateResult, ResultStream, TokenChunk

@@ -24,7 +24,7 @@ from steering.types import Column, Positions, SiteKind
 
 
 def list_folders(root: Path) -> None:
-    """A table of every complete folder."""
+    """Prints a table of every complete folder."""
     table = Table("checkpoint", "method", "base model", "sites", "attributes (default multiplier)")
     found = folders.list_checkpoints(root)
     for name, version, folder in found:
@@ -43,7 +43,7 @@ def list_folders(root: Path) -> None:
 
 
 def show_folder(root: Path, reference: str) -> None:
-    """What a checkpoint is, then its model card. Raises UnknownCheckpoint, UnusableCheckpoint."""
+    """Prints what a checkpoint is, then its model card. Raises UnknownCheckpoint, UnusableCheckpoint."""
     folder = _find(root, reference)
     checkpoint = open_folder(root, reference)
     config = checkpoint.config
@@ -142,7 +142,7 @@ class ImportOptions:
 
 
 def import_file(options: ImportOptions) -> None:
-    """Write the checkpoint folder OUT/VERSION. Raises BadRequest with one sentence for whatever does not fit."""
+    """Writes the checkpoint folder OUT/VERSION. Raises BadRequest, with one sentence, for whatever does not fit."""
     try:
         checkpoint = _imported(options)
     except SteeringError as error:

@@ -32,7 +32,7 @@ COLOURS = ("green", "cyan", "magenta", "yellow", "blue", "red")
 
 def answer_here(settings: Settings, route: Route, body: dict[str, Any]) -> GenerateResponse | CompareResponse:
     """The route's answer, by a model that is loaded for this one request. Raises ServerError with one sentence."""
-    from server.api.errors import parse
+    from server.api.exception_handlers import parse
     from server.assembly import open_service
     from server.formatting import Formatter
 
