@@ -76,7 +76,7 @@ readme: $(DEV_INSTALLED)  ## write the server's answers to the README's request 
 	$(BIN)/python -m demo.readme
 
 api-docs: $(INSTALLED)  ## write docs/api.md from the OpenAPI document
-	$(BIN)/python -m server.reference
+	$(BIN)/python -m server.api_docs
 
 fuzz: $(DEV_INSTALLED)  ## many more requests of the OpenAPI document than `make test` sends
 	FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/server/test_fuzz.py --timeout 0

@@ -19,9 +19,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.machine import described
-from server.api.schemas import GenerateRequest
 from server.assembly import open_service
 from server.config import Settings
+from server.schemas import GenerateRequest
 from steering import checkpoint as checkpoints
 from steering.hook import steered
 from steering.types import Column
@@ -104,10 +104,10 @@ def engine_texts(args: argparse.Namespace, prompts: Sequence[str], attributes: S
         }
     )
     try:
-        answer = asyncio.run(service.generate(body.ask()))
+        answer = asyncio.run(service.generate(body.to_params()))
     finally:
         service.engine.stop()
-    return {arm.name: [list(result.token_ids) for result in arm.results] for arm in answer.arms}
+    return {arm.name: [list(text.tokens) for text in arm.texts] for arm in answer.arms}
 
 
 class Reference:

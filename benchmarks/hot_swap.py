@@ -20,8 +20,8 @@ import httpx
 
 from benchmarks.machine import described
 from benchmarks.processes import Running, running
-from server.api.bodies import GenerateResponse, TokenBody
 from server.client import ApiError, AsyncClient, Client
+from server.schemas import GenerateResponse, TokenBody
 from steering import checkpoint as folders
 
 PROMPTS = ("What colour is the sky?", "What is the capital of Japan?", "Where does a bear live?", "Is grass green?")

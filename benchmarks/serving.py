@@ -24,7 +24,7 @@ from benchmarks.machine import described
 from benchmarks.processes import Running, running
 from benchmarks.turns import in_turn
 from benchmarks.workload import SHAPES, columns, llama
-from server.bench import Summary, Workload, closed
+from server.bench import Summary, Workload, closed_loop
 from steering import checkpoint as checkpoints
 from steering.types import Positions
 
@@ -126,7 +126,7 @@ def measure(contenders: Sequence[Contender], clients: int, rounds: int, work: Ma
 async def load(contender: Contender, clients: int, work: Workload) -> Summary:
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=contender.server.url, timeout=600, limits=limits) as http:
-        return await closed(http, work.bodies(), clients)
+        return await closed_loop(http, work.bodies(), clients)
 
 
 def middle(summaries: Sequence[Summary]) -> dict[str, Any]:

@@ -24,14 +24,14 @@ import httpx
 
 from benchmarks.machine import described
 from benchmarks.processes import Running, running
-from server.api.bodies import TokenBody
-from server.api.schemas import GenerateRequest
 from server.assembly import open_service
 from server.client import AsyncClient
 from server.config import Settings
-from server.engine.sequence import Event, Finished, Sequence, SamplingParams, SteeringParams
-from server.exchange import Told
+from server.engine.sequence import SampledToken, Event, Finished, TokenEvent, Sequence, SamplingParams, SteeringParams
+from server.formatting import Formatter
+from server.schemas import TOKEN_BODY, GenerateRequest, TokenBody
 from server.service import Service
+from server.types import TokenChunk
 from steering.types import SequenceSteering
 
 PROMPTS = ("What colour is the sky?", "What is the capital of Japan?", "Where does a bear live?", "Is grass green?")
@@ -87,14 +87,15 @@ def by_engine(service: Service, streams: int, seconds: float) -> dict[str, float
     """Rows of tokens, events into a queue."""
     active = service.registry.active
     assert active is not None
-    steer = SteeringParams(SequenceSteering.of([(active.handle, active.multipliers(None, ""))]), active.positions)
+    steering = SteeringParams(SequenceSteering.of([(active.handle, active.multipliers(None, ""))]), active.positions)
     prompts = [service.codec.encode(f"Q: {prompt} A:", "prompt") for prompt in PROMPTS]
     told: queue.SimpleQueue[Event] = queue.SimpleQueue()
 
     def submit() -> None:
         index = next(NUMBERS)
         rules = SamplingParams(max_new_tokens=NEW, temperature=0, ignore_eos=True)
-        service.engine.submit([Sequence(f"stack-{index}", 0, prompts[index % 4], rules, steer, stream=True)], told.put)
+        sequence = Sequence(f"stack-{index}", 0, prompts[index % 4], rules, steering, stream=True)
+        service.engine.submit([sequence], told.put)
 
     start, steps = time.perf_counter(), service.engine.stats.steps
     running_, tokens = streams, 0
@@ -102,7 +103,7 @@ def by_engine(service: Service, streams: int, seconds: float) -> dict[str, float
         submit()
     while running_:
         if isinstance(event := told.get(), Finished):
-            tokens += len(event.tokens)
+            tokens += len(event.token_ids)
             if time.perf_counter() - start < seconds:
                 submit()
             else:
@@ -122,8 +123,8 @@ async def by_service(service: Service, streams: int, seconds: float) -> dict[str
         number = random.Random(index)
         while time.perf_counter() - start < seconds:
             body = GenerateRequest.model_validate({"prompt": f"Q: {number.choice(PROMPTS)} A:", "stream": True} | RULES)
-            async for some in await service.stream(body.ask()):
-                tokens += sum(isinstance(one, Told) for one in some)
+            async for some in await service.stream(body.to_params()):
+                tokens += sum(isinstance(one, TokenChunk) for one in some)
 
     await asyncio.gather(*map(stream, range(streams)))
     taken, steps = time.perf_counter() - start, service.engine.stats.steps - steps
@@ -162,7 +163,10 @@ async def by_http(server: Running, streams: int, seconds: float) -> dict[str, fl
 async def by_piece(service: Service) -> dict[str, float]:
     """Microseconds that each piece of the way takes by itself."""
     body = json.dumps({"prompt": f"Q: {PROMPTS[0]} A:", "attributes": {"truthfulness": 1.0}, "stream": True})
-    told = Told("steered", 0, 17, " sky", None, None)
+    formatter = Formatter(service.codec)
+    chunk = TokenChunk(
+        "steered", 0, TokenEvent(Sequence("a", 0, (1,), SamplingParams(), stream=True), 0, SampledToken(17), " sky")
+    )
     ids = service.codec.encode(PROMPTS[0], "prompt")
     loop, hops = asyncio.get_running_loop(), asyncio.Queue[float]()
     waits = []
@@ -175,7 +179,7 @@ async def by_piece(service: Service) -> dict[str, float]:
         "a request: tokenizing 7 words": _timed(lambda: service.codec.encode(PROMPTS[0], "prompt")),
         "a token: decoding a few ids": _timed(lambda: service.codec.decode(ids[:4])),
         "a token: through the event loop": round(1e6 * statistics.median(waits), 1),
-        "a token: an event as JSON": _timed(lambda: TokenBody.of(told).model_dump_json()),
+        "a token: an event as JSON": _timed(lambda: TOKEN_BODY.dump_json(formatter.token(chunk))),
     }
 
 

@@ -1,27 +1,35 @@
-"""The HTTP application: middleware, routers, one error table."""
+"""The HTTP application: routes, middleware, and one shape of errors."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import logging
+import re
+import secrets
+import string
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
+from urllib.parse import quote
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api import checkpoints, generate, ops
-from server.api.bodies import ErrorBody
+from server.api import routes
+from server.api.exception_handlers import add_exception_handlers, error_response, to_server_error
 from server.api.openai import routes as openai
-from server.api.problems import error_of, render
 from server.assembly import open_service
 from server.config import Settings
-from server.errors import ServerError
-from server.middleware import BodyLimit, RequestMiddleware
+from server.errors import BodyTooLarge, Refused, ServerError
+from server.schemas import ErrorBody
 
+log = logging.getLogger("server.access")
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
+REQUEST_ID = "x-request-id"
+PLAIN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+LOGGED_PATH = 200  # characters of a path in the log
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -33,24 +41,109 @@ def create_app(settings: Settings) -> FastAPI:
         yield
         await asyncio.to_thread(service.engine.stop)
 
-    app = routed(lifespan=lifespan)
+    app = bare_app(lifespan=lifespan)
     app.state.service = service
-    for kind in (ServerError, HTTPException, RequestValidationError):
-        app.add_exception_handler(kind, _answer)
+    add_exception_handlers(app)
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
     app.add_middleware(RequestMiddleware, on_end=service.metrics.request)  # the last one added is the outermost
     return app
 
 
-def routed(**options: Any) -> FastAPI:
-    """The application's routes, without a service behind them: enough to describe them. /docs needs no network."""
+def bare_app(**options: Any) -> FastAPI:
+    """The routes without a service: enough for the OpenAPI document. /docs needs no network."""
     app = FastAPIOffline(redoc_url=None, title="mat-steer", version=version("mat-steer"), responses=ERRORS, **options)
-    for part in (generate, checkpoints, openai, ops):
-        app.include_router(part.router)
+    for router in (routes.generation, routes.checkpoints, openai.router, routes.operations):
+        app.include_router(router)
     return app
 
 
-async def _answer(request: Request, exception: Exception) -> Response:
-    error = error_of(exception, method=request.method, path=request.url.path)
-    headers = exception.headers if isinstance(exception, HTTPException) else None
-    return render(error, request.state.request_id, headers)
+class RequestMiddleware:
+    """The outermost layer: gives each request an id (the client's X-Request-Id where it is plain), logs a line for it,
+    and turns every exception into an error response."""
+
+    def __init__(self, app: ASGIApp, on_end: Callable[[str, int, float], None]) -> None:
+        """`on_end(route, status, seconds)` is called for each request; status 0: the client left before it had one."""
+        self._app = app
+        self._on_end = on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _own_id(scope) or f"req-{secrets.token_hex(8)}"
+        scope.setdefault("state", {})["request_id"] = request_id
+        started, status = time.monotonic(), 0
+
+        async def tagged(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (REQUEST_ID.encode(), request_id.encode())]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, tagged)
+        except Exception as exception:
+            log.exception("request %s failed", request_id)
+            if status:  # half an answer is out; the server closes the connection
+                raise
+            await error_response(to_server_error(exception), request_id)(scope, receive, tagged)
+        finally:
+            elapsed = time.monotonic() - started
+            log.info("%s %s %s %d %.1f ms", request_id, scope["method"], _path(scope), status, elapsed * 1000)
+            self._on_end(getattr(scope.get("route"), "path", "other"), status, elapsed)
+
+
+class BodyLimit:
+    """Refuses bodies of more than `limit` bytes (413), by Content-Length or as they come, and compressed ones (415)."""
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self._app = app
+        self._limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if error := self._announced(scope):
+            await error_response(error, scope["state"]["request_id"])(scope, receive, send)
+            return
+        taken = 0
+
+        async def counted() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > self._limit:
+                # The framework lets only its own exceptions through while it reads a body.
+                raise HTTPException(BodyTooLarge.status, f"The body has more than {self._limit} bytes.")
+            return message
+
+        await self._app(scope, counted, send)
+
+    def _announced(self, scope: Scope) -> ServerError | None:
+        """The error that the headers are enough for."""
+        encoding = _header(scope, b"content-encoding") or "identity"
+        if encoding.lower() != "identity":
+            return Refused(f"A body with 'Content-Encoding: {encoding[:20]}' is not taken; send it as it is.", 415)
+        length = _header(scope, b"content-length") or ""
+        # Digits beyond these twenty would be a number that takes long to read.
+        if length.isdecimal() and (len(length) > 20 or int(length) > self._limit):
+            return BodyTooLarge(f"The body has {length[:20]} bytes; at most {self._limit} are taken.")
+        return None
+
+
+def _header(scope: Scope, wanted: bytes) -> str | None:
+    headers: list[tuple[bytes, bytes]] = scope["headers"]
+    return next((value.decode("latin-1") for name, value in headers if name == wanted), None)
+
+
+def _path(scope: Scope) -> str:
+    """The path as it was sent, in printable ASCII: nothing that a client sends can begin a line of the log."""
+    raw = scope.get("raw_path") or scope["path"].encode(errors="replace")
+    return quote(raw, safe=string.punctuation)[:LOGGED_PATH]
+
+
+def _own_id(scope: Scope) -> str | None:
+    given = _header(scope, REQUEST_ID.encode())
+    return given if given is not None and PLAIN_ID.fullmatch(given) else None

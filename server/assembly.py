@@ -1,4 +1,4 @@
-"""Puts the parts together: settings to a service whose engine runs. The one place that knows them all."""
+"""From settings to a service whose engine runs: the one place that knows all parts."""
 
 import logging
 import time
@@ -11,11 +11,11 @@ from server.engine.scoring import LOGITS_BUDGET
 from server.errors import ServerError, StartupError
 from server.loading import LoadedModel, choose_block_size, kv_cache_blocks, load_model, open_runner, text_limit
 from server.metrics import Metrics
-from server.registry import Loaded, Registry, fits_model
-from server.remembered import recall, remember
+from server.registry import LoadedCheckpoint, Registry, fits_model
+from server.registry_state import read_state, write_state
 from server.service import Service
-from server.text import Codec
 from server.threads import aside
+from server.tokenizer import Codec
 from steering.columns import ColumnBank
 from steering.errors import UnsupportedArchitecture
 
@@ -30,7 +30,7 @@ def open_service(settings: Settings) -> Service:
     start = time.monotonic()
     if "checkpoints" in settings.model_fields_set and not settings.checkpoints.is_dir():
         raise StartupError(f"There is no checkpoints folder {str(settings.checkpoints)!r} (MATSTEER_CHECKPOINTS).")
-    service = aside(lambda: _wire(settings, load_model(settings)))
+    service = aside(lambda: _build(settings, load_model(settings)))
     service.engine.start()
     try:
         active = _activate(service.registry, settings)
@@ -41,14 +41,14 @@ def open_service(settings: Settings) -> Service:
     return service
 
 
-def _wire(settings: Settings, loaded: LoadedModel) -> Service:
+def _build(settings: Settings, loaded: LoadedModel) -> Service:
     try:
-        return _wired(settings, loaded)
+        return _build_service(settings, loaded)
     except UnsupportedArchitecture as error:
         raise StartupError(f"The model {settings.model_path!r} cannot be steered: {error}.") from error
 
 
-def _wired(settings: Settings, loaded: LoadedModel) -> Service:
+def _build_service(settings: Settings, loaded: LoadedModel) -> Service:
     fits = fits_model(loaded.model, settings.served_name, settings.revision)
     bank = ColumnBank(device=loaded.device, max_tokens=settings.max_num_batched_tokens)
     runner = open_runner(loaded.model, bank, settings.served_name, native=settings.native)
@@ -63,7 +63,7 @@ def _wired(settings: Settings, loaded: LoadedModel) -> Service:
         max_num_batched_tokens=settings.max_num_batched_tokens,
         mib=settings.kv_cache_mib,
         gpu_memory_utilization=settings.gpu_memory_utilization,
-        cpu_memory_share=settings.cpu_memory_share,
+        cpu_kv_cache_share=settings.cpu_kv_cache_share,
     )
     spread = is_spread(loaded.model)
     if spread:
@@ -90,16 +90,16 @@ def _wired(settings: Settings, loaded: LoadedModel) -> Service:
 
 
 def _activate(registry: Registry, settings: Settings) -> str:
-    """The chosen checkpoint, that of the last run, or the obvious one; a server without any serves unsteered."""
+    """Activates the checkpoint of the settings, else that of the last run, else the obvious one; there may be none."""
     for entry in registry.entries():
         if entry.problem:
             log.warning("checkpoint %s@%s cannot be loaded: %s", entry.name, entry.version, entry.problem)
     root, model = settings.checkpoints, settings.served_name
-    before = registry.restore(recall(root, model)) if settings.remember else None
+    restored = registry.restore(read_state(root, model)) if settings.remember else None
     if settings.checkpoint:
-        active: Loaded | None = registry.activate(settings.checkpoint)
+        active: LoadedCheckpoint | None = registry.activate(settings.checkpoint)
     else:
-        active = before or registry.activate_default()
+        active = restored or registry.activate_default()
     if settings.remember:
-        registry.on_change = lambda: remember(root, registry.served(model))
+        registry.on_change = lambda: write_state(root, registry.state(model))
     return active.label if active else "none"

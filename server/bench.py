@@ -1,4 +1,4 @@
-"""Load on a server of OpenAI's API, ours or another, and what its clients feel.
+"""`matsteer bench`: load on a server of OpenAI's API, ours or another, and the latency that its clients see.
 
 Closed loop: so many clients, each sends its next request when the last is answered. Open loop: requests arrive at a
 rate (a Poisson process), whether the server keeps up or not.
@@ -10,10 +10,17 @@ import random
 import statistics
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import httpx
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from server.errors import ServerError
+from server.terminal import terminal
 
 TEXT = (
     "the of and to in a is that for it as was with be by on not he his but at are this have from or had an they which "
@@ -53,8 +60,8 @@ class Workload:
 class Outcome:
     """One request, in seconds since it was sent."""
 
-    first: float | None = None  # the first piece of text
-    gaps: list[float] = field(default_factory=list)  # between two pieces
+    first: float | None = None  # when the first chunk with text came
+    gaps: list[float] = field(default_factory=list)  # between two such chunks
     total: float = 0.0
     prompt_tokens: int = 0
     new_tokens: int = 0
@@ -63,7 +70,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Summary:
-    """One run. Milliseconds; percentiles over requests, of the time between tokens over all pairs of tokens."""
+    """One run. Milliseconds; percentiles over requests, of `inter_token_ms` over pairs of neighbouring chunks."""
 
     load: str
     requests: int
@@ -108,8 +115,8 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
     return {f"p{share}": round(cuts[share - 1] * 1000, 2) for share in PERCENTILES}
 
 
-async def closed(http: httpx.AsyncClient, bodies: Sequence[Mapping[str, Any]], clients: int) -> Summary:
-    """So many clients at once, until all requests are answered."""
+async def closed_loop(http: httpx.AsyncClient, bodies: Sequence[Mapping[str, Any]], clients: int) -> Summary:
+    """Sends all requests, each of `clients` clients the next one when its last is answered."""
     left = iter(bodies)
     outcomes: list[Outcome] = []
 
@@ -122,8 +129,8 @@ async def closed(http: httpx.AsyncClient, bodies: Sequence[Mapping[str, Any]], c
     return Summary.of(f"{clients} clients", outcomes, time.perf_counter() - start)
 
 
-async def open_(http: httpx.AsyncClient, bodies: Sequence[Mapping[str, Any]], rate: float, seed: int) -> Summary:
-    """So many requests a second on average."""
+async def open_loop(http: httpx.AsyncClient, bodies: Sequence[Mapping[str, Any]], rate: float, seed: int) -> Summary:
+    """Sends all requests at a random time each, `rate` a second on average, without waiting for answers."""
     number = random.Random(seed)
     start = time.perf_counter()
     tasks = []
@@ -142,12 +149,12 @@ async def send(http: httpx.AsyncClient, body: Mapping[str, Any]) -> Outcome:
     start = time.perf_counter()
     last = start
     try:
-        async for piece in _pieces(http, body):
+        async for chunk in _chunks(http, body):
             now = time.perf_counter()
-            if usage := piece.get("usage"):
+            if usage := chunk.get("usage"):
                 outcome.prompt_tokens = usage["prompt_tokens"]
                 outcome.new_tokens = usage["completion_tokens"]
-            if any(choice.get("text") for choice in piece.get("choices") or ()):
+            if any(choice.get("text") for choice in chunk.get("choices") or ()):
                 if outcome.first is None:
                     outcome.first = now - start
                 else:
@@ -159,7 +166,7 @@ async def send(http: httpx.AsyncClient, body: Mapping[str, Any]) -> Outcome:
     return outcome
 
 
-async def _pieces(http: httpx.AsyncClient, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+async def _chunks(http: httpx.AsyncClient, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
     async with http.stream("POST", "/v1/completions", json=body) as response:
         if response.is_error:
             raise RuntimeError(f"{response.status_code} {(await response.aread()).decode(errors='replace')[:300]}")
@@ -169,9 +176,61 @@ async def _pieces(http: httpx.AsyncClient, body: Mapping[str, Any]) -> AsyncIter
             if data == "[DONE]":
                 ended = True
             elif data:
-                piece = json.loads(data)
-                if "error" in piece:
-                    raise RuntimeError(str(piece["error"])[:300])
-                yield piece
+                chunk = json.loads(data)
+                if "error" in chunk:
+                    raise RuntimeError(str(chunk["error"])[:300])
+                yield chunk
         if not ended:
             raise RuntimeError("the stream ended too early")
+
+
+def report(summaries: Sequence[Summary], out: Path | None) -> bool:
+    """Prints a table and writes the numbers to `out`. Returns whether every request was answered."""
+    table = Table(*("load", "failed", "requests/s", "tokens/s", "first token ms", "between tokens ms", "answer ms"))
+    for one in summaries:
+        spans = [
+            " / ".join(f"{value:g}" for value in span.values())
+            for span in (one.ttft_ms, one.inter_token_ms, one.latency_ms)
+        ]
+        table.add_row(one.load, str(one.failed), f"{one.requests_per_s:g}", f"{one.new_tokens_per_s:g}", *spans)
+    terminal().print(table, Text("percentiles 50 / 90 / 99", style="dim"), sep="\n")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps([one.as_dict() for one in summaries], indent=1) + "\n", encoding="utf-8")
+    for one in summaries:
+        if one.first_error:
+            typer.echo(f"{one.load}: {one.failed} of {one.requests} failed, first: {one.first_error}")
+    return not any(one.failed for one in summaries)
+
+
+async def measure(
+    url: str,
+    api_key: str | None,
+    work: Workload,
+    clients: Sequence[int],
+    *,
+    rate: float | None,
+    warmup: int,
+    timeout: float,
+) -> list[Summary]:
+    """A run for each number of clients, or one at a rate. Raises ServerError."""
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout, limits=limits) as http:
+        try:
+            if not work.model:
+                work = replace(work, model=await _first_model(http))
+            for body in replace(work, requests=warmup, seed=work.seed + 1).bodies():
+                await send(http, body)
+            if rate is not None:
+                return [await open_loop(http, work.bodies(), rate, work.seed)]
+            return [await closed_loop(http, work.bodies(), count) for count in clients]
+        except (httpx.HTTPError, ValueError, LookupError) as error:
+            raise ServerError(f"There is no server of OpenAI's API at {url}: {error!r}.") from None
+
+
+async def _first_model(http: httpx.AsyncClient) -> str:
+    response = await http.get("/v1/models")
+    response.raise_for_status()
+    name: str = response.json()["data"][0]["id"]
+    return name

@@ -19,7 +19,7 @@ GROUP = "matsteer.commands"
 
 
 class _Commands(TyperGroup):
-    """The commands of this file first; those of other packages are imported only when they are asked for."""
+    """The commands of this file, then those of other packages, which are imported when the first of them is needed."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return [*super().list_commands(ctx), *self._added()]
@@ -67,19 +67,22 @@ def serve(
     dtype: Dtype = None,
     model_name: Annotated[str | None, typer.Option(help="The name that clients see.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the model, at most; 0: all cores.")] = None,
-    max_batch_rows: Annotated[int | None, typer.Option(help="Texts generated together.")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Texts generated together.")] = None,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens of one forward pass.")] = None,
     max_context: Annotated[int | None, typer.Option(help="Tokens of prompt and answer together.")] = None,
     queue_limit: Annotated[int | None, typer.Option(help="Texts that may wait; beyond: 429.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    max_batch_rows: Annotated[int | None, typer.Option(help="Old name of --max-num-seqs.", hidden=True)] = None,
+    step_tokens: Annotated[int | None, typer.Option(help="Old name of --max-num-batched-tokens.", hidden=True)] = None,
 ) -> None:
     """Serve a steered model over HTTP. Every setting can also be given as MATSTEER_NAME in the environment.
 
     Example: matsteer serve --model Qwen/Qwen2.5-0.5B --checkpoints checkpoints --port 8000
     """
     given = dict(locals())
-    with _one_sentence():
+    with _error_as_sentence():
         settings = load_settings(**given)
-        _log(settings)
+        _configure_logging(settings)
         from server.listener import listen, run
 
         with listen(settings) as bound:  # first: nobody should wait for the model to hear that the port is taken
@@ -192,14 +195,13 @@ def bench(
 
     Example: matsteer bench --url http://127.0.0.1:8000 --concurrency 1,8,32 --set truthfulness=1
     """
-    with _one_sentence():
-        clients = [_whole(part, "--concurrency") for part in concurrency.split(",")]
-        prompt, new = _span(prompt_tokens, "--prompt-tokens"), _span(new_tokens, "--new-tokens")
+    with _error_as_sentence():
+        clients = [_positive(part, "--concurrency") for part in concurrency.split(",")]
+        prompt, new = _range(prompt_tokens, "--prompt-tokens"), _range(new_tokens, "--new-tokens")
         extra: dict[str, Any] = {"ignore_eos": True} if ignore_eos else {}
         if (attributes := _multipliers(set_)) is not None:
             extra["steering"] = {"attributes": attributes}
-        from server.bench import Workload
-        from server.terminal.bench import measure, report
+        from server.bench import Workload, measure, report
 
         work = Workload(model or "", requests, prompt, new, vocab, seed, extra)
         summaries = asyncio.run(measure(url, api_key, work, clients, rate=rate, warmup=warmup, timeout=timeout))
@@ -213,8 +215,8 @@ def list_checkpoints(checkpoints: Checkpoints = None) -> None:
 
     Example: matsteer checkpoints list --checkpoints checkpoints
     """
-    with _one_sentence():
-        from server.terminal.folders import list_folders
+    with _error_as_sentence():
+        from server.terminal.checkpoints import list_folders
 
         list_folders(load_settings(checkpoints=checkpoints).checkpoints)
 
@@ -225,8 +227,8 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME[@VERSION]")], checkpo
 
     Example: matsteer checkpoints show demo
     """
-    with _one_sentence():
-        from server.terminal.folders import show_folder
+    with _error_as_sentence():
+        from server.terminal.checkpoints import show_folder
 
         show_folder(load_settings(checkpoints=checkpoints).checkpoints, name)
 
@@ -241,8 +243,8 @@ def verify(
 
     Example: matsteer checkpoints verify demo --model demo/model
     """
-    with _one_sentence():
-        from server.terminal.folders import verify_folders
+    with _error_as_sentence():
+        from server.terminal.checkpoints import verify_folders
 
         if not verify_folders(load_settings(checkpoints=checkpoints, model=model), name, against=model is not None):
             raise typer.Exit(1)
@@ -275,11 +277,11 @@ def import_checkpoint(
 
     Example: matsteer checkpoints import honesty.gguf --model mistralai/Mistral-7B-v0.1 --out checkpoints/honesty
     """
-    with _one_sentence():
-        from server.terminal.formats import Import, import_file
+    with _error_as_sentence():
+        from server.terminal.checkpoints import ImportOptions, import_file
 
         import_file(
-            Import(
+            ImportOptions(
                 source, model, out, format, layer, site, tuple(attribute or ()), version, positions, revision, overwrite
             )
         )
@@ -300,9 +302,9 @@ def export_checkpoint(
 
     Example: matsteer checkpoints export honesty --format gguf --set honesty=1.5 --out honesty.gguf
     """
-    with _one_sentence():
+    with _error_as_sentence():
         multipliers = _multipliers(set_)
-        from server.terminal.formats import export_folder
+        from server.terminal.checkpoints import export_folder
 
         export_folder(load_settings(checkpoints=checkpoints).checkpoints, name, out, format, multipliers)
 
@@ -310,29 +312,25 @@ def export_checkpoint(
 def _show(
     route: Literal["generate", "compare"], body: dict[str, Any], url: str | None, api_key: str | None, **given: Any
 ) -> None:
-    """The answer of the server at `url`, or of one that is `given` so and lives as long as the command."""
-    with _one_sentence():
+    """Shows the answer of the server at `url`, or of a model that is loaded here with the `given` settings."""
+    with _error_as_sentence():
+        from server.terminal.generate import answer_here, ask_server, show_arms
+
         if url is None:
             settings = load_settings(**given, log_level="warning", remember=False)
-            _log(settings)
-            from server.local import ask
-
-            answer = ask(settings, route, body)
+            _configure_logging(settings)
+            answer = answer_here(settings, route, body)
         else:
             checkpoint = given.pop("checkpoint")
             if foreign := [f"--{name}" for name, value in given.items() if value is not None]:
                 raise typer.BadParameter(f"{', '.join(foreign)}: the server at --url has its own")
             for steered in body.get("arms", [body]):
                 steered["checkpoint"] = checkpoint
-            from server.client import ask_server
-
             answer = ask_server(url, api_key, route, body)
-        from server.terminal.arms import show_arms
-
         show_arms(body["prompt"], answer)
 
 
-def _whole(text: str, option: str) -> int:
+def _positive(text: str, option: str) -> int:
     try:
         number = int(text)
     except ValueError:
@@ -342,9 +340,9 @@ def _whole(text: str, option: str) -> int:
     return number
 
 
-def _span(text: str, option: str) -> tuple[int, int]:
+def _range(text: str, option: str) -> tuple[int, int]:
     least, _, most = text.partition("-")
-    span = _whole(least, option), _whole(most or least, option)
+    span = _positive(least, option), _positive(most or least, option)
     if span[0] > span[1]:
         raise typer.BadParameter(f"{option} takes LEAST-MOST, as in 16-128, not {text!r}")
     return span
@@ -367,15 +365,15 @@ def _multipliers(pairs: list[str] | None) -> dict[str, float] | None:
     return multipliers
 
 
-def _log(settings: Settings) -> None:
+def _configure_logging(settings: Settings) -> None:
     import logging
 
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 
 @contextmanager
-def _one_sentence() -> Iterator[None]:
-    """An error that a user can mend is one sentence, not a traceback."""
+def _error_as_sentence() -> Iterator[None]:
+    """A ServerError ends the command with one sentence and exit status 1, without a traceback."""
     try:
         yield
     except ServerError as error:

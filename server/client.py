@@ -13,12 +13,13 @@ server refuses is raised as `ApiError`, what does not reach it as httpx's own ex
 import json
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import httpx
 from pydantic import BaseModel
 
-from server.api.bodies import (
+from server.schemas import (
+    TOKEN_BODY,
     CheckpointListBody,
     CheckpointVersionsBody,
     CompareResponse,
@@ -29,14 +30,13 @@ from server.api.bodies import (
     TokenBody,
     UnloadedBody,
 )
-from server.errors import ServerError
 
 LOCAL = "http://127.0.0.1:8000"
 Body = TypeVar("Body", bound=BaseModel)
 
 
 class ApiError(Exception):
-    """The server's refusal: its status, and what stands in `error` of its body (contracts: type, message, param)."""
+    """An error of the server: its HTTP status, and the fields of `error` in its body."""
 
     def __init__(self, status: int, type: str, message: str, param: str | None = None, request_id: str | None = None):
         super().__init__(message)
@@ -75,7 +75,7 @@ class _Call(Generic[Body]):
 
 
 class _Events(Generic[Body]):
-    """A stream's lines as tokens and, at last, the whole answer."""
+    """Parses a stream's lines: tokens, and last the whole answer."""
 
     def __init__(self, answer: type[Body]) -> None:
         self._answer = answer
@@ -89,7 +89,7 @@ class _Events(Generic[Body]):
         elif name == "data":
             match self._event:
                 case "token":
-                    return TokenBody.model_validate_json(value)
+                    return TOKEN_BODY.validate_json(value)
                 case "done":
                     self.ended = True
                     return self._answer.model_validate_json(value)
@@ -178,8 +178,8 @@ class Client:
             if response.is_error:
                 raise ApiError.of(response.status_code, response.read().decode(errors="replace"))
             for line in response.iter_lines():
-                if (told := events.line(line)) is not None:
-                    yield told
+                if (item := events.line(line)) is not None:
+                    yield item
         events.end()
 
 
@@ -263,23 +263,9 @@ class AsyncClient:
             if response.is_error:
                 raise ApiError.of(response.status_code, (await response.aread()).decode(errors="replace"))
             async for line in response.aiter_lines():
-                if (told := events.line(line)) is not None:
-                    yield told
+                if (item := events.line(line)) is not None:
+                    yield item
         events.end()
-
-
-def ask_server(
-    url: str, api_key: str | None, route: Literal["generate", "compare"], body: Mapping[str, Any]
-) -> GenerateResponse | CompareResponse:
-    """One request, for commands. Raises ServerError with one sentence, whatever goes wrong."""
-    given = {name: value for name, value in body.items() if value is not None}
-    try:
-        with Client(url, api_key=api_key) as client:
-            return client.generate(**given) if route == "generate" else client.compare(**given)
-    except ApiError as error:
-        raise ServerError(f"The server refuses: {error.message}") from None
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-        raise ServerError(f"There is no mat-steer at {url}: {str(error).rstrip('.')}.") from None
 
 
 def _headers(api_key: str | None) -> dict[str, str]:

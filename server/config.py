@@ -1,5 +1,7 @@
 """Settings: defaults, then `MATSTEER_*` from the environment, then the command line. Frozen once made."""
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -9,6 +11,11 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from server.errors import StartupError
 
 PREFIX = "MATSTEER_"
+OLD_NAMES = {  # accepted in place of the new ones: as keywords, in the environment and on the command line
+    "max_batch_rows": "max_num_seqs",
+    "step_tokens": "max_num_batched_tokens",
+    "cache_mib": "kv_cache_mib",
+}
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 
 
@@ -34,20 +41,29 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     threads: int = Field(default=0, ge=0, le=1024, description="CPU threads of the model, at most; 0: all cores")
     native: bool = Field(default=True, description="compile kernels for this CPU, where there is a C++ compiler")
-    max_num_seqs: int = Field(default=32, ge=2, le=4096, description="rows generated together")
-    block_size: int | None = None
-    gpu_memory_utilization: float = 0.9
-    cpu_memory_share: float = 0.25
+    max_num_seqs: int = Field(default=32, ge=2, le=4096, description="texts generated together")
     max_num_batched_tokens: int = Field(
-        default=512, ge=2, le=2**20, description="tokens of one forward pass: longer prompts are read in several"
+        default=512, ge=2, le=2**20, description="tokens of one forward pass: longer prompts are read in chunks"
     )
     kv_cache_mib: int = Field(
-        default=0, ge=0, description="memory for keys and values; 0: a quarter of what is free, on a GPU nine tenths"
+        default=0, ge=0, description="memory of the KV cache; 0: a quarter of what is free, on a GPU nine tenths"
+    )
+    gpu_memory_utilization: float = Field(
+        default=0.9,
+        gt=0,
+        le=1,
+        description="share of the GPU's memory that weights, activations and the KV cache may take together",
+    )
+    cpu_kv_cache_share: float = Field(
+        default=0.25, gt=0, le=1, description="share of the free memory that the KV cache takes on a CPU"
+    )
+    block_size: int | None = Field(
+        default=None, ge=1, le=4096, description="tokens of a KV cache block; unset: chosen for the device"
     )
     stream_interval: int = Field(
         default=1, ge=1, description="tokens of a text that are streamed together; more is less work for each"
     )
-    queue_limit: int = Field(default=256, ge=1, description="rows that may wait; beyond: 429")
+    queue_limit: int = Field(default=256, ge=1, description="texts that may wait; beyond: 429")
     max_request_rows: int = Field(default=256, ge=1, description="texts one request may ask for: prompts x n x arms")
     max_body_bytes: int = Field(default=4 * 2**20, ge=1, description="size of a request's body; beyond: 413")
     max_context: int | None = Field(
@@ -69,16 +85,20 @@ class Settings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**_with_new_names(given))
+
     @field_validator("api_key", "admin_key", mode="before")
     @classmethod
     def _empty_is_unset(cls, given: Any) -> Any:
         return given or None
 
     @model_validator(mode="after")
-    def _every_row_has_its_token(self) -> Self:
+    def _every_text_has_its_token(self) -> Self:
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
-                f"max_num_batched_tokens is {self.max_num_batched_tokens}, but must be at least max_num_seqs, {self.max_num_seqs}"
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}, but must be at least max_num_seqs, "
+                f"{self.max_num_seqs}"
             )
         return self
 
@@ -108,20 +128,63 @@ class Settings(BaseSettings):
 def load_settings(**given: Any) -> Settings:
     """Settings from the environment, overridden by the `given` values that are not None.
 
-    Raises StartupError: one sentence that names the setting and its value.
+    Raises StartupError: one sentence that names the setting, as it was given, and its value.
     """
+    given = {name: value for name, value in given.items() if value is not None}
     try:
-        return Settings(**{name: value for name, value in given.items() if value is not None})
+        return Settings(**given)
     except ValidationError as error:
-        raise StartupError(_sentence(error)) from None
+        raise StartupError(_sentence(error, given)) from None
 
 
-def _sentence(error: ValidationError) -> str:
-    first = error.errors()[0]
+def _with_new_names(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords under their new names, and beside them what the environment sets under an old name. Raises StartupError
+    where an old and a new name differ in one place; a keyword goes before the environment, whatever their names."""
+    settings = dict(given)
+    for old, new in OLD_NAMES.items():
+        if old in settings:
+            value = settings.pop(old)
+            _check_same(old, value, new, settings.setdefault(new, value))
+        set_old, set_new = _environment(old), _environment(new)
+        if set_old is not None and set_new is not None:
+            _check_same(_variable(old), set_old, _variable(new), set_new)
+        if set_old is not None and set_new is None:
+            settings.setdefault(new, set_old)
+    return settings
+
+
+def _check_same(old: str, value: Any, new: str, other: Any) -> None:
+    if str(value) != str(other):
+        raise StartupError(f"{new} is {other}, but {old}, its old name, is {value}; set one of them.")
+
+
+def _variable(name: str) -> str:
+    return f"{PREFIX}{name.upper()}"
+
+
+def _environment(name: str) -> str | None:
+    """Upper and lower case mean the same, as pydantic reads the environment."""
+    return next((value for variable, value in os.environ.items() if variable.upper() == _variable(name)), None)
+
+
+def _given_names(given: Mapping[str, Any]) -> dict[str, str]:
+    """New name -> old name, of the settings that were given under their old names."""
+    return {
+        new: old
+        for old, new in OLD_NAMES.items()
+        if old in given or (new not in given and _environment(new) is None and _environment(old) is not None)
+    }
+
+
+def _sentence(error: ValidationError, given: Mapping[str, Any]) -> str:
+    first, old_names = error.errors()[0], _given_names(given)
     message = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:
+        for new, old in old_names.items():
+            message = message.replace(new, old)
         return f"Bad settings: {message}."
     name = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
         return f"There is no setting called {name!r}."
-    return f"Bad setting {name} ({PREFIX}{name.upper()}): {first['input']!r}: {message}."
+    name = old_names.get(name, name)
+    return f"Bad setting {name} ({_variable(name)}): {first['input']!r}: {message}."

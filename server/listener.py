@@ -1,4 +1,4 @@
-"""The socket of the server, and its end: finish what there is, for a while."""
+"""uvicorn with a socket that is bound before the model is loaded, and a shutdown that drains."""
 
 import asyncio
 import gc
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def listen(settings: Settings) -> socket.socket:
-    """A socket that has the address; it takes connections once the server runs. Raises StartupError."""
+    """A bound socket; it takes connections once the server runs. Raises StartupError."""
     where = f"{settings.host} port {settings.port}"
     try:
         bound = _bind(settings.host, settings.port)
@@ -37,7 +37,7 @@ def _bind(host: str, port: int) -> socket.socket:
     family, kind, protocol, _, address = found[0]
     bound = socket.socket(family, kind, protocol)
     try:
-        # Else the connections of a server that has just stopped would keep the address for a minute.
+        # Otherwise closed connections of a server that has just stopped block the address for a minute.
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
     except OSError:
@@ -47,15 +47,15 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 def run(app: FastAPI, bound: socket.socket, *, drain_s: float) -> None:
-    """Serve until SIGTERM or SIGINT; a second one does not wait."""
-    # The model and the libraries stay: the garbage collector looks no more at them, which would stop every stream.
+    """Serves until SIGTERM or SIGINT, then drains; a second signal ends it at once."""
+    # The garbage collector need not look at the model and the libraries again: that would stop every stream for long.
     gc.collect()
     gc.freeze()
     DrainingServer(app, drain_s=drain_s).run(sockets=[bound])
 
 
 class DrainingServer(uvicorn.Server):
-    """At the end takes nothing new, gives what runs `drain_s` to finish, and answers the rest with a 503."""
+    """At shutdown takes no new requests; running ones have `drain_s` seconds to finish, then they end with a 503."""
 
     def __init__(self, app: FastAPI, *, drain_s: float) -> None:
         super().__init__(uvicorn.Config(app, log_config=None, access_log=False))
@@ -65,7 +65,7 @@ class DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         super().handle_exit(sig, frame)
-        self._captured_signals.clear()  # not to be raised again at the end: who ends as asked ends with 0
+        self._captured_signals.clear()  # uvicorn would raise the signal again; the exit status of a clean end is 0
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._engine.drain()

@@ -160,7 +160,9 @@ def open_runner(model: Any, bank: ColumnBank, name: str, *, native: bool = True)
     try:
         runner = ModelRunner(model, bank, native=native)
         # Every token's logits: as if all that follows the first one were to be scored.
-        given = [Sequence("check", 0, (ids[0],), continuation=(*ids[1:], 0)) for ids in (text.tolist() for text in texts)]
+        given = [
+            Sequence("check", 0, (ids[0],), continuation=(*ids[1:], 0)) for ids in (text.tolist() for text in texts)
+        ]
         logits, _ = runner.forward(tuple(ScheduledChunk(one, 0, len(one.token_ids)) for one in given))
     except Exception as error:
         log.debug("the engine's attention fails", exc_info=error)
@@ -231,7 +233,7 @@ def kv_cache_blocks(
     max_num_batched_tokens: int,
     mib: int = 0,
     gpu_memory_utilization: float = 0.9,
-    cpu_memory_share: float = 0.25,
+    cpu_kv_cache_share: float = 0.25,
 ) -> int:
     """How many blocks the KV cache has. `mib`: its memory; 0: by what is free. Not more than twice what so many
     sequences of `limit` tokens can use.
@@ -243,11 +245,11 @@ def kv_cache_blocks(
         tokens = mib * 2**20 // token
     else:
         peak = peak_bytes(runner, block_size, limit, max_num_batched_tokens)
-        tokens = _free_tokens(runner, peak, gpu_memory_utilization, cpu_memory_share)
+        tokens = _free_tokens(runner, peak, gpu_memory_utilization, cpu_kv_cache_share)
     if tokens < max(SMALLEST_CACHE, block_size):
         raise StartupError(
-            f"There is no memory for keys and values: a token takes {token} bytes, and {max(0, tokens) * token} are to be "
-            f"had; at least {max(SMALLEST_CACHE, block_size)} tokens have to fit (MATSTEER_KV_CACHE_MIB)."
+            f"There is no memory for keys and values: a token takes {token} bytes, and {max(0, tokens) * token} are to "
+            f"be had; at least {max(SMALLEST_CACHE, block_size)} tokens have to fit (MATSTEER_KV_CACHE_MIB)."
         )
     if limit and limit > tokens:
         log.warning("texts may have %d tokens, not %d: there is no memory for more", tokens, limit)
@@ -278,17 +280,18 @@ def peak_bytes(runner: ModelRunner, block_size: int, limit: int | None, max_num_
     return peak
 
 
-def _free_tokens(runner: ModelRunner, peak: int, gpu_memory_utilization: float, cpu_memory_share: float) -> int:
+def _free_tokens(runner: ModelRunner, peak: int, gpu_memory_utilization: float, cpu_kv_cache_share: float) -> int:
     """How many tokens' keys and values fit into what the cache may take of every device that has layers."""
     sizes: Counter[torch.device] = Counter()
     for shape in runner.attention.shapes.values():
         sizes[shape.device] += shape.bytes
     return min(
-        (_free_bytes(device, gpu_memory_utilization, cpu_memory_share) - peak) // size for device, size in sizes.items()
+        (_free_bytes(device, gpu_memory_utilization, cpu_kv_cache_share) - peak) // size
+        for device, size in sizes.items()
     )
 
 
-def _free_bytes(device: torch.device, gpu_memory_utilization: float, cpu_memory_share: float) -> int:
+def _free_bytes(device: torch.device, gpu_memory_utilization: float, cpu_kv_cache_share: float) -> int:
     """What the cache may take: on a GPU what is left of its memory's share once all that is there has its own,
     elsewhere a share of the memory that is free."""
     if device.type == "cuda":
@@ -296,7 +299,7 @@ def _free_bytes(device: torch.device, gpu_memory_utilization: float, cpu_memory_
         return free - int(total * (1 - gpu_memory_utilization))
     known = "SC_AVPHYS_PAGES" in os.sysconf_names  # macOS tells only how much there is
     pages = os.sysconf("SC_AVPHYS_PAGES") if known else os.sysconf("SC_PHYS_PAGES") // 2
-    return int(min(pages * os.sysconf("SC_PAGE_SIZE"), _container_bytes()) * cpu_memory_share)
+    return int(min(pages * os.sysconf("SC_PAGE_SIZE"), _container_bytes()) * cpu_kv_cache_share)
 
 
 def _container_bytes() -> int:

@@ -1,4 +1,4 @@
-"""What Prometheus reads: requests and texts as they end, and the engine as it is."""
+"""Metrics for Prometheus: requests and texts when they end, the engine when it is scraped."""
 
 from collections.abc import Iterator
 
@@ -36,18 +36,18 @@ class Metrics:
         )
 
     def request(self, route: str, status: int, seconds: float) -> None:
-        """A request has ended. `route`: the path with its parameters' names, so that there are only so many."""
+        """To be called when a request has ended. `route`: the path template, so that there are few values."""
         self._requests.labels(route, str(status)).inc()
         self._request_seconds.labels(route).observe(seconds)
 
     def text(self, event: Finished) -> None:
-        """A text has ended."""
-        timing, tokens = event.timing, len(event.tokens)
+        """To be called when a text has ended."""
+        timing, tokens = event.timing, len(event.token_ids)
         self._queue.observe(timing.queue_ms / 1000)
         self._first.observe(timing.ttft_ms / 1000)
         if tokens > 1:
             self._token.observe((timing.total_ms - timing.ttft_ms) / 1000 / (tokens - 1))
-        self._prompt_tokens.inc(len(event.row.tokens))
+        self._prompt_tokens.inc(len(event.sequence.prompt_token_ids))
         self._new_tokens.inc(tokens)
         self._steered.inc(event.steered_tokens)
 
@@ -62,28 +62,32 @@ class Metrics:
 
 
 class _Engine(Collector):
-    """Reads what the engine and the registry count anyway."""
+    """Reads the counters of the engine and the registry at each scrape."""
 
     def __init__(self, engine: Engine, registry: Registry) -> None:
         self._engine = engine
         self._registry = registry
 
     def collect(self) -> Iterator[Metric]:
-        stats, load = self._engine.stats, self._engine.load
+        stats, status = self._engine.stats, self._engine.status
         for name, what, count in (
             ("steps", "forward passes", stats.steps),
             ("computed_tokens", "tokens through the model, prompts included", stats.computed_tokens),
-            ("shared_tokens", "tokens whose keys and values were taken over instead of computed", load.shared_tokens),
+            ("scored_tokens", "tokens of given texts whose log-probabilities were computed", stats.scored_tokens),
+            ("shared_tokens", "tokens found in the prefix cache instead of being computed", status.cached_tokens),
             ("failed_steps", "forward passes that failed", stats.failed_steps),
-            ("preemptions", "rows that gave their space back", load.preemptions),
+            ("preemptions", "texts whose blocks were taken, to be computed again later", status.preemptions),
         ):
             yield CounterMetricFamily(f"matsteer_{name}", what, value=count)
         for name, what, value in (
-            ("rows_running", "texts that are being generated", load.running),
-            ("rows_waiting", "texts that wait", load.waiting),
-            ("cache_tokens_used", "tokens of the key-value cache that running texts hold", load.used_tokens),
-            ("cache_tokens", "tokens that the key-value cache has room for", load.tokens),
-            ("cpu_threads", "threads that a step computes with; fewer while other work wants the cores", load.threads),
+            ("rows_running", "texts that are being generated", status.running),
+            ("rows_waiting", "texts that wait", status.waiting),
+            ("rows_scored", "given texts that are scored or compared, or wait for it", status.scoring),
+            ("cache_tokens_used", "tokens of the KV cache's blocks in use", status.used_blocks * status.block_size),
+            ("cache_tokens", "tokens that the KV cache has room for", status.num_blocks * status.block_size),
+            ("cache_blocks_used", "blocks of the KV cache that texts hold", status.used_blocks),
+            ("cache_blocks", "blocks of the KV cache", status.num_blocks),
+            ("cpu_threads", "threads that a step computes with; fewer while others want the cores", status.threads),
             ("ready", "1 while requests are taken", int(self._engine.trouble is None)),
         ):
             yield GaugeMetricFamily(f"matsteer_{name}", what, value=value)

@@ -1,4 +1,4 @@
-"""Checkpoints: which there are, which are loaded into the bank, which one is active, who uses them."""
+"""Checkpoints: which folders there are, which are loaded into the bank, which is active, which requests use them."""
 
 import logging
 import threading
@@ -20,21 +20,21 @@ from server.errors import (
     UnusableCheckpoint,
     WrongModel,
 )
-from server.remembered import Served
+from server.registry_state import RegistryState
 from steering import checkpoint as folders
 from steering.checkpoint import Checkpoint, base_model_info, verify_against, verify_sites
 from steering.columns import ColumnBank, Handle
 from steering.errors import CheckpointError, CheckpointMismatch, NotFound, UnsupportedArchitecture
 
 log = logging.getLogger(__name__)
-PREFERRED = "demo"
+PREFERRED_NAME = "demo"
 Key = tuple[str, str]  # name, version
 State = tuple[tuple[int, int], ...]  # of a folder: when each of its files was written (ns), and its size (bytes)
 OnEngine = Callable[[Callable[[], Any]], "Future[Any]"]
 
 
 @dataclass(frozen=True, eq=False)
-class Loaded:
+class LoadedCheckpoint:
     """A checkpoint whose columns are in the bank."""
 
     name: str  # of its folder, which may be a renamed copy
@@ -86,7 +86,7 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class Entry:
+class CheckpointEntry:
     """One complete checkpoint folder."""
 
     name: str
@@ -116,11 +116,11 @@ def fits_model(model: Any, name: str, revision: str | None) -> Callable[[Checkpo
 
 
 class Registry:
-    """Used from several threads; what changes the bank runs on the engine's thread.
+    """The checkpoints of one server. Used from several threads; changes of the bank run on the engine's thread.
 
-    A plain name means the active version of that name, else the version that was the newest when the plain name was
-    first asked for. Neither a folder that appears under a running server nor a request for another version changes it;
-    `renew` and `activate` do. What is replaced or unloaded serves the requests that hold it to their end.
+    A NAME without a version means the active version of that name, else the version that was the newest when NAME was
+    first asked for. It changes by `reload` and `activate` only, not when a newer folder appears or a request asks for
+    another version. A checkpoint that is replaced or unloaded stays in the bank until the requests that use it end.
     """
 
     def __init__(
@@ -131,55 +131,56 @@ class Registry:
         on_engine: OnEngine,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_change` is called when somebody has loaded, activated or unloaded a checkpoint for good."""
+        """`root`: the folder of checkpoints. `fits` raises CheckpointError for one that the model cannot use.
+        `on_engine` runs a function on the engine's thread. `on_change` is called after `reload` and `unload`."""
         self.on_change = on_change
         self._root = root
         self._bank = bank
         self._fits = fits
         self._on_engine = on_engine
         self._lock = threading.Lock()  # guards the four below
-        self._loaded: dict[Key, Loaded] = {}
-        self._meant: dict[str, Key] = {}  # what a plain name stands for
-        self._pins: dict[Loaded, int] = {}
+        self._loaded: dict[Key, LoadedCheckpoint] = {}
+        self._plain_names: dict[str, Key] = {}  # the version that a name without one means
+        self._users: dict[LoadedCheckpoint, int] = {}
         self._active: Key | None = None
         self._loading = threading.Lock()  # one load at a time
-        self._read: dict[Path, tuple[State, Checkpoint]] = {}
+        self._read_cache: dict[Path, tuple[State, Checkpoint]] = {}
 
     @property
-    def active(self) -> Loaded | None:
+    def active(self) -> LoadedCheckpoint | None:
         with self._lock:
             return self._loaded[self._active] if self._active else None
 
     @property
-    def loaded(self) -> list[Loaded]:
+    def loaded(self) -> list[LoadedCheckpoint]:
         """By name and version."""
         with self._lock:
             return [self._loaded[key] for key in sorted(self._loaded)]
 
     @property
     def pins(self) -> int:
-        """Uses of loaded checkpoints by requests that have not ended."""
+        """How often loaded checkpoints are in use by requests, counting each request's use of each."""
         with self._lock:
-            return sum(self._pins.values())
+            return sum(self._users.values())
 
-    def activate(self, reference: str) -> Loaded:
+    def activate(self, reference: str) -> LoadedCheckpoint:
         """Make NAME or NAME@VERSION the one that requests get when they name none."""
         return self._activate(self.load(reference))
 
-    def renew(self, name: str, version: str | None = None, *, activate: bool = False) -> Loaded:
-        """EngineStatus a version, or the newest, as its folder is now; the plain name means it from now on.
+    def reload(self, name: str, version: str | None = None, *, activate: bool = False) -> LoadedCheckpoint:
+        """Load a version (None: the newest) as its folder is now; NAME alone means this version from now on.
 
-        What was loaded of it before, and is another one, is replaced between two steps. A folder that cannot be used
-        changes nothing. Raises UnknownCheckpoint, UnusableCheckpoint, WrongModel.
+        A version that was loaded before and differs is replaced between two steps. After an error nothing has changed.
+        Raises UnknownCheckpoint, UnusableCheckpoint, WrongModel.
         """
         with self._loading:
             folder = self._folder(name, version, "name" if version is None else "version")
-            checkpoint, key = self._usable(folder, None), (name, folder.name)
+            checkpoint, key = self._read_checked(folder, None), (name, folder.name)
             with self._lock:
                 old = self._loaded.get(key)
-            new = old if old and old.checkpoint.config == checkpoint.config else self._into_bank(folder, None)
+            new = old if old and old.checkpoint.config == checkpoint.config else self._add_to_bank(folder, None)
             with self._lock:
-                self._loaded[key], self._meant[name] = new, key
+                self._loaded[key], self._plain_names[name] = new, key
         if old is not None and old is not new:
             self._retire(old)
         if activate:
@@ -188,7 +189,7 @@ class Registry:
         return new
 
     def unload(self, name: str, version: str | None = None) -> list[str]:
-        """Take a version, or all versions of a name, out; says which there were.
+        """Unload a version (None: all of that name); returns NAME@VERSION of each that was loaded.
 
         Raises UnknownCheckpoint, CheckpointInUse for the active one.
         """
@@ -197,8 +198,8 @@ class Registry:
             if self._active in gone:
                 raise CheckpointInUse(f"Checkpoint {'@'.join(self._active)} is active; activate another one first.")
             retired = [self._loaded.pop(key) for key in gone]
-            if self._meant.get(name) in gone:
-                del self._meant[name]
+            if self._plain_names.get(name) in gone:
+                del self._plain_names[name]
         if not gone:
             self._folder(name, version, "name" if version is None else "version")
         for one in retired:
@@ -206,43 +207,45 @@ class Registry:
         self.on_change()
         return [one.label for one in retired]
 
-    def _activate(self, loaded: Loaded) -> Loaded:
+    def _activate(self, loaded: LoadedCheckpoint) -> LoadedCheckpoint:
         with self._lock:
             self._active = (loaded.name, loaded.version)
         return loaded
 
-    def served(self, model: str) -> Served:
-        """What is loaded and active now."""
+    def state(self, model: str) -> RegistryState:
+        """What is loaded and active now, to be restored at the next start."""
         with self._lock:
             active = "@".join(self._active) if self._active else None
-            return Served(model, active, tuple(map("@".join, sorted(self._loaded))), dict(self._meant.values()))
+            return RegistryState(
+                model, active, tuple(map("@".join, sorted(self._loaded))), dict(self._plain_names.values())
+            )
 
-    def restore(self, served: Served) -> Loaded | None:
-        """EngineStatus what was loaded, as far as it is still there; returns what was active."""
-        for label in served.loaded:
+    def restore(self, state: RegistryState) -> LoadedCheckpoint | None:
+        """Load what was loaded; what cannot be loaded any more is a warning. Returns the active one."""
+        for label in state.loaded:
             try:
                 loaded = self.load(label)
             except ServerError as error:
                 log.warning("checkpoint %s was loaded before, and cannot be now: %s", label, error.message)
                 continue
-            if served.meant.get(loaded.name) == loaded.version:
+            if state.versions.get(loaded.name) == loaded.version:
                 with self._lock:
-                    self._meant[loaded.name] = loaded.name, loaded.version
+                    self._plain_names[loaded.name] = loaded.name, loaded.version
         try:
-            return self.activate(served.active) if served.active else None
+            return self.activate(state.active) if state.active else None
         except ServerError as error:
-            log.warning("checkpoint %s was active before, and cannot be now: %s", served.active, error.message)
+            log.warning("checkpoint %s was active before, and cannot be now: %s", state.active, error.message)
             return None
 
-    def activate_default(self) -> Loaded | None:
+    def activate_default(self) -> LoadedCheckpoint | None:
         """The only loadable checkpoint, or the one called "demo"; None when there is no such."""
         names = {entry.name for entry in self.entries() if not entry.problem}
-        if PREFERRED in names:
-            return self.activate(PREFERRED)
+        if PREFERRED_NAME in names:
+            return self.activate(PREFERRED_NAME)
         return self.activate(names.pop()) if len(names) == 1 else None
 
-    def load(self, reference: str, param: str | None = None) -> Loaded:
-        """The checkpoint NAME or NAME@VERSION, read and put into the bank if it is not there yet. Blocks.
+    def load(self, reference: str, param: str | None = None) -> LoadedCheckpoint:
+        """The checkpoint NAME or NAME@VERSION; reads it and adds it to the bank where it is not loaded yet. Blocks.
 
         Raises UnknownCheckpoint, UnusableCheckpoint, WrongModel.
         """
@@ -254,17 +257,17 @@ class Registry:
             if found := self._find_loaded(name, version):  # loaded while this call waited
                 return found
             folder = self._folder(name, version, param)
-            loaded = self._find_loaded(name, folder.name) or self._into_bank(folder, param)
+            loaded = self._find_loaded(name, folder.name) or self._add_to_bank(folder, param)
             with self._lock:
                 self._loaded[name, loaded.version] = loaded
                 if version is None:
-                    self._meant[name] = name, loaded.version
+                    self._plain_names[name] = name, loaded.version
             return loaded
 
-    def _into_bank(self, folder: Path, param: str | None) -> Loaded:
-        checkpoint = self._usable(folder, param)
+    def _add_to_bank(self, folder: Path, param: str | None) -> LoadedCheckpoint:
+        checkpoint = self._read_checked(folder, param)
         handle = self._on_engine(lambda: self._bank.add(checkpoint.columns)).result()
-        loaded = Loaded(folder.parent.name, folder.name, checkpoint, handle)
+        loaded = LoadedCheckpoint(folder.parent.name, folder.name, checkpoint, handle)
         log.info("loaded checkpoint %s (%d columns)", loaded.label, len(checkpoint.columns))
         return loaded
 
@@ -281,75 +284,82 @@ class Registry:
         names = dict.fromkeys(name for name, _, _ in folders.list_checkpoints(self._root))
         return f" There are {', '.join(names)}." if names else ""
 
-    def hold(self, reference: str | None, param: str | None = None) -> Loaded | None:
-        """What a request uses (None: the active one, if there is one): it stays until `release`. Blocks as `load`."""
+    def acquire(self, reference: str | None, param: str | None = None) -> LoadedCheckpoint | None:
+        """The checkpoint for a request (None: the active one, if there is one); it stays in the bank until `release`.
+
+        Blocks, and raises, as `load` does.
+        """
         while True:
             loaded = self.active if reference is None else self.load(reference, param)
             if loaded is None:
                 return None
             with self._lock:
-                # Else it has been replaced or unloaded since.
+                # Otherwise it has been replaced or unloaded since, and is looked up again.
                 if self._loaded.get((loaded.name, loaded.version)) is loaded:
-                    self._pins[loaded] = self._pins.get(loaded, 0) + 1
+                    self._users[loaded] = self._users.get(loaded, 0) + 1
                     return loaded
 
-    def release(self, loaded: Loaded) -> None:
-        """A request has ended."""
+    def release(self, loaded: LoadedCheckpoint) -> None:
+        """A request that has acquired it has ended."""
         with self._lock:
-            self._pins[loaded] -= 1
-            if self._pins[loaded]:
+            self._users[loaded] -= 1
+            if self._users[loaded]:
                 return
-            del self._pins[loaded]
+            del self._users[loaded]
             stays = self._loaded.get((loaded.name, loaded.version)) is loaded
         if not stays:
-            self._out_of_bank(loaded)
+            self._remove_from_bank(loaded)
 
-    def _retire(self, loaded: Loaded) -> None:
-        """It is not in `_loaded` any more: takes it out of the bank, now or when its last request ends."""
+    def _retire(self, loaded: LoadedCheckpoint) -> None:
+        """Called when it is not in `_loaded` any more: removes it from the bank, unless a request uses it still."""
         with self._lock:
-            used = loaded in self._pins
+            used = loaded in self._users
         if not used:
-            self._out_of_bank(loaded)
+            self._remove_from_bank(loaded)
 
-    def _out_of_bank(self, loaded: Loaded) -> None:
+    def _remove_from_bank(self, loaded: LoadedCheckpoint) -> None:
         try:
             self._on_engine(lambda: self._bank.remove(loaded.handle))
         except EngineDown:  # and the bank with it
             return
         log.info("unloaded checkpoint %s", loaded.label)
 
-    def entries(self, name: str | None = None) -> list[Entry]:
-        """Every complete folder, or those of one name. Reads what has changed since the last look."""
+    def entries(self, name: str | None = None) -> list[CheckpointEntry]:
+        """Every complete folder, or those of one name. Reads the files that have changed since the last call."""
         with self._lock:
             loaded, active = dict(self._loaded), self._active
         entries = []
         for found, version, folder in folders.list_checkpoints(self._root):
             if name is not None and found != name:
                 continue
-            checkpoint, problem = self._look(folder)
+            checkpoint, problem = self._inspect(folder)
             key = found, version
             changed = False
             if served := loaded.get(key):
                 changed = checkpoint is None or checkpoint.config != served.checkpoint.config
                 checkpoint = served.checkpoint
-            entries.append(Entry(found, version, checkpoint, problem, served is not None, changed, key == active))
+            entries.append(
+                CheckpointEntry(
+                    found, version, checkpoint, problem, loaded=bool(served), changed=changed, active=key == active
+                )
+            )
         return entries
 
-    def known_as(self, reference: str) -> Loaded | None:
-        """What NAME or NAME@VERSION means now, if that is loaded."""
+    def find_loaded(self, reference: str) -> LoadedCheckpoint | None:
+        """What NAME or NAME@VERSION means now; None: it is not loaded."""
         name, at, version = reference.partition("@")
         return self._find_loaded(name, version if at else None)
 
-    def _find_loaded(self, name: str, version: str | None) -> Loaded | None:
+    def _find_loaded(self, name: str, version: str | None) -> LoadedCheckpoint | None:
         with self._lock:
             if version is not None:
                 return self._loaded.get((name, version))
-            key = self._active if self._active and self._active[0] == name else self._meant.get(name)
+            key = self._active if self._active and self._active[0] == name else self._plain_names.get(name)
             return self._loaded[key] if key else None
 
-    def _look(self, folder: Path) -> tuple[Checkpoint | None, str | None]:
+    def _inspect(self, folder: Path) -> tuple[Checkpoint | None, str | None]:
         try:
-            checkpoint = self._load_folder(folder)
+            checkpoint = self._read_folder(folder)
         except CheckpointError as error:
             return None, self._sentence(error)
         try:
@@ -358,9 +368,9 @@ class Registry:
             return checkpoint, self._sentence(error)
         return checkpoint, None
 
-    def _usable(self, folder: Path, param: str | None) -> Checkpoint:
+    def _read_checked(self, folder: Path, param: str | None) -> Checkpoint:
         try:
-            checkpoint = self._load_folder(folder)
+            checkpoint = self._read_folder(folder)
             self._fits(checkpoint)
         except CheckpointMismatch as error:
             raise WrongModel(self._sentence(error), param=param) from error
@@ -369,59 +379,60 @@ class Registry:
         return checkpoint
 
     def _sentence(self, error: CheckpointError) -> str:
-        """For clients, whom the server's folders do not concern."""
+        """The error as a sentence for clients, without the server's own paths."""
         text = str(error).replace(f"{self._root}/", "").rstrip(".")
         begins_with_a_path = "/" in text.partition(" ")[0]
         return f"{text}." if begins_with_a_path else f"{text[:1].upper()}{text[1:]}."
 
-    def _load_folder(self, folder: Path) -> Checkpoint:
-        """Reads a folder again when one of its files has changed, or the last try has failed."""
+    def _read_folder(self, folder: Path) -> Checkpoint:
+        """Reads a folder, unless its files are those of the last successful read."""
         try:
             found = [(folder / name).stat() for name in (folders.CONFIG, folders.TENSORS)]
         except OSError:
             return folders.load(folder)  # which says what is not there
         state = tuple((stat.st_mtime_ns, stat.st_size) for stat in found)
-        known = self._read.get(folder)
+        known = self._read_cache.get(folder)
         if known is None or known[0] != state:
-            known = self._read[folder] = (state, folders.load(folder))
+            known = self._read_cache[folder] = (state, folders.load(folder))
         return known[1]
 
 
-class Holding:
-    """The checkpoints that one request uses, until everybody who has a claim has let go: threads may differ."""
+class CheckpointLease:
+    """Keeps the checkpoints of one request in the bank while it has owners: the request's coroutine until `close`, the
+    engine from `acquire` until it calls what that has returned. Used from several threads."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._lock = threading.Lock()
-        self._held: list[Loaded] = []
-        self._claims = 0
-        self.close = self.claim()
+        self._checkpoints: list[LoadedCheckpoint] = []
+        self._owners = 0
+        self.close = self.acquire()
 
-    def claim(self) -> Callable[[], None]:
-        """Keeps what is held until the returned function is called, which may be called again for nothing."""
+    def acquire(self) -> Callable[[], None]:
+        """One more owner; returns the function that ends its ownership. Calling that again does nothing."""
         once = threading.Lock()
         with self._lock:
-            self._claims += 1
+            self._owners += 1
 
-        def let_go() -> None:
+        def release() -> None:
             if not once.acquire(blocking=False):
                 return
             with self._lock:
-                self._claims -= 1
-                held, self._held = ([], self._held) if self._claims else (self._held, [])
-            for loaded in held:
+                self._owners -= 1
+                ended, self._checkpoints = ([], self._checkpoints) if self._owners else (self._checkpoints, [])
+            for loaded in ended:
                 self._registry.release(loaded)
 
-        return let_go
+        return release
 
-    def take(self, reference: str | None, param: str | None = None) -> Loaded | None:
-        """See `Registry.hold`."""
-        loaded = self._registry.hold(reference, param)
+    def add(self, reference: str | None, param: str | None = None) -> LoadedCheckpoint | None:
+        """A checkpoint that the request uses; see `Registry.acquire`."""
+        loaded = self._registry.acquire(reference, param)
         if loaded is None:
             return None
         with self._lock:
-            if self._claims:
-                self._held.append(loaded)
+            if self._owners:
+                self._checkpoints.append(loaded)
                 return loaded
-        self._registry.release(loaded)  # the request has gone meanwhile
+        self._registry.release(loaded)  # the request has ended meanwhile
         return loaded

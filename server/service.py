@@ -1,4 +1,5 @@
-"""The use cases: text in, results out. Knows no HTTP and no tensors."""
+"""The use cases of the server: generate, stream and score. Knows the tokenizer, the registry and the engine; no HTTP,
+no tensors."""
 
 import asyncio
 import secrets
@@ -13,54 +14,50 @@ from typing import TypeVar
 
 from server.config import Settings
 from server.engine.engine import Engine
-from server.engine.sequence import Finished, TokenLogprob, TokenEvent, PositionsName, Sequence, SteeringParams
-from server.engine.scoring import ComparisonPair
+from server.engine.scoring import ComparisonPair, Divergence
+from server.engine.sequence import Finished, PositionsName, Sequence, SteeringParams, TokenEvent, TokenLogprob
 from server.errors import DeadlineExceeded, InvalidField, UnknownCheckpoint, UnknownModel
-from server.exchange import (
-    Answer,
-    ArmAnswer,
-    Ask,
-    Comparison,
-    Echo,
-    Part,
-    ScoreAnswer,
-    ScoreAsk,
-    SteeringReport,
-    Stream,
-    Told,
-    Use,
-)
 from server.metrics import Metrics
-from server.registry import Holding, Loaded, Registry
-from server.teller import Teller
-from server.text import Codec
-from server.ticket import Ticket
+from server.registry import CheckpointLease, LoadedCheckpoint, Registry
+from server.request_stream import RequestStream
+from server.tokenizer import Codec
+from server.types import (
+    AppliedCheckpoint,
+    ArmResult,
+    CheckpointRef,
+    EchoedPrompt,
+    GenerateParams,
+    GenerateResult,
+    ResultStream,
+    ScoreParams,
+    ScoreResult,
+    TokenChunk,
+)
 from steering.types import SequenceSteering
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class _Steering:
-    """An arm's steering, resolved: what its rows carry, what it is made of, and how to report it."""
+class _ArmSteering:
+    """An arm's steering with its checkpoints found: for the engine, and for the answer."""
 
-    steer: SteeringParams
-    parts: tuple[Part, ...]
+    steering_params: SteeringParams
+    checkpoints: tuple[AppliedCheckpoint, ...]
 
 
 @dataclass(frozen=True)
-class _Run:
-    """A request that the engine has taken: of each text a row for each arm, neighbours."""
+class _RunningRequest:
+    """A request that has been submitted to the engine. The sequences of one text, one for each arm, are neighbours."""
 
-    created: int
-    until: float  # of time.monotonic: the request's time is up
-    ask: Ask
-    arms: tuple[_Steering, ...]
-    rows: list[Sequence]
-    ticket: Ticket
-    holding: Holding
-    echoes: "Future[list[tuple[TokenLogprob, ...]]] | None"  # of prompts without their first tokens, while it is made
-    teller: Teller
+    created: int  # Unix time, seconds
+    deadline: float  # of time.monotonic
+    params: GenerateParams
+    arms: tuple[_ArmSteering, ...]
+    sequences: list[Sequence]
+    stream: RequestStream
+    lease: CheckpointLease
+    prompt_logprobs: "Future[list[tuple[TokenLogprob, ...]]] | None"  # of prompts with more than one token
 
 
 class Service:
@@ -75,241 +72,254 @@ class Service:
         self.registry = registry
         self.metrics = metrics
 
-    async def generate(self, ask: Ask) -> Answer:
-        """Every prompt, `n` times, by every arm.
+    async def generate(self, params: GenerateParams) -> GenerateResult:
+        """All texts of a request. Where the call is cancelled (the client has gone), its sequences end before the
+        engine's next step."""
+        request = await self._submit(params, stream=False)
+        async with self._cancelled_on_error(request):
+            return await self._result(request, await self._prompts(request))
 
-        A cancelled call (the client has gone) ends its rows before the engine's next step.
-        """
-        run = await self._begin(ask, stream=False)
-        async with self._until_done(run):
-            return await self._answer(run, await self._echoes(run))
+    async def stream(self, params: GenerateParams) -> ResultStream:
+        """The same as a stream: echoed prompts, tokens as they are generated, and the result. Errors of the request
+        are raised by this call, those under way by the iterator."""
+        request = await self._submit(params, stream=True)
+        items = self._items(request)
+        # A generator that is never started never runs its `finally`: the lease ends with the object.
+        weakref.finalize(items, request.lease.close)
+        return items
 
-    async def stream(self, ask: Ask) -> Stream:
-        """The same, the tokens as they come after the echoes, and the answer at the end. What is wrong is raised at
-        once."""
-        run = await self._begin(ask, stream=True)
-        told = self._tell(run)
-        # A client that leaves before the first token is asked for never gets `told` to begin, nor to end.
-        weakref.finalize(told, run.holding.close)
-        return told
-
-    async def score(self, ask: ScoreAsk) -> ScoreAnswer:
+    async def score(self, params: ScoreParams) -> ScoreResult:
         """The log-likelihood of each continuation, steered as if it were being generated."""
-        created, until = int(time.time()), time.monotonic() + self.settings.deadline_s
-        texts = await asyncio.to_thread(self._split, ask)
-        holding = Holding(self.registry)
+        created, deadline = int(time.time()), time.monotonic() + self.settings.deadline_s
+        texts = await asyncio.to_thread(self._encode_pairs, params)
+        lease = CheckpointLease(self.registry)
         try:
-            steering = await asyncio.to_thread(self._resolve, ask.uses, ask.positions, holding)
-            told = await self._in_time(self.engine.score(texts, steering.steer), until)
+            arm = await asyncio.to_thread(self._resolve, params.checkpoints, params.positions, lease)
+            logprobs = await self._until(deadline, self.engine.score(texts, arm.steering_params))
         finally:
-            holding.close()
-        return ScoreAnswer(
+            lease.close()
+        return ScoreResult(
             id=f"score-{secrets.token_hex(12)}",
             created=created,
             model=self.model,
-            scores=await asyncio.to_thread(Teller(self.codec).scores, told),
-            steering=SteeringReport(steering.parts, steering.steer.positions, None),
+            continuations=tuple(logprobs),
+            checkpoints=arm.checkpoints,
+            positions=arm.steering_params.positions,
         )
 
-    async def _begin(self, ask: Ask, *, stream: bool) -> _Run:
-        created, until = int(time.time()), time.monotonic() + self.settings.deadline_s
-        prompts = await asyncio.to_thread(self._encode, ask)
-        holding = Holding(self.registry)
+    async def _submit(self, params: GenerateParams, *, stream: bool) -> _RunningRequest:
+        created, deadline = int(time.time()), time.monotonic() + self.settings.deadline_s
+        prompts = await asyncio.to_thread(self._encode, params)
+        lease = CheckpointLease(self.registry)
         try:
-            arms = await asyncio.to_thread(self._arms, ask, holding)
-            rows = self._rows(f"gen-{secrets.token_hex(12)}", ask, prompts, [arm.steer for arm in arms], stream=stream)
-            ended = holding.claim()
-            ticket = Ticket(len(rows), on_end=ended, interval=self.settings.stream_interval)
+            arms = await asyncio.to_thread(self._resolve_arms, params, lease)
+            steering_params = [arm.steering_params for arm in arms]
+            sequences = self._sequences(f"gen-{secrets.token_hex(12)}", params, prompts, steering_params, stream=stream)
+            release = lease.acquire()  # the engine needs the columns until all sequences have ended
+            events = RequestStream(len(sequences), on_end=release, interval=self.settings.stream_interval)
             try:
-                self.engine.submit(rows, ticket)
+                self.engine.submit(sequences, events.on_event)
             except Exception:
-                ended()
+                release()
                 raise
-            echoes = self._score_prompts(ask, prompts, arms[0].steer)
-        except BaseException:  # a client that goes away cancels
-            holding.close()
+            prompt_logprobs = self._score_prompts(params, prompts, arms[0].steering_params)
+        except BaseException:  # also the cancellation when the client has gone
+            lease.close()
             raise
-        return _Run(created, until, ask, arms, rows, ticket, holding, echoes, Teller(self.codec, offsets=ask.offsets))
+        return _RunningRequest(created, deadline, params, arms, sequences, events, lease, prompt_logprobs)
 
     def _score_prompts(
-        self, ask: Ask, prompts: abc.Sequence[tuple[int, ...]], steer: SteeringParams
+        self, params: GenerateParams, prompts: abc.Sequence[tuple[int, ...]], steering_params: SteeringParams
     ) -> "Future[list[tuple[TokenLogprob, ...]]] | None":
-        if not ask.echo or ask.sampling.logprobs is None:
+        if not params.echo or params.sampling.logprobs is None:
             return None
-        given = [(prompt[:1], prompt[1:]) for prompt in prompts if len(prompt) > 1]
-        return self.engine.score(given, steer, ask.sampling.logprobs)
+        pairs = [(prompt[:1], prompt[1:]) for prompt in prompts if len(prompt) > 1]
+        return self.engine.score(pairs, steering_params, params.sampling.logprobs)
 
-    async def _tell(self, run: _Run) -> Stream:
-        async with self._until_done(run):
-            echoes = await self._echoes(run)
-            if echoes:
-                yield echoes
-            async for pieces in run.ticket.pieces():
-                yield [_told(run, piece) for piece in pieces]
-            yield [await self._answer(run, echoes)]
+    async def _items(self, request: _RunningRequest) -> ResultStream:
+        async with self._cancelled_on_error(request):
+            prompts = await self._prompts(request)
+            if prompts:
+                yield prompts
+            async for tokens in request.stream.tokens():
+                yield [_chunk(request, token) for token in tokens]
+            yield [await self._result(request, prompts)]
 
     @asynccontextmanager
-    async def _until_done(self, run: _Run) -> AsyncIterator[None]:
-        """Whoever leaves before the answer is there takes the rows with them."""
+    async def _cancelled_on_error(self, request: _RunningRequest) -> AsyncIterator[None]:
+        """Ends the request's sequences where the block is left before the result is there, and always its lease."""
         try:
             yield
         except BaseException:
-            self.engine.cancel(run.rows[0].request)
-            if run.echoes is not None:
-                run.echoes.cancel()
+            self.engine.cancel(request.sequences[0].request_id)
+            if request.prompt_logprobs is not None:
+                request.prompt_logprobs.cancel()
             raise
         finally:
-            run.holding.close()
+            request.lease.close()
 
-    async def _answer(self, run: _Run, echoes: tuple[Echo, ...]) -> Answer:
-        finished = await run.ticket.finished()
-        for event in finished:
-            self.metrics.text(event)
-        events = [finished[arm :: len(run.arms)] for arm in range(len(run.arms))]
-        reference = run.ask.reference
+    async def _result(self, request: _RunningRequest, prompts: tuple[EchoedPrompt, ...]) -> GenerateResult:
+        finished = await request.stream.finished()
+        for text in finished:
+            self.metrics.text(text)
+        texts = [tuple(finished[arm :: len(request.arms)]) for arm in range(len(request.arms))]
+        reference = request.params.reference
         arms = []
-        for index, (arm, steering, mine) in enumerate(zip(run.ask.arms, run.arms, events, strict=True)):
-            results = await asyncio.to_thread(run.teller.results, mine, steering.parts)
-            compared = None if index == reference else await self._compare(mine, events[reference], run.until)
-            arms.append(ArmAnswer(arm.name, results, compared))
-        return Answer(run.rows[0].request, run.created, self.model, tuple(arms), echoes)
-
-    async def _echoes(self, run: _Run) -> tuple[Echo, ...]:
-        if not run.ask.echo:
-            return ()
-        prompts = [row.tokens for row in run.rows[:: run.ask.n * len(run.arms)]]
-        scored: abc.Sequence[abc.Sequence[TokenLogprob] | None] = [None] * len(prompts)
-        if run.echoes:
-            told = await self._in_time(run.echoes, run.until)
-            found = iter(told)
-            scored = [next(found) if len(prompt) > 1 else () for prompt in prompts]
-        return await asyncio.to_thread(run.teller.echoes, run.ask.prompts, prompts, scored)
-
-    def _encode(self, ask: Ask) -> list[tuple[int, ...]]:
-        if ask.messages:
-            return [self.codec.encode_chat(ask.messages, "messages")]
-        return [
-            self.codec.encode(prompt, "prompt" if ask.single else f"prompt.{index}")
-            for index, prompt in enumerate(ask.prompts)
-        ]
-
-    def _split(self, ask: ScoreAsk) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        return [
-            self.codec.split(ask.prompt, continuation, f"continuations.{index}")
-            for index, continuation in enumerate(ask.continuations)
-        ]
-
-    def _arms(self, ask: Ask, holding: Holding) -> tuple[_Steering, ...]:
-        return tuple(self._resolve(arm.uses, ask.positions, holding) for arm in ask.arms)
-
-    def _resolve(self, uses: abc.Sequence[Use], asked: PositionsName | None, holding: Holding) -> _Steering:
-        """Names to loaded columns; a checkpoint that is not loaded yet is loaded now. Blocks."""
-        used = [(use, loaded) for use in uses if (loaded := self._checkpoint(use, holding))]
-        for index, (use, one) in enumerate(used):
-            if any(one is other for _, other in used[:index]):
-                raise InvalidField(
-                    f"Checkpoint {one.label} is named twice; put its attributes together.",
-                    param=f"{use.param}checkpoint",
-                )
-        parts = [(one, one.multipliers(use.attributes, f"{use.param}attributes")) for use, one in used]
-        positions = _positions(asked, [one for one, _ in parts])
-        return _Steering(
-            SteeringParams(SequenceSteering.of([(one.handle, multipliers) for one, multipliers in parts]), positions),
-            tuple(
-                Part(
-                    one.name, one.version, one.sha256, dict(one.defaults if use.attributes is None else use.attributes)
-                )
-                for use, one in used
-            ),
+        for index, (arm, steering) in enumerate(zip(request.params.arms, request.arms, strict=True)):
+            divergences = None
+            if index != reference:
+                divergences = await self._compare(texts[index], texts[reference], request.deadline)
+            arms.append(ArmResult(arm.name, steering.checkpoints, texts[index], divergences))
+        return GenerateResult(
+            id=request.sequences[0].request_id,
+            created=request.created,
+            model=self.model,
+            arms=tuple(arms),
+            reference=reference,
+            prompts=prompts,
         )
 
-    @staticmethod
-    def _checkpoint(use: Use, holding: Holding) -> Loaded | None:
-        try:
-            loaded = holding.take(use.checkpoint, use.named_by or f"{use.param}checkpoint")
-        except UnknownCheckpoint:
-            if use.named_by != "model":
-                raise
-            raise UnknownModel(
-                f"There is no model {use.checkpoint!r}; GET /v1/models lists those there are.", param="model"
-            ) from None
-        if loaded is None and use.attributes:
-            raise UnknownCheckpoint(
-                "No checkpoint is active, so there are no attributes; name one in 'checkpoint'.",
-                param=f"{use.param}attributes",
-            )
-        return loaded
+    async def _prompts(self, request: _RunningRequest) -> tuple[EchoedPrompt, ...]:
+        """The prompts with their log-probabilities, where the request asks for them."""
+        if not request.params.echo:
+            return ()
+        tokens = [one.prompt_token_ids for one in request.sequences[:: request.params.n * len(request.arms)]]
+        logprobs: list[tuple[TokenLogprob, ...] | None] = [None] * len(tokens)
+        if request.prompt_logprobs is not None:
+            scored = await self._until(request.deadline, request.prompt_logprobs)
+            each = iter(scored)
+            logprobs = [next(each) if len(prompt) > 1 else () for prompt in tokens]
+        return tuple(map(EchoedPrompt, request.params.prompts, tokens, logprobs))
 
-    def _rows(
-        self, request: str, ask: Ask, prompts: abc.Sequence[tuple[int, ...]], arms: abc.Sequence[SteeringParams], *, stream: bool
-    ) -> list[Sequence]:
-        count = len(prompts) * ask.n * len(arms)
-        if count > self.settings.max_request_rows:
-            raise InvalidField(
-                f"The request asks for {count} texts (prompts x n x arms); at most {self.settings.max_request_rows}.",
-                param="n" if ask.n > 1 else "prompt",
+    async def _compare(
+        self, texts: abc.Sequence[Finished], reference: abc.Sequence[Finished], deadline: float
+    ) -> tuple[Divergence, ...]:
+        pairs = [
+            ComparisonPair(
+                text.sequence.prompt_token_ids,
+                text.token_ids,
+                base.token_ids,
+                text.sequence.steering_params,
+                base.sequence.steering_params,
             )
-        rows: list[Sequence] = []
-        for prompt in prompts:
-            # All arms share a seed. Drawn ones differ by prompt, so that a prompt sent twice gives two texts; the
-            # index among the choices makes the choices differ.
-            seed = secrets.randbits(63) if ask.seed is None else ask.seed
-            room = ask.sampling.max_new_tokens
-            if self.codec.context is not None:
-                room = min(room, self.codec.context - len(prompt))
-            for choice in range(ask.n):
-                sampling = replace(ask.sampling, max_new_tokens=room, seed=seed, choice=choice)
-                rows += [
-                    Sequence(request, len(rows) + i, prompt, sampling, arm, stream, ask.trace) for i, arm in enumerate(arms)
-                ]
-        return rows
+            for text, base in zip(texts, reference, strict=True)
+        ]
+        futures = [self.engine.compare(pair) for pair in pairs]
+        return tuple(await asyncio.gather(*(self._until(deadline, future) for future in futures)))
 
-    async def _in_time(self, future: "Future[T]", until: float) -> T:
-        """Raises DeadlineExceeded; what nobody waits for any more is done no further."""
+    async def _until(self, deadline: float, future: "Future[T]") -> T:
+        """The future's result; after the deadline it is cancelled. Raises DeadlineExceeded."""
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(future), until - time.monotonic())
+            return await asyncio.wait_for(asyncio.wrap_future(future), deadline - time.monotonic())
         except TimeoutError:
             raise DeadlineExceeded(f"The request took longer than {self.settings.deadline_s:g} s.") from None
 
-    async def _compare(
-        self, steered: abc.Sequence[Finished], reference: abc.Sequence[Finished], until: float
-    ) -> tuple[Comparison, ...]:
-        compared = []
-        for mine, base in zip(steered, reference, strict=True):
-            pair = ComparisonPair(mine.row.tokens, mine.tokens, base.tokens, mine.row.steer, base.row.steer)
-            divergence = await self._in_time(self.engine.compare(pair), until)
-            compared.append(
-                Comparison(
-                    first_divergence=_first_difference(mine.tokens, base.tokens),
-                    kl_per_token=divergence.kl_per_token,
-                    logprob_under_baseline=divergence.logprob_under_baseline,
-                    perplexity_ratio=divergence.perplexity_ratio,
+    def _encode(self, params: GenerateParams) -> list[tuple[int, ...]]:
+        if params.messages:
+            return [self.codec.encode_chat(params.messages, "messages")]
+        return [
+            self.codec.encode(prompt, "prompt" if params.single else f"prompt.{index}")
+            for index, prompt in enumerate(params.prompts)
+        ]
+
+    def _encode_pairs(self, params: ScoreParams) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        return [
+            self.codec.encode_pair(params.prompt, continuation, f"continuations.{index}")
+            for index, continuation in enumerate(params.continuations)
+        ]
+
+    def _resolve_arms(self, params: GenerateParams, lease: CheckpointLease) -> tuple[_ArmSteering, ...]:
+        return tuple(self._resolve(arm.checkpoints, params.positions, lease) for arm in params.arms)
+
+    def _resolve(
+        self, refs: abc.Sequence[CheckpointRef], positions: PositionsName | None, lease: CheckpointLease
+    ) -> _ArmSteering:
+        """Finds the checkpoints, loads those that are not loaded yet, and checks the multipliers. Blocks.
+
+        Raises UnknownCheckpoint, UnusableCheckpoint, WrongModel, UnknownAttribute, InvalidField.
+        """
+        found = [(ref, loaded) for ref in refs if (loaded := self._find(ref, lease))]
+        for index, (ref, loaded) in enumerate(found):
+            if any(loaded is other for _, other in found[:index]):
+                raise InvalidField(
+                    f"Checkpoint {loaded.label} is named twice; put its attributes together.",
+                    param=f"{ref.param}checkpoint",
                 )
+        columns = [
+            (loaded.handle, loaded.multipliers(ref.attributes, f"{ref.param}attributes")) for ref, loaded in found
+        ]
+        applied = [
+            AppliedCheckpoint(
+                loaded.name,
+                loaded.version,
+                loaded.sha256,
+                dict(loaded.defaults if ref.attributes is None else ref.attributes),
             )
-        return tuple(compared)
+            for ref, loaded in found
+        ]
+        chosen = _positions(positions, [loaded for _, loaded in found])
+        return _ArmSteering(SteeringParams(SequenceSteering.of(columns), chosen), tuple(applied))
+
+    @staticmethod
+    def _find(ref: CheckpointRef, lease: CheckpointLease) -> LoadedCheckpoint | None:
+        try:
+            loaded = lease.add(ref.checkpoint, ref.named_by or f"{ref.param}checkpoint")
+        except UnknownCheckpoint:
+            if ref.named_by != "model":
+                raise
+            raise UnknownModel(
+                f"There is no model {ref.checkpoint!r}; GET /v1/models lists those there are.", param="model"
+            ) from None
+        if loaded is None and ref.attributes:
+            raise UnknownCheckpoint(
+                "No checkpoint is active, so there are no attributes; name one in 'checkpoint'.",
+                param=f"{ref.param}attributes",
+            )
+        return loaded
+
+    def _sequences(
+        self,
+        request: str,
+        params: GenerateParams,
+        prompts: abc.Sequence[tuple[int, ...]],
+        arms: abc.Sequence[SteeringParams],
+        *,
+        stream: bool,
+    ) -> list[Sequence]:
+        count = len(prompts) * params.n * len(arms)
+        if count > self.settings.max_request_rows:
+            raise InvalidField(
+                f"The request asks for {count} texts (prompts x n x arms); at most {self.settings.max_request_rows}.",
+                param="n" if params.n > 1 else "prompt",
+            )
+        sequences: list[Sequence] = []
+        for prompt in prompts:
+            # All arms share a seed. A random one is drawn for each prompt, so that a prompt sent twice gives two texts.
+            # The `n` texts of a prompt differ by `choice`.
+            seed = secrets.randbits(63) if params.seed is None else params.seed
+            room = params.sampling.max_new_tokens
+            if self.codec.context is not None:
+                room = min(room, self.codec.context - len(prompt))
+            for choice in range(params.n):
+                sampling = replace(params.sampling, max_new_tokens=room, seed=seed, choice=choice)
+                for arm in arms:
+                    sequences.append(Sequence(request, len(sequences), prompt, sampling, arm, stream, params.trace))
+        return sequences
 
 
-def _told(run: _Run, piece: TokenEvent) -> Told:
-    index, arm = divmod(piece.row.index, len(run.arms))
-    return run.teller.told(run.ask.arms[arm].name, index, piece)
+def _chunk(request: _RunningRequest, token: TokenEvent) -> TokenChunk:
+    index, arm = divmod(token.sequence.index, len(request.arms))
+    return TokenChunk(request.params.arms[arm].name, index, token)
 
 
-def _positions(asked: PositionsName | None, loaded: abc.Sequence[Loaded]) -> PositionsName:
-    """As asked, else as the checkpoints say; where they disagree the client has to choose."""
+def _positions(asked: PositionsName | None, checkpoints: abc.Sequence[LoadedCheckpoint]) -> PositionsName:
+    """As the request says, else as the checkpoints do. Raises InvalidField where they do not agree."""
     if asked is not None:
         return asked
-    named = {one.positions for one in loaded}
+    named = {loaded.positions for loaded in checkpoints}
     if len(named) > 1:
         raise InvalidField(
             f"The checkpoints steer at different positions ({', '.join(sorted(named))}); choose with 'positions'.",
             param="positions",
         )
     return named.pop() if named else "generated"
-
-
-def _first_difference(mine: abc.Sequence[int], base: abc.Sequence[int]) -> int | None:
-    """The first index at which two texts differ, one that ends earlier included; None when they are the same."""
-    for index, (one, other) in enumerate(zip(mine, base, strict=False)):
-        if one != other:
-            return index
-    return None if len(mine) == len(base) else min(len(mine), len(base))

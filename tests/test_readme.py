@@ -17,7 +17,7 @@ import yaml
 
 from demo.readme import ANSWERS, RESULTS, commands, requests, served, shown
 from demo.results import table
-from server.config import Settings
+from server.config import OLD_NAMES, Settings
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -55,7 +55,8 @@ def test_the_compose_file_serves_a_gpu_by_default_and_the_demo_on_a_cpu() -> Non
     assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
     for service in services.values():
         given = {name.removeprefix("MATSTEER_").lower() for name in service["environment"] if name != "HF_TOKEN"}
-        assert given == set(Settings.model_fields) - {"host", "port"}, "every setting comes into the container"
+        settings = set(Settings.model_fields) - {"host", "port"} | set(OLD_NAMES)
+        assert given == settings, "every setting comes into the container"
     copied = re.findall(r"^COPY (?:--chown=\S+ )?((?!--from)\S.*) \./", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     assert {name for names in copied for name in names.split()} == kept

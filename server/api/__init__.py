@@ -1,1 +1,1 @@
-"""HTTP: schemas and handlers. Nothing here touches a tensor."""
+"""HTTP: routes, responses, keys and errors. Nothing here imports torch."""

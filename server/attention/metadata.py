@@ -155,7 +155,7 @@ class AttentionMetadata:
         """[tokens * heads]: where the tokens of chunks go in a pool with so many heads."""
         assert self.written is not None, "there are chunks"
         if (heads, block_size) not in self._slots:
-            self._slots[heads, block_size] = slot_mapping(*self.written.T, heads, block_size)
+            self._slots[heads, block_size] = slot_mapping(self.written[:, 0], self.written[:, 1], heads, block_size)
         return self._slots[heads, block_size]
 
     def _mask(self, index: int, window: int | None, groups: int, like: Tensor) -> Tensor | None:

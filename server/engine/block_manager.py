@@ -179,7 +179,9 @@ class BlockManager:
     def num_coming(self, sequence: Sequence, others: Iterable[Sequence]) -> int:
         """How many tokens at its beginning are known once `others`, which run, have computed theirs."""
         self._describe(sequence)
-        return max((min(_common(other.content, sequence.content), sequence.num_shareable) for other in others), default=0)
+        return max(
+            (min(_common(other.content, sequence.content), sequence.num_shareable) for other in others), default=0
+        )
 
     def check(self, sequences: Iterable[Sequence]) -> None:
         """Raises AssertionError where an invariant is broken. `sequences`: all that hold blocks. Slow: for tests."""

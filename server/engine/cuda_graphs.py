@@ -1,7 +1,7 @@
 """Decoding steps from CUDA graphs: the same kernels without the host's work in between.
 
-A graph replays fixed shapes at fixed addresses. So a step of single tokens is put into static buffers of the next larger
-bucket: sequences up to a power of two, blocks of the longest one up to a power of two. Sampling stays outside.
+A graph replays fixed shapes at fixed addresses. So a step of single tokens is put into static buffers of the next
+larger bucket: sequences up to a power of two, blocks of the longest one up to a power of two. Sampling stays outside.
 
 Graphs are captured when they are first needed and again when the bank's buffers have moved (`ColumnBank.version`). On a
 CPU, where nothing is captured, `CudaGraphs` runs the same static step as it is: that is how tests reach it.

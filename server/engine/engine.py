@@ -330,7 +330,11 @@ class Engine:
             if wanted > blocks.num_blocks:
                 raise PromptTooLong(
                     f"The text has {len(sequence.token_ids)} tokens; the cache has room for {blocks.num_tokens}"
-                    + (f", and {len(sequence.lockstep)} such texts are read at once." if len(sequence.lockstep) > 1 else ".")
+                    + (
+                        f", and {len(sequence.lockstep)} such texts are read at once."
+                        if len(sequence.lockstep) > 1
+                        else "."
+                    )
                 )
         future: TaskFuture[T] = TaskFuture(on_cancel=lambda: self.cancel(sequences[0].request_id))
         collector = ScoreCollector(len(sequences))

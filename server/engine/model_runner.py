@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from server.attention.backend import NAME, Attention, ForwardMetadata
-from server.attention.metadata import AttentionMetadata
+from server.attention.backend import NAME, Attention
+from server.attention.metadata import AttentionMetadata, ForwardMetadata
 from server.engine.block_manager import BlockManager
 from server.engine.cuda_graphs import CudaGraphs
 from server.engine.sampler import Sampler, SamplerOutput
@@ -119,8 +119,8 @@ class ModelRunner:
         model.set_attn_implementation(NAME)
 
     def allocate(self, num_blocks: int, block_size: int, *, graphs: bool = False) -> BlockManager:
-        """Makes room for keys and values; returns who hands it out. `graphs`: decoding steps have static shapes, and are
-        replayed from CUDA graphs where the device has them."""
+        """Makes room for keys and values; returns who hands it out. `graphs`: decoding steps have static shapes, and
+        are replayed from CUDA graphs where the device has them."""
         self.blocks = BlockManager(num_blocks, block_size)
         self.attention.allocate(num_blocks + 1, block_size)  # the last one is for rows of a graph that are idle
         options = {"block_size": block_size, "idle_block": num_blocks}
@@ -194,7 +194,8 @@ class ModelRunner:
 
     def _eager(self, chunks: Chunks, ids: Tensor) -> Tensor:
         metadata = AttentionMetadata.of([chunk.layout for chunk in chunks], self.attention)
-        wanted, end = [], 0
+        wanted: list[int] = []
+        end = 0
         for chunk in chunks:
             end += len(chunk)
             wanted += range(end - chunk.num_logits, end)
@@ -236,7 +237,7 @@ class ModelRunner:
         return tuple(ColumnTrace(attribute, str(site), *numbers[site][index]) for attribute, site, index in asked)
 
     def _prepare_sampler(self, sequences: list[Sequence]) -> None:
-        """The sampler of these sequences; before the forward pass, whose end its copies to the device would wait for."""
+        """The sampler of these sequences; made before the forward pass, whose end its copies would wait for."""
         if self._sampler is None or sequences != self._sampled:
             params = [sequence.sampling_params for sequence in sequences]
             self._sampler, self._sampled = Sampler(params, self.vocab_size, self.device), sequences
@@ -246,7 +247,9 @@ class ModelRunner:
             return None
         assert self._sampler is not None, "prepared before"
         token_ids = [chunk.sequence.token_ids for chunk in chunks]
-        return self._sampler.sample(logits, token_ids, [chunk.stop - chunk.sequence.num_prompt_tokens for chunk in chunks])
+        return self._sampler.sample(
+            logits, token_ids, [chunk.stop - chunk.sequence.num_prompt_tokens for chunk in chunks]
+        )
 
 
 def is_spread(model: Any) -> bool:

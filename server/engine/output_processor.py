@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 
-from server.detokenizer import Detokenizer
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import (
     Event,
@@ -22,6 +21,7 @@ from server.engine.sequence import (
     TokenEvent,
 )
 from server.errors import GenerationFailed, NotFinite, ServerError
+from server.tokenizer import Detokenizer
 
 log = logging.getLogger(__name__)
 

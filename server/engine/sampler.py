@@ -1,8 +1,8 @@
 """Sample one token for every row of a batch at once, each row by its own parameters.
 
-What is sampled for a row depends on nothing but its own logits, parameters, seed and step: the random number is a hash of
-(seed, choice, step), and a parameter that is off for a row leaves that row's numbers as they were, even where
-a neighbour switches it on.
+What is sampled for a row depends on nothing but its own logits, parameters, seed and step: the random number is a hash
+of (seed, choice, step), and a parameter that is off for a row leaves that row's numbers as they were, even where a
+neighbour switches it on.
 """
 
 from collections.abc import Sequence
@@ -52,8 +52,8 @@ class Sampler:
 
     def sample(self, logits: Tensor, token_ids: Sequence[Sequence[int]], steps: Sequence[int]) -> SamplerOutput:
         """logits [rows, vocab] of any float type -> one token a row. `token_ids`: what each row has had, prompt
-        included; `steps`: how many tokens have been sampled for it. Parameters act in the order of transformers' `generate`: repetition penalty,
-        temperature, top_k, top_p, min_p."""
+        included; `steps`: how many tokens have been sampled for it. Parameters act in the order of transformers'
+        `generate`: repetition penalty, temperature, top_k, top_p, min_p."""
         raw = logits.float()
         scores = self._penalise(raw, token_ids)
         tokens = scores.argmax(dim=-1)

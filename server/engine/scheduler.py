@@ -28,7 +28,9 @@ class Scheduler:
         """`max_num_seqs`: that are generated together, and as many more that are scored. `max_num_batched_tokens`: of
         one forward pass. `max_num_logits`: tokens of one pass whose logits are kept for scores."""
         if max_num_batched_tokens < max_num_seqs:
-            raise ValueError(f"a step of {max_num_batched_tokens} tokens cannot hold one for each of {max_num_seqs} rows")
+            raise ValueError(
+                f"a step of {max_num_batched_tokens} tokens cannot hold one for each of {max_num_seqs} rows"
+            )
         self.blocks = blocks
         self.preemptions = 0
         self._max_num_seqs = max_num_seqs

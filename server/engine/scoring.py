@@ -3,7 +3,7 @@ model on a pair of them."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class ComparisonPair:
     steered: tuple[int, ...]
     baseline: tuple[int, ...]
     steering: SteeringParams
-    base: SteeringParams = SteeringParams()
+    base: SteeringParams = field(default_factory=SteeringParams)
 
     def sequences(self, request_id: str) -> list[Sequence]:
         """The steered text as it was steered and as the reference is, in the same steps, and the reference's own text.

@@ -1,4 +1,4 @@
-"""What the engine works on: sequences of tokens, their parameters, and the events that tell of them. No tensors here."""
+"""What the engine works on: sequences of tokens, their parameters, the events that tell of them. No tensors here."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -56,7 +56,7 @@ class TokenLogprob:
 class Sequence:
     """One prompt and its continuation: generated token by token, or given and scored.
 
-    A sequence's keys and values lie in the blocks of its `block_table`: token i in block `block_table[i // block_size]`.
+    Its keys and values lie in the blocks of its `block_table`: token i in block `block_table[i // block_size]`.
     The first `num_computed_tokens` tokens have theirs; the others are still to be computed.
     """
 
@@ -71,10 +71,14 @@ class Sequence:
     continuation: tuple[int, ...] | None = None  # scored instead of generated: "teacher forcing"
     # Set by the engine
     token_ids: list[int] = field(init=False)  # the prompt and what has been sampled, or is given, after it
-    lockstep: tuple["Sequence", ...] = field(init=False, repr=False)  # computed in the same steps, itself first; empty: follows one
+    lockstep: tuple["Sequence", ...] = field(
+        init=False, repr=False
+    )  # computed in the same steps, itself first; empty: follows one
     num_computed_tokens: int = field(default=0, init=False)
     steered: list[int] = field(default_factory=list, init=False)  # 1 for each computed token that was steered, else 0
-    logprobs: list[TokenLogprob] = field(default_factory=list, init=False)  # of the continuation, as far as it is scored
+    logprobs: list[TokenLogprob] = field(
+        default_factory=list, init=False
+    )  # of the continuation, as far as it is scored
     kl: float = field(default=0.0, init=False)  # sum of KL(itself || the one that follows it), nats
     # Set by the block manager
     block_table: list[int] = field(default_factory=list, init=False)  # empty: the sequence does not run

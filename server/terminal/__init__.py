@@ -1,4 +1,4 @@
-"""What the commands print."""
+"""What the commands of the terminal do and print."""
 
 import os
 

@@ -98,14 +98,14 @@ def test_without_a_checkpoint_the_model_is_served_unsteered(settings: Settings, 
 
 def test_a_checkpoint_is_pinned_while_it_is_used(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    real = Registry.hold
+    real = Registry.acquire
 
-    def hold(self: Registry, *what: Any) -> Any:
+    def acquire(self: Registry, *what: Any) -> Any:
         loaded = real(self, *what)
         seen.append(self.pins)
         return loaded
 
-    monkeypatch.setattr(Registry, "hold", hold)
+    monkeypatch.setattr(Registry, "acquire", acquire)
     world.post(prompt="Q:", max_new_tokens=2, n=2)
     assert seen == [1]
     assert world.service.registry.pins == 0

@@ -8,7 +8,7 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from server.bench import Summary, Workload, closed, open_, percentiles
+from server.bench import Summary, Workload, closed_loop, open_loop, percentiles
 from server.cli import app
 
 runner = CliRunner()
@@ -36,7 +36,7 @@ def test_both_loops_count_every_token(address: str) -> None:
 
     async def story() -> list[Summary]:
         async with httpx.AsyncClient(base_url=address, timeout=60) as http:
-            return [await closed(http, work.bodies(), 3), await open_(http, work.bodies(), rate=200.0, seed=0)]
+            return [await closed_loop(http, work.bodies(), 3), await open_loop(http, work.bodies(), rate=200.0, seed=0)]
 
     for one in asyncio.run(story()):
         assert (one.requests, one.failed, one.first_error) == (8, 0, None)
@@ -62,7 +62,7 @@ def test_what_fails_is_counted_and_told() -> None:
     async def story() -> Summary:
         transport = httpx.MockTransport(lambda request: next(replies))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
-            return await closed(http, Workload("m", requests=4).bodies(), 1)
+            return await closed_loop(http, Workload("m", requests=4).bodies(), 1)
 
     one = asyncio.run(story())
     assert (one.requests, one.failed) == (4, 4)

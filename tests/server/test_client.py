@@ -6,8 +6,8 @@ from typing import Any
 import httpx
 import pytest
 
-from server.api.bodies import CompareResponse, GenerateResponse, TokenBody
 from server.client import ApiError, AsyncClient, Client
+from server.schemas import CompareResponse, GenerateResponse, TokenBody
 from tests.server.conftest import World
 
 RULES: dict[str, Any] = {"temperature": 1.5, "seed": 3, "max_new_tokens": 12}

@@ -24,7 +24,14 @@ def test_the_environment_sets_what_the_command_line_does_not(monkeypatch: pytest
         ("PORT", "0"),
         ("DEVICE", "tpu"),
         ("DTYPE", "int3"),
+        ("MAX_NUM_SEQS", "1"),
         ("MAX_BATCH_ROWS", "1"),
+        ("STEP_TOKENS", "many"),
+        ("CACHE_MIB", "-1"),
+        ("GPU_MEMORY_UTILIZATION", "0"),
+        ("GPU_MEMORY_UTILIZATION", "1.5"),
+        ("CPU_KV_CACHE_SHARE", "2"),
+        ("BLOCK_SIZE", "0"),
         ("STALL_S", "-1"),
         ("STALL_S", "nan"),
         ("LOG_LEVEL", "loud"),
@@ -45,6 +52,51 @@ def test_a_bad_value_is_one_sentence_with_the_setting_and_the_value(
 def test_a_setting_that_does_not_exist_is_refused() -> None:
     with pytest.raises(StartupError, match="no setting called 'colour'"):
         load_settings(colour="red")
+
+
+OLD = [
+    ("max_batch_rows", "max_num_seqs", 7),
+    ("step_tokens", "max_num_batched_tokens", 700),
+    ("cache_mib", "kv_cache_mib", 70),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "value"), OLD)
+def test_a_setting_can_be_given_by_its_old_name(
+    monkeypatch: pytest.MonkeyPatch, old: str, new: str, value: int
+) -> None:
+    assert getattr(load_settings(**{old: value}), new) == value
+    assert getattr(Settings(**{old: value}), new) == value
+    assert getattr(load_settings(**{old: value, new: value}), new) == value, "both, and the same"
+    monkeypatch.setenv(f"MATSTEER_{old.upper()}", str(value))
+    assert getattr(load_settings(), new) == value
+    assert getattr(Settings(), new) == value
+    assert getattr(load_settings(**{new: value + 1}), new) == value + 1, "the command line goes first"
+    assert getattr(load_settings(**{old: value + 1}), new) == value + 1
+
+
+@pytest.mark.parametrize(("old", "new", "value"), OLD)
+def test_an_old_and_a_new_name_that_differ_are_an_error_that_names_both(
+    monkeypatch: pytest.MonkeyPatch, old: str, new: str, value: int
+) -> None:
+    with pytest.raises(StartupError, match=f"{new} is {value}, but {old}, its old name, is {value + 1}"):
+        load_settings(**{old: value + 1, new: value})
+    monkeypatch.setenv(f"MATSTEER_{old.upper()}", str(value))
+    monkeypatch.setenv(f"MATSTEER_{new.upper()}", str(value + 1))
+    with pytest.raises(StartupError, match=f"MATSTEER_{new.upper()} is {value + 1}, but MATSTEER_{old.upper()}"):
+        load_settings()
+
+
+def test_errors_name_a_setting_as_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StartupError, match=r"Bad setting max_num_seqs \(MATSTEER_MAX_NUM_SEQS\): 1"):
+        load_settings(max_num_seqs=1)
+    with pytest.raises(StartupError, match=r"Bad setting max_batch_rows \(MATSTEER_MAX_BATCH_ROWS\): 1"):
+        load_settings(max_batch_rows=1)
+    with pytest.raises(StartupError, match="step_tokens is 8, but must be at least max_num_seqs, 32"):
+        load_settings(step_tokens=8)
+    monkeypatch.setenv("MATSTEER_MAX_BATCH_ROWS", "64")
+    with pytest.raises(StartupError, match="max_num_batched_tokens is 16, but must be at least max_batch_rows, 64"):
+        load_settings(max_num_batched_tokens=16)
 
 
 def test_settings_do_not_change() -> None:

@@ -17,7 +17,7 @@ from schemathesis.specs.openapi.checks import (
 )
 from starlette.testclient import TestClient
 
-from server.app import create_app, routed
+from server.app import bare_app, create_app
 from server.config import Settings
 from tests.server.conftest import listening
 
@@ -25,7 +25,7 @@ EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "4"))
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 
 
-schema = schemathesis.openapi.from_dict(routed().openapi())
+schema = schemathesis.openapi.from_dict(bare_app().openapi())
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 from server.app import create_app
 from server.config import Settings
 from server.errors import InvalidField
-from server.text import Codec
+from server.tokenizer import Codec
 from tests.server.conftest import CONTEXT, World
 
 JSON = {"Content-Type": "application/json"}

@@ -7,11 +7,10 @@ import openai
 import pytest
 import torch
 
-from server.api.openai.responses import ChatLogprobs, CompletionLogprobs
+from server.api.openai.formatting import chat_logprobs, completion_logprobs, format_prompt
 from server.engine.types import Likelihood
-from server.exchange import Spelled, Spoken
-from server.teller import Teller
-from server.text import Codec
+from server.tokenizer import Codec
+from server.types import EchoedPrompt
 from steering.hook import steered
 from tests.server.conftest import World, columns
 
@@ -300,7 +299,7 @@ def test_an_error_in_a_stream_is_its_last_event(fresh: World, monkeypatch: pytes
     def broken(*_: Any) -> str:
         raise RuntimeError
 
-    monkeypatch.setattr(fresh.service.codec, "spell", broken)
+    monkeypatch.setattr(fresh.service.codec, "token_text", broken)
     body = {"model": "demo", "prompt": "a", "stream": True, "logprobs": 1}
     lines = fresh.client.post("/v1/completions", json=body).text.split("\n\n")
     assert '"internal_error"' in lines[-2]
@@ -362,11 +361,12 @@ def test_a_prompt_comes_back_as_it_was_given_without_what_the_tokenizer_adds() -
     codec = Codec(Adding(), vocab=4, context=None)
     for given, offsets in (("a\nb", [0, 1, 2]), ("A\nb", [3, 3, 3])):
         ids = codec.encode(given, "prompt")
-        likelihoods = [Likelihood(token, -1.0) for token in ids[1:]]
-        (echo,) = Teller(codec, offsets=True).echoes([given], [ids], [likelihoods])
-        assert echo.text == given
-        assert echo.first.text == "<s>"
-        assert [one.offset for one in echo.spoken or ()] == offsets
+        logprobs = tuple(Likelihood(token, -1.0) for token in ids[1:])
+        text, told = format_prompt(codec, EchoedPrompt(given, ids, logprobs))
+        assert text == given
+        assert told is not None
+        assert told.tokens[0] == "<s>"
+        assert told.text_offset == [0, *offsets]
 
 
 def test_the_bytes_of_tokens_are_those_of_the_text(client: openai.OpenAI) -> None:
@@ -395,12 +395,13 @@ def test_bytes_of_parts_of_characters_by_the_kind_of_vocabulary(name: str, raw: 
             return name
 
     codec = Codec(Vocabulary(), vocab=1, context=None)
-    assert codec.spell(0) == ("\ufffd", raw)
-    spoken = [Spoken(Spelled(0, codec.spell(0), -1.0), (), 4)]
+    assert codec.token_text(0) == ("\ufffd", raw)
+    logprobs = [Likelihood(0, -1.0)]
     spelled = "\ufffd" if raw is None else "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
-    assert CompletionLogprobs.of(spoken, 2).tokens == [spelled]
-    assert CompletionLogprobs.of(spoken, 2).text_offset == [6]
-    assert ChatLogprobs.of(spoken).content[0].bytes == (None if raw is None else list(raw))
+    told = completion_logprobs(codec, logprobs, lambda token: 6)
+    assert told.tokens == [spelled]
+    assert told.text_offset == [6]
+    assert chat_logprobs(codec, logprobs).content[0].bytes == (None if raw is None else list(raw))
 
 
 def test_a_plain_name_is_a_model(client: openai.OpenAI) -> None:

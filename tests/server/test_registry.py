@@ -1,5 +1,6 @@
-"""A name means the same for everybody, and a folder is what it is now."""
+"""A name means the same for everybody, a folder is what it is now, and a restart finds what was served."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -8,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
 
+from server.app import create_app
+from server.config import Settings
 from server.errors import CheckpointInUse, UnknownCheckpoint, UnusableCheckpoint
-from server.registry import Holding, Registry, fits_model
+from server.registry import CheckpointLease, Registry, fits_model
+from server.registry_state import NAME
 from steering.columns import ColumnBank, Handle
 from steering.errors import ColumnError
 
@@ -103,21 +108,21 @@ def test_a_folder_that_has_been_replaced_is_listed_as_what_is_served(
     assert entry.checkpoint is served.checkpoint
 
 
-def test_a_folder_that_was_replaced_is_served_once_it_is_renewed(
+def test_a_folder_that_was_replaced_is_served_once_it_is_reloaded(
     registry: Registry, put: Callable[[str], Path]
 ) -> None:
     put("1")
     old = registry.activate("mine")
-    held = registry.hold(None)
+    held = registry.acquire(None)
     assert held is old
     other = put("2")
     for name in ("config.json", "steering.safetensors"):
         shutil.copy(other / name, other.parent / "1" / name)
-    assert registry.hold("mine@1") is old, "nobody asked for the new one"
-    new = registry.renew("mine", "1")
+    assert registry.acquire("mine@1") is old, "nobody asked for the new one"
+    new = registry.reload("mine", "1")
     assert new is not old
-    assert registry.renew("mine", "1") is new, "nothing has changed since"
-    assert registry.hold(None) is new, "active is the name and version, whatever it holds"
+    assert registry.reload("mine", "1") is new, "nothing has changed since"
+    assert registry.acquire(None) is new, "active is the name and version, whatever it holds"
     assert registry._bank.columns(old.handle), "two requests still run on it"
     registry.release(old)
     registry.release(old)
@@ -133,21 +138,21 @@ def test_what_cannot_be_used_never_replaces_what_can(registry: Registry, put: Ca
     (put("2") / "steering.safetensors").write_bytes(b"?")
     for version in (None, "2"):
         with pytest.raises(UnusableCheckpoint):
-            registry.renew("mine", version, activate=True)
+            registry.reload("mine", version, activate=True)
     with pytest.raises(UnknownCheckpoint, match=r"no checkpoint 'mine@3'\. Of 'mine' there are 1, 2\."):
-        registry.renew("mine", "3")
+        registry.reload("mine", "3")
     assert registry.active is good
     assert registry.load("mine") is good
 
 
-def test_the_newest_version_is_what_renewing_a_plain_name_gives(registry: Registry, put: Callable[[str], Path]) -> None:
+def test_reloading_a_plain_name_gives_its_newest_version(registry: Registry, put: Callable[[str], Path]) -> None:
     put("1")
     assert registry.activate("mine").version == "1"
     put("2")
-    assert registry.renew("mine").version == "2"
+    assert registry.reload("mine").version == "2"
     assert registry.active is not None
     assert registry.active.version == "1"
-    assert registry.renew("mine", activate=True).version == "2"
+    assert registry.reload("mine", activate=True).version == "2"
     assert registry.active.version == "2"
 
 
@@ -156,7 +161,7 @@ def test_an_unloaded_version_serves_who_holds_it_and_comes_back_when_asked(
 ) -> None:
     put("1")
     put("2")
-    first = registry.hold("mine@1")
+    first = registry.acquire("mine@1")
     assert first is not None
     registry.activate("mine@2")
     with pytest.raises(CheckpointInUse):
@@ -164,7 +169,7 @@ def test_an_unloaded_version_serves_who_holds_it_and_comes_back_when_asked(
     assert registry.unload("mine", "1") == ["mine@1"]
     assert registry.unload("mine", "1") == []
     assert registry._bank.columns(first.handle)
-    again = registry.hold("mine@1")
+    again = registry.acquire("mine@1")
     assert again is not first
     registry.release(first)
     with pytest.raises(ColumnError):
@@ -175,23 +180,84 @@ def test_an_unloaded_version_serves_who_holds_it_and_comes_back_when_asked(
         registry.unload("mine", "3")
 
 
-def test_what_two_claim_is_held_until_both_let_go(registry: Registry, put: Callable[[str], Path]) -> None:
+def test_a_lease_of_two_owners_lasts_until_both_release_it(registry: Registry, put: Callable[[str], Path]) -> None:
     put("1")
-    holding = Holding(registry)
-    other = holding.claim()
-    holding.take("mine")
-    holding.close()
-    holding.close()
+    lease = CheckpointLease(registry)
+    other = lease.acquire()
+    lease.add("mine")
+    lease.close()
+    lease.close()
     assert registry.pins == 1
     other()
     assert registry.pins == 0
 
 
-def test_who_has_gone_holds_nothing(registry: Registry, put: Callable[[str], Path]) -> None:
+def test_a_closed_lease_keeps_nothing(registry: Registry, put: Callable[[str], Path]) -> None:
     put("1")
-    holding = Holding(registry)
-    holding.take("mine")
-    holding.close()
-    holding.take("mine")  # a thread that was still at it
-    holding.close()
+    lease = CheckpointLease(registry)
+    lease.add("mine")
+    lease.close()
+    lease.add("mine")  # a thread that was still at it
+    lease.close()
     assert registry.pins == 0
+
+
+@pytest.fixture
+def own(settings: Settings, checkpoints: Path, tmp_path: Path) -> Settings:
+    """A server with a checkpoints folder of its own, which remembers."""
+    root = shutil.copytree(checkpoints, tmp_path / "checkpoints")
+    return settings.model_copy(update={"checkpoints": root, "remember": True})
+
+
+def state(client: TestClient) -> tuple[str | None, set[str]]:
+    listed = client.get("/checkpoints").json()
+    return listed["active"], {f"{one['name']}@{one['version']}" for one in listed["checkpoints"] if one["loaded"]}
+
+
+def test_a_restart_finds_what_was_served(own: Settings) -> None:
+    with TestClient(create_app(own)) as client:
+        assert state(client) == ("demo@2", {"demo@2"})
+        assert not (own.checkpoints / NAME).exists(), "nobody has changed anything"
+        client.post("/checkpoints/demo/load", json={"version": "1"})
+        client.post("/checkpoints/other/activate")
+        client.delete("/checkpoints/demo?version=2")
+        expected = state(client)
+    with TestClient(create_app(own)) as client:
+        assert state(client) == expected == ("other@1", {"demo@1", "other@1"})
+        answer = client.post("/generate", json={"prompt": "a", "checkpoint": "demo", "max_new_tokens": 1}).json()
+        assert answer["results"][0]["steering"]["version"] == "1", "the plain name means what it meant"
+    with TestClient(create_app(own.model_copy(update={"checkpoint": "demo@2"}))) as client:
+        assert state(client)[0] == "demo@2", "what is said at the start goes before what was"
+
+
+def test_what_is_gone_or_belongs_to_another_model_is_passed_over(
+    own: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    with TestClient(create_app(own)) as client:
+        client.post("/checkpoints/other/activate")
+    shutil.rmtree(own.checkpoints / "other")
+    with TestClient(create_app(own)) as client:
+        assert state(client)[0] == "demo@2"
+    assert "other@1 was active before, and cannot be now" in caplog.text
+    kept = json.loads((own.checkpoints / NAME).read_text())
+    (own.checkpoints / NAME).write_text(json.dumps(kept | {"model": "another", "active": "demo@1"}))
+    with TestClient(create_app(own)) as client:
+        assert state(client)[0] == "demo@2"
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "{", "[]", '{"model": "tiny"}', '{"model": "tiny", "active": 1, "loaded": 2, "meant": 3}']
+)
+def test_a_damaged_file_is_as_good_as_none(own: Settings, caplog: pytest.LogCaptureFixture, damage: str) -> None:
+    (own.checkpoints / NAME).write_text(damage)
+    with TestClient(create_app(own)) as client:
+        assert state(client)[0] == "demo@2"
+    assert "cannot be read" in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning(own: Settings, caplog: pytest.LogCaptureFixture) -> None:
+    (own.checkpoints / NAME).mkdir()
+    with TestClient(create_app(own)) as client:
+        assert client.post("/checkpoints/other/activate").status_code == 200
+        assert state(client)[0] == "other@1"
+    assert "will not be restored" in caplog.text

@@ -10,11 +10,11 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
-from server.api.schemas import GenerateRequest
 from server.app import create_app
 from server.config import Settings
 from server.engine.types import Draw, Finished, Piece, Row, Sampling, Timing
-from server.ticket import Ticket
+from server.request_stream import RequestStream
+from server.schemas import GenerateRequest
 from tests.server.conftest import World
 from tests.server.test_engine import _disconnecting, api, runner_of
 
@@ -155,13 +155,13 @@ def test_tokens_are_streamed_as_many_together_as_the_setting_says(fresh: World, 
     body = {"prompt": "Q: What", "max_new_tokens": 11, "ignore_eos": True, "temperature": 0}
 
     async def story() -> list[list[Any]]:
-        stream = await service.stream(GenerateRequest(**body, stream=True).ask())
+        stream = await service.stream(GenerateRequest(**body, stream=True).to_params())
         return [list(some) async for some in stream]
 
     *groups, last = asyncio.run(story())
     told = [one for group in groups for one in group]
-    assert [one.token_id for one in told] == fresh.post(**body)["results"][0]["token_ids"]
-    assert [one.arms[0].results[0].text for one in last] == ["".join(one.text for one in told)]
+    assert [one.event.draw.token for one in told] == fresh.post(**body)["results"][0]["token_ids"]
+    assert [one.arms[0].texts[0].text for one in last] == ["".join(one.event.text for one in told)]
     assert len(groups) <= {1: 11, 4: 4, 100: 2}[interval], "what has come meanwhile is sent together, too"
 
 
@@ -175,16 +175,16 @@ def test_the_first_token_does_not_wait_and_no_text_waits_for_another() -> None:
         return Finished(rows[row], (7,), "a", "length", 0, Timing(0, 0, 0), ())
 
     async def story() -> list[list[tuple[int, int]]]:
-        ticket = Ticket(2, on_end=lambda: None, interval=4)
+        stream = RequestStream(2, on_end=lambda: None, interval=4)
         seen: list[list[tuple[int, int]]] = []
 
         async def take() -> None:
-            seen.extend([[(one.row.index, one.index) for one in some] async for some in ticket.pieces()])
+            seen.extend([[(one.row.index, one.index) for one in some] async for some in stream.tokens()])
 
         taking = asyncio.create_task(take())
         first = [piece(0, index) for index in range(6)]
         for event in [*first, finished(0), piece(1, 0), piece(1, 1), finished(1)]:
-            ticket(event)
+            stream.on_event(event)
             for _ in range(4):
                 await asyncio.sleep(0)
         await taking
@@ -205,7 +205,7 @@ def test_sixty_four_clients_that_vanish_leave_nothing(fresh: World) -> None:
     async def story() -> None:
         async def leave(after: int) -> None:
             body = {"prompt": "Q: What", "max_new_tokens": 80, "ignore_eos": True, "stream": True, "seed": after}
-            told = await fresh.service.stream(GenerateRequest(**body).ask())
+            told = await fresh.service.stream(GenerateRequest(**body).to_params())
             for _ in range(after % 5):
                 await anext(told)
             if after % 2:
@@ -260,7 +260,7 @@ def test_texts_that_are_read_too_long_end_with_a_504_and_are_read_no_further(
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_request_that_takes_too_long_ends_with_a_504(settings: Settings, stream: bool) -> None:
-    app = create_app(settings.model_copy(update={"deadline_s": 0.15, "max_batch_rows": 2, "step_tokens": 2}))
+    app = create_app(settings.model_copy(update={"deadline_s": 0.15, "max_num_seqs": 2, "max_num_batched_tokens": 2}))
     with TestClient(app) as client:
         body = {
             "prompt": "Q: What colour is the sky?",

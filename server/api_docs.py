@@ -1,4 +1,4 @@
-"""docs/api.md, from the OpenAPI document: `python -m server.reference` writes it, a test looks whether it is true."""
+"""docs/api.md, from the OpenAPI document: `python -m server.api_docs` writes it, a test looks whether it is true."""
 
 import json
 import math
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from server.app import routed
+from server.app import bare_app
 
 PATH = Path(__file__).parents[1] / "docs" / "api.md"
 HEAD = """# The HTTP API
@@ -28,7 +28,7 @@ RANGES = (  # lower and upper limits as OpenAPI names them, with the unit
 
 
 def page() -> str:
-    document = routed().openapi()
+    document = bare_app().openapi()
     schemas: dict[str, Any] = document["components"]["schemas"]
     parts = [HEAD]
     for path, methods in document["paths"].items():
@@ -65,8 +65,8 @@ def _schema(name: str, schema: Mapping[str, Any]) -> Iterator[str]:
     required = schema.get("required", [])
     for field, about in schema.get("properties", {}).items():
         default = "" if field in required or "default" not in about else f"`{json.dumps(about['default'])}`"
-        told = " ".join(part for part in (about.get("description", ""), _limits(about)) if part)
-        cells = (f"`{field}`", _type(about), default or ("required" if field in required else ""), told)
+        notes = " ".join(part for part in (about.get("description", ""), _limits(about)) if part)
+        cells = (f"`{field}`", _type(about), default or ("required" if field in required else ""), notes)
         yield "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
     yield ""
 
@@ -94,8 +94,8 @@ def _type(schema: Mapping[str, Any]) -> str:
 
 def _limits(schema: Mapping[str, Any]) -> str:
     parts = [schema, *schema.get("anyOf", [])]
-    told = dict.fromkeys(_range(part, *names) for part in parts for names in RANGES if set(names[:2]) & set(part))
-    return f"({', '.join(told)})" if told else ""
+    ranges = dict.fromkeys(_range(part, *names) for part in parts for names in RANGES if set(names[:2]) & set(part))
+    return f"({', '.join(ranges)})" if ranges else ""
 
 
 def _range(part: Mapping[str, Any], lower: str, upper: str, unit: str) -> str:
@@ -107,7 +107,7 @@ def _range(part: Mapping[str, Any], lower: str, upper: str, unit: str) -> str:
 
 
 def _number(value: float) -> str:
-    """A limit as people read it: powers of two where a float has no digits for it."""
+    """A limit for people to read: as a power of two where a float is not exact."""
     return f"{value:,.15g}" if abs(value) < 2**53 else f"{'-' * (value < 0)}2^{math.log2(abs(value)):g}"
 
 
@@ -120,7 +120,7 @@ def _examples(schema: Mapping[str, Any], schemas: Mapping[str, Any]) -> list[Any
 
 
 def _named(node: Any, schemas: Mapping[str, Any], seen: set[str] | None = None) -> set[str]:
-    """Every schema that is spoken of, at any depth."""
+    """The names of all schemas that `node` refers to, at any depth."""
     seen = set() if seen is None else seen
     if isinstance(node, Mapping):
         name = str(node.get("$ref", "")).rpartition("/")[2]

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.detokenizer import INCOMPLETE, Detokenizer
-from server.text import Codec
+from server.tokenizer import INCOMPLETE, Codec, Detokenizer
 
 
 @pytest.fixture(scope="session")

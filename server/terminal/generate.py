@@ -1,17 +1,65 @@
-"""Answers side by side."""
+"""`matsteer generate` and `compare`: one request, answered here or by a server, and its texts side by side."""
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from itertools import cycle
+from typing import Any, Literal
 
+import httpx
 from rich.columns import Columns
 from rich.console import Group
 from rich.panel import Panel
 from rich.text import Text
 
-from server.api.bodies import CompareResponse, ComparisonBody, GenerateResponse, PartBody, ResultBody, SteeringBody
+from server.client import ApiError, Client
+from server.config import Settings
+from server.errors import ServerError
+from server.schemas import (
+    CompareRequest,
+    CompareResponse,
+    ComparisonBody,
+    GenerateRequest,
+    GenerateResponse,
+    ResultBody,
+    SteeringBody,
+)
 from server.terminal import terminal
+from server.types import AppliedCheckpoint
 
+Route = Literal["generate", "compare"]
 COLOURS = ("green", "cyan", "magenta", "yellow", "blue", "red")
+
+
+def answer_here(settings: Settings, route: Route, body: dict[str, Any]) -> GenerateResponse | CompareResponse:
+    """The route's answer, by a model that is loaded for this one request. Raises ServerError with one sentence."""
+    from server.api.exception_handlers import parse
+    from server.assembly import open_service
+    from server.formatting import Formatter
+
+    request: GenerateRequest | CompareRequest = (
+        parse(GenerateRequest, body) if route == "generate" else parse(CompareRequest, body)
+    )
+    service = open_service(settings)
+    try:
+        result = asyncio.run(service.generate(request.to_params()))
+    finally:
+        service.engine.stop()
+    formatter = Formatter(service.codec)
+    return formatter.generate_response(result) if route == "generate" else formatter.compare_response(result)
+
+
+def ask_server(
+    url: str, api_key: str | None, route: Route, body: Mapping[str, Any]
+) -> GenerateResponse | CompareResponse:
+    """The answer of the server at `url`. Raises ServerError with one sentence, whatever goes wrong."""
+    given = {name: value for name, value in body.items() if value is not None}
+    try:
+        with Client(url, api_key=api_key) as client:
+            return client.generate(**given) if route == "generate" else client.compare(**given)
+    except ApiError as error:
+        raise ServerError(f"The server refuses: {error.message}") from None
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        raise ServerError(f"There is no mat-steer at {url}: {str(error).rstrip('.')}.") from None
 
 
 def show_arms(prompt: str, answer: GenerateResponse | CompareResponse) -> None:
@@ -36,7 +84,7 @@ def show_arms(prompt: str, answer: GenerateResponse | CompareResponse) -> None:
 
 def _panel(title: str, result: ResultBody, comparison: object, colours: Mapping[str, str], width: int) -> Panel:
     steering = result.steering
-    parts: Sequence[PartBody | SteeringBody] = steering.parts or [steering]
+    parts: Sequence[AppliedCheckpoint | SteeringBody] = steering.parts or [steering]
     used = [
         f"{part.checkpoint}@{part.version} {name}={value:g}"
         for part in parts
@@ -57,7 +105,7 @@ def _panel(title: str, result: ResultBody, comparison: object, colours: Mapping[
 
 
 def _traced(result: ResultBody) -> list[str]:
-    return [touch.attribute for token in result.trace or () for touch in token.columns if touch.strength]
+    return [column.attribute for token in result.trace or () for column in token.columns if column.strength]
 
 
 def _coloured(result: ResultBody, colours: Mapping[str, str]) -> Text:
@@ -66,7 +114,7 @@ def _coloured(result: ResultBody, colours: Mapping[str, str]) -> Text:
         return Text(result.text)
     text = Text()
     for token in result.trace or ():
-        most = max(token.columns, key=lambda touch: abs(touch.strength), default=None)
+        most = max(token.columns, key=lambda column: abs(column.strength), default=None)
         shown = most is not None and abs(most.strength) >= 0.1
         text.append(token.token, style=f"black on {colours[most.attribute]}" if shown and most else "")
     return text

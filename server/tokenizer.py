@@ -1,15 +1,18 @@
-"""Text to token ids and back, with the model's own tokenizer."""
+"""The model's own tokenizer: text and chat messages to token ids, ids back to text, whole or token by token."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from server.detokenizer import INCOMPLETE, Detokenizer
 from server.errors import InvalidField, PromptTooLong
 
-# A text with more characters a token than this is refused unread: tokenizing it would take long, and be for nothing.
-LONGEST_TOKEN = 64
-LONE_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # as SentencePiece names the tokens of single bytes
+LONGEST_TOKEN = 64  # characters; a text with more of them for each token that fits is refused without tokenizing it
+LONE_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # SentencePiece's names for tokens of single bytes
+CONTEXT = 6  # ids of the prompt that are decoded, too: they tell whether the first new token starts with a space
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what decoders write for bytes that are no whole character
+LONGEST_RUN = 64  # ids that may wait for the end of a character; beyond, older ones are decoded no more
+LEFT = 8  # ids that are kept of such a run: a new token changes the text of the last few only
+UNSURE = 3  # replacement characters at the end that may still become a character: UTF-8 has up to four bytes
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -23,28 +26,29 @@ def _byte_of_character() -> dict[str, int]:
 BYTE_OF_CHARACTER = _byte_of_character()
 
 
-class Spelling(NamedTuple):
-    """One token's text, and the bytes it stands for: of a token that is part of a character the text cannot be told,
-    but the bytes can. None: they cannot either."""
+class TokenText(NamedTuple):
+    """What one token stands for by itself. A token that is only a part of a character has bytes but no proper text."""
 
     text: str
-    raw: bytes | None
+    raw: bytes | None  # None: unknown
 
 
 class Codec:
-    """A tokenizer that answers bad input with an error naming the field. Used from several threads."""
+    """The tokenizer, with input checked: errors name the request's field. Used from several threads."""
 
     def __init__(self, tokenizer: Any, *, vocab: int, context: int | None) -> None:
         self._tokenizer = tokenizer
         self._vocab = vocab
-        self._spelled: dict[int, Spelling] = {}
+        self._token_texts: dict[int, TokenText] = {}
         self.context = context
         # The first call may set the tokenizer up; later ones only read it.
         tokenizer("warm")
 
     def encode(self, prompt: str | tuple[int, ...], param: str, what: str = "prompt") -> tuple[int, ...]:
-        """The prompt's ids, with the special tokens that the tokenizer puts around a text; ids stay as they are.
-        `what`: its name in errors."""
+        """The prompt's ids, with the special tokens that the tokenizer adds; a prompt of ids is only checked.
+
+        `param`: the request's field, `what`: the prompt's name, both for errors. Raises InvalidField, PromptTooLong.
+        """
         if not isinstance(prompt, str):
             return self._checked(prompt, param, what)
         self._check_text(prompt, param)
@@ -52,7 +56,10 @@ class Codec:
         return self._checked(self._tokenizer(prompt)["input_ids"], param, what)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]], param: str) -> tuple[int, ...]:
-        """The ids of a conversation under the tokenizer's chat template, open for the next answer."""
+        """The ids of a conversation in the tokenizer's chat template, up to where the next answer begins.
+
+        Raises InvalidField where there is no template, or it refuses the messages; PromptTooLong.
+        """
         if not getattr(self._tokenizer, "chat_template", None):
             raise InvalidField("This model has no chat template; send 'prompt' instead of 'messages'.", param=param)
         for index, message in enumerate(messages):
@@ -66,9 +73,11 @@ class Codec:
             raise InvalidField(f"The model's chat template refuses these messages: {error}", param=param) from error
         return self._checked(self._tokenizer(text, add_special_tokens=False)["input_ids"], param)
 
-    def split(self, prompt: str, continuation: str, param: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The ids of a prompt and of what continues it. They are those of the whole text, so that the continuation is
-        spelled as the model knows it; where its beginning melts into the prompt's last token, that one belongs to it.
+    def encode_pair(self, prompt: str, continuation: str, param: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The ids of a prompt, and those of its continuation.
+
+        The whole text is tokenized at once, as the model would see it. A token across the border belongs to the
+        continuation. Raises InvalidField, PromptTooLong.
         """
         self._check_text(continuation, param)
         before = self.encode(prompt, "prompt")
@@ -92,16 +101,16 @@ class Codec:
         )
         return text
 
-    def spell(self, token: int) -> Spelling:
-        """One token, special ones included."""
-        spelling = self._spelled.get(token)
-        if spelling is None:
+    def token_text(self, token: int) -> TokenText:
+        """One token by itself, special tokens included."""
+        found = self._token_texts.get(token)
+        if found is None:
             text = self.decode_all([token])
-            spelling = Spelling(text, self._bytes(token) if INCOMPLETE in text else text.encode())
-            self._spelled[token] = spelling
-        return spelling
+            found = TokenText(text, self._token_bytes(token) if INCOMPLETE in text else text.encode())
+            self._token_texts[token] = found
+        return found
 
-    def _bytes(self, token: int) -> bytes | None:
+    def _token_bytes(self, token: int) -> bytes | None:
         name = self._tokenizer.convert_ids_to_tokens(token)
         if lone := LONE_BYTE.fullmatch(name):
             return bytes.fromhex(lone[1])
@@ -141,11 +150,56 @@ class Codec:
         return tuple(ids)
 
 
-class Offsets:
-    """Where the tokens of a text begin, in its characters, told one after the other."""
+class Detokenizer:
+    """Incremental decoding of one sequence's new tokens: the strings that `read` returns, put together, are its text.
+
+    Each is the difference of two decodings that start a few tokens earlier, because a token's text depends on its
+    neighbours (leading spaces, characters of several tokens).
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], prompt: Sequence[int]) -> None:
+        self._decode = decode
+        self._ids = list(prompt[-CONTEXT:])
+        self._start = 0  # index of the id at which both decodings start
+        self._done = len(self._ids)  # the text of the ids before this index has been returned whole
+        self._given = 0  # characters that have been returned of the text of the ids from there on
+
+    def push(self, token: int) -> None:
+        self._ids.append(token)
+
+    def read(self, *, final: bool = False) -> str:
+        """The text since the last call, without an unfinished character at its end, unless `final`."""
+        before = self._decode(self._ids[self._start : self._done])
+        after = self._decode(self._ids[self._start :])
+        given = len(before) + self._given
+        if len(after) <= given:
+            return ""
+        if after.endswith(INCOMPLETE) and not final:
+            waiting = min(UNSURE, len(after) - len(after.rstrip(INCOMPLETE)))
+            piece = after[given : len(after) - waiting]
+            self._given += len(piece)
+            if len(self._ids) - self._done > LONGEST_RUN:
+                self._move_on(after, len(after) - waiting)
+            return piece
+        self._start, self._done, self._given = self._done, len(self._ids), 0
+        return after[given:]
+
+    def _move_on(self, text: str, given: int) -> None:
+        """Let both decodings start later, where that changes nothing, so that a long run of bytes that never become
+        characters is not decoded again for each token. `text`: decoded from where they start now; the first `given`
+        characters of it have been returned."""
+        done = len(self._ids) - LEFT
+        start = done - CONTEXT
+        known, before = self._decode(self._ids[self._start : done]), self._decode(self._ids[start:done])
+        if len(known) <= given and known + self._decode(self._ids[start:])[len(before) :] == text:
+            self._start, self._done, self._given = start, done, given - len(known)
+
+
+class TextOffsets:
+    """Where each token of a text begins, in characters of the text; the tokens are given in order."""
 
     def __init__(self, codec: Codec, before: Sequence[int], *, special: bool = False) -> None:
-        """`before`: the tokens before the text; `special`: it shows special tokens, too."""
+        """`before`: the tokens before the text; `special`: the text shows special tokens, too."""
         self._codec = codec
         self._detokenizer = Detokenizer(codec.decode_all if special else codec.decode, before)
         self._at = 0
@@ -154,8 +208,8 @@ class Offsets:
         """How many characters of the text stand before this token."""
         before = self._at
         self._detokenizer.push(token)
-        piece = self._detokenizer.read()
-        self._at += len(piece)
-        own = self._codec.spell(token).text
-        # Bytes that have turned out to be no character are shown now, before the token that shows it.
-        return self._at - len(own) if INCOMPLETE in piece and piece.endswith(own) else before
+        new = self._detokenizer.read()
+        self._at += len(new)
+        own = self._codec.token_text(token).text
+        # Bytes that turned out to be no character appear in the text now, before the token that showed it.
+        return self._at - len(own) if INCOMPLETE in new and new.endswith(own) else before

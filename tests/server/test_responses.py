@@ -1,13 +1,13 @@
 """Answers, which may be long, are written beside the event loop."""
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
 
-from server.teller import Teller
+from server.api.openai import formatting as openai
+from server.formatting import Formatter
 from tests.server.conftest import World
 
 CHAT: Any = [{"role": "user", "content": "a"}]
@@ -47,21 +47,31 @@ def test_no_route_writes_its_answer_on_the_event_loop(
     assert (kind, True) not in written
 
 
-def test_neither_are_tokens_spelled_there_that_come_many_at_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neither_are_tokens_formatted_there_that_come_many_at_once(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: dict[str, bool] = {}
 
-    def watched(name: str) -> Callable[..., Any]:
-        real = getattr(Teller, name)
+    def watch(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
 
         def call(*given: Any) -> Any:
             seen[name] = on_a_loop()
             return real(*given)
 
-        return call
+        monkeypatch.setattr(owner, name, call)
 
-    for name in ("echoes", "results", "scores"):
-        monkeypatch.setattr(Teller, name, watched(name))
+    watch(openai, "format_prompt")
+    watch(openai.CompletionFormatter, "response")
+    watch(Formatter, "generate_response")
+    watch(Formatter, "score_response")
     echo = {"model": "tiny", "prompt": "ab", "logprobs": 2, "echo": True, "max_tokens": 2}
-    assert world.client.post("/v1/completions", json=echo).status_code == 200
-    assert world.client.post("/score", json={"prompt": "a", "continuations": ["b"]}).status_code == 200
-    assert seen == {"echoes": False, "results": False, "scores": False}
+    for stream in (False, True):
+        assert world.client.post("/v1/completions", json=echo | {"stream": stream}).status_code == 200
+        assert world.client.post("/generate", json={"prompt": "a", "logprobs": 2, "stream": stream}).status_code == 200
+        assert world.client.post("/score", json={"prompt": "a", "continuations": ["b"]}).status_code == 200
+        names = {"format_prompt", "response", "generate_response", "score_response"} - (
+            {"response"} if stream else set()
+        )
+        assert seen == dict.fromkeys(names, False)
+        seen.clear()

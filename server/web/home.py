@@ -1,4 +1,4 @@
-"""The page at /: plain HTML that needs nothing from anywhere."""
+"""The page at /: one self-contained HTML document."""
 
 import html
 import json
@@ -25,7 +25,7 @@ pre {{ background: #8881; padding: 1rem; overflow-x: auto }}
 
 
 def page(*, model: str, checkpoint: str | None, attributes: Mapping[str, float], address: str) -> str:
-    """The page for what is served now at `address`, a URL; the command on it can be copied and run."""
+    """The page of a server whose URL is `address`. The command on it can be copied and run."""
     body = {
         "prompt": "Q: What colour is the sky? A:",
         "attributes": dict(attributes),

@@ -1,4 +1,4 @@
-"""Every exception becomes one of our errors, and every error one shape."""
+"""Every exception becomes a ServerError, and every ServerError the same JSON: {"error": {...}}."""
 
 import difflib
 import json
@@ -6,13 +6,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from server.api.openai.requests import NEUTRAL, ChatRequest, CompletionRequest
-from server.api.schemas import CompareRequest, GenerateRequest, ScoreRequest, StrictRequest
+from server.api.openai.schemas import NO_EFFECT, ChatCompletionRequest, CompletionRequest
 from server.errors import (
     BadRequest,
     BodyTooLarge,
@@ -23,28 +23,41 @@ from server.errors import (
     ServerError,
     UnsupportedField,
 )
+from server.schemas import CompareRequest, GenerateRequest, ScoreRequest, StrictRequest
 
-Request = TypeVar("Request", bound=StrictRequest)
-SHOWN = 80  # characters of a client's value in a message
-DESCRIBED = 5  # problems of one request
-LONGEST_MESSAGE, LONGEST_PARAM = 500, 200  # characters
-UNIONS = {  # fields of several types, below which pydantic names the type that it tried
+Body = TypeVar("Body", bound=StrictRequest)
+MAX_VALUE = 80  # characters of a client's value in a message
+MAX_DESCRIBED = 5  # problems of one request
+MAX_MESSAGE, MAX_PARAM = 500, 200  # characters
+UNIONS = {  # fields of several types; in the location of an error pydantic adds the type that it tried
     "prompt": "a string or a list of strings",
     "stop": "a string or a list of strings",
     "content": "a string or a list of parts",
 }
-BODIES: Mapping[str, type[StrictRequest]] = {  # others: GenerateRequest
+REQUESTS: Mapping[str, type[StrictRequest]] = {  # body by route; others: GenerateRequest
     "/compare": CompareRequest,
     "/score": ScoreRequest,
     "/v1/completions": CompletionRequest,
-    "/v1/chat/completions": ChatRequest,
+    "/v1/chat/completions": ChatCompletionRequest,
 }
-KINDS = ("string_type", "list_type")
+WRONG_TYPE = ("string_type", "list_type")
 TYPE_NAME = re.compile(r"^str$|^constrained-|\[")  # as pydantic writes the members of a union
 
 
-def error_of(exception: Exception, *, method: str = "", path: str = "") -> ServerError:
-    """What the client is told of an exception; what is not foreseen stays in the log."""
+def add_exception_handlers(app: FastAPI) -> None:
+    """For what handlers and the framework raise; `RequestMiddleware` answers for the rest."""
+    for kind in (ServerError, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, _handle)
+
+
+async def _handle(request: Request, exception: Exception) -> Response:
+    error = to_server_error(exception, method=request.method, path=request.url.path)
+    headers = exception.headers if isinstance(exception, HTTPException) else None
+    return error_response(error, request.state.request_id, headers)
+
+
+def to_server_error(exception: Exception, *, method: str = "", path: str = "") -> ServerError:
+    """The error for the client. Of an exception that nobody expected it says nothing; the log does."""
     match exception:
         case ServerError():
             return exception
@@ -64,29 +77,29 @@ def error_of(exception: Exception, *, method: str = "", path: str = "") -> Serve
             return ServerError("The server failed on this request; its log says more.")
 
 
-def parse(kind: type[Request], body: Mapping[str, Any]) -> Request:
-    """A body that did not come over HTTP. Raises InvalidField with the same sentences."""
+def parse(kind: type[Body], body: Mapping[str, Any]) -> Body:
+    """Validates a body that did not come over HTTP. Raises InvalidField with the sentences of the routes."""
     try:
         return kind.model_validate(body)
     except ValidationError as error:
         raise _invalid([{**one, "loc": ("body", *one["loc"])} for one in error.errors()], "") from None
 
 
-def spell(error: ServerError, request_id: str) -> str:
+def error_json(error: ServerError, request_id: str) -> str:
     """{"error": {type, message, param, request_id}}, in ASCII, so that no text a client sent can break it."""
     detail = {
         "type": error.type,
-        "message": _cut(error.message, LONGEST_MESSAGE),
-        "param": None if error.param is None else _cut(error.param, LONGEST_PARAM),
+        "message": _cut(error.message, MAX_MESSAGE),
+        "param": None if error.param is None else _cut(error.param, MAX_PARAM),
         "request_id": request_id,
     }
     return json.dumps({"error": detail})
 
 
-def render(error: ServerError, request_id: str, headers: Mapping[str, str] | None = None) -> Response:
-    """The response that tells of an error."""
+def error_response(error: ServerError, request_id: str, headers: Mapping[str, str] | None = None) -> Response:
+    """The HTTP response for an error."""
     return Response(
-        spell(error, request_id),
+        error_json(error, request_id),
         status_code=error.status,
         headers={**(headers or {}), **error.headers},
         media_type="application/json",
@@ -122,7 +135,7 @@ def _invalid(problems: Sequence[Mapping[str, Any]], path: str) -> ServerError:
         key = _param(_down_to_union(problem["loc"]))
         if key not in seen or _depth(problem) > _depth(seen[key]):
             seen[key] = problem
-    described = list(seen.values())[:DESCRIBED]
+    described = list(seen.values())[:MAX_DESCRIBED]
     sentences = [_sentence(problem, path) for problem in described]
     if more := len(seen) - len(described):
         sentences.append(f"And {more} more.")
@@ -132,7 +145,7 @@ def _invalid(problems: Sequence[Mapping[str, Any]], path: str) -> ServerError:
 
 
 def _depth(problem: Mapping[str, Any]) -> tuple[int, bool]:
-    return len(problem["loc"]), problem["type"] not in KINDS
+    return len(problem["loc"]), problem["type"] not in WRONG_TYPE
 
 
 def _param(loc: Sequence[str | int]) -> str:
@@ -150,11 +163,11 @@ def _down_to_union(loc: Sequence[str | int]) -> Sequence[str | int]:
 def _sentence(problem: Mapping[str, Any], path: str) -> str:
     param = _param(problem["loc"])
     if problem["type"] == "extra_forbidden":
-        # Nobody misspells a name into a text: those are not worth the search.
-        if param in NEUTRAL:
+        # Only short names are searched for: a long one is no misspelt field.
+        if param in NO_EFFECT:
             return f"{param} is not supported; leave it out."
-        fields = [*BODIES.get(path, GenerateRequest).model_fields] if problem["loc"][0] == "body" else ["version"]
-        close = difflib.get_close_matches(param, fields, n=1) if len(param) <= SHOWN and "." not in param else []
+        fields = [*REQUESTS.get(path, GenerateRequest).model_fields] if problem["loc"][0] == "body" else ["version"]
+        close = difflib.get_close_matches(param, fields, n=1) if len(param) <= MAX_VALUE and "." not in param else []
         return f"There is no field {_short(param)}" + (f"; did you mean {close[0]!r}?" if close else ".")
     if problem["type"] == "string_unicode":
         return f"{_short(param, quote=False)} holds half of a surrogate pair, which is no character."
@@ -168,14 +181,14 @@ def _sentence(problem: Mapping[str, Any], path: str) -> str:
         return f"{_short(param, quote=False)}: {str(problem['msg']).removeprefix('Value error, ')}."
     message = str(problem["msg"]).removeprefix("Input ")
     of_several = len(problem["loc"]) > len(_down_to_union(problem["loc"]))
-    if of_several and problem["type"] in KINDS and (kinds := UNIONS.get(param.rpartition(".")[2])):
+    if of_several and problem["type"] in WRONG_TYPE and (kinds := UNIONS.get(param.rpartition(".")[2])):
         message = f"should be {kinds}"
     return f"{_short(param, quote=False)} {message}, not {_short(problem['input'])}."
 
 
 def _short(value: object, *, quote: bool = True) -> str:
     """A client's value, cut to a length that fits into a message."""
-    return _cut(repr(value) if quote else str(value), SHOWN)
+    return _cut(repr(value) if quote else str(value), MAX_VALUE)
 
 
 def _cut(text: str, length: int) -> str:

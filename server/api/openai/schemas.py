@@ -1,0 +1,322 @@
+"""Request and response bodies of the OpenAI routes.
+
+A field of OpenAI's that has no effect here is accepted with a value that asks for nothing (`NO_EFFECT`). Any other
+field that is not listed is an error that names it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from server.engine.sequence import FinishReason, PositionsName
+from server.errors import InvalidField
+from server.schemas import (
+    MAX_NEW_TOKENS,
+    Attributes,
+    Prompt,
+    SamplingFields,
+    SteeringBody,
+    StrictRequest,
+    TokenTraceBody,
+)
+from server.types import STEERED, Arm, CheckpointRef, GenerateParams
+
+# Fields that clients send although they ask for nothing: with these values they change nothing.
+NO_EFFECT: Mapping[str, tuple[object, ...]] = {
+    "annotations": ([],),
+    "best_of": (1,),
+    "frequency_penalty": (0,),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "metadata": ({},),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "presence_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_calls": ([],),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+}
+Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+class SteeringOptions(StrictRequest):
+    """Our own part of a request, which OpenAI's clients send through `extra_body`."""
+
+    checkpoint: str | None = Field(
+        None,
+        description="`name` or `name@version`, where `model` is the base model; absent: the model's, else the active",
+    )
+    attributes: Attributes | None = Field(
+        None, description="multiplier per attribute; absent: the checkpoint's defaults; `{}`: unsteered; unlisted: 0"
+    )
+    positions: PositionsName | None = Field(None, description="absent: as the checkpoint says")
+    trace: bool = Field(False, description="per token and attribute: gate, multiplier x gate, norm, cosine")
+
+
+class StreamOptions(StrictRequest):
+    """What a stream says besides the text."""
+
+    include_usage: bool = Field(False, description="a last chunk with the numbers of tokens")
+
+
+class TextContentPart(StrictRequest):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(StrictRequest):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextContentPart] = Field("", description="may be absent in the assistant's turns only")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_no_effect(cls, given: Any) -> Any:
+        return _without_no_effect(given)
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Self:
+        if self.role != "assistant" and "content" not in self.model_fields_set:
+            raise ValueError(f"a message of role {self.role!r} needs content")
+        return self
+
+    def to_template(self) -> dict[str, str]:
+        """As chat templates take it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class _OpenAIRequest(SamplingFields):
+    model: str = Field(min_length=1, description="the base model: unsteered; a checkpoint: its default multipliers")
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, description="not used")
+    steering: SteeringOptions | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_no_effect(cls, given: Any) -> Any:
+        return _without_no_effect(given)
+
+    @property
+    def usage_is_streamed(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def _checkpoint_refs(self, base: str) -> tuple[CheckpointRef, ...]:
+        """What `model` and `steering` ask for; `base`: the name of the base model, which is unsteered."""
+        options = self.steering or SteeringOptions.model_construct()
+        if self.model != base:
+            if options.checkpoint not in (None, self.model):
+                raise InvalidField(
+                    f"'model' asks for checkpoint {self.model!r} already; ask for {base!r} to choose another.",
+                    param="steering.checkpoint",
+                )
+            return (CheckpointRef(self.model, options.attributes, param="steering.", named_by="model"),)
+        if options.checkpoint is None and options.attributes is None:
+            return ()
+        return (CheckpointRef(options.checkpoint, options.attributes, param="steering."),)
+
+    def _params(self, base: str, max_new_tokens: int, logprobs: int | None, **prompt: Any) -> GenerateParams:
+        if self.stream_options is not None and not self.stream:
+            raise InvalidField("'stream_options' are for streams only.", param="stream_options")
+        options = self.steering or SteeringOptions.model_construct()
+        return GenerateParams(
+            **prompt,
+            arms=(Arm(STEERED.name, self._checkpoint_refs(base)),),
+            positions=options.positions,
+            sampling=self.to_sampling(max_new_tokens, logprobs),
+            seed=self.seed,
+            n=self.n,
+            trace=options.trace,
+        )
+
+
+class CompletionRequest(_OpenAIRequest):
+    """Continue texts."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"model": "demo@v1", "prompt": "Q: Is grass green? A:", "max_tokens": 24}]}
+    )
+
+    prompt: Prompt | Tokens | Annotated[list[Prompt | Tokens], Field(min_length=1, max_length=256)] = Field(
+        description="a text or its token ids, or a list of such: a batch"
+    )
+    max_tokens: int = Field(16, ge=0, le=MAX_NEW_TOKENS, description="0 goes with `echo`: nothing but the prompt")
+    logprobs: int | None = Field(None, ge=0, le=20, description="log-probabilities of each token and k alternatives")
+    echo: bool = Field(
+        False, description="the prompt stands before the answer; its log-probabilities are as if it had been generated"
+    )
+
+    def to_params(self, base: str) -> GenerateParams:
+        """For the service; `base`: the name of the base model. Raises InvalidField."""
+        if not (self.max_tokens or self.echo):
+            raise InvalidField("'max_tokens': 0 asks for nothing, unless with 'echo'.", param="max_tokens")
+        batch = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
+        given: list[Any] = self.prompt if batch else [self.prompt]  # type: ignore[assignment]
+        prompts = tuple(one if isinstance(one, str) else tuple(one) for one in given)
+        return self._params(base, self.max_tokens, self.logprobs, prompts=prompts, single=not batch, echo=self.echo)
+
+
+class ChatCompletionRequest(_OpenAIRequest):
+    """Answer in a conversation, through the model's chat template."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "model": "demo",
+                    "messages": [{"role": "user", "content": "Is grass green?"}],
+                    "max_tokens": 24,
+                }
+            ]
+        }
+    )
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1024)]
+    max_tokens: int | None = Field(None, ge=1, le=MAX_NEW_TOKENS, description="absent: as the model has room for")
+    max_completion_tokens: int | None = Field(
+        None, ge=1, le=MAX_NEW_TOKENS, description="the newer name of `max_tokens`"
+    )
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20, description="so many alternatives to each token")
+
+    def to_params(self, base: str) -> GenerateParams:
+        """For the service; `base`: the name of the base model. Raises InvalidField."""
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise InvalidField("Send either 'max_tokens' or 'max_completion_tokens', not both.", param="max_tokens")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidField("'top_logprobs' needs 'logprobs': true.", param="top_logprobs")
+        most = self.max_tokens or self.max_completion_tokens or MAX_NEW_TOKENS
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return self._params(base, most, logprobs, messages=tuple(message.to_template() for message in self.messages))
+
+
+def _without_no_effect(given: Any) -> Any:
+    """Without the fields that ask for nothing; a null counts as absent, because some clients send every field."""
+    if not isinstance(given, dict):
+        return given
+    return {
+        name: value
+        for name, value in given.items()
+        if value is not None and not any(value == neutral for neutral in NO_EFFECT.get(name, ()))
+    }
+
+
+# --- responses ---
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Choice(BaseModel):
+    """One text, or a piece of it. `steering` says what has steered it, with the last piece."""
+
+    index: int
+    finish_reason: FinishReason | None = None
+    steering: SteeringBody | None = None
+    trace: list[TokenTraceBody] | None = None
+
+
+class CompletionLogprobs(BaseModel):
+    """Lists that go along with each other, an entry for a token."""
+
+    tokens: list[str] = Field(description="a part of a character is spelled by its bytes, as in `bytes:\\xe6\\x9d`")
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int] = Field(
+        description="how many characters stand before the token; those of a stop string are listed, too"
+    )
+
+
+class CompletionChoice(Choice):
+    text: str
+    logprobs: CompletionLogprobs | None = None
+
+
+class _Body(BaseModel):
+    id: str
+    created: int = Field(description="Unix time in seconds")
+    model: str = Field(description="as the request named it")
+    usage: Usage | None = None
+
+
+class Completion(_Body):
+    """An answer, or a chunk of one."""
+
+    object: Literal["text_completion"] = "text_completion"
+    choices: list[CompletionChoice]
+
+
+@dataclass(slots=True)
+class TopLogprob:
+    """A token and its log-probability, nats; -9999: impossible."""
+
+    token: str
+    logprob: float
+    bytes: Annotated[list[int] | None, Field(description="of a part of a character its own; null: they are not known")]
+
+
+@dataclass(slots=True)
+class ChatTokenLogprob(TopLogprob):
+    """Beside the likeliest tokens in its place, best first."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ChatTokenLogprob]
+
+
+class AssistantMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
+class ChatChoice(Choice):
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None = None
+
+
+class ChatCompletion(_Body):
+    object: Literal["chat.completion"] = "chat.completion"
+    choices: list[ChatChoice]
+
+
+class Delta(BaseModel):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(Choice):
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+
+
+class ChatCompletionChunk(_Body):
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    choices: list[ChatChunkChoice]
+
+
+class ModelBody(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int = Field(description="when it was loaded, Unix time in seconds")
+    owned_by: Literal["mat-steer"] = "mat-steer"
+    root: str = Field(description="the base model")
+    attributes: dict[str, float] = Field(description="default multipliers; none for the base model")
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelBody]

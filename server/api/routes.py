@@ -1,0 +1,136 @@
+"""The native routes: generation, checkpoints, operations, and the page at /."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Query, Request
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
+
+from server import formatting
+from server.api.deps import ServiceDep, require_admin_key, require_api_key
+from server.api.responses import STREAMS, event_response, json_response
+from server.errors import EngineDown, UnknownCheckpoint
+from server.formatting import Formatter
+from server.schemas import (
+    CheckpointListBody,
+    CheckpointVersionsBody,
+    CompareRequest,
+    CompareResponse,
+    GenerateRequest,
+    GenerateResponse,
+    HealthBody,
+    LoadedBody,
+    ReadyBody,
+    ScoreRequest,
+    ScoreResponse,
+    UnloadedBody,
+    VersionRequest,
+)
+from server.web import home
+
+READS, CHANGES = [Depends(require_api_key)], [Depends(require_admin_key)]
+generation = APIRouter(tags=["generate"], dependencies=READS)
+checkpoints = APIRouter(prefix="/checkpoints", tags=["checkpoints"])
+operations = APIRouter(tags=["operations"])
+
+
+@generation.post("/generate", response_model=GenerateResponse, responses=STREAMS)
+async def generate(body: GenerateRequest, request: Request, service: ServiceDep) -> Response:
+    """Generate, steered by the attribute multipliers of this request; `baseline` adds the unsteered twin."""
+    formatter, params = Formatter(service.codec), body.to_params()
+    if body.stream:
+        return event_response(await service.stream(params), formatter.token, formatter.generate_response, request)
+    return await json_response(request, service.generate(params), formatter.generate_response)
+
+
+@generation.post("/compare", response_model=CompareResponse, responses=STREAMS)
+async def compare(body: CompareRequest, request: Request, service: ServiceDep) -> Response:
+    """Any number of arms from one reading of the prompt, each compared with the first."""
+    formatter, params = Formatter(service.codec), body.to_params()
+    if body.stream:
+        return event_response(await service.stream(params), formatter.token, formatter.compare_response, request)
+    return await json_response(request, service.generate(params), formatter.compare_response)
+
+
+@generation.post("/score", response_model=ScoreResponse)
+async def score(body: ScoreRequest, request: Request, service: ServiceDep) -> Response:
+    """The log-likelihood of given continuations, with the steering that a generation would get."""
+    return await json_response(request, service.score(body.to_params()), Formatter(service.codec).score_response)
+
+
+# The handlers of checkpoints are plain functions: they read files, and FastAPI runs each in a thread.
+
+
+@checkpoints.get("", dependencies=READS, name="checkpoints")
+def list_checkpoints(service: ServiceDep) -> CheckpointListBody:
+    """Every complete checkpoint folder: which are loaded, which is active, which cannot be loaded and why."""
+    active = service.registry.active
+    entries = map(formatting.checkpoint, service.registry.entries())
+    return CheckpointListBody(active=active.label if active else None, checkpoints=list(entries))
+
+
+@checkpoints.get("/{name}", dependencies=READS)
+def checkpoint(name: str, service: ServiceDep) -> CheckpointVersionsBody:
+    """Every version of one checkpoint, with how it was trained and evaluated."""
+    entries = service.registry.entries(name)
+    if not entries:
+        raise UnknownCheckpoint(f"There is no checkpoint {name!r}.", param="name")
+    return CheckpointVersionsBody(name=name, versions=list(map(formatting.checkpoint_detail, entries)))
+
+
+@checkpoints.post("/{name}/load", dependencies=CHANGES)
+def load(name: str, service: ServiceDep, body: VersionRequest | None = None) -> LoadedBody:
+    """Load a version (absent: the newest) as its folder is now. Requests that run finish on what they began with."""
+    return formatting.loaded(service.registry.reload(name, body.version if body else None))
+
+
+@checkpoints.post("/{name}/activate", dependencies=CHANGES)
+def activate(name: str, service: ServiceDep, body: VersionRequest | None = None) -> LoadedBody:
+    """The same, and requests that name no checkpoint get it from now on."""
+    return formatting.loaded(service.registry.reload(name, body.version if body else None, activate=True))
+
+
+@checkpoints.delete("/{name}", dependencies=CHANGES)
+def unload(name: str, service: ServiceDep, query: Annotated[VersionRequest, Query()]) -> UnloadedBody:
+    """Take a version (absent: all) out of the device's memory; the folder stays, and a request loads it again."""
+    return UnloadedBody(unloaded=service.registry.unload(name, query.version))
+
+
+# A HEAD is a GET whose body the server drops.
+
+
+@operations.get("/healthz")
+@operations.head("/healthz", include_in_schema=False)
+async def healthz() -> HealthBody:
+    """The process answers."""
+    return HealthBody()
+
+
+@operations.get("/readyz")
+@operations.head("/readyz", include_in_schema=False)
+async def readyz(service: ServiceDep) -> ReadyBody:
+    """The model is loaded and the engine takes requests; 503 with the reason where it does not."""
+    if trouble := service.engine.trouble:
+        raise EngineDown(f"Not ready: {trouble}.")
+    active = service.registry.active
+    return ReadyBody(model=service.model, checkpoint=active.label if active else None)
+
+
+@operations.get("/metrics", response_class=PlainTextResponse)
+async def metrics(service: ServiceDep) -> Response:
+    """Counters, gauges and histograms, for Prometheus."""
+    return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+
+@operations.get("/", include_in_schema=False)
+@operations.head("/", include_in_schema=False)
+async def root(request: Request, service: ServiceDep) -> HTMLResponse:
+    """What runs here, and a request to copy."""
+    active = service.registry.active
+    page = home.page(
+        model=service.model,
+        checkpoint=active.label if active else None,
+        attributes=active.defaults if active else {},
+        address=str(request.base_url),
+    )
+    return HTMLResponse(page)
