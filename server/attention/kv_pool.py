@@ -27,7 +27,8 @@ class KVShape:
 @dataclass(frozen=True)
 class KVPool:
     """keys [blocks, heads, block size, width], values [blocks, heads, block size, value width]: within a block the
-    tokens of a head lie side by side, so that attention reads them in one go."""
+    tokens of a head lie side by side, so that attention reads them in one go. Who reads it reads no further than a
+    sequence's length: what lies beyond may be anything, also no number."""
 
     keys: Tensor
     values: Tensor
@@ -35,7 +36,6 @@ class KVPool:
 
     @classmethod
     def of(cls, shape: KVShape, num_blocks: int, block_size: int, decode: Callable[..., None]) -> "KVPool":
-        # Zeros: what is not a number would spoil a row that only skips over it.
         keys, values = (
             torch.zeros(num_blocks, shape.heads, block_size, width, dtype=shape.dtype, device=shape.device)
             for width in (shape.key, shape.value)
@@ -59,12 +59,9 @@ class KVPool:
         return keys.flatten(1, 2), values.flatten(1, 2)
 
     def copy(self, copy: BlockCopy) -> None:
-        for cache in (self.keys, self.values):
-            target = cache[copy.target, :, : copy.num_tokens]
-            if copy.source is None:
-                target.zero_()
-            elif copy.source != copy.target:
-                target.copy_(cache[copy.source, :, : copy.num_tokens])
+        if copy.source != copy.target:
+            for cache in (self.keys, self.values):
+                cache[copy.target, :, : copy.num_tokens] = cache[copy.source, :, : copy.num_tokens]
 
 
 def slot_mapping(blocks: Tensor, offsets: Tensor, heads: int, block_size: int) -> Tensor:

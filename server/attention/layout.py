@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BlockCopy:
-    """Copy the keys and values of the first `num_tokens` tokens of one block to another; without a source make the
-    target zero."""
+    """Copy the keys and values of the first `num_tokens` tokens of one block to another."""
 
-    source: int | None
+    source: int
     target: int
     num_tokens: int
 

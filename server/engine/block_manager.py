@@ -148,15 +148,14 @@ class BlockManager:
 
     def free(self, sequence: Sequence, *, keep: bool = True) -> None:
         """Takes the blocks of a sequence back. `keep`: their content serves others until they are needed; otherwise it
-        is forgotten, and made zero where nobody else holds it: what is not a number would spoil a row that only skips
-        over it."""
+        is forgotten, also where others hold the same blocks."""
         for index in reversed(sequence.block_table):  # the end of a text is evicted before its beginning
             block = self._blocks[index]
             block.ref_count -= 1
             if not keep:
                 self._forget(block)
             if not block.ref_count:
-                self._release(block, zero=not keep)
+                self._release(block)
         sequence.block_table = []
         sequence.num_computed_tokens = 0
 
@@ -164,12 +163,6 @@ class BlockManager:
         """Forgets all content, also of blocks that sequences hold: nobody shares it any more."""
         for block in self._blocks:
             self._forget(block)
-
-    def zero_free(self) -> None:
-        """Forgets what free blocks keep and makes them zero: something there may be no number."""
-        for index in list(self._free):
-            self._forget(self._blocks[index])
-            self.copies.append(BlockCopy(None, index, self.block_size))
 
     def num_cached(self, sequence: Sequence) -> int:
         """How many tokens at its beginning are known already."""
@@ -219,9 +212,7 @@ class BlockManager:
         block.ref_count = 1
         return block
 
-    def _release(self, block: Block, *, zero: bool) -> None:
-        if zero:
-            self.copies.append(BlockCopy(None, block.index, self.block_size))
+    def _release(self, block: Block) -> None:
         self._free[block.index] = None
         if not block.content:
             self._free.move_to_end(block.index, last=False)

@@ -269,10 +269,7 @@ class Engine:
         self.stats.computed_tokens += sum(map(len, chunks))
         for chunk, output in zip(chunks, outputs, strict=True):
             if not chunk.sequence.block_table:
-                # It has ended: with the step before, or its request has failed with another sequence.
-                if output.sampled and not output.sampled.finite:
-                    self._runner.blocks.zero_free()
-                continue
+                continue  # it has ended: with the step before, or its request has failed with another sequence
             self._scheduler.postprocess(chunk, output.steered)
             self.stats.tokens += output.sampled is not None
             self.stats.scored_tokens += len(output.scored.logprobs) if output.scored else 0

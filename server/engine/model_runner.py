@@ -111,12 +111,16 @@ class ModelRunner:
         self.team = Team(torch.get_num_threads() if bank.device.type == "cpu" else 1)
         self._graphs: CudaGraphs | None = None
         self._model = model
-        self.overlaps = bank.device.type == "cuda"  # whether the host is free while the device computes
         self._spread = is_spread(model)
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._sampler: Sampler | None = None
         self._sampled: list[Sequence] = []  # those that it was made for
         model.set_attn_implementation(NAME)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether the host is free while the device computes."""
+        return self.device.type == "cuda"
 
     def allocate(self, num_blocks: int, block_size: int, *, graphs: bool = False) -> BlockManager:
         """Makes room for keys and values; returns who hands it out. `graphs`: decoding steps have static shapes, and

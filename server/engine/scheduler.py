@@ -90,8 +90,8 @@ class Scheduler:
             if not _can_run_ahead(sequence):
                 return ()
             following.append(ScheduledChunk(sequence, chunk.stop, chunk.stop + 1))
-        if self._waiting and len(following) < self._max_num_seqs:
-            return ()
+        if any(leader.is_scored or len(following) < self._max_num_seqs for leader in self._waiting):
+            return ()  # it could be admitted
         if not all(self.blocks.append(chunk.sequence, chunk.stop) for chunk in following):
             return ()
         return tuple(following)

@@ -4,7 +4,10 @@ from concurrent.futures import Future
 from itertools import count
 from typing import Any, TypeVar
 
+import torch
+
 from server.engine.engine import Engine
+from server.engine.model_runner import ModelRunner
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Event, Failed, Finished, ScheduledChunk, Sequence
 from server.loading import open_runner
@@ -35,6 +38,9 @@ class Desk:
         self.runner = open_runner(model, self.bank, "tiny", native=native)
         self.runner.steering.install()
         self.blocks = self.runner.allocate(num_blocks, block_size, graphs=graphs)
+        for pool in self.runner.attention.pools.values():  # nothing may be read that was not written
+            pool.keys.fill_(torch.nan)
+            pool.values.fill_(torch.nan)
         self.scheduler = Scheduler(
             self.blocks,
             max_num_seqs=max_num_seqs,
@@ -109,7 +115,7 @@ class Desk:
 
         runner.execute_async = counted  # type: ignore[method-assign]
         scheduler.schedule_ahead = foreseen  # type: ignore[method-assign]
-        runner.overlaps = self.ahead
+        runner.__class__ = type("DeskRunner", (ModelRunner,), {"overlaps": self.ahead})
 
 
 def sequence(tokens: tuple[int, ...], *, index: int = 0, request_id: str = "", **more: Any) -> Sequence:

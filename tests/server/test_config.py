@@ -7,7 +7,7 @@ import pytest
 from server.assembly import open_service
 from server.config import Settings, load_settings
 from server.errors import StartupError
-from server.opening.model import load_model
+from server.loading import load_model
 
 
 def test_the_environment_sets_what_the_command_line_does_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from fastapi import FastAPI
 
-from server.engine.runner import Runner
+from server.engine.model_runner import ModelRunner
 from tests.server.conftest import World
 
 pytestmark = pytest.mark.usefixtures("overlaps")
@@ -20,16 +20,16 @@ def api(app: FastAPI) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=30)
 
 
-def runner_of(world: World) -> Runner:
+def runner_of(world: World) -> ModelRunner:
     runner = world.service.engine._runner
-    assert isinstance(runner, Runner)
+    assert isinstance(runner, ModelRunner)
     return runner
 
 
 class Broken:
     """A forward pass that fails once, or for good, and otherwise is the real one."""
 
-    def __init__(self, runner: Runner, *, at: int, times: int = 1) -> None:
+    def __init__(self, runner: ModelRunner, *, at: int, times: int = 1) -> None:
         self._real = runner.forward
         self._from, self._to = at, at + times
         self._calls = 0
@@ -67,14 +67,14 @@ def test_a_step_that_cannot_be_begun_fails_nobody_who_has_ended_before(
     runner = runner_of(fresh)
     forward, seen = runner.forward, set()
 
-    def broken(works: Any, *more: Any) -> Any:
-        lengths = frozenset(work.tape.row.sampling.max_new_tokens for work in works)
+    def broken(chunks: Any, *more: Any) -> Any:
+        lengths = frozenset(chunk.sequence.sampling_params.max_new_tokens for chunk in chunks)
         seen.add(lengths)
         if {5, 60} in seen and lengths == {60}:
             raise RuntimeError("the step breaks")
-        return forward(works, *more)
+        return forward(chunks, *more)
 
-    monkeypatch.setattr(runner, "compute", broken)
+    monkeypatch.setattr(runner, "forward", broken)
 
     async def together() -> list[int]:
         async with api(fresh.app) as client:
@@ -85,20 +85,22 @@ def test_a_step_that_cannot_be_begun_fails_nobody_who_has_ended_before(
 
     assert asyncio.run(together()) == [200, 500]
     assert fresh.service.engine.stats.failed_steps == 1
-    assert not fresh.service.engine.open_rows
+    assert not fresh.service.engine.open_sequences
 
 
 def test_what_is_computed_behind_the_end_of_a_text_cannot_spoil_another(fresh: World) -> None:
     """The end-of-text token, which a step that is begun ahead computes in vain, has no finite keys and values here."""
-    runner = runner_of(fresh)
-    weight = runner.forward._model.get_input_embeddings().weight
+    weight = runner_of(fresh)._model.get_input_embeddings().weight
+    sound = {"prompt": "Q: Where", "temperature": 0, "max_new_tokens": 40, "ignore_eos": True}
+    before = fresh.post(**sound)["results"][0]["token_ids"]
+    assert 0 not in before
     weight[0] = torch.inf
     body = {"prompt": "Q: What", "n": 12, "temperature": 5.0, "seed": 11, "max_new_tokens": 80}
-    ended = [result["token_ids"][-1] == 0 for result in fresh.post(**body)["results"]]
-    assert any(ended)
-    assert len(fresh.post(prompt="b", max_new_tokens=3)["results"]) == 1
-    stores = runner.forward.attention.stores.values()
-    assert all(torch.isfinite(numbers).all() for store in stores for numbers in (store.keys, store.values))
+    for _ in range(3):
+        ended = [result["token_ids"][-1] == 0 for result in fresh.post(**body)["results"]]
+        assert any(ended)
+        fresh.service.engine.call(runner_of(fresh).blocks.reset_prefix_cache).result(10)
+        assert fresh.post(**sound)["results"][0]["token_ids"] == before
 
 
 def test_a_dead_device_makes_the_server_unready(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +127,7 @@ def test_a_row_without_a_next_token_fails_its_request_and_no_other(fresh: World)
 
     poison = fresh.service.codec.encode("~", "prompt")
     with torch.no_grad():
-        runner_of(fresh).forward._model.get_input_embeddings().weight[list(poison)] = float("nan")
+        runner_of(fresh)._model.get_input_embeddings().weight[list(poison)] = float("nan")
 
     async def together() -> list[httpx.Response]:
         async with api(fresh.app) as client:
@@ -139,17 +141,16 @@ def test_a_row_without_a_next_token_fails_its_request_and_no_other(fresh: World)
     stats = fresh.service.engine.stats
     assert stats.largest_batch >= 2
     assert stats.tokens <= 3 + 30, "the other rows of the broken request go on for nobody"
-    assert not fresh.service.engine.open_rows
+    assert not fresh.service.engine.open_sequences
     assert fresh.service.registry.pins == 0
 
 
 def test_a_comparison_that_fails_is_named_and_disturbs_nobody(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(runner: Any, pair: Any) -> Any:
-        yield False
+    def broken(logits: Any) -> Any:
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("server.engine.engine.compare", broken)
+        patch.setattr("server.engine.model_runner.score_chunks", broken)
         status, error = fresh.refused(prompt="a", baseline=True, max_new_tokens=2)
     assert (status, error["type"]) == (500, "generation_failed")
     assert "memory" not in error["message"]
@@ -177,14 +178,14 @@ def test_work_between_steps_that_takes_too_long_makes_the_server_unready(
 
 def test_the_event_loop_answers_while_the_model_runs(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = runner_of(fresh)
-    real, inside, go_on = runner.launch, threading.Event(), threading.Event()
+    real, inside, go_on = runner.execute_async, threading.Event(), threading.Event()
 
     def slow(*batch: Any) -> Any:
         inside.set()
         assert go_on.wait(10)
         return real(*batch)
 
-    monkeypatch.setattr(runner, "launch", slow)
+    monkeypatch.setattr(runner, "execute_async", slow)
 
     async def story() -> Any:
         async with api(fresh.app) as client:
@@ -241,16 +242,16 @@ async def _disconnecting(app: FastAPI, body: bytes, gone: asyncio.Event) -> list
 
 def test_a_client_that_goes_away_frees_its_row_by_the_next_step(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
     runner, engine = runner_of(fresh), fresh.service.engine
-    real, seen, gate = runner.launch, [], threading.Semaphore(0)
+    real, seen, gate = runner.execute_async, [], threading.Semaphore(0)
     stepped = threading.Event()
 
-    def counted(works: Any, *more: Any) -> Any:
-        seen.append(len(works))
+    def counted(chunks: Any, *more: Any) -> Any:
+        seen.append(len(chunks))
         stepped.set()
         assert gate.acquire(timeout=10)
-        return real(works, *more)
+        return real(chunks, *more)
 
-    monkeypatch.setattr(runner, "launch", counted)
+    monkeypatch.setattr(runner, "execute_async", counted)
 
     async def story() -> tuple[list[Any], Any]:
         gone = asyncio.Event()
@@ -273,20 +274,20 @@ def test_a_client_that_goes_away_frees_its_row_by_the_next_step(fresh: World, mo
     assert seen[-18:] == [1] * 18, seen
     assert stayed.json()["results"][0]["usage"]["completion_tokens"] == 20
     assert sent[0]["status"] == 499
-    assert not engine.open_rows
+    assert not engine.open_sequences
     assert fresh.service.registry.pins == 0
 
 
 def test_a_cancelled_request_that_waits_never_runs(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
     runner, engine = runner_of(fresh), fresh.service.engine
-    real, inside, go_on = runner.launch, threading.Event(), threading.Event()
+    real, inside, go_on = runner.execute_async, threading.Event(), threading.Event()
 
     def slow(*batch: Any) -> Any:
         inside.set()
         assert go_on.wait(10)
         return real(*batch)
 
-    monkeypatch.setattr(runner, "launch", slow)
+    monkeypatch.setattr(runner, "execute_async", slow)
 
     async def story() -> None:
         async with api(fresh.app) as client:
@@ -302,7 +303,7 @@ def test_a_cancelled_request_that_waits_never_runs(fresh: World, monkeypatch: py
             assert (await first).status_code == 200
 
     asyncio.run(story())
-    assert engine.stats.rows == 1
+    assert engine.stats.sequences == 1
     assert engine._queued == 0
     assert fresh.service.registry.pins == 0
 
@@ -334,13 +335,13 @@ def test_rows_that_end_leave_the_batch_and_disturb_nobody(fresh: World) -> None:
 def test_steps_that_are_begun_ahead_change_nothing(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts that end by themselves, by a stop string, by their length; some that cannot be hurried among them."""
     launched: list[bool] = []
-    real = Runner.launch
+    real = ModelRunner.execute_async
 
-    def counted(runner: Runner, works: Any, after: Any = None) -> Any:
+    def counted(runner: ModelRunner, chunks: Any, after: Any = None) -> Any:
         launched.append(after is not None)
-        return real(runner, works, after)
+        return real(runner, chunks, after)
 
-    monkeypatch.setattr(Runner, "launch", counted)
+    monkeypatch.setattr(ModelRunner, "execute_async", counted)
     crowd = {"prompt": "Q: What", "n": 12, "temperature": 5.0, "seed": 11, "max_new_tokens": 80}
     few = {"prompt": "a", "max_new_tokens": 8}
     bodies = [crowd, crowd | {"n": 2, "stop": "e"}, few | {"logprobs": 1}, few | {"trace": True}]
@@ -355,26 +356,26 @@ def test_steps_that_are_begun_ahead_change_nothing(fresh: World, monkeypatch: py
 
     seen = []
     for overlaps in (False, True):
-        monkeypatch.setattr(Runner, "overlaps", overlaps)
+        monkeypatch.setattr(ModelRunner, "overlaps", overlaps)
         seen.append(asyncio.run(together()))
         assert any(launched) is overlaps
     assert sum(launched) > 30
     assert seen[0] == seen[1]
     assert {result["finish_reason"] for result in seen[0]} == {"stop", "length"}
     assert fresh.service.engine.stats.tokens == 2 * sum(len(result["token_ids"]) for result in seen[0])
-    assert not fresh.service.engine.open_rows
+    assert not fresh.service.engine.open_sequences
 
 
 def test_stopping_answers_everybody(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
     runner, engine = runner_of(fresh), fresh.service.engine
-    real, inside = runner.launch, threading.Event()
+    real, inside = runner.execute_async, threading.Event()
 
     def slow(*batch: Any) -> Any:
         inside.set()
         time.sleep(0.02)
         return real(*batch)
 
-    monkeypatch.setattr(runner, "launch", slow)
+    monkeypatch.setattr(runner, "execute_async", slow)
 
     async def story() -> Any:
         async with api(fresh.app) as client:

@@ -69,8 +69,8 @@ class Slow:
 
     def __init__(self, runner: Any) -> None:
         self.inside = threading.Event()
-        self._real = runner.launch
-        runner.launch = self
+        self._real = runner.execute_async
+        runner.execute_async = self
 
     def __call__(self, *batch: Any) -> Any:
         self.inside.set()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from server.api.openai.formatting import chat_logprobs, completion_logprobs, format_prompt
-from server.engine.types import Likelihood
+from server.engine.sequence import TokenLogprob
 from server.tokenizer import Codec
 from server.types import EchoedPrompt
 from steering.hook import steered
@@ -361,7 +361,7 @@ def test_a_prompt_comes_back_as_it_was_given_without_what_the_tokenizer_adds() -
     codec = Codec(Adding(), vocab=4, context=None)
     for given, offsets in (("a\nb", [0, 1, 2]), ("A\nb", [3, 3, 3])):
         ids = codec.encode(given, "prompt")
-        logprobs = tuple(Likelihood(token, -1.0) for token in ids[1:])
+        logprobs = tuple(TokenLogprob(token, -1.0) for token in ids[1:])
         text, told = format_prompt(codec, EchoedPrompt(given, ids, logprobs))
         assert text == given
         assert told is not None
@@ -396,7 +396,7 @@ def test_bytes_of_parts_of_characters_by_the_kind_of_vocabulary(name: str, raw: 
 
     codec = Codec(Vocabulary(), vocab=1, context=None)
     assert codec.token_text(0) == ("\ufffd", raw)
-    logprobs = [Likelihood(0, -1.0)]
+    logprobs = [TokenLogprob(0, -1.0)]
     spelled = "\ufffd" if raw is None else "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
     told = completion_logprobs(codec, logprobs, lambda token: 6)
     assert told.tokens == [spelled]

@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 
 from server.app import create_app
 from server.config import Settings
-from server.engine.types import Draw, Finished, Piece, Row, Sampling, Timing
+from server.engine.sequence import SampledToken, Finished, TokenEvent, Sequence, SamplingParams, Timing
 from server.request_stream import RequestStream
 from server.schemas import GenerateRequest
 from tests.server.conftest import World
@@ -88,7 +88,7 @@ def test_a_bad_request_to_stream_is_an_ordinary_error(world: World) -> None:
 def test_what_fails_under_way_ends_the_stream_with_an_error(fresh: World) -> None:
     with torch.no_grad():
         poison = fresh.service.codec.encode("~", "prompt")
-        runner_of(fresh).forward._model.get_input_embeddings().weight[list(poison)] = float("nan")
+        runner_of(fresh)._model.get_input_embeddings().weight[list(poison)] = float("nan")
     response = fresh.client.post("/generate", json={"prompt": ["Q: What", "Q: ~"], "stream": True})
     assert response.status_code == 200
     name, data = told(response.text)[-1]
@@ -99,13 +99,13 @@ def test_what_fails_under_way_ends_the_stream_with_an_error(fresh: World) -> Non
 
 def test_a_client_that_leaves_a_stream_takes_its_rows_along(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, runner = fresh.service.engine, runner_of(fresh)
-    real = runner.launch
+    real = runner.execute_async
 
     def slow(*batch: Any) -> Any:
         time.sleep(0.01)
         return real(*batch)
 
-    monkeypatch.setattr(runner, "launch", slow)
+    monkeypatch.setattr(runner, "execute_async", slow)
 
     async def story() -> list[Any]:
         gone = asyncio.Event()
@@ -118,14 +118,13 @@ def test_a_client_that_leaves_a_stream_takes_its_rows_along(fresh: World, monkey
 
     asyncio.run(story())
     for _ in range(200):
-        if not engine.open_rows:
+        if not engine.open_sequences:
             break
         asyncio.run(asyncio.sleep(0.01))
-    assert not engine.open_rows
+    assert not engine.open_sequences
     assert fresh.service.registry.pins == 0
     assert engine.stats.tokens < 6 * 80
-    runner_of(fresh).cache.check()
-    assert not runner_of(fresh).cache._open
+    runner_of(fresh).blocks.check([])
 
 
 def test_many_streams_at_once_each_get_their_own_text(world: World) -> None:
@@ -160,16 +159,16 @@ def test_tokens_are_streamed_as_many_together_as_the_setting_says(fresh: World, 
 
     *groups, last = asyncio.run(story())
     told = [one for group in groups for one in group]
-    assert [one.event.draw.token for one in told] == fresh.post(**body)["results"][0]["token_ids"]
+    assert [one.event.token.token_id for one in told] == fresh.post(**body)["results"][0]["token_ids"]
     assert [one.arms[0].texts[0].text for one in last] == ["".join(one.event.text for one in told)]
     assert len(groups) <= {1: 11, 4: 4, 100: 2}[interval], "what has come meanwhile is sent together, too"
 
 
 def test_the_first_token_does_not_wait_and_no_text_waits_for_another() -> None:
-    rows = [Row("r", index, (1, 2), Sampling(), stream=True) for index in range(2)]
+    rows = [Sequence("r", index, (1, 2), SamplingParams(), stream=True) for index in range(2)]
 
-    def piece(row: int, index: int) -> Piece:
-        return Piece(rows[row], index, Draw(7, True, None, ()), "a")
+    def piece(row: int, index: int) -> TokenEvent:
+        return TokenEvent(rows[row], index, SampledToken(7, True, None, ()), "a")
 
     def finished(row: int) -> Finished:
         return Finished(rows[row], (7,), "a", "length", 0, Timing(0, 0, 0), ())
@@ -179,7 +178,7 @@ def test_the_first_token_does_not_wait_and_no_text_waits_for_another() -> None:
         seen: list[list[tuple[int, int]]] = []
 
         async def take() -> None:
-            seen.extend([[(one.row.index, one.index) for one in some] async for some in stream.tokens()])
+            seen.extend([[(one.sequence.index, one.index) for one in some] async for some in stream.tokens()])
 
         taking = asyncio.create_task(take())
         first = [piece(0, index) for index in range(6)]
@@ -214,15 +213,15 @@ def test_sixty_four_clients_that_vanish_leave_nothing(fresh: World) -> None:
         await asyncio.gather(*(leave(index) for index in range(64)))
         gc.collect()
         for _ in range(200):
-            if not engine.load.running and not engine.load.waiting and not registry.pins:
+            if not engine.status.running and not engine.status.waiting and not registry.pins:
                 break
             await asyncio.sleep(0.02)
 
     asyncio.run(story())
-    assert engine.load.running == engine.load.waiting == engine.load.used_tokens == 0
+    assert engine.status.running == engine.status.waiting == engine.status.used_blocks == 0
     assert registry.pins == 0
     assert engine.stats.tokens < 64 * 80 / 2, "their rows have not been generated to the end"
-    runner_of(fresh).cache.check()
+    runner_of(fresh).blocks.check([])
     assert fresh.post(prompt="a", max_new_tokens=2)["results"]
 
 
@@ -237,25 +236,25 @@ def test_sixty_four_clients_that_vanish_leave_nothing(fresh: World) -> None:
 def test_texts_that_are_read_too_long_end_with_a_504_and_are_read_no_further(
     settings: Settings, path: str, body: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    app = create_app(settings.model_copy(update={"deadline_s": 0.3}))
+    app = create_app(settings.model_copy(update={"deadline_s": 0.15}))
     with TestClient(app) as client:
         engine = app.state.service.engine
-        real, passes = engine._runner.compute, []
+        real, passes = engine._runner.forward, []
 
         def slow(*works: Any) -> Any:
             passes.append(len(works))
             time.sleep(0.1)
             return real(*works)
 
-        monkeypatch.setattr(engine._runner, "compute", slow)
+        monkeypatch.setattr(engine._runner, "forward", slow)
         response = client.post(path, json=body if path == "/score" else {"model": "demo", "max_tokens": 0, **body})
         assert response.status_code == 504, response.text
         assert response.json()["error"]["type"] == "deadline_exceeded"
         monkeypatch.undo()
         assert client.post("/score", json={"prompt": "a", "continuations": ["b"]}).status_code == 200
         assert len(passes) < 7
-        assert engine.load.used_tokens == 0
-        engine._runner.cache.check()
+        assert engine.status.used_blocks == 0
+        engine._runner.blocks.check([])
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -278,6 +277,6 @@ def test_a_request_that_takes_too_long_ends_with_a_504(settings: Settings, strea
             error = response.json()
         assert error["error"]["type"] == "deadline_exceeded"
         assert "0.15 s" in error["error"]["message"]
-        load = app.state.service.engine.load
+        load = app.state.service.engine.status
         assert load.running == load.waiting == 0
         assert client.post("/generate", json={"prompt": "a", "max_new_tokens": 1}).status_code == 200
