@@ -1,18 +1,15 @@
 """On a CUDA device: decoding steps are captured in graphs, and say what the plain model says on the CPU."""
 
 import random
-from dataclasses import replace
-
 import pytest
 import torch
 from accelerate import dispatch_model
 
-from server.engine.tape import Tape
-from server.engine.types import Row, Sampling, Steer
+from server.engine.sequence import SamplingParams, SteeringParams
 from steering.types import SequenceSteering
-from tests.server.desk import Desk
+from tests.server.desk import Desk, sequence
 from tests.server.reference import greedy, plain
-from tests.server.test_architectures import columns, rows, tiny
+from tests.server.test_architectures import columns, greedy_sequence, sequences, tiny
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,56 +21,57 @@ pytestmark = [
 def test_captured_steps_equal_the_plain_model(name: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     reference = tiny(name)
-    desk = Desk(tiny(name).to("cuda"), largest=64, roots=8, max_rows=6, step_tokens=12, graphs=True, ahead=True)
+    desk = Desk(tiny(name).to("cuda"), max_num_seqs=6, max_num_batched_tokens=12, graphs=True, ahead=True)
     handle = desk.bank.add(columns(name))
     mixes = [(1.0, 0.0), (-1.0, 1.5)]
-    steers = [Steer(), *(Steer(SequenceSteering.of([(handle, mix)])) for mix in mixes)]
+    steering = [SteeringParams(), *(SteeringParams(SequenceSteering.of([(handle, mix)])) for mix in mixes)]
     number = random.Random(0)
-    asked = rows(number, steers)
+    asked = sequences(number, steering)
     texts = desk.run(asked, arrivals=[number.randint(0, 40) for _ in asked])
-    for row, text in texts.items():
-        new = row.sampling.max_new_tokens
-        if row.steer.columns.slots:
-            multipliers = dict(zip(("kind", "fair"), row.steer.columns.parts[0][1], strict=True))
-            assert text == greedy(reference, row.tokens, columns(name), multipliers, new=new, eos=None), row
-            assert desk.steered[row] == new, "a captured hook counts every token"
+    for one, text in texts.items():
+        new, prompt = one.sampling_params.max_new_tokens, one.prompt_token_ids
+        if one.steering_params.columns.slots:
+            multipliers = dict(zip(("kind", "fair"), one.steering_params.columns.parts[0][1], strict=True))
+            assert text == greedy(reference, prompt, columns(name), multipliers, new=new, eos=None), one
+            assert desk.steered(one) == new, "a captured hook counts every token"
         else:
-            assert text == plain(reference, row.tokens, new=new), row
+            assert text == plain(reference, prompt, new=new), one
 
 
 def test_columns_that_come_while_graphs_exist_act() -> None:
     name = "llama"
-    desk = Desk(tiny(name).to("cuda"), largest=64, roots=8, graphs=True)
-    row = rows(random.Random(0), [Steer()])[0]
-    before = desk.run([row])[row]
+    desk = Desk(tiny(name).to("cuda"), graphs=True)
+    prompt, new = (5, 6, 7, 8), 12
+    unsteered = greedy_sequence(prompt, new, SteeringParams())
+    before = desk.run([unsteered])[unsteered]
     handle = desk.bank.add(columns(name))
-    steered: Row = replace(row, steer=Steer(SequenceSteering.of([(handle, (2.0, 2.0))])))
-    again = replace(row)
+    steered = greedy_sequence(prompt, new, SteeringParams(SequenceSteering.of([(handle, (2.0, 2.0))])))
+    again = greedy_sequence(prompt, new, SteeringParams())
     texts = desk.run([steered, again])
     assert texts[again] == before
     assert texts[steered] != before
-    assert desk.steered[steered] == row.sampling.max_new_tokens
+    assert desk.steered(steered) == new
 
 
 def test_nothing_waits_for_the_device_until_two_steps_have_been_begun() -> None:
-    desk = Desk(tiny("llama").to("cuda"), largest=64, roots=8, graphs=True)
-    sampling = Sampling(max_new_tokens=30, temperature=1.0, top_p=0.9, min_p=0.01, seed=3)
-    desk.scheduler.add([Tape.of(Row("r", index, (5, 6, 7 + index), sampling)) for index in range(3)])
+    desk = Desk(tiny("llama").to("cuda"), graphs=True)
+    params = SamplingParams(max_new_tokens=30, temperature=1.0, top_p=0.9, min_p=0.01, seed=3)
+    desk.add(*(sequence((5, 6, 7 + index), sampling_params=params) for index in range(3)))
     for _ in range(5):
         desk.step()
-    works = desk.scheduler.next()
+    chunks = desk.scheduler.schedule()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step = desk.runner.launch(works)
-        following = desk.runner.launch(desk.scheduler.ahead(works), step)
+        step = desk.runner.execute_async(chunks)
+        following = desk.runner.execute_async(desk.scheduler.schedule_ahead(chunks), step)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for begun in (step, following):
-        for work, outcome in zip(begun.works, begun.outcomes(), strict=True):
-            desk.scheduler.done(work, outcome.steered)
-            assert outcome.draw
-            work.tape.tokens.append(outcome.draw.token)
-    assert all(work.tape.cached == len(work.tape.tokens) - 1 for work in works)
+        for chunk, output in zip(begun.chunks, begun.result(), strict=True):
+            desk.scheduler.postprocess(chunk, output.steered)
+            assert output.sampled
+            chunk.sequence.token_ids.append(output.sampled.token_id)
+    assert all(chunk.sequence.num_uncomputed == 1 for chunk in chunks)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two CUDA devices")
@@ -82,14 +80,13 @@ def test_a_model_over_two_devices_equals_the_plain_one() -> None:
     half = len(reference.model.layers) // 2
     places: dict[str, int] = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
     places |= {f"model.layers.{index}": int(index >= half) for index in range(len(reference.model.layers))}
-    desk = Desk(dispatch_model(tiny("llama"), places), largest=64, roots=8)
+    desk = Desk(dispatch_model(tiny("llama"), places))
     handle = desk.bank.add(columns("llama"))
-    asked = rows(random.Random(0), [Steer(), Steer(SequenceSteering.of([(handle, (1.0, -0.5))]))])
-    for row, text in desk.run(asked).items():
-        new = row.sampling.max_new_tokens
-        if row.steer.columns.slots:
-            assert text == greedy(
-                reference, row.tokens, columns("llama"), {"kind": 1.0, "fair": -0.5}, new=new, eos=None
-            )
+    mixed = SteeringParams(SequenceSteering.of([(handle, (1.0, -0.5))]))
+    for one, text in desk.run(sequences(random.Random(0), [SteeringParams(), mixed])).items():
+        new, prompt = one.sampling_params.max_new_tokens, one.prompt_token_ids
+        if one.steering_params.columns.slots:
+            multipliers = {"kind": 1.0, "fair": -0.5}
+            assert text == greedy(reference, prompt, columns("llama"), multipliers, new=new, eos=None)
         else:
-            assert text == plain(reference, row.tokens, new=new)
+            assert text == plain(reference, prompt, new=new)
