@@ -8,7 +8,7 @@
 #include <cmath>
 #include <vector>
 
-#include "native.h"
+#include "../../steer_ops/cpu/common.h"
 
 namespace {
 

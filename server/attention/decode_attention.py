@@ -15,14 +15,15 @@ from torch import Tensor
 
 from server.attention.store import Store
 from server.attention.torch_attention import Rules
-from steering.native import DTYPES, kernels
+from steer_ops import DTYPES
+from steer_ops.cpu import build
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 ARGUMENTS = (*[ctypes.c_void_p] * 8, ctypes.c_float, ctypes.c_float, ctypes.c_void_p)
 
 
 class DecodeAttention:
-    """The compiled kernel, for the dtypes of `steering.native`."""
+    """The compiled kernel, for the dtypes of `steer_ops`."""
 
     def __init__(self, functions: dict[torch.dtype, Any]) -> None:
         self._functions = functions
@@ -55,5 +56,10 @@ class DecodeAttention:
 @cache
 def decode_attention() -> DecodeAttention | None:
     """The kernel for this machine; None where it cannot be had."""
-    functions = kernels(SOURCE, ARGUMENTS)
-    return DecodeAttention(functions) if set(functions) == set(DTYPES) else None
+    library = build.load(SOURCE)
+    if library is None:
+        return None
+    functions = {dtype: getattr(library, f"decode_attention_{str(dtype).removeprefix('torch.')}") for dtype in DTYPES}
+    for function in functions.values():
+        function.argtypes, function.restype = ARGUMENTS, None
+    return DecodeAttention(functions)

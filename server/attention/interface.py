@@ -18,7 +18,7 @@ from server.attention.decode_attention import DecodeAttention, decode_attention
 from server.attention.places import Move
 from server.attention.store import Shape, Store
 from server.attention.torch_attention import Rules
-from steering.native import DTYPES
+from steer_ops import DTYPES
 
 NAME = "matsteer"
 # What is read from memory in the time that a call takes: tens of microseconds, on a CPU and on a GPU.

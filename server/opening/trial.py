@@ -11,7 +11,7 @@ from server.engine.forward import Forward
 from server.engine.tape import Tape, Work
 from server.engine.types import Steer
 from server.errors import StartupError
-from server.layers.exchange import exchange_layers
+from steer_ops.layers import exchange_layers
 from steering.columns import ColumnBank
 
 log = logging.getLogger(__name__)
