@@ -12,23 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from benchmarks.machine import described
-from server.attention.decode_attention import decode_attention
-from server.attention.places import Chunk, Extent
-from server.attention.plan import Plan
-from server.attention.store import Shape, Store
-from server.attention.torch_attention import Rules
-from server.layers.gated_mlp import fuse_mlps
-from server.layers.linears import PackedLinear, pack
-from server.layers.rms_norm import fuse_norms
-from server.layers.rotary import ARGUMENTS, SOURCE, FusedRotary
-from server.layers.tiled_linear import TiledLinear, tiled_linear
 from server.threads import usable_cores
+from steer_ops import DTYPES, PAGED_ATTENTION_DECODE
+from steer_ops.layers import PackedLinear, TiledLinear, fuse_mlps, fuse_norms, pack_linears
 from steering import Column, ColumnBank, Gate, SequenceSteering, Site, steer
 from steering.fused import fused_steer
-from steering.native import DTYPES, kernels
 
 COPIES, REPEAT = 12, 60
 Case = tuple[str, Callable[[int], object], Callable[[int], object]]  # what it is, PyTorch's way and ours
@@ -45,7 +36,7 @@ def main() -> None:
     lines += ["", "Microseconds a call, medians of interleaved calls.", "", "| | PyTorch | compiled | times |"]
     lines += ["| --- | ---: | ---: | ---: |"]
     with torch.inference_mode():
-        for cases in (attention(), linear(), steering(), norm(), rotary(), gated_mlp()):
+        for cases in (attention(), linear(), steering(), norm(), gated_mlp()):
             for name, theirs, ours in cases:
                 them, us = beside(theirs, ours)
                 lines.append(f"| {name} | {them:.0f} | {us:.0f} | {them / us:.1f} |")
@@ -67,34 +58,41 @@ def beside(theirs: Callable[[int], object], ours: Callable[[int], object]) -> tu
 
 
 def attention() -> Iterator[Case]:
-    """Rows of 32 to 256 tokens, as far as the longest one in one call of PyTorch's."""
+    """Rows of 32 to 256 tokens, in blocks of 64 that lie in no order."""
     random = torch.Generator().manual_seed(0)
-    rules = Rules(None, None, None, None)
+    ops = PAGED_ATTENTION_DECODE
     for dtype in DTYPES:
-        for heads in (4, 12):
+        for heads, kv_heads in ((4, 4), (12, 12), (9, 3)):
             for rows in (1, 8, 32):
-                lengths = torch.randint(32, 256, (rows,), generator=random).tolist()
-                steps = [Chunk(Extent(256 * index, 256), length - 1, length) for index, length in enumerate(lengths)]
-                stores = [Store.of(Shape(heads, 64, 64, dtype, torch.device("cpu")), 256 * rows) for _ in range(COPIES)]
-                query, key = torch.randn(rows, heads, 64).to(dtype), torch.randn(1, heads, rows, 64).to(dtype)
+                lengths = torch.randint(32, 256, (rows,), generator=random).int()
+                tables = torch.randperm(4 * rows, generator=random).int().view(rows, 4)
+                caches = [
+                    [torch.zeros(4 * rows, kv_heads, 64, 64, dtype=dtype).normal_() for _ in range(2)]
+                    for _ in range(COPIES)
+                ]
+                query, key = (torch.randn(rows, count, 64).to(dtype) for count in (heads, kv_heads))
+                rest = tables, lengths, torch.empty_like(query)
 
-                def way(plan: Plan, stores: list[Store], query: Tensor, key: Tensor) -> Callable[[int], object]:
-                    return lambda copy: plan.attend(stores[copy], query, key, key, rules)
+                def way(
+                    op: Callable[..., None],
+                    new: tuple[Tensor, ...] = (query, key, key),
+                    caches: list[list[Tensor]] = caches,
+                    rest: tuple[Tensor, ...] = rest,
+                ) -> Callable[[int], object]:
+                    return lambda copy: op(*new, *caches[copy], *rest, scale=0.125)
 
-                plans = (Plan.of(steps, torch.device("cpu"), 10**9, kernel) for kernel in (None, decode_attention()))
-                theirs, ours = (way(plan, stores, query, key) for plan in plans)
-                yield f"attention, {rows} rows, {heads} heads of 64, {name_of(dtype)}", theirs, ours
+                name = f"attention, {rows} rows, {heads} heads over {kv_heads} of 64, {name_of(dtype)}"
+                yield name, way(ops.twin), way(ops.choose(torch.device("cpu"), dtype))
 
 
 def linear() -> Iterator[Case]:
     for dtype in DTYPES:
         for outputs, inputs in ((256, 256), (4096, 256), (4096, 768), (768, 2048)):
             weights = [torch.randn(outputs, inputs).to(dtype) for _ in range(COPIES)]
-            function = tiled_linear(weights[0])
-            if function is None:
+            if not TiledLinear.takes(weights[0]):
                 continue
             packed = [PackedLinear(weight, None) for weight in weights]
-            tiled = [TiledLinear(weight, None, function) for weight in weights]
+            tiled = [TiledLinear(weight, None) for weight in weights]
             for tokens in (1, 8, 32, 128, 512):
                 x = torch.randn(1, tokens, inputs).to(dtype)
 
@@ -153,23 +151,6 @@ def norm() -> Iterator[Case]:
             yield f"RMS norm, {tokens} tokens, {width} wide, {name_of(dtype)}", theirs, ours
 
 
-def rotary() -> Iterator[Case]:
-    mine = FusedRotary(apply_rotary_pos_emb, kernels(SOURCE, ARGUMENTS))
-    for dtype in DTYPES:
-        for tokens in (8, 32, 512):
-            query, key = (torch.randn(1, tokens, 12, 64).to(dtype).transpose(1, 2) for _ in range(2))
-            angles = torch.randn(2, 1, tokens, 64).to(dtype).unbind()
-            parts = query, key, *angles
-
-            def theirs(copy: int, parts: tuple[Tensor, ...] = parts) -> object:
-                return apply_rotary_pos_emb(*parts)
-
-            def ours(copy: int, parts: tuple[Tensor, ...] = parts) -> object:
-                return mine(*parts)
-
-            yield f"rotary embedding, {tokens} tokens, 12 heads of 64, {name_of(dtype)}", theirs, ours
-
-
 def gated_mlp() -> Iterator[Case]:
     """Both on packed linear layers."""
     config = LlamaConfig(hidden_size=256, intermediate_size=640, num_attention_heads=4)
@@ -177,8 +158,8 @@ def gated_mlp() -> Iterator[Case]:
         for tokens in (8, 32, 512):
             layers: list[nn.Module] = [LlamaMLP(config) for _ in range(2)]  # type: ignore[no-untyped-call]
             own, mine = (nn.Sequential(layer.to(dtype)).requires_grad_(False) for layer in layers)
-            pack(own)
-            pack(mine)
+            pack_linears(own)
+            pack_linears(mine)
             fuse_mlps(mine)
             x = torch.randn(1, tokens, 256).to(dtype)
 

@@ -21,8 +21,8 @@ from benchmarks.contenders import Contender, ContinuousBatching, Generate, Ours,
 from benchmarks.machine import described
 from benchmarks.turns import in_turn
 from benchmarks.workload import SHAPES, llama, requests
-from server.layers.linears import pack
 from server.threads import usable_cores
+from steer_ops.layers import pack_linears
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MIXES = tuple((1.0 + i / 256, 0.5 - i / 512, -0.5) for i in range(256))
@@ -122,7 +122,7 @@ def measure(shape: str, dtype: str, rows: int, names: Sequence[str], *, count: i
 def floor_seconds(shape: str, dtype: torch.dtype, rows: int, tokens: int) -> float:
     """What the matrix products for so many tokens take, in steps of `rows` tokens."""
     model = llama(shape, dtype)
-    pack(model)
+    pack_linears(model)
     return product_seconds(model, rows, dtype) * tokens / rows
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 
-from steering.native import cpu_flags
+from steer_ops.cpu.build import cpu_flags
 
 VECTORS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # what decides which kernels are used
 

@@ -18,8 +18,8 @@ from server.config import Settings
 from server.engine.model_runner import ModelRunner
 from server.engine.sequence import ScheduledChunk, Sequence
 from server.errors import StartupError
-from server.layers.exchange import exchange_layers
 from server.threads import usable_cores
+from steer_ops.layers import exchange_layers
 from steering.columns import ColumnBank
 
 log = logging.getLogger(__name__)

@@ -80,3 +80,120 @@ PAGED_ATTENTION_DECODE = Op(
     plain.paged_attention_decode,
     _paged_attention_examples,
 )
+
+
+def steer_and_count(
+    activations: Tensor,
+    vectors: Tensor,
+    weights: Tensor,
+    biases: Tensor,
+    kinds: Tensor,
+    keep_norm: Tensor,
+    multipliers: Tensor,
+    owners: Tensor,
+    counts: Tensor,
+    owner: int,
+) -> Tensor:
+    """Gated steering (`steer_ops.plain.steer` has the formula), and how many times each token was steered.
+
+    activations [N, D] float32 or bfloat16, vectors and weights [C, D], biases [C] float32, kinds [C] int8, keep_norm
+    [C] bool, multipliers [M, C] float32, owners [M] int32, counts [M] int64 with M >= N -> [N, D]. `counts` of the
+    first N tokens go up where `owners` is `owner`.
+    """
+    moved: Tensor = STEER_AND_COUNT.for_tensor(activations)(
+        activations, vectors, weights, biases, kinds, keep_norm, multipliers, owners, counts, owner
+    )
+    return moved
+
+
+def _steer_examples(dtype: torch.dtype) -> Iterator[Example]:
+    random = torch.Generator().manual_seed(0)
+    kinds = torch.tensor([plain.SIGMOID, plain.CONSTANT, plain.LINEAR, plain.SIGMOID], dtype=torch.int8)
+    keep = torch.tensor([True, True, False, False])
+    vectors, weights = torch.randn(2, 4, 37, generator=random)
+    multipliers = torch.randn(6, 4, generator=random) * torch.tensor([[1.0], [0.0], [1.0], [0.5], [1.0], [1.0]])
+    owners, counts = torch.tensor([3, 3, -1, 0, 3, 3], dtype=torch.int32), torch.zeros(6, dtype=torch.int64)
+    x = torch.randn(5, 37, generator=random).to(dtype)
+    yield (x, vectors, weights, torch.randn(4, generator=random), kinds, keep, multipliers, owners, counts, 3), {}
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """weight * (x / sqrt(mean(x^2) + epsilon)), rounded to the dtype before and after the product as in transformers.
+
+    x [..., D], weight [D] of the same dtype -> [..., D]
+    """
+    normed: Tensor = RMS_NORM.for_tensor(x)(x, weight, epsilon)
+    return normed
+
+
+def _rms_norm_examples(dtype: torch.dtype) -> Iterator[Example]:
+    random = torch.Generator().manual_seed(0)
+    yield (3 * torch.randn(5, 77, generator=random).to(dtype), torch.randn(77, generator=random).to(dtype), 1e-3), {}
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up, rounded to the dtype before and after the product. gate_up [..., 2 * width], gates before
+    ups -> [..., width]"""
+    gated: Tensor = SILU_MUL.for_tensor(gate_up)(gate_up)
+    return gated
+
+
+def _silu_mul_examples(dtype: torch.dtype) -> Iterator[Example]:
+    random = torch.Generator().manual_seed(0)
+    yield (30 * torch.randn(5, 2 * 77, generator=random).to(dtype),), {}
+
+
+OUTPUTS = 32  # of a tile
+UNIT_BYTES = 4  # of an input's unit: a float, or two bfloat16
+
+
+def tiled(weight: Tensor) -> Tensor:
+    """weight [out, in], in * itemsize a multiple of 4 bytes -> tiles [ceil(out / 32), units, 32, numbers of a unit]"""
+    out, inputs = weight.shape
+    tiles = -(-out // OUTPUTS)
+    padded = weight.new_zeros(tiles * OUTPUTS, inputs)
+    padded[:out] = weight
+    return padded.view(tiles, OUTPUTS, -1, UNIT_BYTES // weight.itemsize).transpose(1, 2).contiguous()
+
+
+def tiled_linear(x: Tensor, tiles: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    """x [..., in], tiles of a weight [out, in] (`tiled`), bias [out] -> [..., out], all of one dtype. With a kernel a
+    token gets the same in every bit whatever is computed beside it."""
+    product: Tensor = TILED_LINEAR.for_tensor(x)(x, tiles, bias, out_features)
+    return product
+
+
+def _tiled_linear_examples(dtype: torch.dtype) -> Iterator[Example]:
+    random = torch.Generator().manual_seed(0)
+    for tokens, inputs, outputs in ((1, 8, 5), (13, 70, 70)):
+        weight, x = (torch.randn(n, inputs, generator=random).to(dtype) for n in (outputs, tokens))
+        bias = torch.randn(outputs, generator=random).to(dtype)
+        yield (x, tiled(weight), bias, outputs), {}
+        yield (x, tiled(weight), None, outputs), {}
+
+
+STEER_AND_COUNT = Op(
+    "steer_and_count(Tensor activations, Tensor vectors, Tensor weights, Tensor biases, Tensor kinds, "
+    "Tensor keep_norm, Tensor multipliers, Tensor owners, Tensor(a!) counts, int owner) -> Tensor",
+    plain.steer_and_count,
+    _steer_examples,
+    fake=lambda activations, *rest: torch.empty_like(activations, memory_format=torch.contiguous_format),
+)
+RMS_NORM = Op(
+    "rms_norm(Tensor x, Tensor weight, float epsilon) -> Tensor",
+    plain.rms_norm,
+    _rms_norm_examples,
+    fake=lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
+SILU_MUL = Op(
+    "silu_mul(Tensor gate_up) -> Tensor",
+    plain.silu_mul,
+    _silu_mul_examples,
+    fake=lambda gate_up: gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2),
+)
+TILED_LINEAR = Op(
+    "tiled_linear(Tensor x, Tensor tiles, Tensor? bias, int out_features) -> Tensor",
+    plain.tiled_linear,
+    _tiled_linear_examples,
+    fake=lambda x, tiles, bias, out_features: x.new_empty(*x.shape[:-1], out_features),
+)

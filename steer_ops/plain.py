@@ -1,8 +1,13 @@
 """The twins of the ops, in PyTorch: for devices and dtypes without kernels, and what kernels are tried against."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention, silu
+
+SIGMOID, CONSTANT, LINEAR = range(3)  # kinds of gates, as kernels know them
+SMALLEST_NORM = 1e-19  # below it squares leave float32
 
 
 def paged_attention_decode(
@@ -78,3 +83,103 @@ def _softmax_attention(
         scores = torch.cat([scores, own], dim=-1)
     shares = torch.softmax(scores, dim=-1)[..., : keys.shape[2]]
     return (shares @ values.to(wide)).to(query.dtype)
+
+
+def steer(
+    activations: Tensor,
+    vectors: Tensor,
+    weights: Tensor,
+    biases: Tensor,
+    kinds: Tensor,
+    keep_norm: Tensor,
+    multipliers: Tensor,
+    *,
+    all_keep: bool = False,
+) -> Tensor:
+    """f(a) = a + sum m g(a) v over the norm-keeping columns, rescaled to |a|, then + sum m g(a) v over the others.
+
+    arXiv 2502.12446, eq. 1-3, with a multiplier m for each token and column. Gates are taken on the original a.
+    Computed in float32 whatever the dtype of the activations (in float64 for float64), because a half-precision sum of
+    squares overflows at the widths that models have.
+
+    activations [N, D], vectors and weights [C, D], biases [C], kinds [C] int8 (SIGMOID, CONSTANT or LINEAR), keep_norm
+    [C] bool, multipliers [N, C] -> [N, D] in the dtype of the activations. A row whose multipliers are all 0 comes out
+    bit for bit as it went in, -0.0, infinities and NaN included; a column whose multiplier is 0 has no influence on a
+    row whatever its gate. `all_keep`: the caller knows that every column keeps the norm, which saves a product.
+    """
+    with full_precision(activations):
+        a, v, w, b, m = widen(activations, vectors, weights, biases, multipliers)
+        acts = m != 0
+        strength = torch.where(acts, m * gates(a, w, b, kinds), 0)
+        moved = torch.addmm(a, strength if all_keep else torch.where(keep_norm, strength, 0), v)
+        moved = moved * _rescale(a, moved)
+        if not all_keep:
+            moved = torch.addmm(moved, torch.where(keep_norm, 0, strength), v)
+        return torch.where(acts.any(dim=1, keepdim=True), moved.to(activations.dtype), activations)
+
+
+def steer_and_count(
+    activations: Tensor,
+    vectors: Tensor,
+    weights: Tensor,
+    biases: Tensor,
+    kinds: Tensor,
+    keep_norm: Tensor,
+    multipliers: Tensor,
+    owners: Tensor,
+    counts: Tensor,
+    owner: int,
+) -> Tensor:
+    """See `steer_ops.steer_and_count`."""
+    tokens = len(activations)
+    counts[:tokens].add_(owners[:tokens] == owner)
+    return steer(activations, vectors, weights, biases, kinds, keep_norm, multipliers[:tokens])
+
+
+def gates(a: Tensor, weights: Tensor, biases: Tensor, kinds: Tensor) -> Tensor:
+    """How open each column's gate is on each token. a [N, D], weights [C, D], biases, kinds [C] -> [N, C]."""
+    linear = torch.addmm(biases, a, weights.T)
+    opened = torch.where(kinds == SIGMOID, torch.sigmoid(linear), linear)
+    return torch.where(kinds == CONSTANT, 1.0, opened)
+
+
+def widen(activations: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """All in float32, or in float64 where the activations are."""
+    dtype = torch.promote_types(activations.dtype, torch.float32)
+    return tuple(tensor.to(dtype) for tensor in (activations, *others))
+
+
+def full_precision(activations: Tensor) -> AbstractContextManager[object]:
+    """Keeps an autocast region around the model from turning these products back into half precision."""
+    device = activations.device.type
+    lowered = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if lowered else nullcontext()
+
+
+def _rescale(a: Tensor, moved: Tensor) -> Tensor:
+    """|a| / |moved| as [N, 1]: exactly 1 for a row that was not moved, and where a norm is beyond float32."""
+    old = torch.linalg.vector_norm(a, dim=1, keepdim=True)
+    new = torch.linalg.vector_norm(moved, dim=1, keepdim=True)
+    return torch.where(torch.maximum(old, new) < torch.inf, old / new.clamp_min(SMALLEST_NORM), 1)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """See `steer_ops.rms_norm`."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """See `steer_ops.silu_mul`."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return silu(gate) * up
+
+
+def tiled_linear(x: Tensor, tiles: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    """See `steer_ops.tiled_linear`."""
+    return linear(x, untiled(tiles, out_features), bias)
+
+
+def untiled(tiles: Tensor, out_features: int) -> Tensor:
+    """The weight [out, in] that lies in tiles (`steer_ops.tiled_linear`)."""
+    return tiles.transpose(1, 2).reshape(-1, tiles.shape[1] * tiles.shape[3])[:out_features]

@@ -33,7 +33,7 @@ class Steering:
         self.model = model
         self.bank = bank
         self.traced = traced
-        self.native = native and bank.device.type == "cpu" and can_fuse()
+        self.native = native and can_fuse(bank.device)
         self.traces: dict[Site, Tensor] = {}
         self._hooks: dict[Site, RemovableHandle] = {}
         self._installed = False

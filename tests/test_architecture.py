@@ -18,7 +18,6 @@ FORBIDDEN = {
     "server/opening": {"fastapi", "starlette", "server.api", "server.service"},
     "server/engine": {"fastapi", "starlette", "server.api", "server.service", "server.opening"},
     "server/attention": {"fastapi", "starlette", "server.api", "server.service", "server.opening", "server.engine"},
-    "server/layers": {"fastapi", "starlette", "server.api", "server.service", "server.opening", "server.engine"},
     "server/attention/places.py": {"torch", "transformers"},
     **{f"server/engine/{name}.py": {"torch", "transformers"} for name in ("scheduler", "kv_cache", "extents", "tape")},
     "demo": {"server"},

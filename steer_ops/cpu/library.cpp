@@ -7,6 +7,13 @@
 #include <optional>
 
 #include "paged_attention.h"
+#include "rms_norm.h"
+#include "silu_mul.h"
+#include "steer.h"
+#if defined(__AVX2__) || defined(__AVX512F__)
+#define HAS_TILED_LINEAR
+#include "tiled_linear.h"
+#endif
 
 namespace {
 
@@ -26,6 +33,8 @@ bool has_shape(const Tensor &tensor, std::initializer_list<int64_t> shape) {
     const auto sizes = tensor.sizes();
     return std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
 }
+
+bool is(const Tensor &tensor, ScalarType type) { return tensor.scalar_type() == type && tensor.is_contiguous(); }
 
 // Calls what(T()) with the type of a tensor's numbers.
 template <typename What>
@@ -88,8 +97,97 @@ void paged_attention_decode(const Tensor &query, const Tensor &key, const Tensor
     });
 }
 
+Tensor steer_and_count(const Tensor &activations, const Tensor &vectors, const Tensor &weights, const Tensor &biases,
+                       const Tensor &kinds, const Tensor &keep_norm, const Tensor &multipliers, const Tensor &owners,
+                       Tensor counts, int64_t owner) {
+    const char *op = "steer_and_count";
+    STD_TORCH_CHECK(activations.dim() == 2 && vectors.dim() == 2 && multipliers.dim() == 2, op,
+                    ": activations, vectors and multipliers have 2 dimensions");
+    const int64_t tokens = activations.size(0), width = activations.size(1), columns = vectors.size(0);
+    STD_TORCH_CHECK(has_shape(vectors, {columns, width}) && has_shape(weights, {columns, width}) &&
+                        has_shape(biases, {columns}) && has_shape(kinds, {columns}) &&
+                        has_shape(keep_norm, {columns}) && multipliers.size(0) >= tokens &&
+                        multipliers.size(1) == columns && owners.numel() >= tokens && counts.numel() >= tokens,
+                    op, ": shapes do not fit each other");
+    STD_TORCH_CHECK(is(vectors, ScalarType::Float) && is(weights, ScalarType::Float) && is(biases, ScalarType::Float) &&
+                        is(kinds, ScalarType::Char) && is(keep_norm, ScalarType::Bool) &&
+                        is(owners, ScalarType::Int) && is(counts, ScalarType::Long) &&
+                        multipliers.scalar_type() == ScalarType::Float && (columns == 0 || multipliers.stride(1) == 1),
+                    op, ": columns and multipliers are float32 (kinds int8, keep_norm bool), owners int32, counts int64, "
+                        "and all are contiguous");
+    const Tensor a = with_dense_rows(activations);
+    Tensor out = torch::stable::new_empty(a, a.sizes());
+    const Steer call{tokens, columns, width, a.stride(0), multipliers.stride(0), owner};
+    with_type(op, a.scalar_type(), [&](auto number) {
+        using T = decltype(number);
+        steer<T>(call, data<const T>(a), data<T>(out), data<float>(vectors), data<float>(weights), data<float>(biases),
+                 data<int8_t>(kinds), data<bool>(keep_norm), data<float>(multipliers), data<int32_t>(owners),
+                 data<int64_t>(counts));
+    });
+    return out;
+}
+
+Tensor rms_norm_of_rows(const Tensor &x, const Tensor &weight, double epsilon) {
+    const int64_t width = weight.numel();
+    STD_TORCH_CHECK(x.dim() > 0 && x.size(-1) == width && is(weight, x.scalar_type()),
+                    "rms_norm: x [..., D] and weight [D] have one dtype");
+    const Tensor in = torch::stable::contiguous(x);
+    Tensor out = torch::stable::new_empty(in, in.sizes());
+    with_type("rms_norm", in.scalar_type(), [&](auto number) {
+        using T = decltype(number);
+        rms_norm<T>(in.numel() / std::max<int64_t>(1, width), width, data<const T>(in), data<const T>(weight),
+                    float(epsilon), data<T>(out));
+    });
+    return out;
+}
+
+Tensor silu_mul_of_rows(const Tensor &gate_up) {
+    STD_TORCH_CHECK(gate_up.dim() > 0 && gate_up.size(-1) % 2 == 0, "silu_mul: gates and ups are side by side");
+    const Tensor in = torch::stable::contiguous(gate_up);
+    std::vector<int64_t> sizes(in.sizes().begin(), in.sizes().end());
+    const int64_t width = sizes.back() /= 2;
+    Tensor out = torch::stable::new_empty(in, sizes);
+    with_type("silu_mul", in.scalar_type(), [&](auto number) {
+        using T = decltype(number);
+        silu_mul<T>(out.numel() / std::max<int64_t>(1, width), width, data<const T>(in), data<T>(out));
+    });
+    return out;
+}
+
+#ifdef HAS_TILED_LINEAR
+Tensor tiled_linear_of_rows(const Tensor &x, const Tensor &tiles, std::optional<Tensor> bias, int64_t out_features) {
+    const ScalarType type = x.scalar_type();
+    STD_TORCH_CHECK(x.dim() > 0 && tiles.dim() == 4 && is(tiles, type) && tiles.size(2) == OUTPUTS &&
+                        x.size(-1) == tiles.size(1) * tiles.size(3) && out_features <= tiles.size(0) * OUTPUTS &&
+                        out_features > (tiles.size(0) - 1) * OUTPUTS,
+                    "tiled_linear: x and tiles do not fit each other");
+    STD_TORCH_CHECK(!bias || (has_shape(*bias, {out_features}) && is(*bias, type)), "tiled_linear: bias is [outputs]");
+    const Tensor in = torch::stable::contiguous(x);
+    std::vector<int64_t> sizes(in.sizes().begin(), in.sizes().end());
+    const int64_t inputs = sizes.back(), tokens = in.numel() / std::max<int64_t>(1, inputs), units = tiles.size(1);
+    sizes.back() = out_features;
+    Tensor out = torch::stable::new_empty(in, sizes);
+    if (type == ScalarType::Float) {
+        tiled_linear<Floats>(data<float>(tiles), bias ? data<float>(*bias) : nullptr, data<float>(in), data<float>(out),
+                             tokens, units, out_features);
+    } else {
+        STD_TORCH_CHECK(type == ScalarType::BFloat16 && tiles.size(3) == 2,
+                        "tiled_linear: only float32 and bfloat16 can be computed");
+        tiled_linear<Pairs>(data<int32_t>(tiles), bias ? data<bfloat16>(*bias) : nullptr, data<int32_t>(in),
+                            data<bfloat16>(out), tokens, units, out_features);
+    }
+    return out;
+}
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(steer_ops, CPU, library) {
+    library.impl("steer_and_count", TORCH_BOX(&steer_and_count));
+    library.impl("rms_norm", TORCH_BOX(&rms_norm_of_rows));
+    library.impl("silu_mul", TORCH_BOX(&silu_mul_of_rows));
+#ifdef HAS_TILED_LINEAR
+    library.impl("tiled_linear", TORCH_BOX(&tiled_linear_of_rows));
+#endif
     library.impl("paged_attention_decode", TORCH_BOX(&paged_attention_decode));
 }

@@ -10,7 +10,7 @@ from steering.site_buffers import SiteBuffers
 
 SITE = Site.parse("1.residual")
 WIDTH = 67
-pytestmark = pytest.mark.skipif(not can_fuse(), reason="nothing can be compiled here")
+pytestmark = pytest.mark.skipif(not can_fuse(torch.device("cpu")), reason="nothing can be compiled here")
 
 
 def column(seed: int, gate: Gate, keep_norm: bool, width: int = WIDTH) -> Column:

@@ -1,10 +1,7 @@
-// weight * (x / sqrt(mean(x^2) + epsilon)) of rows of tokens; rounded where transformers rounds. The caller is rms_norm.py.
+// weight * (x / sqrt(mean(x^2) + epsilon)) of rows of tokens; rounded where transformers rounds.
+#pragma once
 
-#include <cmath>
-
-#include "native.h"
-
-namespace {
+#include "common.h"
 
 template <typename T>
 void rms_norm(int64_t rows, int64_t width, const T *x, const T *weight, float epsilon, T *out) {
@@ -23,13 +20,3 @@ void rms_norm(int64_t rows, int64_t width, const T *x, const T *weight, float ep
         }
     }
 }
-
-}  // namespace
-
-#define RMS_NORM(NAME, T)                                                                                      \
-    extern "C" void NAME(int64_t rows, int64_t width, const T *x, const T *weight, float epsilon, T *out) {    \
-        rms_norm<T>(rows, width, x, weight, epsilon, out);                                                     \
-    }
-
-RMS_NORM(rms_norm_float32, float)
-RMS_NORM(rms_norm_bfloat16, bfloat16)

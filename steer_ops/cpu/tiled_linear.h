@@ -1,15 +1,13 @@
-// Products of tokens with the weight of a linear layer, laid out in tiles of 32 outputs. The caller is tiled_linear.py.
+// Products of tokens with the weight of a linear layer, laid out in tiles of 32 outputs. For CPUs with AVX2 or AVX-512.
 //
 // A weight is read from memory once for all tokens of a pass. Every output is summed in one order, whatever the number of
 // tokens: what a token gets does not depend on its neighbours, not even in the last bit.
 
+#pragma once
+
 #include <immintrin.h>
 
-#include <algorithm>
-
-#include "native.h"
-
-namespace {
+#include "common.h"
 
 const int64_t OUTPUTS = 32;  // of a tile
 const int64_t UNITS = 1024;  // of a tile's inputs that are summed at a time: they stay in the core's cache
@@ -72,7 +70,7 @@ void dispatch(int64_t tokens, const typename Kind::Unit *weight, const typename 
 
 // weight [ceil(outputs / 32)][units][32], bias [outputs] or null, x [tokens][units] -> out [tokens][outputs]
 template <typename Kind>
-void linear(const typename Kind::Unit *weight, const typename Kind::Number *bias, const typename Kind::Unit *x,
+void tiled_linear(const typename Kind::Unit *weight, const typename Kind::Number *bias, const typename Kind::Unit *x,
             typename Kind::Number *out, int64_t tokens, int64_t units, int64_t outputs) {
     const int64_t tiles = (outputs + OUTPUTS - 1) / OUTPUTS, parts = (tokens + TOKENS - 1) / TOKENS;
 #pragma omp parallel for schedule(dynamic)
@@ -91,16 +89,4 @@ void linear(const typename Kind::Unit *weight, const typename Kind::Number *bias
                 store(out[(begin + n) * outputs + first + d],
                       sums[n * OUTPUTS + d] + (bias ? float(bias[first + d]) : 0.0f));
     }
-}
-
-}  // namespace
-
-extern "C" void tiled_linear_float32(const float *weight, const float *bias, const float *x, float *out, int64_t tokens,
-                                     int64_t units, int64_t outputs) {
-    linear<Floats>(weight, bias, x, out, tokens, units, outputs);
-}
-
-extern "C" void tiled_linear_bfloat16(const int32_t *weight, const bfloat16 *bias, const int32_t *x, bfloat16 *out,
-                                      int64_t tokens, int64_t units, int64_t outputs) {
-    linear<Pairs>(weight, bias, x, out, tokens, units, outputs);
 }

@@ -1,39 +1,35 @@
-// f(a) of operators.py for tokens on a CPU: gates, delta and the return to the norm in one pass over each token.
-// The caller is fused.py.
+// Gated steering (`steer` in plain.py): gates, delta and the return to the norm in one pass over each token.
+#pragma once
 
-#include <algorithm>
-#include <cmath>
 #include <vector>
 
-#include "native.h"
+#include "common.h"
 
-namespace {
-
-struct Call {  // what fused.py fills in, in this order
+struct Steer {
     int64_t tokens, columns, width;
     int64_t token;       // stride of the activations
     int64_t multiplier;  // stride of the multipliers
-    int64_t owner;       // how the bank calls this site
+    int64_t owner;       // tokens of this owner are counted
 };
 
-enum Gate : int8_t { SIGMOID, CONSTANT, LINEAR };  // `Gate.code`
+enum Gate : int8_t { SIGMOID, CONSTANT, LINEAR };  // as in plain.py
 
-const float SMALLEST_NORM = 1e-19f;  // as in operators.py
+const float SMALLEST_NORM = 1e-19f;  // as in plain.py
 
-float norm(const float *a, int64_t width) {
+inline float norm(const float *a, int64_t width) {
     float squares = 0;
 #pragma omp simd reduction(+ : squares)
     for (int64_t d = 0; d < width; d++) squares += a[d] * a[d];
     return std::sqrt(squares);
 }
 
-void add(float *moved, float strength, const float *vector, int64_t width) {
+inline void add(float *moved, float strength, const float *vector, int64_t width) {
 #pragma omp simd
     for (int64_t d = 0; d < width; d++) moved[d] += strength * vector[d];
 }
 
 template <typename T>
-void steer(const Call &call, const T *activations, T *out, const float *vectors, const float *weights,
+void steer(const Steer &call, const T *activations, T *out, const float *vectors, const float *weights,
            const float *biases, const int8_t *kinds, const bool *keep_norm, const float *multipliers,
            const int32_t *owners, int64_t *counts) {
     const int64_t width = call.width;
@@ -75,15 +71,3 @@ void steer(const Call &call, const T *activations, T *out, const float *vectors,
         }
     }
 }
-
-}  // namespace
-
-#define STEER(NAME, T)                                                                                            \
-    extern "C" void NAME(const Call *call, const T *activations, T *out, const float *vectors,                     \
-                         const float *weights, const float *biases, const int8_t *kinds, const bool *keep_norm,    \
-                         const float *multipliers, const int32_t *owners, int64_t *counts) {                       \
-        steer<T>(*call, activations, out, vectors, weights, biases, kinds, keep_norm, multipliers, owners, counts); \
-    }
-
-STEER(steer_float32, float)
-STEER(steer_bfloat16, bfloat16)

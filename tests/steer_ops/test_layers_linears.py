@@ -5,8 +5,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from server.layers.linears import JoinedLinear, PackedLinear, pack
-from server.layers.tiled_linear import TiledLinear, tiled_linear
+from steer_ops.layers import JoinedLinear, PackedLinear, TiledLinear, pack_linears
 from steering.sites import site_width
 from steering.types import SiteKind
 from tests.server.test_architectures import tiny
@@ -21,9 +20,9 @@ def test_a_packed_layer_computes_the_same_for_any_number_of_tokens(
 ) -> None:
     layer = nn.Linear(48, 80, bias=bias).to(dtype)
     holder = nn.Sequential(layer)
-    tiled = native and tiled_linear(layer.weight) is not None
+    tiled = native and TiledLinear.takes(layer.weight)
     expected = TiledLinear if tiled else PackedLinear if PackedLinear.takes(dtype) else nn.Linear
-    assert pack(holder, native=native) == (expected is not nn.Linear)
+    assert pack_linears(holder, native=native) == (expected is not nn.Linear)
     assert type(holder[0]) is expected
     assert torch.equal(holder[0].weight, layer.weight)
     for tokens in (1, 2, 7, 33, 300):
@@ -39,10 +38,9 @@ def test_a_token_gets_the_same_bits_whatever_is_computed_beside_it(
     inputs: int, outputs: int, dtype: torch.dtype, tolerance: float
 ) -> None:
     weight, bias = torch.randn(outputs, inputs).to(dtype), torch.randn(outputs).to(dtype)
-    function = tiled_linear(weight)
-    if function is None:
+    if not TiledLinear.takes(weight):
         pytest.skip("no g++, or another CPU")
-    layer = TiledLinear(weight, bias, function)
+    layer = TiledLinear(weight, bias)
     assert torch.equal(layer.weight, weight)
     x = torch.randn(450, inputs).to(dtype)
     expected = x.double() @ weight.double().T + bias
@@ -57,7 +55,7 @@ def test_a_token_gets_the_same_bits_whatever_is_computed_beside_it(
 @pytest.mark.parametrize("x", [torch.zeros(3, 8, dtype=torch.bfloat16), torch.zeros(3, 10)])
 def test_what_does_not_fit_is_refused(x: torch.Tensor) -> None:
     holder = nn.Sequential(nn.Linear(8, 4))
-    pack(holder)
+    pack_linears(holder)
     with pytest.raises((ValueError, RuntimeError)):
         holder(x)
 
@@ -67,18 +65,18 @@ def test_what_onednn_cannot_compute_here_is_left_alone(monkeypatch: pytest.Monke
     holder = nn.Sequential(
         nn.Linear(7, 4, dtype=torch.bfloat16), nn.Linear(8, 4, dtype=torch.bfloat16), nn.Linear(7, 4)
     )
-    assert pack(holder, native=False) == 1
+    assert pack_linears(holder, native=False) == 1
     assert [type(layer) for layer in holder] == [nn.Linear, nn.Linear, PackedLinear]
 
 
 def test_half_a_unit_of_inputs_is_not_for_tiles() -> None:
-    assert tiled_linear(torch.zeros(4, 7, dtype=torch.bfloat16)) is None
+    assert not TiledLinear.takes(torch.zeros(4, 7, dtype=torch.bfloat16))
 
 
 def test_a_conv1d_is_a_linear_layer_with_its_weight_turned() -> None:
     layer = Conv1D(80, 48)
     holder = nn.Sequential(layer)
-    pack(holder)
+    pack_linears(holder)
     x = torch.randn(3, 48)
     with torch.inference_mode():
         assert torch.allclose(holder(x), layer(x), rtol=1e-4, atol=1e-5)
@@ -89,14 +87,14 @@ def test_what_is_not_exactly_a_linear_layer_stays() -> None:
         pass
 
     holder = nn.Sequential(Own(4, 4), nn.Linear(4, 4, dtype=torch.float16), nn.Embedding(4, 4))
-    assert pack(holder) == 0
+    assert pack_linears(holder) == 0
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "mixtral"])
 def test_a_packed_model_says_the_same_and_has_the_same_sites(name: str) -> None:
     plain, packed = tiny(name), tiny(name)
     widths = site_width(packed, SiteKind.ATTN_HEADS)
-    assert pack(packed) >= 3
+    assert pack_linears(packed) >= 3
     assert site_width(packed, SiteKind.ATTN_HEADS) == widths
     ids = torch.randint(0, 61, (1, 20))
     with torch.inference_mode():
@@ -113,7 +111,7 @@ class Three(nn.Module):
 def test_layers_with_one_input_are_one_product_and_say_what_each_says_alone(bias: bool) -> None:
     holder = Three(bias=bias)
     plain = dict(holder.named_children())
-    assert pack(holder) == 3
+    assert pack_linears(holder) == 3
     x, y = torch.randn(1, 5, 48), torch.randn(2, 3, 48)
     with torch.inference_mode():
         for name, layer in plain.items():
@@ -135,7 +133,7 @@ def test_layers_with_one_input_are_one_product_and_say_what_each_says_alone(bias
 def test_a_tensor_that_has_changed_between_two_passes_is_computed_anew() -> None:
     holder = Three(bias=False)
     plain = dict(holder.named_children())
-    pack(holder)
+    pack_linears(holder)
     x = torch.randn(1, 5, 48)
     with torch.inference_mode():
         holder.q_proj(x)
@@ -147,5 +145,5 @@ def test_a_tensor_that_has_changed_between_two_passes_is_computed_anew() -> None
 def test_layers_of_which_only_some_have_a_bias_stay_apart() -> None:
     holder = Three(bias=True)
     holder.k_proj = nn.Linear(48, 16, bias=False)
-    assert pack(holder) == 3
+    assert pack_linears(holder) == 3
     assert isinstance(holder.k_proj, PackedLinear | TiledLinear)

@@ -7,14 +7,15 @@ from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from server.layers.gated_mlp import ARGUMENTS, SOURCE, GatedMLP, fuse_mlps
-from server.layers.linears import pack
-from steering.native import kernels
+from steer_ops import SILU_MUL
+from steer_ops.layers import GatedMLP, fuse_mlps, pack_linears
 from steering.sites import site_module
 from steering.types import Site
 from tests.server.test_architectures import tiny
 
-pytestmark = pytest.mark.skipif(not kernels(SOURCE, ARGUMENTS), reason="nothing can be compiled here")
+pytestmark = pytest.mark.skipif(
+    not SILU_MUL.has_kernel(torch.device("cpu"), torch.float32), reason="nothing can be compiled here"
+)
 SIZES = {"hidden_size": 48, "intermediate_size": 112, "num_attention_heads": 4}
 
 
@@ -31,7 +32,7 @@ def mlp(dtype: torch.dtype = torch.float32, *, activation: str = "silu", bias: b
 @pytest.mark.parametrize("shape", [(1, 5, 48), (48,), (2, 0, 48), (1, 2000, 48)])
 def test_it_is_the_layer_of_llama(dtype: torch.dtype, shape: tuple[int, ...], bias: bool, native: bool) -> None:
     own, mine = mlp(dtype, bias=bias), mlp(dtype, bias=bias)
-    packed = pack(mine, native=native) == 3  # not where oneDNN cannot compute with it
+    packed = pack_linears(mine, native=native) == 3  # not where oneDNN cannot compute with it
     assert fuse_mlps(mine) == packed
     assert isinstance(mine[0], GatedMLP) is packed
     x = (30 * torch.randn(shape)).to(dtype)  # gates of all sizes
@@ -43,7 +44,7 @@ def test_it_is_the_layer_of_llama(dtype: torch.dtype, shape: tuple[int, ...], bi
 
 def test_the_ends_of_what_a_gate_can_be() -> None:
     holder = mlp()
-    pack(holder)
+    pack_linears(holder)
     fuse_mlps(holder)
     gates = torch.tensor([-torch.inf, -3e38, -200.0, -88.0, -1e-30, 0.0, 88.0, 200.0, 3e38, torch.inf, torch.nan])
     holder[0].gate_up_proj = nn.Identity()
@@ -56,7 +57,7 @@ def test_the_ends_of_what_a_gate_can_be() -> None:
 @pytest.mark.parametrize("activation", [name for name in ACT2FN if name not in {"silu", "swish", "prelu"}])
 def test_another_activation_is_left_alone(activation: str) -> None:
     holder = mlp(activation=activation)
-    pack(holder)
+    pack_linears(holder)
     assert fuse_mlps(holder) == 0
     assert isinstance(holder[0], LlamaMLP)
 
@@ -64,7 +65,7 @@ def test_another_activation_is_left_alone(activation: str) -> None:
 def test_layers_that_are_not_packed_are_left_alone() -> None:
     assert fuse_mlps(mlp()) == 0
     half = mlp(torch.float16)
-    pack(half)
+    pack_linears(half)
     assert fuse_mlps(half) == 0
 
 
@@ -90,7 +91,7 @@ def test_a_layer_that_does_more_is_left_alone(kind: type, size: float) -> None:
     holder = nn.Sequential(kind(LlamaConfig(**SIZES))).requires_grad_(False)
     for parameter in holder.parameters():
         nn.init.normal_(parameter, 0, size)
-    pack(holder)
+    pack_linears(holder)
     assert fuse_mlps(holder) == 0
     assert isinstance(holder[0], kind)
 
@@ -98,7 +99,7 @@ def test_a_layer_that_does_more_is_left_alone(kind: type, size: float) -> None:
 @pytest.mark.parametrize(("name", "fused"), [("llama", 3), ("qwen3", 3), ("granite", 3), ("gemma2", 0), ("gpt2", 0)])
 def test_a_model_says_the_same_and_has_the_same_sites(name: str, fused: int) -> None:
     plain, model = tiny(name), tiny(name)
-    pack(model)
+    pack_linears(model)
     assert fuse_mlps(model) == fused
     assert fuse_mlps(model) == 0, "again, and nothing changes"
     ids = torch.randint(3, 60, (1, 23), generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,93 @@
+"""Ops are known to PyTorch, and a kernel that computes something else than its twin is found out and not used."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import steer_ops
+from steer_ops import plain
+from steer_ops.ops import PAGED_ATTENTION_DECODE, RMS_NORM, SILU_MUL, STEER_AND_COUNT, TILED_LINEAR
+from steer_ops.registry import DTYPES, NAMESPACE, Op
+
+CPU = torch.device("cpu")
+OPS = [PAGED_ATTENTION_DECODE, STEER_AND_COUNT, RMS_NORM, SILU_MUL, TILED_LINEAR]
+needs_kernels = pytest.mark.skipif(not RMS_NORM.has_kernel(CPU, torch.float32), reason="nothing can be compiled here")
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_pytorch_knows_its_schema_and_what_it_writes_to(op: Op) -> None:
+    for args, named in op._examples(torch.float32):
+        torch.library.opcheck(op.overload, args, named, test_utils=("test_schema", "test_faketensor"))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_a_kernel_that_computes_what_its_twin_computes_is_used(op: Op, dtype: torch.dtype) -> None:
+    if op is TILED_LINEAR and not op.has_kernel(CPU, dtype):
+        pytest.skip("this CPU has no AVX2")
+    assert op.choose(CPU, dtype) is op.overload
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_a_kernel_that_computes_something_else_is_not_used(
+    op: Op, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def other(*args: Any, **named: Any) -> Any:
+        result = twin(*args, **named)
+        written = args[7] if result is None else result
+        written.mul_(1.2)
+        return result
+
+    twin = op.twin
+    monkeypatch.setattr(op, "_chosen", {})
+    monkeypatch.setattr(op, "overload", other)
+    assert op.choose(CPU, dtype) is twin
+    assert f"the kernel of {op.name} for {dtype} computes something else" in caplog.text
+
+
+@needs_kernels
+def test_a_kernel_that_fails_is_not_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(*args: Any) -> Any:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(RMS_NORM, "_chosen", {})
+    monkeypatch.setattr(RMS_NORM, "overload", broken)
+    assert RMS_NORM.choose(CPU, torch.float32) is plain.rms_norm
+    assert "fails (no such instruction)" in caplog.text
+
+
+def test_what_no_kernel_computes_the_twin_does() -> None:
+    assert RMS_NORM.choose(CPU, torch.float64) is plain.rms_norm
+    assert RMS_NORM.choose(torch.device("meta"), torch.float32) is plain.rms_norm
+    x, weight = torch.randn(3, 8).half(), torch.ones(8).half()
+    assert torch.equal(steer_ops.rms_norm(x, weight, 1e-5), plain.rms_norm(x, weight, 1e-5))
+
+
+def test_a_compiled_graph_has_the_op_in_it() -> None:
+    seen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    def layer(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return 2 * getattr(torch.ops, NAMESPACE).rms_norm(x, weight, 1e-5)
+
+    x, weight = torch.randn(3, 8), torch.ones(8)
+    compiled: Any = torch.compile(layer, backend=backend, fullgraph=True)
+    assert torch.allclose(compiled(x, weight), layer(x, weight))
+    assert any("rms_norm" in target for target in seen)
+
+
+def test_kinds_of_gates_are_called_the_same() -> None:
+    from steering.types import Gate
+
+    assert [gate.code for gate in (Gate.SIGMOID, Gate.CONSTANT, Gate.LINEAR)] == [
+        plain.SIGMOID,
+        plain.CONSTANT,
+        plain.LINEAR,
+    ]
