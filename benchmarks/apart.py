@@ -13,7 +13,7 @@ import transformers
 
 from benchmarks.contenders import Contender
 from benchmarks.workload import Request
-from server.threads import aside
+from server.threads import run_in_disposable_thread
 
 
 class Apart:
@@ -48,7 +48,7 @@ def _serve(pipe: "Connection[object, object]", make: Callable[[], Contender], th
     torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
-        contender = aside(make)
+        contender = run_in_disposable_thread(make)
     except Exception as error:
         pipe.send(RuntimeError(f"{type(error).__name__}: {error}"))
         return

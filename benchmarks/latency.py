@@ -20,9 +20,8 @@ import torch
 from benchmarks.contenders import Ours
 from benchmarks.machine import described
 from benchmarks.workload import Request, columns, requests
-from server.engine.tape import Tape
 from server.engine.sequence import Event, Failed, Finished, TokenEvent
-from server.threads import aside, usable_cores
+from server.threads import run_in_disposable_thread, usable_cores
 
 LONG = 2000  # tokens
 CONTEXT = 4096
@@ -38,7 +37,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     rows = {128: 9, 512: 16, CONTEXT: 9}  # by the tokens of a step; no more than are used: 24 GiB have to be enough
     steps = {
-        chunk: aside(partial(Ours, args.model, torch.float32, count, step_tokens=chunk, context=CONTEXT))
+        chunk: run_in_disposable_thread(
+            partial(Ours, args.model, torch.float32, count, max_num_batched_tokens=chunk, context=CONTEXT)
+        )
         for chunk, count in rows.items()
     }
     results: dict[str, Any] = {
@@ -62,16 +63,16 @@ def first_tokens(engines: dict[int, Ours], rounds: int) -> dict[str, dict[str, f
     number = random.Random(0)
     for _ in range(rounds):
         for chunk, ours in engines.items():
-            ours.cache.forget()
+            ours.blocks.reset_prefix_cache()
             told: queue.SimpleQueue[Event] = queue.SimpleQueue()
             prompt = tuple(number.randrange(4000) for _ in range(LONG))
             shorts = requests(8, 4000, seed=number.randrange(10**6), shortest=16, longest=32)
-            ours.engine.submit([ours.row(100, Request(prompt, 8))], told.put)
+            ours.engine.submit([ours.sequence(100, Request(prompt, 8))], told.put)
             time.sleep(0.02)
-            ours.engine.submit([ours.row(i, Request(one.prompt, 8)) for i, one in enumerate(shorts)], told.put)
+            ours.engine.submit([ours.sequence(i, Request(one.prompt, 8)) for i, one in enumerate(shorts)], told.put)
             for _ in range(9):
                 event = _finished(told)
-                (longs if event.row.index == 100 else seen)[chunk].append(event.timing.ttft_ms)
+                (longs if event.sequence.index == 100 else seen)[chunk].append(event.timing.ttft_ms)
     return {
         f"steps of {chunk}": {
             "short requests, median": round(statistics.median(times)),
@@ -84,18 +85,16 @@ def first_tokens(engines: dict[int, Ours], rounds: int) -> dict[str, dict[str, f
 
 def memory(ours: Ours) -> dict[str, float]:
     """Bytes that 32 requests hold in the cache, and what their keys and values need when they end."""
-    held = exact = 0
-    ours.cache.forget()
-    tapes = []
-    for i, one in enumerate(requests(32, 4000)):
-        tape = Tape.of(ours.row(i, one))
-        assert ours.cache.open(tape, len(one.prompt) + one.new)
-        assert tape.extent is not None
-        held += tape.extent.size * ours.token_bytes
-        exact += (len(one.prompt) + one.new - 1) * ours.token_bytes
-        tapes.append(tape)
-    for tape in tapes:
-        ours.cache.close(tape, keep=False)
+    exact, sequences = 0, []
+    ours.blocks.reset_prefix_cache()
+    for index, request in enumerate(requests(32, 4000)):
+        sequence = ours.sequence(index, request)
+        assert ours.blocks.allocate(sequence, len(request.prompt) + request.new)
+        exact += (len(request.prompt) + request.new - 1) * ours.token_bytes
+        sequences.append(sequence)
+    held = sum(len(one.block_table) for one in sequences) * ours.blocks.block_size * ours.token_bytes
+    for one in sequences:
+        ours.blocks.free(one, keep=False)
     return {"held_bytes": held, "exact_bytes": exact, "held / exact": round(held / exact, 2)}
 
 
@@ -107,14 +106,14 @@ def swap(ours: Ours, shape: str, rounds: int) -> dict[str, Any]:
     work = requests(16, 4000, seed=3, shortest=100, longest=128)
     for _ in range(rounds):
         for swapping in (True, False):
-            ours.cache.forget()
+            ours.blocks.reset_prefix_cache()
             told: queue.SimpleQueue[tuple[float, Event]] = queue.SimpleQueue()
-            rows = [ours.row(i, one, stream=True) for i, one in enumerate(work)]
-            ours.engine.submit(rows, lambda event, told=told: told.put((time.perf_counter(), event)))  # type: ignore[misc]
+            sequences = [ours.sequence(i, one, stream=True) for i, one in enumerate(work)]
+            ours.engine.submit(sequences, lambda event, told=told: told.put((time.perf_counter(), event)))  # type: ignore[misc]
             worker = threading.Thread(target=lambda: taken.extend(_swaps(ours, shape)))
             if swapping:
                 worker.start()
-            gaps[swapping].append(_longest_gap(told, len(rows)))
+            gaps[swapping].append(_longest_gap(told, len(sequences)))
             if swapping:
                 worker.join()
     return {
@@ -144,9 +143,9 @@ def _longest_gap(told: "queue.SimpleQueue[tuple[float, Event]]", rows: int) -> f
         at, event = told.get()
         assert not isinstance(event, Failed), event
         if isinstance(event, TokenEvent):
-            if event.row.index in last:
-                gaps.append(at - last[event.row.index])
-            last[event.row.index] = at
+            if event.sequence.index in last:
+                gaps.append(at - last[event.sequence.index])
+            last[event.sequence.index] = at
         ended += isinstance(event, Finished)
     return max(gaps)
 

@@ -27,7 +27,7 @@ from benchmarks.processes import Running, running
 from server.assembly import open_service
 from server.client import AsyncClient
 from server.config import Settings
-from server.engine.sequence import SampledToken, Event, Finished, TokenEvent, Sequence, SamplingParams, SteeringParams
+from server.engine.sequence import Event, Finished, SampledToken, SamplingParams, Sequence, SteeringParams, TokenEvent
 from server.formatting import Formatter
 from server.schemas import TOKEN_BODY, GenerateRequest, TokenBody
 from server.service import Service

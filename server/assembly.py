@@ -14,7 +14,7 @@ from server.metrics import Metrics
 from server.registry import LoadedCheckpoint, Registry, fits_model
 from server.registry_state import read_state, write_state
 from server.service import Service
-from server.threads import aside
+from server.threads import run_in_disposable_thread
 from server.tokenizer import Codec
 from steering.columns import ColumnBank
 from steering.errors import UnsupportedArchitecture
@@ -30,7 +30,7 @@ def open_service(settings: Settings) -> Service:
     start = time.monotonic()
     if "checkpoints" in settings.model_fields_set and not settings.checkpoints.is_dir():
         raise StartupError(f"There is no checkpoints folder {str(settings.checkpoints)!r} (MATSTEER_CHECKPOINTS).")
-    service = aside(lambda: _build(settings, load_model(settings)))
+    service = run_in_disposable_thread(lambda: _build(settings, load_model(settings)))
     service.engine.start()
     try:
         active = _activate(service.registry, settings)

@@ -17,7 +17,7 @@ PAUSE = 2.0  # seconds until a larger team is tried again; doubled each time tha
 LONGEST_PAUSE = 60.0
 
 
-class Team:
+class ThreadScaler:
     """The threads that the engine computes with: as many as find a core. Its thread looks before each step.
 
     A parallel region ends with its last thread. Where another process or thread wants one of the cores, the operating
@@ -88,7 +88,7 @@ def usable_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
         return cores
 
 
-def aside(work: Callable[[], T]) -> T:
+def run_in_disposable_thread(work: Callable[[], T]) -> T:
     """The result of `work`, done on a thread that ends with it.
 
     OpenMP keeps a team of workers for every thread that has ever computed something in parallel. As soon as there are

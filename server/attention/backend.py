@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from server.attention.kv_pool import KVPool, KVShape
-from server.attention.layout import BlockCopy
-from server.attention.metadata import AttentionParams, ForwardMetadata
+from server.attention.layout import BlockCopy, ChunkLayout
+from server.attention.metadata import AttentionMetadata, AttentionParams, ForwardMetadata
 from steer_ops import plain
 from steer_ops.ops import PAGED_ATTENTION_DECODE
 
@@ -56,6 +56,10 @@ class Attention:
             kernel = PAGED_ATTENTION_DECODE.choose(shape.device, shape.dtype) if self.native else None
             decode = kernel or plain.paged_attention_decode
             self.pools[layer] = KVPool.of(shape, num_blocks, block_size, decode)
+
+    def metadata(self, chunks: Sequence[ChunkLayout]) -> AttentionMetadata:
+        """Of a pass of these chunks, in the order of their tokens."""
+        return AttentionMetadata.of(chunks, self.device, self.block_size, by_length=self.native)
 
     def copy(self, copies: Sequence[BlockCopy]) -> None:
         """In order."""

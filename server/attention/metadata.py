@@ -6,7 +6,6 @@ of a prompt gathers the keys and values of its own blocks, whole blocks at a tim
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,9 +15,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from server.attention.kv_pool import KVPool, slot_mapping
 from server.attention.layout import ChunkLayout
 from steering.row_table import upload
-
-if TYPE_CHECKING:
-    from server.attention.backend import Attention
 
 
 @dataclass(frozen=True)
@@ -74,9 +70,11 @@ class AttentionMetadata:
     _masks: dict[tuple[int, int | None, int, torch.dtype, torch.device], Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, chunks: Sequence[ChunkLayout], attention: "Attention") -> "AttentionMetadata":
-        """Chunks in the order of their tokens in the line."""
-        device, size = attention.device, attention.block_size
+    def of(
+        cls, chunks: Sequence[ChunkLayout], device: torch.device, block_size: int, *, by_length: bool
+    ) -> "AttentionMetadata":
+        """Chunks in the order of their tokens in the line. `by_length`: single tokens of many sequences are attended to
+        in one call that reads each of them to its own length."""
         positions: list[int] = []
         singles: list[tuple[int, ChunkLayout]] = []
         prefills: list[Prefill] = []
@@ -91,14 +89,14 @@ class AttentionMetadata:
                 continue
             blocks = None
             if table is not None:
-                held = np.array(table[: -(-chunk.stop // size)], dtype=np.int64)
+                held = np.array(table[: -(-chunk.stop // block_size)], dtype=np.int64)
                 blocks = upload(held, device)
-                written += [(table[at // size], at % size) for at in range(chunk.start, chunk.stop)]
+                written += [(table[at // block_size], at % block_size) for at in range(chunk.start, chunk.stop)]
                 rows += range(lo, lo + len(chunk))
             prefills.append(Prefill(lo, len(positions), chunk.stop, blocks))
         return cls(
             positions=upload(np.array(positions, dtype=np.int64), device),
-            decodes=[_decodes(group, size, device) for group in _groups(singles, size, whole=attention.native)],
+            decodes=[_decodes(group, block_size, device) for group in _groups(singles, block_size, by_length=by_length)],
             prefills=prefills,
             written=upload(np.array(written, dtype=np.int64), device) if written else None,
             prefill_rows=_span(rows, device),
@@ -275,11 +273,11 @@ def _hidden_keys(keys: Tensor, last: Tensor, window: int | None) -> Tensor:
 
 
 def _groups(
-    singles: list[tuple[int, ChunkLayout]], block_size: int, *, whole: bool
+    singles: list[tuple[int, ChunkLayout]], block_size: int, *, by_length: bool
 ) -> list[list[tuple[int, ChunkLayout]]]:
     """Single tokens that are attended to in one call: all together where each row is read to its own length, else those
     with as many blocks, as every row of a call is read as far as the longest."""
-    if whole or len(singles) < 2:
+    if by_length or len(singles) < 2:
         return [singles] if singles else []
     by_blocks: dict[int, list[tuple[int, ChunkLayout]]] = {}
     for single in singles:

@@ -135,7 +135,7 @@ class Engine:
             block_size=blocks.block_size,
             cached_tokens=blocks.cached_tokens,
             preemptions=scheduler.preemptions,
-            threads=self._runner.team.size,
+            threads=self._runner.thread_scaler.size,
         )
 
     def submit(self, sequences: list[Sequence], on_event: EventSink) -> None:

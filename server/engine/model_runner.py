@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from server.attention.backend import NAME, Attention
-from server.attention.metadata import AttentionMetadata, ForwardMetadata
+from server.attention.metadata import ForwardMetadata
 from server.engine.block_manager import BlockManager
 from server.engine.cuda_graphs import CudaGraphs
 from server.engine.sampler import Sampler, SamplerOutput
@@ -26,7 +26,7 @@ from server.engine.sequence import (
     TokenLogprob,
     steering_mask,
 )
-from server.threads import Team
+from server.threads import ThreadScaler
 from steering.columns import ColumnBank
 from steering.hook import Steering
 from steering.row_table import upload
@@ -108,7 +108,7 @@ class ModelRunner:
         head = model.get_output_embeddings()
         self.vocab_size: int = head.out_features if hasattr(head, "out_features") else head.weight.shape[0]
         self.attention = Attention(bank.device, native=native)
-        self.team = Team(torch.get_num_threads() if bank.device.type == "cpu" else 1)
+        self.thread_scaler = ThreadScaler(torch.get_num_threads() if bank.device.type == "cpu" else 1)
         self._graphs: CudaGraphs | None = None
         self._model = model
         self._spread = is_spread(model)
@@ -178,7 +178,7 @@ class ModelRunner:
         if sampling:
             self._prepare_sampler([chunk.sequence for chunk in sampling])
         ids = None if after is None else after.next_ids(chunks)
-        self.team.look()
+        self.thread_scaler.look()
         self._copy_blocks()
         logits, counts = self.forward(chunks, ids)
         with torch.inference_mode():
@@ -197,7 +197,7 @@ class ModelRunner:
         self.blocks.copies.clear()
 
     def _eager(self, chunks: Chunks, ids: Tensor) -> Tensor:
-        metadata = AttentionMetadata.of([chunk.layout for chunk in chunks], self.attention)
+        metadata = self.attention.metadata([chunk.layout for chunk in chunks])
         wanted: list[int] = []
         end = 0
         for chunk in chunks:

@@ -238,9 +238,7 @@ class Cache(RuleBasedStateMachine):
 
     def kept(self, sequence: Sequence) -> list[Any]:
         """What lies where its computed tokens should."""
-        return [
-            self.memory[sequence.block_table[i // 4]][i % 4] for i in range(sequence.num_computed_tokens)
-        ]
+        return [self.memory[sequence.block_table[i // 4]][i % 4] for i in range(sequence.num_computed_tokens)]
 
     @staticmethod
     def wanted(sequence: Sequence) -> list[Any]:

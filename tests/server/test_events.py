@@ -1,7 +1,6 @@
 """What comes out of the engine while rows run: pieces of text, and what the columns did to each token."""
 
 import queue
-
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from server.engine.sequence import Event, Finished, TokenEvent, Sequence, SamplingParams, SteeringParams
+from server.engine.sequence import Event, Finished, SamplingParams, Sequence, SteeringParams, TokenEvent
 from steering.checkpoint import load
 from steering.operators import trace
 from steering.types import SequenceSteering
@@ -84,7 +83,9 @@ def test_a_trace_says_what_the_formulas_say_of_each_token(world: World, model: A
     loaded = world.service.registry.load("demo@2", "checkpoint")
     mix = (1.5, 0.0, -0.5)
     plain = row(world, temperature=0, max_new_tokens=6)
-    traced = replace(plain, index=1, steering_params=SteeringParams(SequenceSteering.of([(loaded.handle, mix)])), trace=True)
+    traced = replace(
+        plain, index=1, steering_params=SteeringParams(SequenceSteering.of([(loaded.handle, mix)])), trace=True
+    )
     seen = events(world, [plain, traced, replace(plain, index=2, trace=True)])
     finished = {event.sequence.index: event for event in seen if isinstance(event, Finished)}
     assert all(not draw.trace for index in (0, 2) for draw in finished[index].tokens), "nothing steers them"

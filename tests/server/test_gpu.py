@@ -1,6 +1,7 @@
 """On a CUDA device: decoding steps are captured in graphs, and say what the plain model says on the CPU."""
 
 import random
+
 import pytest
 import torch
 from accelerate import dispatch_model

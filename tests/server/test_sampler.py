@@ -51,10 +51,14 @@ def test_a_row_is_drawn_from_the_distribution_that_transformers_makes(index: int
     draws, scores = 4000, logits(len(RULES))
     expected = processed(RULES[index], PROMPTS[index], scores[index])
     rules = [
-        SamplingParams(**{**vars(rule), "choice": choice}) for choice in range(draws) for rule in (RULES[index], RULES[0])
+        SamplingParams(**{**vars(rule), "choice": choice})
+        for choice in range(draws)
+        for rule in (RULES[index], RULES[0])
     ]
     prompts = [PROMPTS[index], PROMPTS[0]] * draws
-    drawn = Sampler(rules, VOCAB, CPU).sample(scores[[index, 0]].repeat(draws, 1), prompts, [0] * len(rules)).tokens[::2]
+    drawn = (
+        Sampler(rules, VOCAB, CPU).sample(scores[[index, 0]].repeat(draws, 1), prompts, [0] * len(rules)).tokens[::2]
+    )
     seen = torch.bincount(drawn, minlength=VOCAB) / draws
     assert not seen[expected == 0].any()
     assert (seen - expected).abs().max() < 0.03
@@ -67,7 +71,8 @@ def test_a_draw_does_not_depend_on_the_neighbours_nor_on_their_steps() -> None:
         scores, steps = logits(len(RULES), seed=step), [step + 3 * i for i in range(len(RULES))]
         tokens = together.sample(scores, PROMPTS, steps).tokens.tolist()
         assert tokens == [
-            int(one.sample(scores[i : i + 1], PROMPTS[i : i + 1], steps[i : i + 1]).tokens) for i, one in enumerate(alone)
+            int(one.sample(scores[i : i + 1], PROMPTS[i : i + 1], steps[i : i + 1]).tokens)
+            for i, one in enumerate(alone)
         ]
 
 
@@ -116,4 +121,10 @@ def test_a_row_with_one_logit_that_is_no_number_is_marked_and_no_other(value: fl
     scores = logits(len(RULES))
     scores[2, 7] = value
     scores[3, 7] = -float("inf")
-    assert Sampler(RULES, VOCAB, CPU).sample(scores, PROMPTS, [0] * 5).finite.tolist() == [True, True, False, True, True]
+    assert Sampler(RULES, VOCAB, CPU).sample(scores, PROMPTS, [0] * 5).finite.tolist() == [
+        True,
+        True,
+        False,
+        True,
+        True,
+    ]

@@ -91,7 +91,9 @@ def test_short_prompts_do_not_wait_for_a_long_one_that_came_before() -> None:
     scheduler.add([sequence("long", tokens=tuple(range(40)))])
     assert spans(scheduler.schedule()) == [("long", 0, 16)]
     make(scheduler, scheduler.schedule())
-    scheduler.add([sequence("a", tokens=(50, 51, 52)), sequence("b", tokens=(60, 61, 62, 63)), sequence("c", tokens=(70, 71))])
+    scheduler.add(
+        [sequence("a", tokens=(50, 51, 52)), sequence("b", tokens=(60, 61, 62, 63)), sequence("c", tokens=(70, 71))]
+    )
     chunks = scheduler.schedule()
     assert spans(chunks) == [("a", 0, 3), ("b", 0, 4), ("long", 16, 25)], "half, and what no other prompt fits into"
     make(scheduler, chunks)
@@ -287,7 +289,9 @@ def test_those_in_lockstep_are_computed_in_the_same_steps_whatever_is_known_of_t
     steps = []
     while chunks := scheduler.schedule():
         assert sum(map(len, chunks)) <= 8
-        scored_now = {chunk.sequence.index: (chunk.stop - chunk.num_logits, chunk.stop) for chunk in chunks if chunk.num_logits}
+        scored_now = {
+            chunk.sequence.index: (chunk.stop - chunk.num_logits, chunk.stop) for chunk in chunks if chunk.num_logits
+        }
         assert len(set(scored_now.values())) <= 1, "not the same tokens"
         assert len(scored_now) in (0, 2)
         steps.append(len(scored_now))
@@ -370,7 +374,9 @@ def test_every_sequence_ends_with_all_its_tokens_and_the_cache_stays_sound(
     assert scheduler.idle
     for one in sent:
         if one.request_id not in cancelled:
-            assert logits[one] == len(one.continuation) if one.continuation else (
-                one.num_new_tokens == one.sampling_params.max_new_tokens
+            assert (
+                logits[one] == len(one.continuation)
+                if one.continuation
+                else (one.num_new_tokens == one.sampling_params.max_new_tokens)
             )
     assert blocks.num_free_blocks == num_blocks

@@ -62,6 +62,7 @@ def test_a_comparison_is_that_of_whole_passes_however_small_its_chunks(model: An
 def test_comparisons_of_several_choices_are_computed_together(desk: Desk) -> None:
     steering = mixed(desk, (1.0, 0.0, 0.0))
     pairs = [ComparisonPair(PROMPT, (i, *STEERED[:5]), (i, 9, 8), steering) for i in range(8, 10)]
+
     def passes(tasks: list[list[ComparisonPair]]) -> tuple[int, list[Divergence]]:
         before, found = len(desk.computed), []
         for task in tasks:

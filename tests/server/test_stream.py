@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 
 from server.app import create_app
 from server.config import Settings
-from server.engine.sequence import SampledToken, Finished, TokenEvent, Sequence, SamplingParams, Timing
+from server.engine.sequence import Finished, SampledToken, SamplingParams, Sequence, Timing, TokenEvent
 from server.request_stream import RequestStream
 from server.schemas import GenerateRequest
 from tests.server.conftest import World

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.threads import LONGEST_PAUSE, PAUSE, Team, usable_cores, waited_for_cores
+from server.threads import LONGEST_PAUSE, PAUSE, ThreadScaler, usable_cores, waited_for_cores
 
 
 class Machine:
@@ -18,7 +18,7 @@ class Machine:
         self.now = self.waited = 0.0
         self.cores = cores
 
-    def run(self, team: Team, seconds: float, step: float = 0.01) -> list[int]:
+    def run(self, team: ThreadScaler, seconds: float, step: float = 0.01) -> list[int]:
         """The sizes that the team had, after each step."""
         sizes = []
         for _ in range(round(seconds / step)):
@@ -28,8 +28,8 @@ class Machine:
             sizes.append(team.size)
         return sizes
 
-    def team(self, size: int) -> Team:
-        return Team(size, waited=lambda: self.waited, clock=lambda: self.now)
+    def team(self, size: int) -> ThreadScaler:
+        return ThreadScaler(size, waited=lambda: self.waited, clock=lambda: self.now)
 
 
 def test_a_quiet_machine_leaves_the_team_alone() -> None:
@@ -85,7 +85,7 @@ def test_what_is_waited_for_while_nothing_is_computed_does_not_count() -> None:
 
 def test_a_system_that_does_not_say_leaves_the_team_alone() -> None:
     now = 0.0
-    team = Team(2, waited=lambda: None, clock=lambda: now)
+    team = ThreadScaler(2, waited=lambda: None, clock=lambda: now)
     for _ in range(100):
         now += 0.1
         team.look()
