@@ -21,7 +21,7 @@ from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Event, Finished, SamplingParams, Sequence, SteeringParams
 from server.loading import choose_block_size, open_runner
-from steering.columns import ColumnBank
+from steering.bank import ColumnBank
 from steering.hook import steered
 from steering.operators import steer
 from steering.types import SequenceSteering

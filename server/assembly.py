@@ -16,7 +16,7 @@ from server.registry_state import read_state, write_state
 from server.service import Service
 from server.threads import run_in_disposable_thread
 from server.tokenizer import Codec
-from steering.columns import ColumnBank
+from steering.bank import ColumnBank
 from steering.errors import UnsupportedArchitecture
 
 log = logging.getLogger(__name__)

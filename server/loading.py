@@ -20,7 +20,7 @@ from server.engine.sequence import ScheduledChunk, Sequence
 from server.errors import StartupError
 from server.threads import usable_cores
 from steer_ops.layers import exchange_layers
-from steering.columns import ColumnBank
+from steering.bank import ColumnBank
 
 log = logging.getLogger(__name__)
 WEIGHTS_SHARE = 0.8  # of a device's free memory, at most, where there are several devices

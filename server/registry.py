@@ -22,9 +22,10 @@ from server.errors import (
 )
 from server.registry_state import RegistryState
 from steering import checkpoint as folders
+from steering.bank import ColumnBank
 from steering.checkpoint import Checkpoint, base_model_info, verify_against, verify_sites
-from steering.columns import ColumnBank, Handle
 from steering.errors import CheckpointError, CheckpointMismatch, NotFound, UnsupportedArchitecture
+from steering.types import Handle
 
 log = logging.getLogger(__name__)
 PREFERRED_NAME = "demo"

@@ -1,5 +1,6 @@
 """Gated steering of language models (MAT-Steer, arXiv 2502.12446, and its relatives) as columns, math and hooks."""
 
+from steering.bank import ColumnBank
 from steering.checkpoint import (
     BaseModelInfo,
     Checkpoint,
@@ -13,7 +14,6 @@ from steering.checkpoint import (
     verify_against,
     verify_sites,
 )
-from steering.columns import ColumnBank
 from steering.errors import (
     CheckpointError,
     CheckpointMismatch,

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from steer_ops import STEER_AND_COUNT
-from steering.site_buffers import SiteBuffers
+from steering.bank import SiteBuffers
 
 
 def fused_steer(at: SiteBuffers, activations: Tensor, owners: Tensor, counts: Tensor) -> Tensor | None:

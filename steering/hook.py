@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from steering.columns import ColumnBank
+from steering.bank import ColumnBank
 from steering.errors import HookError
 from steering.fused import can_fuse, fused_steer
 from steering.operators import Trace, steer, trace

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from steering.columns import ColumnBank
+from steering.bank import ColumnBank
 from steering.errors import ColumnError, HookError
 from steering.types import Handle, Positions, SequenceSteering
 

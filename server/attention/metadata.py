@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from server.attention.kv_pool import KVPool, slot_mapping
 from server.attention.layout import ChunkLayout
-from steering.row_table import upload
+from steering.bank import upload
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,12 @@ class AttentionMetadata:
                 written += [(table[at // block_size], at % block_size) for at in range(chunk.start, chunk.stop)]
                 rows += range(lo, lo + len(chunk))
             prefills.append(Prefill(lo, len(positions), chunk.stop, blocks))
+        groups = _groups(singles, block_size, by_length=by_length)
         return cls(
             positions=upload(np.array(positions, dtype=np.int64), device),
-            decodes=[_decodes(group, block_size, device) for group in _groups(singles, block_size, by_length=by_length)],
+            decodes=[
+                _decodes(group, block_size, device) for group in _groups(singles, block_size, by_length=by_length)
+            ],
             prefills=prefills,
             written=upload(np.array(written, dtype=np.int64), device) if written else None,
             prefill_rows=_span(rows, device),

@@ -27,9 +27,8 @@ from server.engine.sequence import (
     steering_mask,
 )
 from server.threads import ThreadScaler
-from steering.columns import ColumnBank
+from steering.bank import ColumnBank, upload
 from steering.hook import Steering
-from steering.row_table import upload
 from steering.types import SequenceSteering
 
 Chunks = tuple[ScheduledChunk, ...]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from server.engine.sequence import SamplingParams
-from steering.row_table import upload
+from steering.bank import upload
 
 GREEDY_BELOW = 1e-4  # a temperature under this would overflow the logits; the result is the same
 GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15: splitmix64's increment, as a signed 64-bit integer

@@ -11,7 +11,7 @@ from server.engine.model_runner import ModelRunner
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Event, Failed, Finished, ScheduledChunk, Sequence
 from server.loading import open_runner
-from steering.columns import ColumnBank
+from steering.bank import ColumnBank
 
 T = TypeVar("T")
 NAMES = count()

@@ -10,7 +10,7 @@ import transformers
 from server.engine.sequence import SamplingParams, Sequence, SteeringParams
 from server.errors import StartupError
 from server.loading import open_runner, text_limit
-from steering.columns import ColumnBank
+from steering.bank import ColumnBank
 from steering.types import Column, Gate, SequenceSteering, Site
 from tests.server.desk import Desk, sequence
 from tests.server.reference import greedy, plain

@@ -13,7 +13,8 @@ from server.attention.layout import BlockCopy
 from server.engine.block_manager import BlockManager
 from server.engine.sequence import PositionsName, Sequence, SteeringParams
 from steer_ops import plain
-from steering.columns import ColumnBank, SequenceSteering
+from steering.bank import ColumnBank
+from steering.types import SequenceSteering
 from tests.server.conftest import columns
 
 PROMPT = tuple(range(100, 120))

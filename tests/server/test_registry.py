@@ -16,8 +16,9 @@ from server.config import Settings
 from server.errors import CheckpointInUse, UnknownCheckpoint, UnusableCheckpoint
 from server.registry import CheckpointLease, Registry, fits_model
 from server.registry_state import NAME
-from steering.columns import ColumnBank, Handle
+from steering.bank import ColumnBank
 from steering.errors import ColumnError
+from steering.types import Handle
 
 
 def at_once(work: Callable[[], Handle]) -> "Future[Handle]":

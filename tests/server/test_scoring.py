@@ -9,8 +9,8 @@ import torch
 from server.engine.scoring import ComparisonPair, Divergence
 from server.engine.sequence import SamplingParams, SteeringParams
 from server.errors import NotFinite, PromptTooLong
-from steering.columns import SequenceSteering
 from steering.hook import steered
+from steering.types import SequenceSteering
 from tests.server.conftest import columns, tiny_llama
 from tests.server.desk import Desk, sequence
 

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from steering import Column, ColumnBank, Gate, SequenceSteering, Site, steer
+from steering.bank import SiteBuffers
 from steering.fused import can_fuse, fused_steer
-from steering.site_buffers import SiteBuffers
 
 SITE = Site.parse("1.residual")
 WIDTH = 67

@@ -14,22 +14,159 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from steering.errors import ColumnError
-from steering.row_table import NO_OWNER, RowTable, upload
-from steering.site_buffers import SiteBuffers
-from steering.types import UNSTEERED, Column, Gate, Handle, Positions, SequenceSteering, Site, SiteKind
+from steering.types import Column, Handle, SequenceSteering, Site
 
-__all__ = [
-    "UNSTEERED",
-    "Column",
-    "ColumnBank",
-    "Gate",
-    "Handle",
-    "Positions",
-    "SequenceSteering",
-    "Site",
-    "SiteBuffers",
-    "SiteKind",
-]
+NO_OWNER = -1  # the owner of a token that no column acts on
+
+
+class SiteBuffers:
+    """What a hook reads at one site: C slots, of which the free ones are zero and have multipliers of zero.
+
+    vectors and weights [C, D], biases [C] float32; kinds [C] int8 (`Gate.code`); keep_norm [C] bool; multipliers
+    [max_tokens, C] float32, a view of the bank's buffer. Addresses change in `resize` only; the view changes whenever
+    the bank's buffer does.
+    """
+
+    multipliers: Tensor
+    owner: int  # where this site's columns begin in the bank's buffer; how `ColumnBank.owners` calls the site
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.width = width
+        self.columns: list[Column | None] = []
+        self.vectors = torch.zeros(0, width, device=device)
+        self.weights = torch.zeros(0, width, device=device)
+        self.biases = torch.zeros(0, device=device)
+        self.kinds = torch.zeros(0, dtype=torch.int8, device=device)
+        self.keep_norm = torch.zeros(0, dtype=torch.bool, device=device)
+
+    @property
+    def live(self) -> int:
+        return sum(column is not None for column in self.columns)
+
+    @property
+    def free(self) -> int:
+        return len(self.columns) - self.live
+
+    @property
+    def all_keep(self) -> bool:
+        """Whether every column keeps the activation's norm."""
+        return all(column.keep_norm for column in self.columns if column is not None)
+
+    def attach(self, multipliers: Tensor, owner: int) -> None:
+        self.multipliers = multipliers[:, owner : owner + len(self.columns)]
+        self.owner = owner
+
+    def resize(self, capacity: int) -> None:
+        """Adds free slots up to `capacity`; columns keep their slots."""
+        more = capacity - len(self.columns)
+        self.columns.extend([None] * more)
+        for name in ("vectors", "weights", "biases", "kinds", "keep_norm"):
+            old: Tensor = getattr(self, name)
+            setattr(self, name, torch.cat([old, old.new_zeros(more, *old.shape[1:])]))
+
+    def put(self, column: Column) -> int:
+        """Writes a column into a free slot and says which."""
+        index = self.columns.index(None)
+        self.columns[index] = column
+        self.vectors[index].copy_(column.vector)
+        self.weights[index].copy_(column.gate_weight)
+        self.biases[index].fill_(column.gate_bias)
+        self.kinds[index].fill_(column.gate.code)
+        self.keep_norm[index].fill_(column.keep_norm)
+        return index
+
+    def drop(self, index: int) -> None:
+        """Clears a slot and makes it free."""
+        self.columns[index] = None
+        for buffer in (self.vectors, self.weights, self.biases, self.kinds, self.keep_norm):
+            buffer[index].zero_()
+
+    def check(self) -> None:
+        """Raises AssertionError when a slot does not hold what its column says."""
+        for i, column in enumerate(self.columns):
+            nothing = torch.zeros(self.width)
+            vector, weight = (column.vector, column.gate_weight) if column else (nothing, nothing)
+            assert torch.equal(self.vectors[i].cpu(), vector), f"slot {i} holds another vector"
+            assert torch.equal(self.weights[i].cpu(), weight), f"slot {i} holds another gate weight"
+            bias, kind, keep = (column.gate_bias, column.gate.code, column.keep_norm) if column else (0.0, 0, False)
+            assert torch.equal(self.biases[i].cpu(), torch.tensor(bias)), f"slot {i} holds another bias"
+            assert int(self.kinds[i]) == kind, f"slot {i} holds another gate"
+            assert bool(self.keep_norm[i]) == keep, f"slot {i} holds another norm rule"
+
+
+class MultiplierTable:
+    """A device-side cache of what sequences ask for: one line of multipliers for each SequenceSteering in use.
+
+    Lines [capacity, columns] of multipliers, and for each line the first site that acts on its tokens.
+
+    Line 0 stays zero: it is what an unsteered token reads. A row is written when it is first placed and stays until
+    its line is needed or one of its handles is forgotten, so that a step whose rows were seen before copies nothing.
+    """
+
+    def __init__(self, device: torch.device, starts: Mapping[Site, int], columns: int, capacity: int = 257) -> None:
+        self.values = torch.zeros(capacity, columns, device=device)
+        self.owners = torch.full((capacity,), NO_OWNER, dtype=torch.int32, device=device)
+        self._starts = dict(starts)  # where a site's columns begin; also the number by which the site is an owner
+        self._lines: dict[SequenceSteering, int] = {}
+        self._free = list(range(capacity - 1, 0, -1))
+
+    def place(self, rows: Sequence[SequenceSteering], live: set[Handle]) -> NDArray[np.int64]:
+        """The line of each row. Raises ColumnError, changing nothing, for a row with a handle that is not `live`."""
+        new = [row for row in dict.fromkeys(rows) if row.slots and row not in self._lines]
+        for row in new:
+            if not live.issuperset(row.handles):
+                raise ColumnError("a row is steered by a handle that was removed or belongs to another bank")
+        if len(new) > len(self._free):
+            self._evict_all_but(rows)
+        if len(new) > len(self._free):
+            self._grow(len(new))
+        if new:
+            self._write(new)
+        return np.fromiter((self._lines.get(row, 0) for row in rows), dtype=np.int64, count=len(rows))
+
+    def forget(self, handle: Handle) -> None:
+        """Frees every line that uses `handle`, whose slots may next belong to other columns."""
+        self._evict([row for row in self._lines if handle in row.handles])
+
+    def check(self, live: set[Handle]) -> None:
+        """Raises AssertionError when an invariant is broken."""
+        used = list(self._lines.values())
+        assert sorted([0, *used, *self._free]) == list(range(len(self.values))), "a line is neither free nor used once"
+        assert not self.values[0].any(), "line 0 steers"
+        assert self.owners[0] == NO_OWNER, "line 0 is counted"
+        for row, line in self._lines.items():
+            assert live.issuperset(row.handles), "a line belongs to a removed handle"
+            values, owner = self._describe(row)
+            assert self.values[line].cpu().numpy().tolist() == values.tolist(), "a line differs from its row"
+            assert int(self.owners[line]) == owner, "a line has the wrong owner"
+
+    def _describe(self, row: SequenceSteering) -> tuple[NDArray[np.float32], int]:
+        values = np.zeros(self.values.shape[1], dtype=np.float32)
+        for site, index, value in row.slots:
+            values[self._starts[site] + index] = value
+        return values, self._starts[row.slots[0][0]]
+
+    def _write(self, new: list[SequenceSteering]) -> None:
+        described = [self._describe(row) for row in new]
+        lines = [self._free.pop() for _ in new]
+        where = upload(np.array(lines, dtype=np.int64), self.values.device)
+        self.values.index_copy_(0, where, upload(np.stack([values for values, _ in described]), self.values.device))
+        owners = np.array([owner for _, owner in described], dtype=np.int32)
+        self.owners.index_copy_(0, where, upload(owners, self.values.device))
+        self._lines.update(zip(new, lines, strict=True))
+
+    def _evict_all_but(self, rows: Sequence[SequenceSteering]) -> None:
+        kept = set(rows)
+        self._evict([row for row in self._lines if row not in kept])
+
+    def _evict(self, rows: list[SequenceSteering]) -> None:
+        self._free.extend(self._lines.pop(row) for row in rows)
+
+    def _grow(self, needed: int) -> None:
+        old, more = len(self.values), max(needed, len(self.values))
+        self.values = torch.cat([self.values, self.values.new_zeros(more, self.values.shape[1])])
+        self.owners = torch.cat([self.owners, self.owners.new_full((more,), NO_OWNER)])
+        self._free.extend(range(old + more - 1, old - 1, -1))
 
 
 class ColumnBank:
@@ -239,7 +376,7 @@ class ColumnBank:
             self.multipliers = torch.zeros(self.max_tokens, columns, device=self.device)
             for site, buffers in self._buffers.items():
                 buffers.attach(self.multipliers, starts[site])
-            self._table = RowTable(self.device, starts, columns)
+            self._table = MultiplierTable(self.device, starts, columns)
             if not hasattr(self, "owners") or len(self.owners) < self.max_tokens:
                 self._allocate_counters()
             self._fill(self._rows, self._token_rows)
@@ -294,3 +431,13 @@ def _same(rows: Sequence[SequenceSteering], others: Sequence[SequenceSteering]) 
 def _writable() -> AbstractContextManager[object]:
     """Buffers made here stay ordinary tensors, which may be written inside and outside inference mode."""
     return torch.inference_mode(False)
+
+
+def upload(array: NDArray[np.generic], device: torch.device) -> Tensor:
+    """A device copy of a small host array that does not wait for the device's queue.
+
+    A copy from pageable memory would make the host wait for the step that is running; pinned blocks come from
+    PyTorch's cache, which keeps them until the copy has been made.
+    """
+    host = torch.from_numpy(array)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
