@@ -97,9 +97,7 @@ class AttentionMetadata:
         groups = _groups(singles, block_size, by_length=by_length)
         return cls(
             positions=upload(np.array(positions, dtype=np.int64), device),
-            decodes=[
-                _decodes(group, block_size, device) for group in _groups(singles, block_size, by_length=by_length)
-            ],
+            decodes=[_decodes(group, block_size, device) for group in groups],
             prefills=prefills,
             written=upload(np.array(written, dtype=np.int64), device) if written else None,
             prefill_rows=_span(rows, device),
