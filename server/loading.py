@@ -30,7 +30,7 @@ TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 CHECKED = (24, 9)  # tokens of the texts that a model is checked on, packed into one pass
 CGROUP = Path("/sys/fs/cgroup")
 BOUND_BY_LENGTH = ("dynamic", "longrope")  # rotary embeddings that change for all tokens when a text grows long
-BLOCK_SIZE = 32  # tokens, where a kernel reads blocks where they lie
+BLOCK_SIZE = 64  # tokens, where a kernel reads blocks where they lie: benchmarks/results/steer-ops-cpu.md
 LARGE_BLOCK_SIZE = 256  # where blocks are copied together for every step, and fewer copies are faster
 SMALLEST_CACHE = 32  # tokens
 

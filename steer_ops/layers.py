@@ -2,17 +2,20 @@
 
 Linear layers get their weights laid out once: in tiles for a kernel of ours, or as oneDNN wants them. PyTorch's own
 `linear` lays the weight out anew in every call, which for the few tokens of a decoding step takes longer than the
-product. RMS norms become one operation instead of seven, gated feed-forward layers three instead of five.
+product. RMS norms become one operation instead of seven, gated feed-forward layers three instead of five, rotary
+embeddings of queries and keys one instead of sixteen.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from steer_ops.cpu.build import cpu_flags
-from steer_ops.ops import RMS_NORM, SILU_MUL, TILED_LINEAR, UNIT_BYTES, tiled
+from steer_ops.ops import RMS_NORM, ROTARY, SILU_MUL, TILED_LINEAR, UNIT_BYTES, tiled
 from steer_ops.plain import untiled
 from steer_ops.registry import DTYPES
 
@@ -23,12 +26,13 @@ CPU = torch.device("cpu")
 
 
 def exchange_layers(model: Any, *, native: bool = True) -> None:
-    """In place; does nothing to what is not on a CPU. `native`: also by compiled kernels, where they can be had. Norms
-    and feed-forward layers are tried on random numbers first, and left alone where that shows a difference."""
+    """In place; does nothing to what is not on a CPU. `native`: also by compiled kernels, where they can be had. All
+    but linear layers are tried on random numbers first, and left alone where that shows a difference."""
     pack_linears(model, native=native)
     if native:
         fuse_norms(model)
         fuse_mlps(model)
+        fuse_attention(model)
 
 
 class PackedLinear(nn.Module):
@@ -160,6 +164,64 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         found: Tensor = self.down_proj(self._op(self.gate_up_proj(x)))
         return found
+
+
+class RotaryAttention(nn.Module):
+    """An attention layer with rotary embeddings, as LlamaAttention and its many copies in transformers have it: one
+    product for queries, keys and values, norms of their heads where the layer has them, the kernel `rotary`, then the
+    attention that the model's configuration names. The layer whose place it takes still answers what it does not
+    know: several texts, a cache, an attention that has no name, embeddings of a part of each head."""
+
+    o_proj: nn.Module
+
+    def __init__(self, own: Any, options: dict[str, Any]) -> None:
+        """`own`: the layer, its projections joined (`pack_linears`). `options`: what it gives its attention by name."""
+        super().__init__()
+        self.config, self.layer_idx, self.head_dim = own.config, own.layer_idx, own.head_dim
+        for name, child in own.named_children():
+            self.add_module(name, child)
+        self._own = (own,)  # in a tuple: its modules are this one's
+        self._whole = (own.q_proj.whole,)
+        self._widths = [own.q_proj.out_features, own.k_proj.out_features, own.v_proj.out_features]
+        self._norms = getattr(own, "q_norm", None), getattr(own, "k_norm", None)
+        self._options = options
+        self._op = ROTARY.choose(CPU, self._whole[0].dtype)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **options: Any,
+    ) -> Any:
+        """hidden_states [1, N, D], position_embeddings (cosines and sines) [1, N, head_dim] each -> [1, N, D], and what
+        else the attention says."""
+        attend = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation)
+        tokens = hidden_states.shape[1]
+        if (
+            attend is None
+            or past_key_values is not None
+            or position_embeddings is None
+            or len(hidden_states) != 1
+            or position_embeddings[0].shape != (1, tokens, self.head_dim)
+        ):
+            return self._own[0](
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **options,
+            )
+        parts = self._whole[0](hidden_states)[0].split(self._widths, dim=-1)
+        query, key, value = (part.view(tokens, -1, self.head_dim) for part in parts)
+        if self._norms[0] is not None and self._norms[1] is not None:
+            query, key = self._norms[0](query), self._norms[1](key)
+        cos, sin = position_embeddings
+        query, key = self._op(query, key, cos[0], sin[0])
+        query, key, value = (part.transpose(0, 1)[None] for part in (query, key, value))
+        found, weights = attend(self._own[0], query, key, value, attention_mask, **{**self._options, **options})
+        return self.o_proj(found.reshape(1, tokens, -1)), weights
 
 
 def pack_linears(model: Any, *, native: bool = True) -> int:
@@ -294,3 +356,57 @@ def _is_same_mlp(mine: GatedMLP, own: Any, gate: JoinedLinear) -> bool:
     tolerance = 1e-5 if x.dtype == torch.float32 else 1e-2
     away = (found - expected).float().norm(dim=-1)
     return bool((away <= tolerance * expected.float().norm(dim=-1)).all())
+
+
+_TRIAL = "steer_ops_trial"  # an attention that gives every query back
+
+
+def fuse_attention(model: Any) -> int:
+    """Replaces the attention layers of a model whose linear layers have been packed, in place, by what gives the same
+    queries, keys and values to its attention on numbers drawn at random; says how many: none where nothing can be
+    compiled."""
+    fused = 0
+    with torch.no_grad():
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                query = getattr(child, "q_proj", None)
+                if not isinstance(query, JoinedLinear) or isinstance(child, RotaryAttention):
+                    continue
+                if ROTARY.has_kernel(CPU, query.whole.dtype) and (found := _fused_attention(child, query)):
+                    setattr(parent, name, found)
+                    fused += 1
+    return fused
+
+
+def _fused_attention(own: Any, query: JoinedLinear) -> RotaryAttention | None:
+    """None: the layer does something else."""
+    config, dtype = getattr(own, "config", None), query.whole.dtype
+    random = torch.Generator().manual_seed(0)
+    seen: list[tuple[Any, ...]] = []
+
+    def record(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+    ) -> tuple[Tensor, None]:
+        seen.append((query, key, value, options))
+        return query.transpose(1, 2), None
+
+    chosen = getattr(config, "_attn_implementation", None)
+    try:
+        AttentionInterface.register(_TRIAL, record)
+        config._attn_implementation = _TRIAL  # type: ignore[union-attr]
+        x = torch.randn(1, 5, query.in_features, generator=random).to(dtype)
+        angles = torch.randn(1, 5, own.head_dim // 2, generator=random).repeat(1, 1, 2)
+        given = {"position_embeddings": (angles.cos().to(dtype), angles.sin().to(dtype)), "attention_mask": None}
+        expected = own(x, **given)
+        mine = RotaryAttention(own, seen[0][3])
+        found = mine(x, **given)
+    except Exception:  # it is called with something else, or is put together in another way
+        return None
+    finally:
+        if config is not None:
+            config._attn_implementation = chosen
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    same = len(seen) == 2 and len(found) == len(expected)
+    for one, other in zip((*seen[1][:3], found[0]), (*seen[0][:3], expected[0]), strict=True) if same else ():
+        same = same and one.shape == other.shape and torch.allclose(one, other, rtol=tolerance, atol=tolerance)
+    return mine if same else None

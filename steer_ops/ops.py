@@ -143,6 +143,22 @@ def _silu_mul_examples(dtype: torch.dtype) -> Iterator[Example]:
     yield (30 * torch.randn(5, 2 * 77, generator=random).to(dtype),), {}
 
 
+def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """x * cos + rotate_half(x) * sin for queries and keys, each product rounded to the dtype.
+
+    query [N, heads, width], key [N, kv_heads, width], cos and sin [N, width], all of one dtype -> both, turned
+    """
+    turned: tuple[Tensor, Tensor] = ROTARY.for_tensor(query)(query, key, cos, sin)
+    return turned
+
+
+def _rotary_examples(dtype: torch.dtype) -> Iterator[Example]:
+    random = torch.Generator().manual_seed(0)
+    whole = torch.randn(5, 7, 18, generator=random).to(dtype)
+    cos, sin = torch.randn(2, 5, 18, generator=random).to(dtype).unbind()
+    yield (whole[:, :4], whole[:, 4:6], cos, sin), {}
+
+
 OUTPUTS = 32  # of a tile
 UNIT_BYTES = 4  # of an input's unit: a float, or two bfloat16
 
@@ -184,6 +200,12 @@ RMS_NORM = Op(
     plain.rms_norm,
     _rms_norm_examples,
     fake=lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
+ROTARY = Op(
+    "rotary(Tensor query, Tensor key, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
+    plain.rotary,
+    _rotary_examples,
+    fake=lambda query, key, *rest: (query.new_empty(query.shape), key.new_empty(key.shape)),
 )
 SILU_MUL = Op(
     "silu_mul(Tensor gate_up) -> Tensor",

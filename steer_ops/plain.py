@@ -175,6 +175,16 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return silu(gate) * up
 
 
+def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """See `steer_ops.rotary`."""
+
+    def turn(x: Tensor) -> Tensor:
+        left, right = x.chunk(2, dim=-1)
+        return (x * cos[:, None] + torch.cat([-right, left], dim=-1) * sin[:, None]).contiguous()
+
+    return turn(query), turn(key)
+
+
 def tiled_linear(x: Tensor, tiles: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
     """See `steer_ops.tiled_linear`."""
     return linear(x, untiled(tiles, out_features), bias)

@@ -103,7 +103,8 @@ def _run(
     """What an implementation returns for copies of these arguments, and what it leaves in them."""
     copies = [arg.to(device, copy=True) if isinstance(arg, Tensor) else arg for arg in args]
     result = implementation(*copies, **named)
-    return [part for part in (result, *copies) if isinstance(part, Tensor)]
+    results = result if isinstance(result, tuple) else (result,)
+    return [part for part in (*results, *copies) if isinstance(part, Tensor)]
 
 
 def _largest(numbers: Tensor) -> float:

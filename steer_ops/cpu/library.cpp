@@ -5,9 +5,11 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <tuple>
 
 #include "paged_attention.h"
 #include "rms_norm.h"
+#include "rotary.h"
 #include "silu_mul.h"
 #include "steer.h"
 #if defined(__AVX2__) || defined(__AVX512F__)
@@ -154,6 +156,26 @@ Tensor silu_mul_of_rows(const Tensor &gate_up) {
     return out;
 }
 
+std::tuple<Tensor, Tensor> rotary_of_tokens(const Tensor &query, const Tensor &key, const Tensor &cos,
+                                            const Tensor &sin) {
+    STD_TORCH_CHECK(query.dim() == 3 && key.dim() == 3 && query.size(2) % 2 == 0,
+                    "rotary: query and key are [N, heads, width], of even width");
+    const int64_t tokens = query.size(0), width = query.size(2);
+    const ScalarType type = query.scalar_type();
+    STD_TORCH_CHECK(key.size(0) == tokens && key.size(2) == width && has_shape(cos, {tokens, width}) &&
+                        has_shape(sin, {tokens, width}) && key.scalar_type() == type && is(cos, type) && is(sin, type),
+                    "rotary: shapes and dtypes fit each other");
+    const Tensor q = with_dense_rows(query), k = with_dense_rows(key);
+    Tensor queries = torch::stable::new_empty(q, q.sizes()), keys = torch::stable::new_empty(k, k.sizes());
+    const Heads heads[2] = {{q.size(1), q.stride(1), q.stride(0)}, {k.size(1), k.stride(1), k.stride(0)}};
+    with_type("rotary", type, [&](auto number) {
+        using T = decltype(number);
+        rotary<T>(tokens, width, heads, data<const T>(q), data<const T>(k), data<const T>(cos), data<const T>(sin),
+                  data<T>(queries), data<T>(keys));
+    });
+    return {queries, keys};
+}
+
 #ifdef HAS_TILED_LINEAR
 Tensor tiled_linear_of_rows(const Tensor &x, const Tensor &tiles, std::optional<Tensor> bias, int64_t out_features) {
     const ScalarType type = x.scalar_type();
@@ -185,6 +207,7 @@ Tensor tiled_linear_of_rows(const Tensor &x, const Tensor &tiles, std::optional<
 STABLE_TORCH_LIBRARY_IMPL(steer_ops, CPU, library) {
     library.impl("steer_and_count", TORCH_BOX(&steer_and_count));
     library.impl("rms_norm", TORCH_BOX(&rms_norm_of_rows));
+    library.impl("rotary", TORCH_BOX(&rotary_of_tokens));
     library.impl("silu_mul", TORCH_BOX(&silu_mul_of_rows));
 #ifdef HAS_TILED_LINEAR
     library.impl("tiled_linear", TORCH_BOX(&tiled_linear_of_rows));

@@ -1,0 +1,89 @@
+"""Attention layers with fewer operations say what transformers' say, and those of another kind are left alone."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from steer_ops import ROTARY
+from steer_ops.layers import RotaryAttention, fuse_attention, pack_linears
+from steering.sites import site_module
+from steering.types import Site
+from tests.server.test_architectures import MORE, tiny
+from tests.steering.families import FAMILIES
+
+pytestmark = pytest.mark.skipif(
+    not ROTARY.has_kernel(torch.device("cpu"), torch.float32), reason="nothing can be compiled here"
+)
+IDS = torch.arange(3, 20)[None]
+
+
+def fused(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, int]:
+    model = tiny(name).to(dtype).eval()
+    pack_linears(model)
+    return model, fuse_attention(model)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("name", [*FAMILIES, *MORE])
+def test_every_family_says_what_it_said(name: str) -> None:
+    model, _ = fused(name)
+    with torch.no_grad():
+        assert torch.allclose(model(IDS).logits, tiny(name)(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("llama", 1), ("qwen2", 1), ("qwen3", 1), ("gemma2", 1), ("mistral", 1), ("gpt2", 0), ("cohere2", 0), ("phi3", 0)],
+)
+def test_only_what_says_the_same_is_exchanged(name: str, expected: int) -> None:
+    model, count = fused(name)
+    assert count == expected * model.config.num_hidden_layers
+    assert fuse_attention(model) == 0, "again, and nothing changes"
+
+
+def test_in_bfloat16() -> None:
+    model, count = fused("llama", torch.bfloat16)
+    assert count == model.config.num_hidden_layers
+    with torch.no_grad():
+        found, expected = model(IDS).logits.float(), tiny("llama").bfloat16()(IDS).logits.float()
+    assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+def test_several_texts_and_a_cache_are_the_models_own_business() -> None:
+    model, _ = fused("llama")
+    texts = torch.cat([IDS, IDS + 1])
+    with torch.no_grad():
+        assert torch.allclose(model(texts).logits, tiny("llama")(texts).logits, rtol=1e-4, atol=1e-4)
+        found = model.generate(IDS, max_new_tokens=5, do_sample=False)
+    assert torch.equal(found, tiny("llama").generate(IDS, max_new_tokens=5, do_sample=False))
+
+
+def test_the_configuration_names_the_same_attention_as_before() -> None:
+    model, _ = fused("llama")
+    assert model.config._attn_implementation == tiny("llama").config._attn_implementation
+
+
+def test_a_layer_has_its_sites() -> None:
+    model, _ = fused("llama")
+    layer = model.model.layers[1].self_attn
+    assert isinstance(layer, RotaryAttention)
+    heads, side = site_module(model, Site.parse("1.attn_heads"))
+    assert heads is layer.o_proj
+    assert side == "input"
+    assert site_module(model, Site.parse("1.attn_output"))[0] in (layer, layer.o_proj)
+
+
+def test_a_layer_that_does_more_is_left_alone() -> None:
+    model = tiny("llama")
+    kind = type(model.model.layers[0].self_attn)
+
+    class Scaled(kind):  # type: ignore[misc, valid-type]
+        def forward(self, *args: Any, **named: Any) -> Any:
+            found, weights = super().forward(*args, **named)
+            return 2 * found, weights
+
+    model.model.layers[0].self_attn.__class__ = Scaled
+    pack_linears(model)
+    assert fuse_attention(model) == model.config.num_hidden_layers - 1
+    assert isinstance(model.model.layers[0].self_attn, Scaled)
