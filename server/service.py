@@ -16,7 +16,7 @@ from server.config import Settings
 from server.engine.engine import Engine
 from server.engine.scoring import ComparisonPair, Divergence
 from server.engine.sequence import Finished, PositionsName, Sequence, SteeringParams, TokenEvent, TokenLogprob
-from server.errors import DeadlineExceeded, InvalidField, UnknownCheckpoint, UnknownModel
+from server.errors import DeadlineExceeded, InvalidField, PromptTooLong, UnknownCheckpoint, UnknownModel
 from server.metrics import Metrics
 from server.registry import CheckpointLease, LoadedCheckpoint, Registry
 from server.request_stream import RequestStream
@@ -300,11 +300,24 @@ class Service:
             room = params.sampling.max_new_tokens
             if self.codec.context is not None:
                 room = min(room, self.codec.context - len(prompt))
+            if len(arms) > 1:
+                room = min(room, self._room_for_comparison(prompt))
             for choice in range(params.n):
                 sampling = replace(params.sampling, max_new_tokens=room, seed=seed, choice=choice)
                 for arm in arms:
                     sequences.append(Sequence(request, len(sequences), prompt, sampling, arm, stream, params.trace))
         return sequences
+
+    def _room_for_comparison(self, prompt: tuple[int, ...]) -> int:
+        """How many new tokens two arms may have, so that they can be compared: both are in the cache at once."""
+        most = self.engine.max_pair_tokens
+        if len(prompt) >= most:
+            raise PromptTooLong(
+                f"The prompt has {len(prompt)} tokens; arms are compared two at a time, and the cache has room for two "
+                f"texts of {most} tokens, prompt and answer together.",
+                param="prompt",
+            )
+        return most - len(prompt)
 
 
 def _chunk(request: _RunningRequest, token: TokenEvent) -> TokenChunk:

@@ -123,6 +123,12 @@ class Engine:
         return len(self._outputs)
 
     @property
+    def max_pair_tokens(self) -> int:
+        """How many tokens each of two texts may have that are compared."""
+        blocks = self._runner.blocks
+        return blocks.num_blocks // 2 * blocks.block_size
+
+    @property
     def status(self) -> EngineStatus:
         """What the engine does now. Read while it runs: its numbers may be a step apart."""
         scheduler, blocks = self._scheduler, self._runner.blocks

@@ -133,3 +133,18 @@ def test_what_is_too_long_is_named(world: World) -> None:
     response = world.client.post("/score", json={"prompt": "a", "continuations": ["b " * 500]})
     assert response.status_code == 413
     assert response.json()["error"]["message"].startswith("The prompt with this continuation has ")
+
+
+def test_arms_are_as_long_as_two_of_them_fit_into_the_cache(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = fresh.service.engine
+    monkeypatch.setattr(engine._runner.blocks, "num_blocks", 33)
+    monkeypatch.setattr(engine._runner.blocks, "block_size", 2)  # two texts of 32 tokens
+    most = engine.max_pair_tokens
+    monkeypatch.undo()
+    assert most == 32
+    monkeypatch.setattr(type(engine), "max_pair_tokens", most)
+    body = {"prompt": "a b c", "temperature": 0, "max_new_tokens": 80, "ignore_eos": True}
+    both = send(fresh, "/generate", **body, baseline=True)
+    assert sum(both["results"][0]["usage"].values()) == most
+    assert send(fresh, "/generate", **body)["results"][0]["usage"]["completion_tokens"] == 80
+    assert refused(fresh, "/generate", **(body | {"prompt": "a b c " * 12}), baseline=True) == (413, "prompt")

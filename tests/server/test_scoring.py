@@ -165,3 +165,13 @@ def test_a_score_for_which_nobody_waits_any_more_goes_no_further(desk: Desk) -> 
     desk.step()
     assert desk.engine.status.scoring == 0
     assert desk.blocks.num_free_blocks == desk.blocks.num_blocks
+
+
+def test_two_texts_as_long_as_the_engine_says_can_be_compared() -> None:
+    desk = Desk(tiny_llama(320), num_blocks=9)
+    new = desk.engine.max_pair_tokens - len(PROMPT) + 1
+    steering = SteeringParams(positions="all")
+    pair = ComparisonPair(PROMPT, (8,) * new, (9,) * new, steering)
+    assert desk.finish(desk.engine.compare(pair)).kl_per_token == 0
+    with pytest.raises(PromptTooLong):
+        desk.engine.compare(ComparisonPair(PROMPT, (8,) * (new + 1), (9,), steering))
