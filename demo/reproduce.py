@@ -26,8 +26,8 @@ from steering.types import Column, Site
 from training.activations.artifact import Activations
 from training.activations.extraction import extract_under
 from training.choices import Method, Objective, Pool
-from training.data.records import Sample, Split
-from training.data.registry import load_data
+from training.data.samples import Sample, Split
+from training.data.sources import load_data
 from training.data.splits import split_samples
 from training.evaluation.arms import BASELINE, Arm, default_arm, single_arms
 from training.evaluation.gates import GateMeans, gate_means

@@ -23,11 +23,9 @@ from training.activations.extraction import extract_under
 from training.activations.stored import describe_stored, open_stored, split_as_stored
 from training.card import render
 from training.choices import Method
-from training.data.records import Sample, Split
-from training.data.registry import load_data
-from training.data.saved_splits import SPLITS, dump_splits
-from training.data.specs import Spec
-from training.data.splits import FRACTIONS, split_samples
+from training.data.samples import Sample, Split
+from training.data.sources import DataSpec, load_data
+from training.data.splits import FRACTIONS, SPLITS, dump_splits, split_samples
 from training.data.summary import count_samples, missing_sides
 from training.errors import DataError
 from training.evaluation.arms import BASELINE, default_arm, single_arms
@@ -151,7 +149,7 @@ def write_checkpoint(
     given = [describe_stored(plan.activations)] if plan.activations else []
     shares = {} if plan.activations else {"fractions": list(FRACTIONS), "seed": plan.seed}
     training: dict[str, Any] = {
-        "data": [*given, *(Spec.parse(spec).describe() for spec in plan.data)],
+        "data": [*given, *(DataSpec.parse(spec).describe() for spec in plan.data)],
         "splits": {**shares, "counts": count_samples(samples)},
         "hyperparameters": {"pool": activations.pool.value, **plan.recipe.as_dict()},
         "gates": [asdict(mean) for mean in gates],

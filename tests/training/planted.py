@@ -7,7 +7,7 @@ from torch import Tensor
 
 from steering import Site, SiteKind
 from training.activations.artifact import Activations
-from training.data.records import Split
+from training.data.samples import Split
 
 NAME = "truth"
 HEADS, HEAD_WIDTH = 4, 8

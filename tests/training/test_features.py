@@ -14,7 +14,7 @@ from tests.training.helpers import make_llama
 from training.activations.artifact import load_activations
 from training.choices import Method, Pool
 from training.cli import app
-from training.data.records import Split
+from training.data.samples import Split
 from training.methods.fit import Recipe, fit
 
 LAYERS, WIDTH, ROWS = 3, 16, 40

@@ -11,7 +11,7 @@ from torch import Tensor
 from steering.types import Site
 from training.activations.shards import join_shards, read_manifest, write_manifest, write_shard
 from training.choices import Pool
-from training.data.records import Sample, Split
+from training.data.samples import Sample, Split
 from training.errors import ActivationError, FitError
 
 

@@ -21,7 +21,7 @@ from training.activations.artifact import Activations, label_rows, load_activati
 from training.activations.shards import MANIFEST, read_manifest, shard_samples, write_manifest, write_shard
 from training.activations.work import Work
 from training.choices import Pool
-from training.data.records import Sample
+from training.data.samples import Sample
 from training.errors import ActivationError
 from training.files import content_key, write_json
 from training.processes import Processes, joined

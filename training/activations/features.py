@@ -19,7 +19,7 @@ from steering.types import Site, SiteKind
 from training.activations.artifact import Activations, label_rows
 from training.baking.configs import load_config
 from training.choices import Pool
-from training.data.records import Sample
+from training.data.samples import Sample
 from training.data.splits import split_samples
 from training.errors import ActivationError
 from training.files import content_key

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from training.activations.tokens import Encoded
-from training.data.records import Sample
+from training.data.samples import Sample
 
 # What saving a model changes, and what its weights say better.
 _INCIDENTAL = ("_name_or_path", "architectures", "dtype", "transformers_version")

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from steering.types import Site
-from training.data.records import Sample
+from training.data.samples import Sample
 from training.errors import ActivationError
 from training.files import write_json, write_tensors
 

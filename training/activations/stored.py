@@ -11,7 +11,7 @@ from steering.types import Site
 from training.activations.artifact import Activations, load_activations
 from training.activations.fingerprint import model_hash
 from training.activations.shards import MANIFEST, read_manifest
-from training.data.records import Sample
+from training.data.samples import Sample
 from training.data.splits import split_samples
 from training.errors import ActivationError
 from training.models import Base

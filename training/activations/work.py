@@ -15,7 +15,7 @@ from training.activations.hidden_states import Wanted, read, span
 from training.activations.prompt_sharing import shared_states, worth_sharing
 from training.activations.tokens import Encoded, batches, encode, pad_right, pad_token
 from training.choices import Pool
-from training.data.records import Sample
+from training.data.samples import Sample
 from training.errors import DataError
 from training.progress import Advance
 

@@ -65,7 +65,7 @@ def sweep(
         factors, least = o.parse_numbers(multipliers, "--multipliers"), o.parse_settings(keep, "--keep")
         from training.activations.extraction import extract_under
         from training.commands.method_recipe import make_recipe
-        from training.data.records import Split
+        from training.data.samples import Split
         from training.evaluation.report import terminal
         from training.models import load_base
         from training.pipeline import read_samples

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from steering import checkpoint as checkpoints
-from training.data.records import Sample, Split
+from training.data.samples import Sample, Split
 from training.evaluation.arms import BASELINE, Arm, default_arm, single_arms
 from training.evaluation.generation import Continuation
 from training.evaluation.measure import Measure

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from steering.types import Column, Positions
 from training.activations.tokens import encode, pad_token
-from training.data.records import Sample
+from training.data.samples import Sample
 from training.errors import DataError, TrainingError
 from training.evaluation.arms import Arm
 from training.evaluation.generation import Continuation, Sampling, generate

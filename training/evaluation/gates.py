@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from steering.operators import gate_codes, gate_values
 from steering.types import Column, Gate
 from training.activations.artifact import Activations
-from training.data.records import Split
+from training.data.samples import Split
 
 
 @dataclass(frozen=True)

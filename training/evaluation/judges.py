@@ -9,10 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from training.data.fields import split_field, text_field
-from training.data.problems import collect
-from training.data.records import Split
-from training.data.rows import Row, read_rows
+from training.data.rows import Row, collect, read_rows, split_field, text_field
+from training.data.samples import Split
 from training.errors import DataError, TrainingError
 
 Judge = Callable[[str, str], Mapping[str, bool | None]]

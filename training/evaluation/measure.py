@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from steering.types import Column, Positions
-from training.data.records import Sample, Split
+from training.data.samples import Sample, Split
 from training.errors import DataError
 from training.evaluation.arms import Arm
 from training.evaluation.evaluate import Question, evaluate_choices, evaluate_generations, questions

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize as unit
 
 from steering.types import Column, Gate, Site, SiteKind
 from training.activations.artifact import Activations
-from training.data.records import Split
+from training.data.samples import Split
 from training.errors import FitError
 
 

@@ -8,7 +8,7 @@ that is added at every steered position, so that it goes on to act in long answe
 from dataclasses import dataclass
 from typing import Self
 
-from training.data.records import Sample, Split
+from training.data.samples import Sample, Split
 from training.errors import FitError
 
 

@@ -16,7 +16,7 @@ from torch.nn.functional import normalize as unit
 from steering.types import Column, Gate, Site
 from training.activations.artifact import Activations, Contrast
 from training.choices import Direction, Scale
-from training.data.records import Split
+from training.data.samples import Split
 from training.errors import FitError
 
 log = logging.getLogger(__name__)

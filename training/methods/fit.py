@@ -8,7 +8,7 @@ from typing import Any
 from steering.types import Column, Site
 from training.activations.artifact import Activations
 from training.choices import PROFILES, Method
-from training.data.records import Split
+from training.data.samples import Split
 from training.errors import FitError
 from training.files import write_json
 from training.methods.ablation import AblationConfig, fit_ablation

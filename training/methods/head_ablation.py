@@ -14,7 +14,7 @@ from steering.types import Column, Gate, Site
 from training.activations.artifact import Activations
 from training.activations.heads import Head
 from training.choices import Fill
-from training.data.records import Split
+from training.data.samples import Split
 from training.errors import FitError
 from training.methods.head_probes import (
     HeadFit,

@@ -10,7 +10,7 @@ from torch import Tensor
 from steering.types import Column, Site, SiteKind
 from training.activations.artifact import Activations
 from training.activations.heads import Head
-from training.data.records import Split
+from training.data.samples import Split
 from training.errors import FitError
 from training.methods.logistic import fit_logistic
 from training.progress import progress_bar

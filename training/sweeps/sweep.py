@@ -7,7 +7,7 @@ from pathlib import Path
 
 from steering.types import Column, Site
 from training.activations.artifact import Activations
-from training.data.records import Sample, Split
+from training.data.samples import Sample, Split
 from training.errors import TrainingError
 from training.evaluation.arms import BASELINE, Arm, default_arm
 from training.evaluation.judges import judge_key

@@ -1,4 +1,4 @@
-"""The one record type that every data set loader gives."""
+"""The one record type that every data set becomes."""
 
 from dataclasses import dataclass
 from enum import StrEnum
