@@ -21,7 +21,7 @@ from benchmarks.alone import alone
 from benchmarks.machine import described
 from benchmarks.mat_loop import Batch, Loop
 from server.threads import usable_cores
-from training.activations.artifact import Contrast
+from training.activations.store import Contrast
 from training.choices import Kernel, Objective
 from training.methods.mat import step
 from training.methods.mat_config import MatConfig

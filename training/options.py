@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from training.choices import Method, Pool
+from training.activations import Pool
+from training.choices import Method
 from training.errors import DataError, TrainingError
 
 if TYPE_CHECKING:
     from steering.types import Site
-    from training.evaluation.measure import Measure
+    from training.evaluation.evaluator import Evaluator
 
 Model = Annotated[str, typer.Option(help="Hugging Face id or folder of a causal language model.")]
 Revision = Annotated[str | None, typer.Option(help="Revision of the model.")]
@@ -178,18 +179,17 @@ def make_measure(
     seed: int,
     limit: int | None,
     positions: str,
-) -> "Measure":
+) -> "Evaluator":
     """Raises TrainingError."""
     from steering.types import Positions
-    from training.evaluation.generation import Sampling
-    from training.evaluation.judges import load_judge, load_prompts
-    from training.evaluation.measure import Measure
+    from training.evaluation.evaluator import Evaluator
+    from training.evaluation.generation import Sampling, load_judge, load_prompts
 
     if (judge is None) != (prompts is None):
         raise TrainingError("--judge and --prompts belong together: give both or neither.")
     if positions not in list(Positions):
         raise TrainingError(f"--positions must be one of {', '.join(Positions)}, got {positions!r}.")
-    return Measure(
+    return Evaluator(
         judge=load_judge(judge) if judge else None,
         prompts=tuple(load_prompts(prompts)) if prompts else (),
         sampling=Sampling(temperature, max_new_tokens, samples, seed),

@@ -6,13 +6,14 @@ from typing import Any
 
 from steering import Column, Positions, Site, SiteKind
 from steering import checkpoint as checkpoints
-from training.activations.artifact import Activations
+from training.activations import Pool
 from training.activations.extraction import extract
-from training.activations.heads import parse_heads
-from training.choices import Fill, Method, Pool
+from training.activations.store import Activations
+from training.choices import Fill, Method
 from training.data import Sample, Split
 from training.methods import AblationConfig, ControlConfig, HeadAblationConfig, ItiConfig, MatConfig, Pair
 from training.methods.fit import Recipe, fit
+from training.methods.heads import parse_heads
 
 NAME, PAIR = "truthfulness", Pair("good bees", "bad cows", "truthfulness")
 RESIDUAL, HEADS = ([Site(layer, kind) for layer in range(3)] for kind in (SiteKind.RESIDUAL, SiteKind.ATTN_HEADS))

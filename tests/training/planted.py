@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from steering import Site, SiteKind
-from training.activations.artifact import Activations
+from training.activations.store import Activations
 from training.data.samples import Split
 
 NAME = "truth"

@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 
 from steering import Site, SiteKind
 from tests.training.helpers import make_llama
-from training.activations.artifact import load_activations
-from training.choices import Method, Pool
+from training.activations import Pool
+from training.activations.store import load_activations
+from training.choices import Method
 from training.cli import app
 from training.data.samples import Split
 from training.methods.fit import Recipe, fit

@@ -13,8 +13,8 @@ import torch
 
 from steering import Site, SiteKind
 from tests.training.clouds import make_clouds
-from training.activations.artifact import load_activations
 from training.activations.extraction import extract, extract_to
+from training.activations.store import load_activations
 from training.data import Sample
 from training.methods import MatConfig, fit_mat
 

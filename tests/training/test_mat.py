@@ -13,7 +13,7 @@ from torch import Tensor
 import training.methods.mat as mat_module
 from steering import Column, Gate, Site, SiteKind, gate_codes, gate_values, steer
 from tests.training.clouds import Clouds, make_clouds
-from training.activations.artifact import Contrast
+from training.activations.store import Contrast
 from training.choices import GateInit, Init, Kernel, Objective
 from training.errors import FitError
 from training.methods import PAPER, MatConfig, MatFit, fit_mat

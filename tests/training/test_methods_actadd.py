@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from steering import Site, SiteKind
+from training.activations import Pool
 from training.activations.extraction import extract
-from training.choices import Method, Pool
+from training.choices import Method
 from training.errors import FitError
 from training.methods import Pair
 from training.methods.fit import Recipe, fit

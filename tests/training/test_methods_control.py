@@ -5,7 +5,7 @@ import torch
 
 from steering import Gate, Site, SiteKind
 from tests.training.planted import NAME, labelled, unit_vector, with_directions
-from training.activations.artifact import Activations
+from training.activations.store import Activations
 from training.choices import Direction, Scale
 from training.errors import FitError
 from training.methods import ControlConfig, fit_control

@@ -15,11 +15,11 @@ from tests.training.planted import (
     unit_vector,
     with_directions,
 )
-from training.activations.artifact import Activations
-from training.activations.heads import Head, head_count, parse_heads
+from training.activations.store import Activations
 from training.choices import Direction, Fill
 from training.errors import FitError
 from training.methods import HeadAblationConfig, ItiConfig, Probing, fit_head_ablation, fit_iti, probe_heads
+from training.methods.heads import Head, head_count, parse_heads
 
 SITES = [heads_site(layer) for layer in range(3)]
 TELLING = {Head(0, 2): unit_vector(HEAD_WIDTH, 1), Head(2, 1): unit_vector(HEAD_WIDTH, 2)}

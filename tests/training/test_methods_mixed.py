@@ -28,11 +28,11 @@ from tests.training.every_method import (
     read_everywhere,
     store_all,
 )
-from training.activations.artifact import Activations
-from training.activations.heads import Head
+from training.activations.store import Activations
 from training.choices import Direction, Method
 from training.methods import ItiConfig, fit_iti
 from training.methods.fit import Recipe, fit
+from training.methods.heads import Head
 
 WIDTH = 4  # of a head
 ROWS: list[dict[str, float]] = [

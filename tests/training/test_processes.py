@@ -13,13 +13,12 @@ import torch
 import training.activations.extraction as extraction
 from steering import Site, SiteKind
 from tests.training.helpers import make_llama, make_tokenizer
-from training.activations.artifact import load_activations
 from training.activations.extraction import extract, extract_to
-from training.activations.shards import write_shard
+from training.activations.store import load_activations, write_shard
 from training.data import Sample, load_data, split_samples
+from training.distributed import Processes, joined
 from training.errors import ActivationError, TrainingError
 from training.models import load_base
-from training.processes import Processes, joined
 
 ROOT = Path(__file__).parents[2]
 SITE = Site(1, SiteKind.ATTN_OUTPUT)

@@ -17,10 +17,15 @@ from transformers import (
 
 from steering import Site, SiteKind
 from tests.steering.families import COMMON, FAMILIES, VOCABULARY, tiny
-from training.activations.hidden_states import Wanted, read
-from training.activations.prompt_sharing import _tight, shared_states, worth_sharing
-from training.activations.tokens import Encoded
-from training.choices import Pool
+from training.activations import Pool
+from training.activations.hidden_states import (
+    PooledPositions,
+    _tight_batches,
+    read_hidden_states,
+    shared_states,
+    worth_sharing,
+)
+from training.activations.tokenization import Encoded
 
 SITE = Site(1, SiteKind.RESIDUAL)
 
@@ -38,7 +43,9 @@ def rows() -> list[Encoded]:
 
 def one_by_one(model: Any, row: Encoded, pool: Pool) -> torch.Tensor:
     ids = torch.tensor([row.ids])
-    return read(model, [SITE], Wanted.of([row], pool, model.device).take, input_ids=ids, use_cache=False)[SITE]
+    return read_hidden_states(
+        model, [SITE], PooledPositions.of([row], pool, model.device).take, input_ids=ids, use_cache=False
+    )[SITE]
 
 
 def check(model: Any, pool: Pool) -> None:
@@ -82,7 +89,7 @@ def test_a_prompt_runs_once() -> None:
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=300))
 def test_batches_of_answers_have_little_padding(lengths: list[int]) -> None:
     answers = [Encoded((3,) * length, 0, length - 1) for length in sorted(lengths)]
-    parts = list(_tight([list(range(len(answers)))], answers))
+    parts = list(_tight_batches([list(range(len(answers)))], answers))
     assert [index for part in parts for index in part] == list(range(len(answers)))
     for part in parts:
         own = [len(answers[index].ids) for index in part]

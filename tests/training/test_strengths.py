@@ -5,11 +5,8 @@ from collections.abc import Sequence
 import pytest
 
 from training.errors import TrainingError
-from training.evaluation.arms import Arm
-from training.evaluation.results import ArmResult
-from training.evaluation.statistics import Estimate
-from training.sweeps.goal import Goal
-from training.sweeps.strengths import best_alone, combine
+from training.evaluation.results import Arm, ArmResult, Estimate
+from training.evaluation.sweep import Goal, best_alone, combine
 
 
 def result(arm: str = "arm", ratio: float | None = 1.0, **metrics: float) -> ArmResult:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.training.helpers import make_tokenizer
-from training.activations.tokens import batches, encode, encode_prompt, pad_left, pad_right
+from training.activations.tokenization import batches, encode, encode_prompt, pad_left, pad_right
 
 
 @pytest.mark.parametrize("begin", [None, "<|begin|>"])

@@ -29,10 +29,9 @@ def bake(
     """
     with o.one_sentence():
         attributes = o.parse_settings(set_, "--set") if set_ else None
-        from training.baking.bake import bake as run
-        from training.baking.configs import stored_dtype
-        from training.evaluation.comparison import open_checkpoint
-        from training.models import load_base
+        from training.bake import bake as run
+        from training.evaluation.evaluator import open_checkpoint
+        from training.models import load_base, stored_dtype
 
         loaded, _ = open_checkpoint(checkpoint)
         chosen = stored_dtype(model, revision) if dtype == "auto" else dtype

@@ -47,7 +47,7 @@ def evaluate(
         extra, factors = o.parse_settings(set_, "--set"), o.parse_numbers(multipliers or "1", "--multipliers")
         from training.data import Split, load_data
         from training.data.splits import split_as_trained
-        from training.evaluation.comparison import compare, open_checkpoint
+        from training.evaluation.evaluator import compare, open_checkpoint
         from training.evaluation.report import rich_table, store, terminal
         from training.models import load_base
 

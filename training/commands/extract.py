@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from training import options as o
-from training.choices import Pool
+from training.activations import Pool
 
 
 def extract(
@@ -34,8 +34,8 @@ def extract(
         sites, specs = o.parse_sites(layer, site), o.data_specs(data, more)
         from training.activations.extraction import extract_to
         from training.data import load_data, split_samples
+        from training.distributed import joined
         from training.models import load_base
-        from training.processes import joined
 
         samples = split_samples(load_data(specs), seed=seed)
         base = load_base(model, revision=revision, device=device, dtype=dtype)

@@ -33,8 +33,8 @@ def import_features(
     """
     with o.one_sentence():
         sites = o.parse_sites(layer, site)
-        from training.activations.artifact import save_activations
         from training.activations.features import GroupBy, Shape, read_features
+        from training.activations.store import save_activations
 
         by = GroupBy(groups) if groups in list(GroupBy) else Path(groups)
         found = read_features(prefix, Shape.of(model, revision), sites, attribute, by, seed=seed)

@@ -139,7 +139,7 @@ class MethodOptions:
         """Every layer with every kind; without layers those of the heads that are named. Raises TrainingError."""
         if layers is not None:
             return parse_sites(layers, kinds or self.profile.site)
-        from training.activations.heads import parse_heads
+        from training.methods.heads import parse_heads
 
         return tuple(dict.fromkeys(head.site for head in parse_heads(self.heads))) if self.heads is not None else ()
 

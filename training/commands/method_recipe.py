@@ -6,7 +6,6 @@ from typing import Any
 
 from steering.errors import SteeringError
 from steering.types import Site
-from training.activations.heads import Head, parse_heads
 from training.choices import Direction, Fill, Method, Scale
 from training.commands.method_options import MethodOptions
 from training.errors import TrainingError
@@ -15,7 +14,7 @@ from training.methods.actadd import Pair
 from training.methods.control import ControlConfig
 from training.methods.fit import Recipe
 from training.methods.head_ablation import HeadAblationConfig
-from training.methods.head_probes import Probing
+from training.methods.heads import Head, Probing, parse_heads
 from training.methods.iti import ItiConfig
 from training.methods.mat_config import PAPER, MatConfig
 from training.options import parse_settings

@@ -66,12 +66,10 @@ def sweep(
         from training.activations.extraction import extract_under
         from training.commands.method_recipe import make_recipe
         from training.data.samples import Split
-        from training.evaluation.report import terminal
+        from training.evaluation.report import sweep_table, terminal
+        from training.evaluation.sweep import Goal, Sweep
         from training.models import load_base
         from training.pipeline import read_samples
-        from training.sweeps.goal import Goal
-        from training.sweeps.report import rich_table
-        from training.sweeps.sweep import Sweep
 
         measure = o.make_measure(judge, prompts, temperature, max_new_tokens, samples, seed, limit, positions)
         measure = replace(measure, max_rows=max(rows, measure.max_rows))
@@ -86,7 +84,7 @@ def sweep(
         wanted = Goal(tuple(goal.split(",")) if goal else (), max_perplexity_ratio, least, max_side_effect, tolerance)
         run = Sweep(base, texts, activations, recipe, factors, measure, out, wanted, progress=shown, say=o.say)
         swept = run.alone(sites_each, apart=apart) if alone else run.together()
-        terminal().print(rich_table(swept))
+        terminal().print(sweep_table(swept))
         for remark in swept.remarks(wanted):
             o.say(remark)
         if alone:

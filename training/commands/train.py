@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from training import options as o
-from training.choices import Pool
+from training.activations import Pool
 from training.commands.method_options import MethodOptions, with_method_options
 from training.errors import TrainingError
 
@@ -77,22 +77,22 @@ def train(
         strengths, defaults = o.parse_settings(strength, "--strength", unnamed=True), o.parse_settings(set_, "--set")
         from training.commands.method_recipe import make_recipe
         from training.evaluation.report import rich_table, terminal
+        from training.evaluation.sweep import read_places
         from training.models import load_base
-        from training.pipeline import train as run
-        from training.plan import Plan
-        from training.sweeps.places import read_places
+        from training.pipeline import TrainingRun
+        from training.pipeline import train as run_training
 
         if places is not None:
             found = read_places(places)
             own = {name: place.sites for name, place in found.items()} | own
             strengths = {name: place.strength for name, place in found.items()} | strengths
-        plan = Plan(
+        run = TrainingRun(
             data=specs,
             activations=activations,
             sites=sites,
             out=out,
             recipe=replace(make_recipe(how, seed), strengths=strengths, defaults=defaults, places=own),
-            measure=o.make_measure(judge, prompts, temperature, max_new_tokens, samples, seed, limit, positions),
+            evaluator=o.make_measure(judge, prompts, temperature, max_new_tokens, samples, seed, limit, positions),
             pool=pool or how.profile.pool,
             version=version,
             overwrite=overwrite,
@@ -103,7 +103,7 @@ def train(
             progress=o.shows_progress(),
         )
         load = partial(load_base, model, revision=revision, device=device, dtype=dtype)
-        checkpoint, evaluation = run(load, plan, o.say)
+        checkpoint, evaluation = run_training(load, run, o.say)
         if evaluation is not None:
             title = f"{checkpoint.config.name}@{checkpoint.config.version} on test"
             terminal().print(rich_table(evaluation, title))

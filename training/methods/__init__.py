@@ -6,7 +6,7 @@ from training.methods.actadd import Pair
 from training.methods.control import ControlConfig, fit_control
 from training.methods.difference import fit_difference
 from training.methods.head_ablation import HeadAblationConfig, fit_head_ablation
-from training.methods.head_probes import HeadFit, HeadProbe, Probing, probe_heads
+from training.methods.heads import HeadFit, HeadProbe, Probing, probe_heads
 from training.methods.iti import ItiConfig, fit_iti
 from training.methods.mat import MatFit, fit_mat
 from training.methods.mat_config import PAPER, MatConfig

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch.nn.functional import normalize as unit
 
 from steering.types import Column, Gate, Site, SiteKind
-from training.activations.artifact import Activations
+from training.activations.store import Activations
 from training.data.samples import Split
 from training.errors import FitError
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize as unit
 
 from steering.types import Column, Gate, Site
-from training.activations.artifact import Activations, Contrast
+from training.activations.store import Activations, Contrast
 from training.choices import Direction, Scale
 from training.data.samples import Split
 from training.errors import FitError

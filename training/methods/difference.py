@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from steering.types import Column, Gate, Site
-from training.activations.artifact import Contrast
+from training.activations.store import Contrast
 
 
 def fit_difference(contrasts: Mapping[str, Contrast], site: Site, *, normalize: bool = False) -> tuple[Column, ...]:

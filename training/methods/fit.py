@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from steering.types import Column, Site
-from training.activations.artifact import Activations
+from training.activations.store import Activations
 from training.choices import PROFILES, Method
 from training.data.samples import Split
 from training.errors import FitError
@@ -16,7 +16,7 @@ from training.methods.actadd import Pair
 from training.methods.control import ControlConfig, fit_control
 from training.methods.difference import fit_difference
 from training.methods.head_ablation import HeadAblationConfig, fit_head_ablation
-from training.methods.head_probes import HeadFit
+from training.methods.heads import HeadFit
 from training.methods.iti import ItiConfig, fit_iti
 from training.methods.mat import fit_mat
 from training.methods.mat_config import MatConfig

@@ -11,19 +11,11 @@ import torch
 from torch import Tensor
 
 from steering.types import Column, Gate, Site
-from training.activations.artifact import Activations
-from training.activations.heads import Head
+from training.activations.store import Activations
 from training.choices import Fill
 from training.data.samples import Split
 from training.errors import FitError
-from training.methods.head_probes import (
-    HeadFit,
-    HeadProbe,
-    Probing,
-    best_heads,
-    check_head_sites,
-    probe_heads,
-)
+from training.methods.heads import Head, HeadFit, HeadProbe, Probing, best_heads, check_head_sites, probe_heads
 
 
 @dataclass(frozen=True)

@@ -13,18 +13,11 @@ from torch import Tensor
 from torch.nn.functional import normalize as unit
 
 from steering.types import Column, Gate, Site
-from training.activations.artifact import Activations, Contrast
+from training.activations.store import Activations, Contrast
 from training.choices import Direction
 from training.data.samples import Split
 from training.errors import FitError
-from training.methods.head_probes import (
-    HeadFit,
-    HeadProbe,
-    Probing,
-    best_heads,
-    check_head_sites,
-    probe_heads,
-)
+from training.methods.heads import HeadFit, HeadProbe, Probing, best_heads, check_head_sites, probe_heads
 
 PUBLISHED_TOP = 48
 

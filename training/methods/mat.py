@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from steering.types import Column, Site
-from training.activations.artifact import Contrast
+from training.activations.store import Contrast
 from training.errors import FitError
 from training.methods.mat_config import MatConfig
 from training.methods.mat_criterion import Criterion

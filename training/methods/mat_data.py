@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from training.activations.artifact import Contrast
+from training.activations.store import Contrast
 
 
 @dataclass(frozen=True, eq=False)

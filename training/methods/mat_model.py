@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steering.types import Column, Gate, Site
-from training.activations.artifact import Contrast
+from training.activations.store import Contrast
 from training.choices import GateInit, Init
 from training.methods.logistic import fit_logistic
 from training.methods.losses import bandwidths

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from training.activations.artifact import Contrast
+from training.activations.store import Contrast
 from training.errors import FitError
 from training.files import write_bytes, write_tensors
 from training.methods.mat_config import MatConfig

@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from training.activations.artifact import Contrast
+from training.activations.store import Contrast
 from training.methods.losses import gaussian, kernel_rates, mmd2, squared_distances
 from training.methods.mat_data import Frame, Rows, squared_norms
 from training.methods.mat_log import Side

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from steering.types import Column, Gate, Site
-from training.activations.artifact import Contrast
+from training.activations.store import Contrast
 from training.methods.logistic import fit_logistic
 
 

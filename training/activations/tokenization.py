@@ -1,4 +1,4 @@
-"""Tokenised samples and the positions that produce their answer."""
+"""Tokenised samples and the positions that produce their answer; batches and padding."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

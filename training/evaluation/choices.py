@@ -1,23 +1,78 @@
-"""Steered and unsteered side by side: multiple choice by likelihood, and judged generations."""
+"""Multiple choice by likelihood: log-probabilities of given answers, steered as a generation of them would be."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import inspect
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from math import exp
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from steering.hook import steered
 from steering.types import Column, Positions
-from training.activations.tokens import encode, pad_token
+from training.activations.tokenization import Encoded, batches, encode, pad_right, pad_token
 from training.data.samples import Sample
-from training.errors import DataError, TrainingError
-from training.evaluation.arms import Arm
-from training.evaluation.generation import Continuation, Sampling, generate
-from training.evaluation.judges import Judge
-from training.evaluation.results import ArmResult, Evaluation
-from training.evaluation.scoring import log_likelihoods
-from training.evaluation.statistics import Estimate, bootstrap, wilson
+from training.errors import DataError
+from training.evaluation.results import Arm, ArmResult, Estimate, Evaluation, bootstrap, wilson
 from training.progress import progress_bar
+
+_MAX_LOGITS = 1 << 26
+
+
+@torch.no_grad()
+def log_likelihoods(
+    model: Any,
+    rows: Sequence[Encoded],
+    *,
+    columns: Sequence[Column] = (),
+    multipliers: Sequence[Sequence[float]] | None = None,
+    positions: Positions = Positions.GENERATED,
+    pad_id: int = 0,
+    max_rows: int = 64,
+    max_tokens: int = 8192,
+) -> list[Tensor]:
+    """Log-probability of every answer token: for each row, float32 [answer tokens] on the CPU.
+
+    `multipliers` [rows, columns]; None leaves the model unsteered. With `generated` positions the prompt's last token
+    and the answer's tokens are steered.
+    """
+    scores: list[Tensor] = [torch.empty(0)] * len(rows)
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    budget = max(1, min(max_tokens, _MAX_LOGITS // vocabulary))
+    for batch in batches([len(row.ids) for row in rows], max_rows=max_rows, max_tokens=budget):
+        part = [rows[index] for index in batch]
+        ids, mask = pad_right([row.ids for row in part], pad_id, model.device)
+        context: Any = nullcontext()
+        if columns and multipliers is not None:
+            strengths = torch.tensor([list(multipliers[index]) for index in batch], device=model.device)
+            context = steered(model, columns, strengths, mask=steered_mask(part, positions).to(model.device))
+        skipped = min(row.start for row in part)
+        with context:
+            logits = _tail_logits(model, ids, mask, ids.shape[1] - skipped)
+        for index, row, values in zip(batch, part, logits, strict=True):
+            targets = torch.tensor(row.targets, device=values.device)
+            answer = values[row.start - skipped : row.end - skipped].float().log_softmax(-1)
+            scores[index] = answer.gather(1, targets[:, None])[:, 0].cpu()
+    return scores
+
+
+def steered_mask(rows: Sequence[Encoded], positions: Positions) -> Tensor:
+    """Bool [rows, longest]: the tokens of prompt + answer that are steered."""
+    mask = torch.zeros(len(rows), max(len(row.ids) for row in rows), dtype=torch.bool)
+    for index, row in enumerate(rows):
+        first = row.start if positions is Positions.GENERATED else 0
+        last = row.start if positions is Positions.PROMPT else row.end
+        mask[index, first : last + 1] = True
+    return mask
+
+
+def _tail_logits(model: Any, ids: Tensor, mask: Tensor, count: int) -> Tensor:
+    """Logits [batch, count, vocabulary] of the last `count` positions."""
+    limit = {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False, **limit).logits
+    return logits[:, -count:]
 
 
 @dataclass(frozen=True)
@@ -87,61 +142,6 @@ def evaluate_choices(
             results.append(ArmResult(arm.name, dict(arm.attributes), _choice_metrics(asked, scores)))
             advance(len(rows))
     return Evaluation("choice", tuple(results), {"questions": len(asked), "positions": positions.value})
-
-
-def evaluate_generations(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    judge: Judge,
-    columns: Sequence[Column],
-    arms: Sequence[Arm],
-    sampling: Sampling,
-    *,
-    positions: Positions = Positions.GENERATED,
-    max_rows: int = 128,
-    progress: bool = False,
-) -> tuple[Evaluation, list[Continuation]]:
-    """Generate in every arm and judge: the rate of each metric where it applies, with a Wilson interval, and the
-    perplexity of the text under the unsteered model. The texts come along."""
-    if not prompts:
-        raise DataError("There are no prompts to evaluate.")
-    texts = generate(
-        model, tokenizer, prompts, columns, arms, sampling, positions=positions, max_rows=max_rows, progress=progress
-    )
-    results: list[ArmResult] = []
-    for index, arm in enumerate(arms):
-        size = len(texts) // len(arms)
-        own = texts[index * size : (index + 1) * size]
-        perplexity = exp(min(700.0, sum(text.nll for text in own) / sum(len(text.token_ids) for text in own)))
-        first = results[0].perplexity if results else perplexity
-        results.append(
-            ArmResult(
-                arm.name,
-                dict(arm.attributes),
-                judged_rates([_verdict(judge, prompts[text.prompt], text.text) for text in own]),
-                perplexity,
-                perplexity / first if first else None,
-            )
-        )
-    settings = {"prompts": len(prompts), "positions": positions.value, **asdict(sampling)}
-    return Evaluation("generation", tuple(results), settings), texts
-
-
-def judged_rates(verdicts: Sequence[Mapping[str, bool | None]]) -> dict[str, Estimate]:
-    """Per metric, how often it holds among the verdicts where it applies."""
-    rates = {}
-    for name in dict.fromkeys(name for verdict in verdicts for name in verdict):
-        values = [bool(v) for verdict in verdicts if (v := verdict.get(name)) is not None]
-        rates[name] = wilson(sum(values), len(values))
-    return rates
-
-
-def _verdict(judge: Judge, prompt: str, text: str) -> Mapping[str, bool | None]:
-    try:
-        return judge(prompt, text)
-    except Exception as error:
-        raise TrainingError(f"The judge failed on an answer to {prompt[-80:]!r}: {error!r}.") from error
 
 
 def _choice_metrics(asked: Sequence[Question], scores: Sequence[Tensor]) -> dict[str, Estimate]:

@@ -1,19 +1,63 @@
-"""A logistic probe of every attention head: which heads tell the two sides apart on groups that no probe has seen."""
+"""Attention heads by name, and a logistic probe of each: which heads tell the two sides apart on groups unseen by it.
+
+"14.3" is head 3 of layer 14, a slice of the activations at site 14.attn_heads.
+"""
 
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from steering.sites import text_config
 from steering.types import Column, Site, SiteKind
-from training.activations.artifact import Activations
-from training.activations.heads import Head
+from training.activations.store import Activations
 from training.data.samples import Split
 from training.errors import FitError
 from training.methods.logistic import fit_logistic
 from training.progress import progress_bar
+
+
+@dataclass(frozen=True, order=True)
+class Head:
+    """One attention head: the block with index `layer`, and the head's place among those of the block."""
+
+    layer: int
+    index: int
+
+    def __str__(self) -> str:
+        return f"{self.layer}.{self.index}"
+
+    @property
+    def site(self) -> Site:
+        return Site(self.layer, SiteKind.ATTN_HEADS)
+
+    def span(self, width: int) -> slice:
+        """The head's dimensions at its site, where every head is `width` wide."""
+        return slice(self.index * width, (self.index + 1) * width)
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Raises FitError."""
+        found = re.fullmatch(r"(\d+)\.(\d+)", text.strip(), re.ASCII)
+        if found is None:
+            raise FitError(f"A head is written LAYER.HEAD, as in 14.3, not {text!r}.")
+        return cls(int(found[1]), int(found[2]))
+
+
+def parse_heads(text: str) -> tuple[Head, ...]:
+    """Heads separated by commas, each once, in order. Raises FitError."""
+    return tuple(sorted({Head.parse(part) for part in text.split(",")}))
+
+
+def head_count(model: nn.Module) -> int | None:
+    """How many heads lie side by side at the attn_heads sites of a Hugging Face model; None where it does not say."""
+    count = getattr(text_config(model), "num_attention_heads", None)
+    return count if isinstance(count, int) else None
+
 
 _TOLERANCE = 1e-4  # a held-out sample more or less does not hang on further digits, and they cost most of the time
 
@@ -66,7 +110,7 @@ def probe_heads(
     attn_heads, and where one part lacks a side of the attribute.
     """
     probing = probing or Probing()
-    heads = list(_heads(activations, sites))
+    heads = list(_heads_at(activations, sites))
     rows = activations.rows(attribute=name, split=Split.TRAIN)
     labels = activations.labels[rows]
     held = _held_out([activations.groups[row] for row in rows.tolist()], probing)
@@ -97,7 +141,7 @@ def check_head_sites(sites: Sequence[Site], method: str) -> None:
             raise FitError(f"{method} acts on attn_heads, where heads are apart, not at {site}.")
 
 
-def _heads(activations: Activations, sites: Sequence[Site]) -> Iterator[Head]:
+def _heads_at(activations: Activations, sites: Sequence[Site]) -> Iterator[Head]:
     for site in sites:
         width = activations.at(site).shape[1]
         for index in range(width // activations.head_width(site)):

@@ -5,14 +5,14 @@ from typing import Any
 
 from steering.types import Column, attribute_names
 from training.choices import PROFILES
-from training.evaluation.gates import GateMeans
+from training.evaluation.evaluator import GateMeans
 from training.evaluation.report import markdown
 from training.evaluation.results import Evaluation
 
 METHODS = {method.value: profile.title for method, profile in PROFILES.items()}
 
 
-def render(
+def render_card(
     *,
     name: str,
     version: str,
