@@ -26,7 +26,6 @@ from steering.types import Column, Site
 from training.activations import Pool
 from training.activations.extraction import extract_under
 from training.activations.store import Activations
-from training.choices import Method, Objective
 from training.data.samples import Sample, Split
 from training.data.sources import load_data
 from training.data.splits import split_samples
@@ -34,8 +33,9 @@ from training.evaluation.evaluator import Evaluator, GateMeans, gate_means
 from training.evaluation.generation import Sampling, load_prompts
 from training.evaluation.results import BASELINE, Arm, ArmResult, Evaluation, default_arm, single_arms
 from training.evaluation.sweep import Goal, best_alone, combine
+from training.methods.caa import CaaConfig
 from training.methods.fit import Recipe, fit
-from training.methods.mat_config import PAPER, MatConfig
+from training.methods.mat import PAPER, MatConfig, Objective
 from training.models import Base, load_base
 
 STRENGTHS = (0.5, 0.75, 1.0, 1.5, 2.0)
@@ -75,22 +75,22 @@ def recipes(shipped: MatConfig, places: Mapping[str, tuple[Site, ...]]) -> dict[
     orthogonal to others at their own site, so orthogonality is also left out where all attributes share one."""
     shared = dict.fromkeys(places, places["truthfulness"])
     return {
-        "difference in means": Recipe(Method.CAA, places=places),
-        "MAT-Steer": Recipe(mat=shipped, places=places),
-        "alignment only": Recipe(mat=replace(shipped, l_pos=0.0, l_sparse=0.0, l_ortho=0.0), places=places),
-        "no positive preservation": Recipe(mat=replace(shipped, l_pos=0.0), places=places),
-        "no sparsity": Recipe(mat=replace(shipped, l_sparse=0.0), places=places),
-        "no orthogonality": Recipe(mat=replace(shipped, l_ortho=0.0), places=places),
-        "no norm preservation": Recipe(mat=shipped, normalize=False, places=places),
-        "one place for all": Recipe(mat=shipped, places=shared),
-        "one place for all, no orthogonality": Recipe(mat=replace(shipped, l_ortho=0.0), places=shared),
+        "difference in means": Recipe(CaaConfig(), places=places),
+        "MAT-Steer": Recipe(shipped, places=places),
+        "alignment only": Recipe(replace(shipped, l_pos=0.0, l_sparse=0.0, l_ortho=0.0), places=places),
+        "no positive preservation": Recipe(replace(shipped, l_pos=0.0), places=places),
+        "no sparsity": Recipe(replace(shipped, l_sparse=0.0), places=places),
+        "no orthogonality": Recipe(replace(shipped, l_ortho=0.0), places=places),
+        "no norm preservation": Recipe(shipped, normalize=False, places=places),
+        "one place for all": Recipe(shipped, places=shared),
+        "one place for all, no orthogonality": Recipe(replace(shipped, l_ortho=0.0), places=shared),
     }
 
 
 def objectives(shipped: MatConfig, places: Mapping[str, tuple[Site, ...]]) -> dict[str, Recipe]:
     """The three ways to reduce the losses, all else equal, and the paper's settings as they are published."""
-    same = {f"{one.value}": Recipe(mat=replace(shipped, objective=one), places=places) for one in Objective}
-    return {**same, "paper, with its own settings": Recipe(mat=PAPER, places=places)}
+    same = {f"{one.value}": Recipe(replace(shipped, objective=one), places=places) for one in Objective}
+    return {**same, "paper, with its own settings": Recipe(PAPER, places=places)}
 
 
 def reference_rows(world: World, shipped: Checkpoint) -> list[dict[str, Any]]:

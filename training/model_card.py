@@ -4,12 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from steering.types import Column, attribute_names
-from training.choices import PROFILES
 from training.evaluation.evaluator import GateMeans
 from training.evaluation.report import markdown
 from training.evaluation.results import Evaluation
-
-METHODS = {method.value: profile.title for method, profile in PROFILES.items()}
+from training.methods import METHODS
 
 
 def render_card(
@@ -26,11 +24,12 @@ def render_card(
 ) -> str:
     """The card as Markdown."""
     attributes = attribute_names(columns)
+    title = METHODS[method].title if method in METHODS else method
     sites = ", ".join(dict.fromkeys(str(column.site) for column in columns))
     parts = [
         f"---\nbase_model: {base_model}\ntags: [activation-steering, {method}]\n---\n",
         f"# {name}, version {version}\n",
-        f"Steers **{', '.join(attributes)}** of `{base_model}` at `{sites}`. Method: {METHODS.get(method, method)}. "
+        f"Steers **{', '.join(attributes)}** of `{base_model}` at `{sites}`. Method: {title}. "
         f"Steered positions: {positions}.\n",
         _data(training),
         "## Hyperparameters\n",

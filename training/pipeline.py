@@ -23,7 +23,6 @@ from steering.types import Column, Positions, Site
 from training.activations import Pool
 from training.activations.extraction import extract_under
 from training.activations.store import Activations, describe_stored, open_stored, split_as_stored, stored_samples
-from training.choices import Method
 from training.data.samples import Sample, Split
 from training.data.sources import DataSpec, load_data
 from training.data.splits import FRACTIONS, SPLITS, dump_splits, split_samples
@@ -110,7 +109,7 @@ def train(
     base = load()
     say(f"2/5 activations of {len(samples)} samples at {', '.join(map(str, run.all_sites))}")
     activations = activations_for(base, samples, run)
-    say(f"3/5 fit: {run.recipe.method.value}")
+    say(f"3/5 fit: {run.recipe.method.name}")
     columns = fit_for(activations, run)
     say("4/5 evaluate on test")
     evaluation = evaluate_for(base, texts, columns, run, version, say)
@@ -121,10 +120,10 @@ def train(
 def read_samples(data: Sequence[str], recipe: Recipe, seed: int) -> list[Sample]:
     """The samples of every NAME=PATH with their splits, or the recipe's pair of prompts. Raises DataError, also where
     train lacks a side of an attribute, which every method but those two compares."""
-    if recipe.pair:
-        return recipe.pair.samples()
+    if own := recipe.config.own_samples():
+        return own
     samples = split_samples(load_data(data), seed=seed)
-    if recipe.method is not Method.HEAD_ABLATION and (sentence := next(missing_sides(samples, [Split.TRAIN]), None)):
+    if recipe.method.contrastive and (sentence := next(missing_sides(samples, [Split.TRAIN]), None)):
         raise DataError(sentence)
     return samples
 
@@ -217,7 +216,7 @@ def write_checkpoint(
     card = render_card(
         name=name,
         version=version,
-        method=run.recipe.method.value,
+        method=run.recipe.method.name,
         base_model=base.id,
         columns=columns,
         training=training,
@@ -229,7 +228,7 @@ def write_checkpoint(
         run.out / version,
         name=name,
         version=version,
-        method=run.recipe.method.value,
+        method=run.recipe.method.name,
         base_model=checkpoints.base_model_info(base.model, base.id, base.revision),
         columns=columns,
         normalize=run.recipe.keep_norm,

@@ -101,7 +101,7 @@ def test_a_second_run_reuses_activations_and_fit(here: Path, monkeypatch: pytest
         raise AssertionError
 
     monkeypatch.setattr("training.activations.extraction.ExtractionJob.run", forbidden)
-    monkeypatch.setattr("training.methods.mat.step", forbidden)
+    monkeypatch.setattr("training.methods.mat_training.train_step", forbidden)
     assert run("train", *DATA, *FIT, "--out", "checkpoints/mine", "--no-evaluate").exit_code == 0
     first, second = (checkpoints.load(here / "checkpoints/mine" / v) for v in ("v1", "v2"))
     assert first.config.sha256 == second.config.sha256

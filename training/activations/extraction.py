@@ -18,6 +18,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from steering.sites import text_config
 from steering.types import Site
 from training.activations import Pool
 from training.activations.hidden_states import PooledPositions, read_hidden_states, shared_states, span, worth_sharing
@@ -39,7 +40,6 @@ from training.data.samples import Sample
 from training.distributed import Processes, joined
 from training.errors import ActivationError, DataError
 from training.files import content_key, write_json
-from training.methods.heads import head_count
 from training.progress import Advance, progress_bar
 
 log = logging.getLogger(__name__)
@@ -180,6 +180,12 @@ def _encode(model: Any, tokenizer: Any, samples: Sequence[Sample]) -> list[Encod
     if long:
         log.warning("%d samples are longer than %d tokens: the beginnings of their prompts are dropped.", long, limit)
     return [row.clipped(limit) for row in encoded]
+
+
+def head_count(model: nn.Module) -> int | None:
+    """How many heads lie side by side at the attn_heads sites of a Hugging Face model; None where it does not say."""
+    count = getattr(text_config(model), "num_attention_heads", None)
+    return count if isinstance(count, int) else None
 
 
 def _needed(row: Encoded, pool: Pool) -> Encoded:

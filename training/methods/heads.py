@@ -5,20 +5,23 @@
 
 import random
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Self
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
 
-import torch
-from torch import Tensor, nn
-
-from steering.sites import text_config
-from steering.types import Column, Site, SiteKind
-from training.activations.store import Activations
 from training.data.samples import Split
 from training.errors import FitError
-from training.methods.logistic import fit_logistic
+from training.files import write_json
+from training.methods.base import MethodConfig, option
+from training.methods.probe import PENALTY_HELP, fit_logistic
 from training.progress import progress_bar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from steering.types import Column, Site
+    from training.activations.store import Activations
 
 
 @dataclass(frozen=True, order=True)
@@ -32,7 +35,9 @@ class Head:
         return f"{self.layer}.{self.index}"
 
     @property
-    def site(self) -> Site:
+    def site(self) -> "Site":
+        from steering.types import Site, SiteKind
+
         return Site(self.layer, SiteKind.ATTN_HEADS)
 
     def span(self, width: int) -> slice:
@@ -53,27 +58,17 @@ def parse_heads(text: str) -> tuple[Head, ...]:
     return tuple(sorted({Head.parse(part) for part in text.split(",")}))
 
 
-def head_count(model: nn.Module) -> int | None:
-    """How many heads lie side by side at the attn_heads sites of a Hugging Face model; None where it does not say."""
-    count = getattr(text_config(model), "num_attention_heads", None)
-    return count if isinstance(count, int) else None
-
-
 _TOLERANCE = 1e-4  # a held-out sample more or less does not hang on further digits, and they cost most of the time
 
 
 @dataclass(frozen=True)
-class Probing:
+class ProbingConfig(MethodConfig):
     """How heads are ranked (Li et al., 2023: training and validation 4 : 1)."""
 
-    penalty: float = 1.0
-    """Of the probes' squared weights."""
+    penalty: float = option(PENALTY_HELP, default=1.0, min=0)
     held_out: float = 0.2
     """Share of the train split's groups that the probes are validated on."""
     seed: int = 0
-
-    def as_dict(self) -> dict[str, float | int]:
-        return asdict(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +78,7 @@ class HeadProbe:
     head: Head
     accuracy: float
     """On the held-out groups."""
-    weights: Tensor
+    weights: "Tensor"
     """[d], from negative to positive."""
 
 
@@ -91,16 +86,16 @@ class HeadProbe:
 class HeadFit:
     """What a method that acts on heads gives."""
 
-    columns: tuple[Column, ...]
+    columns: tuple["Column", ...]
     probes: tuple[HeadProbe, ...]
     """Of all heads, most accurate first; none where the heads were named."""
 
 
 def probe_heads(
-    activations: Activations,
+    activations: "Activations",
     name: str,
-    sites: Sequence[Site],
-    probing: Probing | None = None,
+    sites: Sequence["Site"],
+    probing: ProbingConfig | None = None,
     *,
     progress: bool = False,
 ) -> tuple[HeadProbe, ...]:
@@ -109,7 +104,7 @@ def probe_heads(
     Fitted and validated within the train split, whole groups on one side. Raises FitError for sites that are not
     attn_heads, and where one part lacks a side of the attribute.
     """
-    probing = probing or Probing()
+    probing = probing or ProbingConfig()
     heads = list(_heads_at(activations, sites))
     rows = activations.rows(attribute=name, split=Split.TRAIN)
     labels = activations.labels[rows]
@@ -134,29 +129,40 @@ def best_heads(probes: Sequence[HeadProbe], top: int) -> tuple[HeadProbe, ...]:
     return tuple(probes[:top])
 
 
-def check_head_sites(sites: Sequence[Site], method: str) -> None:
+def write_accuracies(folder: Path | None, fits: Mapping[str, HeadFit]) -> None:
+    """`heads.json`: of each attribute, the accuracy of every head's probe; nothing where none was fitted."""
+    found = {name: {str(probe.head): probe.accuracy for probe in fit.probes} for name, fit in fits.items()}
+    if folder and any(found.values()):
+        write_json(folder / "heads.json", found)
+
+
+def check_head_sites(sites: Sequence["Site"], method: str) -> None:
     """Raises FitError for a site that is not attn_heads."""
+    from steering.types import SiteKind
+
     for site in sites:
         if site.kind is not SiteKind.ATTN_HEADS:
             raise FitError(f"{method} acts on attn_heads, where heads are apart, not at {site}.")
 
 
-def _heads_at(activations: Activations, sites: Sequence[Site]) -> Iterator[Head]:
+def _heads_at(activations: "Activations", sites: Sequence["Site"]) -> Iterator[Head]:
     for site in sites:
         width = activations.at(site).shape[1]
         for index in range(width // activations.head_width(site)):
             yield Head(site.layer, index)
 
 
-def _held_out(groups: Sequence[str], probing: Probing) -> Tensor:
+def _held_out(groups: Sequence[str], probing: ProbingConfig) -> "Tensor":
     """Bool [rows]: which rows' groups are held out, at least one of them."""
+    import torch
+
     names = sorted(set(groups))
     random.Random(probing.seed).shuffle(names)
     held = set(names[: max(1, round(probing.held_out * len(names)))])
     return torch.tensor([group in held for group in groups], dtype=torch.bool)
 
 
-def _probe(head: Head, rows: Tensor, labels: Tensor, held: Tensor, penalty: float) -> HeadProbe:
+def _probe(head: Head, rows: "Tensor", labels: "Tensor", held: "Tensor", penalty: float) -> HeadProbe:
     centred = rows - rows[~held].mean(0)
     features = centred / centred[~held].square().mean().sqrt().clamp_min(1e-12)
     weights, bias = fit_logistic(features[~held], labels[~held], penalty=penalty, tolerance=_TOLERANCE)
