@@ -1,10 +1,10 @@
 """An epoch of MAT-Steer's training: `python -m benchmarks.mat_training --help`.
 
 The vectorised step of `training.methods.mat_training` against a loop over the attributes (`benchmarks.mat_loop`), on
-the same data in the same batches, with `objective="reference"`. Before anything is timed, both train side by side: the
-losses of every step have to agree to 1e-5. The loop has its batches made before its time starts, ours makes its own. "With the
-log" adds what is measured after each epoch. The published code computes the MMD on all rows at each step instead of on
-the batch; that is timed too, but has other losses.
+the same data in the same batches, with `objective="reference"`; autograd makes both gradients. Before anything is
+timed, both train side by side: the losses of every step have to agree to 1e-5. The loop has its batches made before its
+time starts, ours makes its own. "With the log" adds what is measured after each epoch. The published code computes the
+MMD on all rows at each step instead of on the batch; that is timed too, but has other losses.
 """
 
 import argparse

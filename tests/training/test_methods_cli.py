@@ -3,18 +3,24 @@
 import json
 import re
 import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from steering import Gate, Positions
+from steering import Gate, Positions, Site, SiteKind
 from steering import checkpoint as checkpoints
 from tests.training.helpers import make_llama, make_tokenizer
+from tests.training.planted import unit_vector, with_directions
 from training.cli import app
-from training.methods import METHODS
-from training.options import parse_sites, users_of
+from training.data.samples import Split
+from training.methods import METHODS, base
+from training.methods.fit import Recipe, fit
+from training.options import MethodOptions, parse_sites, users_of
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +40,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+SITE = Site(1, SiteKind.RESIDUAL)
 DATA = ["--data", "truth=facts.jsonl"]
 
 
@@ -214,3 +221,18 @@ def test_the_docs_have_every_method_as_it_is() -> None:
         assert site == f"`{method.site}`"
         assert norm == ("yes" if method.keep_norm else "no")
         assert float(multiplier.split()[0]) == method.multiplier
+
+
+def test_the_method_of_the_docs_is_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[2] / "docs/methods.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = dict(vars(base)) | {"dataclass": dataclass, "Split": Split, "Sequence": Sequence}
+    exec(code, names)
+    monkeypatch.setitem(METHODS, "median", names["MEDIAN"])
+    planted = with_directions({SITE: unit_vector(16)})
+    (whole,) = fit(planted, [SITE], Recipe(names["MEDIAN"].configure({})))
+    (half,) = fit(planted, [SITE], Recipe(names["MEDIAN"].configure({"shrink": 0.5})))
+    assert float(torch.cosine_similarity(whole.vector, unit_vector(16), dim=0)) > 0.9
+    torch.testing.assert_close(half.vector, 0.5 * whole.vector)
+    parameters = {parameter.name: parameter for parameter in MethodOptions.parameters()}
+    assert "median: factor on the vector" in parameters["shrink"].annotation.__metadata__[0].help
