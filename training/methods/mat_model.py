@@ -5,11 +5,13 @@ Shapes: T attributes; of each a batch of B positives followed by B negatives; D 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize as unit
+from torch.nn.functional import pad
 
 from steering.types import Column, Gate, Site
 from training.activations.store import Contrast
@@ -41,7 +43,7 @@ class Scaler:
         origin = (middle / scale).to(device)
         return cls(scale, origin, origin)
 
-    @property
+    @cached_property
     def offset(self) -> Tensor:
         """What gates see of the origin, [D]."""
         return self.origin - self.centre
@@ -95,8 +97,9 @@ class TrainingSet:
 
     def batch(self, index: Tensor) -> Batch:
         """The rows of `index` [T, 2B]."""
-        rows = self.rows.index_select(0, index.flatten()).view(*index.shape, -1)
-        return Batch(rows, self.squares[index], rows @ rows.mT)
+        flat = index.flatten()
+        rows, squares = (part.index_select(0, flat).view(*index.shape, -1) for part in (self.rows, self.squares))
+        return Batch(rows, squares, rows @ rows.mT)
 
     def batches(self, size: int, seed: int, epoch: int) -> Iterator[Tensor]:
         """The epoch's batches as indices [T, 2 * size], positives first: balanced, and a smaller side starts over,
@@ -188,51 +191,52 @@ class GatedVectors:
         )
 
 
-def steered_distances(model: GatedVectors, batch: Batch, acting: Tensor) -> tuple[Tensor, Tensor]:
-    """Gates [A, N, T] of every row, and squared distances [A, N, M] between all steered rows and the last M.
+def steered_distances(model: GatedVectors, batch: Batch, acting: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gates [A, N, T] of every row, squared distances [A, N, M] between all steered rows and the last M, and the inner
+    products [T, T] of the vectors.
 
     `acting` [A, N, T] is 1 where a gate acts on a row, else 0. With gates g [T] and vectors V [T, D], steering makes
     s (n + g V) of a row n, where s keeps its norm. Seen from the origin o, n = o + d, that is s d + c [V; o] with
     coefficients c = [s g, s - 1]. So all distances follow from inner products of d with d, V and o: no steered row,
     which is as wide as the activations, has to be formed. It is what makes a step several times as fast.
     """
-    origin = model.scaler.origin
-    basis = torch.cat([model.vectors, origin[None]])
-    along, among = batch.rows @ basis.mT, basis @ basis.mT
-    gates = torch.sigmoid(batch.rows @ model.weights.mT + torch.addmv(model.biases, model.weights, model.scaler.offset))
+    basis = torch.cat([model.vectors, model.scaler.origin[None]])
+    rows = batch.rows.flatten(0, 1)
+    along, among = (rows @ basis.t()).view(*acting.shape[:2], -1), basis @ basis.t()
+    biases = torch.addmv(model.biases, model.weights, model.scaler.offset)
+    gates = torch.addmm(biases, rows, model.weights.t()).sigmoid().view(acting.shape)
 
-    coefficients = torch.cat([gates * acting, torch.ones_like(acting[..., :1])], -1)  # n + g V is d + these x basis
+    moving = pad(gates * acting, (0, 1), value=1.0)  # n + g V is d + these x basis
+    moved = along + moving @ among  # its inner products with the basis
     own, with_origin = batch.squares.unbind(-1)
     if model.normalize:
-        moved = own + (coefficients * (2 * along + coefficients @ among)).sum(-1)
-        scale = (with_origin / moved.clamp_min(1e-24)).sqrt()[..., None]
-        coefficients, along = scale * coefficients, scale * along
+        squares = own + (moving * (along + moved)).sum(-1)
+        scale = (with_origin / squares.clamp_min(1e-24)).sqrt()[..., None]
     else:
         scale = torch.ones_like(acting[..., :1])
-    coefficients = coefficients - _last_unit(basis)
-    reach = along + coefficients @ among
+    coefficients = torch.cat([scale * moving[..., :-1], scale - 1], -1)
+    along, reach = scale * along, scale * moved - among[-1]
 
     last = batch.gram.shape[2]
     scaled = batch.gram * (scale @ scale[:, -last:].mT)
     left, right = torch.cat([coefficients, along], -1), torch.cat([reach, coefficients], -1)
     inner = torch.baddbmm(scaled, left, right[:, -last:].mT)
-    norms = own * scale[..., 0].square() + (coefficients * (along + reach)).sum(-1)
-    return gates, squared_distances(inner, norms, norms[:, -last:])
-
-
-def _last_unit(basis: Tensor) -> Tensor:
-    """[T + 1]: 0, ..., 0, 1."""
-    axis = basis.new_zeros(len(basis))
-    axis[-1] = 1
-    return axis
+    if last == inner.shape[1]:
+        norms = inner.diagonal(dim1=1, dim2=2)
+    else:
+        norms = own * scale[..., 0].square() + (coefficients * (along + reach)).sum(-1)
+    return gates, squared_distances(inner, norms, norms[:, -last:]), among[:-1, :-1]
 
 
 # The losses.
 
 
 def squared_distances(inner: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """[A, N, M] from the inner products [A, N, M] and the squared norms of both sides, [A, N] and [A, M]."""
-    return (rows[:, :, None] + columns[:, None, :] - 2 * inner).clamp_min(0)
+    """[A, N, M] from the inner products [A, N, M] and the squared norms of both sides, [A, N] and [A, M].
+
+    Rounding may leave a little less than 0, which a kernel does not mind.
+    """
+    return torch.add(rows[:, :, None] + columns[:, None, :], inner, alpha=-2)
 
 
 def gaussian(squares: Tensor, rates: Tensor) -> Tensor:
@@ -285,9 +289,11 @@ def cosines(vectors: Tensor) -> Tensor:
     return units @ units.mT
 
 
-def orthogonality(vectors: Tensor) -> Tensor:
-    """L_ortho of vectors [T, D], the squared cosines summed over pairs: a scalar."""
-    return cosines(vectors).triu(1).square().sum()
+def orthogonality(products: Tensor) -> Tensor:
+    """L_ortho, the squared cosines summed over pairs, from the inner products [T, T] of the vectors: a scalar. A zero
+    vector has cosine 0."""
+    inverse = products.diagonal().clamp_min(1e-24).rsqrt()
+    return (products * inverse * inverse[:, None]).triu(1).square().sum()
 
 
 @dataclass(frozen=True, eq=False)
@@ -334,8 +340,8 @@ class Loss:
 
     def __call__(self, model: GatedVectors, batch: Batch) -> Tensor:
         """[4], not weighted: alignment (MMD^2), positive preservation, sparsity, orthogonality."""
-        gates, distances = steered_distances(model, batch, self.acting)
+        gates, distances, products = steered_distances(model, batch, self.acting)
         alignment = torch.dot(gaussian(distances, self.rates).flatten(), self.pairs.flatten())
         positive = torch.dot(gates.square().flatten(), self.positive.flatten())
         sparse = torch.dot(gates.flatten(), self.sparse.flatten())
-        return torch.stack([alignment, positive, sparse, orthogonality(model.vectors)])
+        return torch.stack([alignment, positive, sparse, orthogonality(products)])

@@ -44,9 +44,9 @@ _PARAMETERS = ("vectors", "weights", "biases")
 
 def train_step(model: GatedVectors, batch: Batch, loss: Loss, optimizer: torch.optim.Optimizer) -> Tensor:
     """One step on one batch; the terms [4] of its loss before it."""
-    optimizer.zero_grad()
-    terms = loss(model, batch)
-    (terms @ loss.weights).backward()  # type: ignore[no-untyped-call]
+    terms, parameters = loss(model, batch), model.parameters()
+    for parameter, gradient in zip(parameters, torch.autograd.grad(terms @ loss.weights, parameters), strict=True):
+        parameter.grad = gradient
     optimizer.step()
     return terms.detach()
 
@@ -143,7 +143,7 @@ class WatchedSplit:
     @torch.inference_mode()
     def measure(self, model: GatedVectors, index: int) -> SplitMetrics:
         """`index` is that of the attribute's own gate."""
-        gates, distances = steered_distances(model, self.batch, self.acting)
+        gates, distances, _ = steered_distances(model, self.batch, self.acting)
         kernel, count = gaussian(distances, self.rates), self.positives
         mmd = self.within + kernel[:, :, count:].mean() - 2 * kernel[:, :, :count].mean()
         own = gates[0, :, index]
