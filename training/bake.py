@@ -35,6 +35,13 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 0.05}
 COARSE = 0.5  # in half precision rounding is a good part of a small effect
 TOKENS = 16
 
+DOWN = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out")
+# Norms between the feed-forward sub-layer and the residual stream.
+POST_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm")
+# Settings with which architectures make their projections with biases.
+SWITCHES = {True: ("attention_bias", "use_bias"), False: ("mlp_bias", "use_bias")}
+INSTEAD = "steer at run time instead (matsteer serve), or export the checkpoint (matsteer checkpoints export)"
+
 
 @dataclass(frozen=True)
 class Baked:
@@ -127,14 +134,6 @@ def _save(base: Base, out: Path, text: str) -> None:
         raise BakeError(f"{out} cannot be written: {error}.") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-DOWN = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out")
-# Norms between the feed-forward sub-layer and the residual stream.
-POST_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm")
-# Settings with which architectures make their projections with biases.
-SWITCHES = {True: ("attention_bias", "use_bias"), False: ("mlp_bias", "use_bias")}
-INSTEAD = "steer at run time instead (matsteer serve), or export the checkpoint (matsteer checkpoints export)"
 
 
 def at_attention(site: Site) -> bool:

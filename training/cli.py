@@ -13,6 +13,7 @@ import typer
 from training import options as o
 from training.activations import Pool
 from training.errors import DataError, TrainingError
+from training.methods.base import parse_numbers, parse_settings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train and evaluate steering.")
 
@@ -126,7 +127,7 @@ def train(
             raise TrainingError("--layer is missing (or --at or --places, a place for each attribute).")
         if activations is not None:
             _refuse_unused(pool, specs, chosen=evaluate and measured.judge is None)
-        strengths, defaults = o.parse_settings(strength, "--strength", unnamed=True), o.parse_settings(set_, "--set")
+        strengths, defaults = parse_settings(strength, "--strength", unnamed=True), parse_settings(set_, "--set")
         from training.evaluation.report import rich_table, terminal
         from training.evaluation.sweep import read_places
         from training.pipeline import TrainingRun
@@ -192,7 +193,7 @@ def evaluate(
     --data truthfulness=facts.jsonl --baseline
     """
     with o.one_sentence():
-        extra, factors = o.parse_settings(set_, "--set"), o.parse_numbers(multipliers or "1", "--multipliers")
+        extra, factors = parse_settings(set_, "--set"), parse_numbers(multipliers or "1", "--multipliers")
         from training.data import Split, load_data
         from training.data.splits import split_as_trained
         from training.evaluation.evaluator import compare, open_checkpoint
@@ -260,7 +261,7 @@ def sweep(
     with o.one_sentence():
         sites, specs = o.parse_sites(layer, site or how.method.site), texts.fitted_on(how.method)
         how.check_sweep()
-        factors, least = o.parse_numbers(multipliers, "--multipliers"), o.parse_settings(keep, "--keep")
+        factors, least = parse_numbers(multipliers, "--multipliers"), parse_settings(keep, "--keep")
         from training.activations.extraction import extract_under
         from training.data.samples import Split
         from training.evaluation.report import sweep_table, terminal
@@ -349,7 +350,7 @@ def bake(
     --out models/honest-llama
     """
     with o.one_sentence():
-        attributes = o.parse_settings(set_, "--set") if set_ else None
+        attributes = parse_settings(set_, "--set") if set_ else None
         from training.bake import bake as write_baked
         from training.evaluation.evaluator import open_checkpoint
 

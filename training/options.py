@@ -22,7 +22,7 @@ import typer
 from training.activations import Pool
 from training.errors import DataError, TrainingError
 from training.methods import METHODS, Method, MethodConfig
-from training.methods.base import Option, parse_numbers, parse_settings
+from training.methods.base import Option
 
 if TYPE_CHECKING:
     from steering.types import Site
@@ -32,7 +32,12 @@ if TYPE_CHECKING:
     from training.models import Base
 
 
-__all__ = ["parse_numbers", "parse_settings"]
+_SITES = "attn_output, attn_heads, mlp_output, residual"
+_POOLS = (
+    "mean: over the positions that produce the answer; tokens: each of them by itself; "
+    "first: the last prompt token; last: the last token of the text"
+)
+_LAYERS = typer.Option("--layer", metavar="L[,L..]", help="Layers and ranges of them, as in 8,10,12-15.")
 
 
 class OptionGroup:
@@ -79,12 +84,6 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 
 # Options that commands take by themselves.
 
-_SITES = "attn_output, attn_heads, mlp_output, residual"
-_POOLS = (
-    "mean: over the positions that produce the answer; tokens: each of them by itself; "
-    "first: the last prompt token; last: the last token of the text"
-)
-_LAYERS = typer.Option("--layer", metavar="L[,L..]", help="Layers and ranges of them, as in 8,10,12-15.")
 Layers = Annotated[str, _LAYERS]
 MaybeLayers = Annotated[str | None, _LAYERS]
 SiteKinds = Annotated[str, typer.Option("--site", metavar="S[,S..]", help=f"{_SITES}.")]

@@ -36,6 +36,8 @@ from training.methods.fit import Recipe, fit
 from training.model_card import render_card
 from training.models import Base
 
+LIBRARIES = ("numpy", "safetensors", "scikit-learn", "torch", "transformers")
+
 
 @dataclass(frozen=True)
 class TrainingRun:
@@ -93,7 +95,6 @@ def next_version(plan: TrainingRun) -> str:
     return plan.version
 
 
-LIBRARIES = ("numpy", "safetensors", "scikit-learn", "torch", "transformers")
 Say = Callable[[str], None]
 
 

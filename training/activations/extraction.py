@@ -47,6 +47,9 @@ log = logging.getLogger(__name__)
 
 States = Iterator[tuple[list[int], dict[Site, Tensor]]]
 
+_SHARD_SIZE = 512
+_MAX_TOKENS = 8192
+
 
 @dataclass(frozen=True, eq=False)
 class ExtractionJob:
@@ -192,10 +195,6 @@ def _needed(row: Encoded, pool: Pool) -> Encoded:
     """Without what comes after the last position that counts."""
     last = span(row, pool)[-1]
     return Encoded(row.ids[: last + 1], row.start, last if pool is Pool.FIRST else row.end)
-
-
-_SHARD_SIZE = 512
-_MAX_TOKENS = 8192
 
 
 def extract(

@@ -24,6 +24,9 @@ from training.activations.tokenization import Encoded, batches, pad_right
 
 Pooling = Callable[[Tensor], Tensor]
 
+_WORTH_SHARING = 0.8  # of the tokens that the samples have
+_MAX_PADDING, _SMALL_BATCH = 0.1, 256  # of a batch's tokens; tokens
+
 
 def span(row: Encoded, pool: Pool) -> range:
     """The positions of a sample that count."""
@@ -110,15 +113,11 @@ def _hooks(model: nn.Module, sites: Sequence[Site], take: Pooling) -> Iterator[d
             handle.remove()
 
 
-_WORTH = 0.8  # of the tokens that the samples have
-_PADDING, _SMALL = 0.1, 256  # of a batch's tokens; tokens
-
-
 def worth_sharing(model: Any, rows: Sequence[Encoded]) -> bool:
     """Whether that saves enough tokens, and the model can go on from stored keys and values."""
     prompts = {row.ids[: row.start] for row in rows}
     left = sum(map(len, prompts)) + sum(len(row.ids) - row.start for row in rows)
-    return left <= _WORTH * sum(len(row.ids) for row in rows) and _can_share(model)
+    return left <= _WORTH_SHARING * sum(len(row.ids) for row in rows) and _can_share(model)
 
 
 def shared_states(
@@ -187,7 +186,7 @@ def _tight_batches(found: Iterable[list[int]], answers: Sequence[Encoded]) -> It
         tokens = 0
         for index in batch:
             length = len(answers[index].ids)
-            if tokens >= _SMALL and len(part) * length > (1 + _PADDING) * tokens:
+            if tokens >= _SMALL_BATCH and len(part) * length > (1 + _MAX_PADDING) * tokens:
                 yield part
                 part, tokens = [], 0
             part.append(index)

@@ -32,6 +32,10 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 
+# What saving a model changes, and what its weights say better.
+_INCIDENTAL = ("_name_or_path", "architectures", "dtype", "transformers_version")
+_THREADS = 4
+
 
 def write_shard(path: Path, values: Mapping[Site, Tensor], samples: Tensor) -> None:
     """Rows [N, D] at each site, and the sample that each belongs to, int64 [N]."""
@@ -286,13 +290,6 @@ def _check_model(folder: Path, base: Base, plan: Mapping[str, Any]) -> None:
         raise ActivationError(
             f"{folder} was extracted from another model than {base.id}, another revision of it, or in another dtype."
         )
-
-
-# What saving a model changes, and what its weights say better.
-_INCIDENTAL = ("_name_or_path", "architectures", "dtype", "transformers_version")
-
-
-_THREADS = 4
 
 
 def model_hash(model: Any) -> str:

@@ -12,6 +12,14 @@ from training.data.rows import Row, list_field, number_field, raw_field, split_f
 from training.data.samples import Sample, Split, question_sample
 from training.errors import DataError
 
+TOXIGEN_TOXIC = 5.5
+"""Of `toxicity_human` + `toxicity_ai`, each 1 to 5: how harmful the text is taken to be from a person, and from a
+machine. The threshold of the authors' `label_annotations`; lm-evaluation-harness takes the same."""
+HELPSTEER_SCORES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+HELPSTEER_POSITIVE = 3
+HELPSTEER_PER_SIDE = 500
+PARADETOX_NEUTRAL = ("neutral1", "neutral2", "neutral3")
+
 
 def jsonl(row: Row, attribute: str) -> Iterator[Sample]:
     """The plain form: `{"text" | "prompt" + "completion", "label", "attribute"?, "group"?, "split"?}`, a sample a row.
@@ -90,11 +98,6 @@ def _closed(answers: Sequence[str]) -> list[str]:
     return [text if text[-1] in ".!?" else f"{text}." for text in texts if text]
 
 
-TOXIGEN_TOXIC = 5.5
-"""Of `toxicity_human` + `toxicity_ai`, each 1 to 5: how harmful the text is taken to be from a person, and from a
-machine. The threshold of the authors' `label_annotations`; lm-evaluation-harness takes the same."""
-
-
 def toxigen(row: Row, attribute: str) -> Iterator[Sample]:
     """ToxiGen, the human-annotated part (Hartvigsen et al., 2022, arXiv 2203.09509; MIT).
 
@@ -140,11 +143,6 @@ def bbq(row: Row, attribute: str) -> Iterator[Sample]:
         yield question_sample(attribute, question, answer, number == right, group=group)
 
 
-HELPSTEER_SCORES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
-HELPSTEER_POSITIVE = 3
-HELPSTEER_PER_SIDE = 500
-
-
 def helpsteer(row: Row, attribute: str) -> Iterator[Sample]:
     """HelpSteer and HelpSteer2 (Wang et al., 2023, arXiv 2311.09528; 2024, arXiv 2406.08673; CC-BY-4.0).
 
@@ -153,9 +151,6 @@ def helpsteer(row: Row, attribute: str) -> Iterator[Sample]:
     prompt, response = text_field(row, "prompt").strip(), text_field(row, "response")
     positive = number_field(row, attribute, 0, 4) >= HELPSTEER_POSITIVE
     yield question_sample(attribute, prompt, response, positive, group=prompt)
-
-
-PARADETOX_NEUTRAL = ("neutral1", "neutral2", "neutral3")
 
 
 def paradetox(row: Row, attribute: str) -> Iterator[Sample]:

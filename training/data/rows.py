@@ -26,6 +26,8 @@ SHOWN = 20
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 
+FORMATS = (".csv", ".tsv", ".json", ".jsonl")
+
 
 class Problems:
     """Sentences that name file, line and what is wrong, each kept once."""
@@ -66,9 +68,6 @@ def collect(
             found.extend(convert(item))
     problems.check()
     return found
-
-
-FORMATS = (".csv", ".tsv", ".json", ".jsonl")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 FORM = "NAME=PATH, NAME=LOADER:PATH or NAME=[LOADER:]hub:ID"
 
+PREFIX = "hub:"
+
 
 class Source(Protocol):
     def rows(self, problems: Problems) -> Iterator[Row]: ...
@@ -83,6 +85,8 @@ def _source_at(place: str, loader: Loader) -> Source:
 
 @dataclass(frozen=True)
 class FileSource:
+    """The files that a path stands for: one file, a folder of them, or a pattern."""
+
     place: str
 
     def rows(self, problems: Problems) -> Iterator[Row]:
@@ -124,12 +128,12 @@ def _inside(folder: Path) -> list[Path]:
     return found
 
 
-PREFIX = "hub:"
-
-
 @dataclass(frozen=True)
 class HubSource:
-    """`hub:ID[/CONFIG][@REVISION]`. `configs` says which config of a known data set is read where none is named."""
+    """A data set on the Hugging Face hub, `hub:ID[/CONFIG][@REVISION]`.
+
+    `configs` says which config of a known data set is read where none is named.
+    """
 
     id: str
     config: str | None

@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 FRACTIONS = (0.4, 0.1, 0.5)
 """Shares of train, dev and test: the split used for TruthfulQA in arXiv 2502.12446."""
 
+SPLITS = "splits.json"
+FORMAT_VERSION = 1
+
 
 def split_samples(
     samples: Sequence[Sample],
@@ -125,10 +128,6 @@ def _shares(fractions: tuple[float, float, float], has_test: bool) -> tuple[floa
 
 def _short(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-SPLITS = "splits.json"
-FORMAT_VERSION = 1
 
 
 def group_id(group: str) -> str:

@@ -18,6 +18,10 @@ from training.files import content_key, write_bytes, write_json
 from training.methods.fit import Recipe, fit
 from training.models import Base
 
+SCALES = (0.6, 0.8, 1.0, 1.2)
+FEW = 30  # cases of a metric
+CANDIDATES = 3  # further sites that are tried for an attribute, the best by themselves first
+
 
 @dataclass(frozen=True)
 class Goal:
@@ -118,7 +122,6 @@ def read_places(path: Path) -> dict[str, Place]:
 
 Run = Callable[[Sequence[Arm]], Sequence[ArmResult]]
 """Measures arms, and gives their results in order."""
-SCALES = (0.6, 0.8, 1.0, 1.2)
 
 
 def arms_alone(names: Sequence[str], factors: Sequence[float]) -> list[Arm]:
@@ -155,8 +158,6 @@ def combine(
 
 
 Say = Callable[[str], None]
-FEW = 30  # cases of a metric
-CANDIDATES = 3  # further sites that are tried for an attribute, the best by themselves first
 
 
 @dataclass(frozen=True)

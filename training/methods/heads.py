@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from steering.types import Column, Site
     from training.activations.store import Activations
 
+_TOLERANCE = 1e-4  # a held-out sample more or less does not hang on further digits, and they cost most of the time
+
 
 @dataclass(frozen=True, order=True)
 class Head:
@@ -56,9 +58,6 @@ class Head:
 def parse_heads(text: str) -> tuple[Head, ...]:
     """Heads separated by commas, each once, in order. Raises FitError."""
     return tuple(sorted({Head.parse(part) for part in text.split(",")}))
-
-
-_TOLERANCE = 1e-4  # a held-out sample more or less does not hang on further digits, and they cost most of the time
 
 
 @dataclass(frozen=True)
