@@ -25,8 +25,8 @@ from benchmarks.questions import synthetic, truthfulqa
 from benchmarks.workload import llama
 from server.threads import usable_cores
 from steering.types import Site, SiteKind
+from training.activations import Pool
 from training.activations.extraction import extract
-from training.choices import Pool
 from training.data import Sample
 
 WARM = 16  # texts

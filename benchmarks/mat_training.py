@@ -1,10 +1,10 @@
 """An epoch of MAT-Steer's training: `python -m benchmarks.mat_training --help`.
 
-The vectorised step of `training.methods.mat` against a loop over the attributes (`benchmarks.mat_loop`), on the same
-data in the same batches, with `objective="reference"`. Before anything is timed, both train side by side: the losses of
-every step have to agree to 1e-5. The loop has its batches made before its time starts, ours makes its own. "With the
-log" adds what is measured after each epoch. The published code computes the MMD on all rows at each step instead of on
-the batch; that is timed too, but has other losses.
+The vectorised step of `training.methods.mat_training` against a loop over the attributes (`benchmarks.mat_loop`), on
+the same data in the same batches, with `objective="reference"`; autograd makes both gradients. Before anything is
+timed, both train side by side: the losses of every step have to agree to 1e-5. The loop has its batches made before its
+time starts, ours makes its own. "With the log" adds what is measured after each epoch. The published code computes the
+MMD on all rows at each step instead of on the batch; that is timed too, but has other losses.
 """
 
 import argparse
@@ -21,15 +21,10 @@ from benchmarks.alone import alone
 from benchmarks.machine import described
 from benchmarks.mat_loop import Batch, Loop
 from server.threads import usable_cores
-from training.activations.artifact import Contrast
-from training.choices import Kernel, Objective
-from training.methods.mat import step
-from training.methods.mat_config import MatConfig
-from training.methods.mat_criterion import Criterion
-from training.methods.mat_data import Frame, Table
-from training.methods.mat_log import mean_losses
-from training.methods.mat_model import kernel_widths, start
-from training.methods.mat_watch import inspect, watch
+from training.activations.store import Contrast
+from training.methods.mat import Kernel, MatConfig, Objective
+from training.methods.mat_model import GatedVectors, Loss, Scaler, TrainingSet, all_bandwidths
+from training.methods.mat_training import WatchedSplit, mean_losses, measure_all, train_step
 
 ATTRIBUTES, ROWS, SIDE = 3, 512, 16  # 512 positives and 512 negatives of each; 16 + 16 of each in a batch of 96
 OURS, LOGGED, LOOP, PUBLISHED = "ours", "ours, with the log", "loop", "loop, MMD over all rows"
@@ -99,22 +94,23 @@ class World:
             l_sparse=0.9,
             l_ortho=0.1,
         )
-        c, frame = self.config, Frame.of(self.data, self.config.standardize)
-        self.table = Table.of(self.data, frame)
-        sigmas = kernel_widths(self.table.contrasts(), frame, c)
-        self.watched = watch(self.table.contrasts(), frame, sigmas, c.joint)
-        self.criterion = Criterion.of(c, sigmas, torch.stack([one.unsteered for one in self.watched.values()]))
-        self.model = start(self.table.contrasts(), frame, c)
+        c, scaler = self.config, Scaler.of(self.data, self.config.standardize)
+        scaled = scaler.apply(self.data)
+        self.table = TrainingSet.of(scaled, scaler.origin)
+        sigmas = all_bandwidths(scaled, scaler, c)
+        self.watched = WatchedSplit.all_of(scaled, scaler, sigmas, c.joint)
+        self.loss = Loss.of(c, sigmas, torch.stack([one.unsteered for one in self.watched.values()]))
+        self.model = GatedVectors.start(scaled, scaler, c)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=c.lr, fused=True)
-        self.loop = Loop(self.model.vectors, c.sigma, c.l_pos, c.l_sparse, c.l_ortho, c.lr)
+        self.loop = Loop(self.model.vectors.detach(), c.sigma, c.l_pos, c.l_sparse, c.l_ortho, c.lr)
 
     def ours(self, epoch: int) -> list[torch.Tensor]:
         batches = self.table.batches(SIDE, self.config.seed, epoch)
-        return [step(self.model, self.table.rows(batch), self.criterion, self.optimizer) for batch in batches]
+        return [train_step(self.model, self.table.batch(index), self.loss, self.optimizer) for index in batches]
 
     def logged(self, epoch: int) -> None:
         mean_losses(self.ours(epoch), self.config)
-        inspect(self.model, self.watched)
+        measure_all(self.model, self.watched)
 
     def ready(self, epoch: int) -> list[Batch]:
         """The epoch's batches as the loop takes them."""

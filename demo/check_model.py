@@ -20,8 +20,8 @@ from demo.corpus import TRAITS, Speaker, describe, draw_telling, exchange, text_
 from demo.facts import facts
 from demo.oracle import judge
 from demo.scenes import DEEDS
-from training.evaluation.arms import BASELINE
 from training.evaluation.generation import Sampling, generate
+from training.evaluation.results import BASELINE
 
 FRESH, DESCRIBED, SHOWN = "fresh", "described", "after three"
 REQUIRED = 0.95

@@ -23,23 +23,20 @@ from demo.oracle import judge
 from demo.results import write
 from steering.checkpoint import Checkpoint, load
 from steering.types import Column, Site
-from training.activations.artifact import Activations
+from training.activations import Pool
 from training.activations.extraction import extract_under
-from training.choices import Method, Objective, Pool
-from training.data.records import Sample, Split
-from training.data.registry import load_data
+from training.activations.store import Activations
+from training.data.samples import Sample, Split
+from training.data.sources import load_data
 from training.data.splits import split_samples
-from training.evaluation.arms import BASELINE, Arm, default_arm, single_arms
-from training.evaluation.gates import GateMeans, gate_means
-from training.evaluation.generation import Sampling
-from training.evaluation.judges import load_prompts
-from training.evaluation.measure import Measure
-from training.evaluation.results import ArmResult, Evaluation
+from training.evaluation.evaluator import Evaluator, GateMeans, gate_means
+from training.evaluation.generation import Sampling, load_prompts
+from training.evaluation.results import BASELINE, Arm, ArmResult, Evaluation, default_arm, single_arms
+from training.evaluation.sweep import Goal, best_alone, combine
+from training.methods.caa import CaaConfig
 from training.methods.fit import Recipe, fit
-from training.methods.mat_config import PAPER, MatConfig
+from training.methods.mat import PAPER, MatConfig, Objective
 from training.models import Base, load_base
-from training.sweeps.goal import Goal
-from training.sweeps.strengths import best_alone, combine
 
 STRENGTHS = (0.5, 0.75, 1.0, 1.5, 2.0)
 DEV_PROMPTS = 120
@@ -54,7 +51,7 @@ class World:
     base: Base
     samples: Sequence[Sample]
     activations: Activations
-    measure: Measure
+    evaluator: Evaluator
     unsteered: dict[Split, ArmResult] = field(default_factory=dict)
 
     def steered(self, columns: Sequence[Column], arms: Sequence[Arm], split: Split) -> list[ArmResult]:
@@ -67,10 +64,10 @@ class World:
 
     def run(self, columns: Sequence[Column], arms: Sequence[Arm], split: Split) -> Evaluation:
         """On dev, where many settings are tried, a part of the prompts with one answer each."""
-        measure = self.measure
+        evaluator = self.evaluator
         if split is Split.DEV:
-            measure = replace(measure, limit=DEV_PROMPTS, sampling=replace(measure.sampling, samples=1))
-        return measure.run(self.base, columns, arms, self.samples, split, progress=True)[0]
+            evaluator = replace(evaluator, limit=DEV_PROMPTS, sampling=replace(evaluator.sampling, samples=1))
+        return evaluator.evaluate(self.base, columns, arms, self.samples, split, progress=True)[0]
 
 
 def recipes(shipped: MatConfig, places: Mapping[str, tuple[Site, ...]]) -> dict[str, Recipe]:
@@ -78,22 +75,22 @@ def recipes(shipped: MatConfig, places: Mapping[str, tuple[Site, ...]]) -> dict[
     orthogonal to others at their own site, so orthogonality is also left out where all attributes share one."""
     shared = dict.fromkeys(places, places["truthfulness"])
     return {
-        "difference in means": Recipe(Method.CAA, places=places),
-        "MAT-Steer": Recipe(mat=shipped, places=places),
-        "alignment only": Recipe(mat=replace(shipped, l_pos=0.0, l_sparse=0.0, l_ortho=0.0), places=places),
-        "no positive preservation": Recipe(mat=replace(shipped, l_pos=0.0), places=places),
-        "no sparsity": Recipe(mat=replace(shipped, l_sparse=0.0), places=places),
-        "no orthogonality": Recipe(mat=replace(shipped, l_ortho=0.0), places=places),
-        "no norm preservation": Recipe(mat=shipped, normalize=False, places=places),
-        "one place for all": Recipe(mat=shipped, places=shared),
-        "one place for all, no orthogonality": Recipe(mat=replace(shipped, l_ortho=0.0), places=shared),
+        "difference in means": Recipe(CaaConfig(), places=places),
+        "MAT-Steer": Recipe(shipped, places=places),
+        "alignment only": Recipe(replace(shipped, l_pos=0.0, l_sparse=0.0, l_ortho=0.0), places=places),
+        "no positive preservation": Recipe(replace(shipped, l_pos=0.0), places=places),
+        "no sparsity": Recipe(replace(shipped, l_sparse=0.0), places=places),
+        "no orthogonality": Recipe(replace(shipped, l_ortho=0.0), places=places),
+        "no norm preservation": Recipe(shipped, normalize=False, places=places),
+        "one place for all": Recipe(shipped, places=shared),
+        "one place for all, no orthogonality": Recipe(replace(shipped, l_ortho=0.0), places=shared),
     }
 
 
 def objectives(shipped: MatConfig, places: Mapping[str, tuple[Site, ...]]) -> dict[str, Recipe]:
     """The three ways to reduce the losses, all else equal, and the paper's settings as they are published."""
-    same = {f"{one.value}": Recipe(mat=replace(shipped, objective=one), places=places) for one in Objective}
-    return {**same, "paper, with its own settings": Recipe(mat=PAPER, places=places)}
+    same = {f"{one.value}": Recipe(replace(shipped, objective=one), places=places) for one in Objective}
+    return {**same, "paper, with its own settings": Recipe(PAPER, places=places)}
 
 
 def reference_rows(world: World, shipped: Checkpoint) -> list[dict[str, Any]]:
@@ -155,8 +152,8 @@ def main() -> None:
     activations = extract_under(args.work, base.model, base.tokenizer, samples, sites, pool=Pool(settings["pool"]))
     sampling = Sampling(max_new_tokens=40, samples=args.samples)
     prompts = load_prompts(args.data / "prompts.jsonl")
-    measure = Measure(judge, prompts, sampling, max_rows=512)
-    world = World(base, samples, activations, measure)
+    evaluator = Evaluator(judge, prompts, sampling, max_rows=512)
+    world = World(base, samples, activations, evaluator)
 
     rows = [*reference_rows(world, shipped), *compare(world, recipes(config, places), Split.TEST, say)]
     on_dev = list(compare(world, objectives(config, places), Split.DEV, say))

@@ -1,17 +1,19 @@
-"""`matsteer data | extract | train | evaluate | sweep | import-features | bake`: a table of `training/commands/`.
+"""`matsteer data | extract | train | evaluate | sweep | import-features | bake`.
 
-torch is imported by a command that runs, never by --help.
+torch is imported by a command that runs, never by --help: heavy imports are inside the functions.
 """
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from training.commands.bake import bake
-from training.commands.data import show_data
-from training.commands.evaluate import evaluate
-from training.commands.extract import extract
-from training.commands.import_features import import_features
-from training.commands.sweep import sweep
-from training.commands.train import train
+from training import options as o
+from training.activations import Pool
+from training.errors import DataError, TrainingError
+from training.methods.base import parse_numbers, parse_settings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train and evaluate steering.")
 
@@ -21,10 +23,340 @@ def main() -> None:
     """Train and evaluate steering."""
 
 
-app.command("data")(show_data)
-app.command("extract")(extract)
-app.command("train")(train)
-app.command("evaluate")(evaluate)
-app.command("sweep")(sweep)
-app.command("import-features")(import_features)
-app.command("bake")(bake)
+@app.command("data")
+def show_data(
+    data: Annotated[list[str], typer.Argument(metavar="NAME=PATH", help="As after --data.")],
+    seed: o.Seed = 0,
+) -> None:
+    """Show what data hold: samples and groups of each attribute and split, and an example of each side.
+
+    Example: matsteer data truthfulqa=TruthfulQA.csv civility=tone.jsonl
+    """
+    with o.one_sentence():
+        from training.data import load_data, split_samples
+        from training.data.summary import count_samples, counts_table, examples_table, missing_sides
+        from training.evaluation.report import terminal
+
+        samples = split_samples(load_data(data), seed=seed)
+        terminal().print(counts_table(count_samples(samples)), examples_table(samples))
+        for sentence in missing_sides(samples):
+            o.say(f"warning: {sentence}")
+
+
+@app.command()
+@o.with_option_groups
+def extract(
+    base: o.ModelOptions,
+    out: Annotated[Path, typer.Option(help="Folder for the shards and, last, the manifest.")],
+    layer: o.Layers,
+    texts: o.DataOptions,
+    site: o.SiteKinds = "attn_output",
+    pool: o.PoolOption = Pool.MEAN,
+    rows: o.Rows = 64,
+) -> None:
+    """Store a model's activations on labelled texts as safetensors shards; an interrupted run goes on.
+
+    Example: matsteer extract --model Qwen/Qwen2.5-0.5B --data truthfulness=facts.jsonl --layer 10,12
+    --site attn_output --out runs/activations
+
+    On several GPUs or machines: accelerate launch -m training extract ...; on CPUs: torchrun -m training extract ...
+    """
+    with o.one_sentence():
+        sites = o.parse_sites(layer, site)
+        texts.fitted_on()
+        from training.activations.extraction import extract_to
+        from training.distributed import joined
+
+        samples = texts.split_samples()
+        loaded = base.load()
+        count = extract_to(
+            out, loaded.model, loaded.tokenizer, samples, sites, pool=pool, max_rows=rows, progress=o.shows_progress()
+        )
+        if joined().main:
+            typer.echo(f"{count} activations at {', '.join(map(str, sites))} in {out}")
+
+
+@app.command()
+@o.with_option_groups
+def train(
+    base: o.ModelOptions,
+    out: Annotated[Path, typer.Option(help="checkpoints/NAME; the version becomes a folder in it.")],
+    texts: o.DataOptions,
+    measured: o.EvaluationOptions,
+    how: o.MethodOptions,
+    layer: o.MaybeLayers = None,
+    site: o.MaybeSiteKinds = None,
+    at: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=LAYER.SITE", help="A place of its own for an attribute; repeat for more."),
+    ] = None,
+    places: Annotated[
+        Path | None, typer.Option(help="Places and strengths that `sweep --alone` wrote; --at, --strength go before.")
+    ] = None,
+    activations: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Fit what `extract` or `import-features` wrote there, and extract nothing; --data, which may then be "
+            "left out, is for the evaluation.",
+        ),
+    ] = None,
+    version: Annotated[str | None, typer.Option(help="Default: the next of v1, v2, ...")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace that version.")] = False,
+    strength: Annotated[
+        list[str] | None, typer.Option(metavar="[NAME=]X", help="Scale vectors, so that multiplier 1 means X.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=X", help="Default multiplier of an attribute.")
+    ] = None,
+    pool: o.MaybePool = None,
+    work: Annotated[Path | None, typer.Option(help="Where intermediate artifacts stay; default: OUT/.work.")] = None,
+    evaluate: Annotated[bool, typer.Option(help="Evaluate on the test split.")] = True,
+    rows: o.Rows = 64,
+) -> None:
+    """Extract, fit, evaluate on test, and write the checkpoint with its model card: one command.
+
+    Example: matsteer train --model Qwen/Qwen2.5-0.5B --data truthfulness=facts.jsonl --data civility=tone.jsonl
+    --layer 12 --site attn_output --method mat --out checkpoints/mine
+    """
+    with o.one_sentence():
+        recipe, own = how.recipe(texts.seed), o.parse_places(at)
+        sites = recipe.config.named_sites() if layer is None else o.parse_sites(layer, site or how.method.site)
+        specs = texts.fitted_on(how.method, activations)
+        if not sites and not own and places is None:
+            raise TrainingError("--layer is missing (or --at or --places, a place for each attribute).")
+        if activations is not None:
+            _refuse_unused(pool, specs, chosen=evaluate and measured.judge is None)
+        strengths, defaults = parse_settings(strength, "--strength", unnamed=True), parse_settings(set_, "--set")
+        from training.evaluation.report import rich_table, terminal
+        from training.evaluation.sweep import read_places
+        from training.pipeline import TrainingRun
+        from training.pipeline import train as run_training
+
+        if places is not None:
+            found = read_places(places)
+            own = {name: place.sites for name, place in found.items()} | own
+            strengths = {name: place.strength for name, place in found.items()} | strengths
+        run = TrainingRun(
+            data=specs,
+            activations=activations,
+            sites=sites,
+            out=out,
+            recipe=replace(recipe, strengths=strengths, defaults=defaults, places=own),
+            evaluator=measured.evaluator(texts.seed),
+            pool=pool or how.method.pool,
+            version=version,
+            overwrite=overwrite,
+            seed=texts.seed,
+            work=work,
+            max_rows=rows,
+            evaluated=evaluate,
+            progress=o.shows_progress(),
+        )
+        checkpoint, evaluation = run_training(base.load, run, o.say)
+        if evaluation is not None:
+            title = f"{checkpoint.config.name}@{checkpoint.config.version} on test"
+            terminal().print(rich_table(evaluation, title))
+        typer.echo(f"wrote {out / checkpoint.config.version}")
+
+
+def _refuse_unused(pool: Pool | None, specs: Sequence[str], *, chosen: bool) -> None:
+    """Options that have no effect on stored activations. Raises TrainingError."""
+    if pool is not None:
+        raise TrainingError("--pool is for an extraction: the activations of --activations are pooled already.")
+    if specs and not chosen:
+        raise TrainingError("--data beside --activations is to choose answers from: not with --judge or --no-evaluate.")
+
+
+@app.command()
+@o.with_option_groups
+def evaluate(
+    base: o.ModelOptions,
+    checkpoint: o.CheckpointFolder,
+    texts: o.DataOptions,
+    measured: o.CheckpointEvaluationOptions,
+    baseline: Annotated[bool, typer.Option("--baseline", help="Also without steering, for comparison.")] = False,
+    alone: Annotated[bool, typer.Option("--alone", help="Also each attribute by itself.")] = False,
+    multipliers: Annotated[
+        str | None, typer.Option(metavar="X[,X..]", help="Factors on the default multipliers; default: 1.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=X", help="One more arm with exactly these multipliers.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="train, dev or test.")] = "test",
+    out: Annotated[Path | None, typer.Option(help="Default: evaluation/ in the checkpoint's folder.")] = None,
+    rows: o.Rows = 128,
+) -> None:
+    """Steered and unsteered side by side on the test split: a table, JSON and a plot.
+
+    Example: matsteer evaluate --model Qwen/Qwen2.5-0.5B --checkpoint checkpoints/mine
+    --data truthfulness=facts.jsonl --baseline
+    """
+    with o.one_sentence():
+        extra, factors = parse_settings(set_, "--set"), parse_numbers(multipliers or "1", "--multipliers")
+        from training.data import Split, load_data
+        from training.data.splits import split_as_trained
+        from training.evaluation.evaluator import compare, open_checkpoint
+        from training.evaluation.report import rich_table, store, terminal
+
+        if split not in list(Split):
+            raise TrainingError(f"--split must be train, dev or test, got {split!r}.")
+        loaded, folder = open_checkpoint(checkpoint)
+        evaluator = replace(measured.at(loaded.config.positions.value).evaluator(texts.seed), max_rows=rows)
+        if not texts.specs and measured.judge is None:
+            raise DataError("Without a judge, --data is needed: the answers to choose from.")
+        samples = split_as_trained(load_data(texts.specs), folder, seed=texts.seed) if texts.specs else []
+        if strange := sorted({sample.attribute for sample in samples} - set(loaded.attributes)):
+            o.say(
+                f"note: the checkpoint does not steer {', '.join(strange)}; it steers {', '.join(loaded.attributes)}."
+            )
+        evaluation, generated = compare(
+            base.load(), loaded, samples, evaluator, Split(split), factors=factors, baseline=baseline, alone=alone,
+            extra=extra, progress=o.shows_progress(),
+        )  # fmt: skip
+        terminal().print(rich_table(evaluation, f"{loaded.config.name}@{loaded.config.version} on {split}"))
+        for path in store(evaluation, out or folder / "evaluation", texts=generated):
+            typer.echo(f"wrote {path}")
+
+
+@app.command()
+@o.with_option_groups
+def sweep(
+    base: o.ModelOptions,
+    out: Annotated[Path, typer.Option(help="Folder for the results; an interrupted sweep goes on there.")],
+    layer: o.Layers,
+    texts: o.DataOptions,
+    measured: o.EvaluationOptions,
+    how: o.MethodOptions,
+    site: o.MaybeSiteKinds = None,
+    multipliers: Annotated[str, typer.Option(metavar="X[,X..]", help="What is tried.")] = "0.5,1,2",
+    alone: Annotated[
+        bool, typer.Option("--alone", help="Each attribute by itself: finds a place for each, then strengths together.")
+    ] = False,
+    sites_each: Annotated[int, typer.Option(min=1, help="With --alone: so many places for an attribute.")] = 1,
+    apart: Annotated[bool, typer.Option("--apart", help="With --alone: no two attributes at one place.")] = False,
+    goal: Annotated[str | None, typer.Option(metavar="METRIC[,..]", help="What counts; default: all.")] = None,
+    max_perplexity_ratio: Annotated[float, typer.Option(help="Settings beyond it rank last.")] = 1.5,
+    keep: Annotated[
+        list[str] | None, typer.Option(metavar="METRIC=X", help="Settings with less than X of it rank last.")
+    ] = None,
+    max_side_effect: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="With --alone: settings that move the other attributes by more rank last."),
+    ] = None,
+    tolerance: Annotated[
+        float,
+        typer.Option(
+            min=0, max=1, help="With --alone: weaker settings and fewer places may lack so much of the score."
+        ),
+    ] = 0.01,
+    pool: o.MaybePool = None,
+    rows: o.Rows = 64,
+) -> None:
+    """Fit and measure layers x sites x multipliers on dev: a table, a plot, the best written down.
+
+    Example: matsteer sweep --model Qwen/Qwen2.5-0.5B --data truthfulness=facts.jsonl --layer 8,10,12
+    --site attn_output,residual --multipliers 0.5,1,2 --out runs/sweep
+    """
+    with o.one_sentence():
+        sites, specs = o.parse_sites(layer, site or how.method.site), texts.fitted_on(how.method)
+        how.check_sweep()
+        factors, least = parse_numbers(multipliers, "--multipliers"), parse_settings(keep, "--keep")
+        from training.activations.extraction import extract_under
+        from training.data.samples import Split
+        from training.evaluation.report import sweep_table, terminal
+        from training.evaluation.sweep import Goal, Sweep
+        from training.pipeline import read_samples
+
+        evaluator = measured.evaluator(texts.seed)
+        evaluator = replace(evaluator, max_rows=max(rows, evaluator.max_rows))
+        recipe = how.recipe(texts.seed)
+        samples = read_samples(specs, recipe, texts.seed)
+        evaluator.check(samples, Split.DEV, sorted({sample.attribute for sample in samples}) if alone else ())
+        loaded, shown = base.load(), o.shows_progress()
+        activations = extract_under(
+            out, loaded.model, loaded.tokenizer, samples, sites, pool=pool or how.method.pool, max_rows=rows,
+            progress=shown,
+        )  # fmt: skip
+        wanted = Goal(tuple(goal.split(",")) if goal else (), max_perplexity_ratio, least, max_side_effect, tolerance)
+        run = Sweep(loaded, samples, activations, recipe, factors, evaluator, out, wanted, progress=shown, say=o.say)
+        swept = run.alone(sites_each, apart=apart) if alone else run.together()
+        terminal().print(sweep_table(swept))
+        for remark in swept.remarks(wanted):
+            o.say(remark)
+        if alone:
+            chosen = ", ".join(
+                f"{name} at {' and '.join(map(str, place.sites))} times {place.strength:g}"
+                for name, place in swept.places.items()
+            )
+            typer.echo(f"best together: {chosen}; now: matsteer train --places {out / 'places.json'}")
+        else:
+            best = swept.points[0]
+            typer.echo(f"best: --layer {best.layer} --site {best.site}, multiplier {best.multiplier:g}; wrote {out}")
+
+
+@app.command()
+def import_features(
+    prefix: Annotated[str, typer.Argument(help="PREFIX_labels.npy, PREFIX_head_wise.npy, PREFIX_layer_wise.npy.")],
+    model: Annotated[str, typer.Option(help="Hugging Face id or folder of their model; only the config is read.")],
+    attribute: Annotated[str, typer.Option(metavar="NAME", help="What label 1 is.")],
+    layer: o.Layers,
+    out: Annotated[Path, typer.Option(help="Folder for the shard and, last, the manifest.")],
+    site: o.SiteKinds = "attn_heads",
+    groups: Annotated[
+        str,
+        typer.Option(
+            metavar="answers|rows|FILE.npy",
+            help="Rows of one question stay in one split. answers: a right answer after a wrong one begins the next "
+            "question; rows: each row is one; or a file with a group for each row.",
+        ),
+    ] = "answers",
+    seed: o.Seed = 0,
+    revision: o.Revision = None,
+) -> None:
+    """Turn features of honest_llama or MAT-Steer into the activations that `extract` writes.
+
+    Example: matsteer import-features features/llama_7B_tqa_mc2 --model huggyllama/llama-7b --attribute truthfulness
+    --layer 10-14 --site attn_heads --out runs/activations
+    """
+    with o.one_sentence():
+        sites = o.parse_sites(layer, site)
+        from training.activations.features import GroupBy, Shape, read_features
+        from training.activations.store import save_activations
+
+        by = GroupBy(groups) if groups in list(GroupBy) else Path(groups)
+        found = read_features(prefix, Shape.of(model, revision), sites, attribute, by, seed=seed)
+        save_activations(found, out)
+        count = len(set(found.groups))
+        typer.echo(f"{len(found)} activations of {count} groups at {', '.join(map(str, sites))} in {out}")
+
+
+@app.command()
+@o.with_option_groups
+def bake(
+    base: o.BakedModelOptions,
+    checkpoint: o.CheckpointFolder,
+    out: Annotated[Path, typer.Option(help="The new folder of the baked model.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=X", help="A multiplier; repeat it. Default: the checkpoint's own."),
+    ] = None,
+) -> None:
+    """Write constant steering vectors into a copy of the model, as biases: a folder that needs no code of ours.
+
+    A bias acts at every position, the prompt's included: the copy equals the model steered at positions `all`.
+
+    Example: matsteer bake --model meta-llama/Llama-3.1-8B --checkpoint checkpoints/honesty --set honesty=1.5
+    --out models/honest-llama
+    """
+    with o.one_sentence():
+        attributes = parse_settings(set_, "--set") if set_ else None
+        from training.bake import bake as write_baked
+        from training.evaluation.evaluator import open_checkpoint
+
+        loaded, _ = open_checkpoint(checkpoint)
+        baked = write_baked(base.load(), loaded, out, attributes)
+        typer.echo(
+            f"wrote {out}: biases for {', '.join(map(str, baked.sites))}, at every position; its logits differ from "
+            f"the run-time hook's by {baked.apart:.2g} of what steering changes"
+        )

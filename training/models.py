@@ -1,11 +1,11 @@
-"""Loading the base model, with errors that a user can act on."""
+"""Loading the base model, or its config alone, with errors that a user can act on."""
 
 import sys
 from dataclasses import dataclass
 from typing import Any
 
+from training.distributed import launched, own_device
 from training.errors import TrainingError
-from training.processes import launched, own_device
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -60,3 +60,19 @@ def _own(device: str) -> str:
     if device == "cuda" and own == "cpu":
         raise TrainingError("device is 'cuda', but there is no CUDA device for this process.")
     return own
+
+
+def load_config(id: str, revision: str | None = None) -> Any:
+    """The config of a Hugging Face id or folder. Raises TrainingError."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(id, revision=revision or "main")
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise TrainingError(f"The config of {id!r} cannot be loaded: {reason[0]}") from None
+
+
+def stored_dtype(id: str, revision: str | None = None) -> str:
+    """The dtype of a model's weights, as in "bfloat16"; float32 where its config does not say. Raises TrainingError."""
+    return str(load_config(id, revision).dtype or "float32").removeprefix("torch.")

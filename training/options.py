@@ -1,103 +1,323 @@
-"""The command line's options, and what they are turned into."""
+"""The command line's options: dataclasses that commands share, and what is made of what was given.
 
+A command takes some of these dataclasses as parameters; `with_option_groups` puts their fields in place of them. A
+field is an option as typer reads it, `Annotated[type, typer.Option(...)]` with its default. The options of the methods
+are made from `METHODS`.
+"""
+
+import inspect
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields, replace
+from enum import StrEnum
+from functools import wraps
+from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
-from training.choices import Method, Pool
+from training.activations import Pool
 from training.errors import DataError, TrainingError
+from training.methods import METHODS, Method, MethodConfig
+from training.methods.base import Option
 
 if TYPE_CHECKING:
     from steering.types import Site
-    from training.evaluation.measure import Measure
+    from training.data.samples import Sample
+    from training.evaluation.evaluator import Evaluator
+    from training.methods.fit import Recipe
+    from training.models import Base
 
-Model = Annotated[str, typer.Option(help="Hugging Face id or folder of a causal language model.")]
-Revision = Annotated[str | None, typer.Option(help="Revision of the model.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Data = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="NAME=PATH",
-        help="An attribute and its JSON lines of prompt, completion, label; or a known data set, as in "
-        "truthfulqa=PATH, truthfulness=truthfulqa:PATH or truthfulqa=hub:ID (docs/data.md). Repeat for more.",
-    ),
-]
-More = Annotated[list[str] | None, typer.Argument(metavar="[NAME=PATH]...", help="More data, as after --data.")]
-_LAYERS = typer.Option("--layer", metavar="L[,L..]", help="Layers and ranges of them, as in 8,10,12-15.")
-Layers = Annotated[str, _LAYERS]
-MaybeLayers = Annotated[str | None, _LAYERS]
+
 _SITES = "attn_output, attn_heads, mlp_output, residual"
-SiteKinds = Annotated[str, typer.Option("--site", metavar="S[,S..]", help=f"{_SITES}.")]
-MaybeSiteKinds = Annotated[
-    str | None, typer.Option("--site", metavar="S[,S..]", help=f"{_SITES}; default: the method's.")
-]
 _POOLS = (
     "mean: over the positions that produce the answer; tokens: each of them by itself; "
     "first: the last prompt token; last: the last token of the text"
 )
+_LAYERS = typer.Option("--layer", metavar="L[,L..]", help="Layers and ranges of them, as in 8,10,12-15.")
+
+
+class OptionGroup:
+    """Base of the dataclasses whose fields are options."""
+
+    @classmethod
+    def parameters(cls) -> list[inspect.Parameter]:
+        """What stands in a command's signature for the group."""
+        return [
+            _parameter(field.name, field.type, inspect.Parameter.empty if field.default is MISSING else field.default)
+            for field in fields(cls)  # type: ignore[arg-type]
+        ]
+
+    @classmethod
+    def take(cls, given: dict[str, Any]) -> Self:
+        """The group from a command's arguments, which it is taken out of."""
+        return cls(**{parameter.name: given.pop(parameter.name) for parameter in cls.parameters()})
+
+
+def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """A typer command whose parameters that are option groups are replaced by the groups' options."""
+    signature = inspect.signature(command)
+    groups: dict[str, type[OptionGroup]] = {}
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in signature.parameters.items():
+        if isinstance(parameter.annotation, type) and issubclass(parameter.annotation, OptionGroup):
+            groups[name] = parameter.annotation
+            parameters += parameter.annotation.parameters()
+        else:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        taken = {name: group.take(given) for name, group in groups.items()}
+        command(**taken, **given)
+
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return run
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+# Options that commands take by themselves.
+
+Layers = Annotated[str, _LAYERS]
+MaybeLayers = Annotated[str | None, _LAYERS]
+SiteKinds = Annotated[str, typer.Option("--site", metavar="S[,S..]", help=f"{_SITES}.")]
+MaybeSiteKinds = Annotated[
+    str | None, typer.Option("--site", metavar="S[,S..]", help=f"{_SITES}; default: the method's.")
+]
 PoolOption = Annotated[Pool, typer.Option(help=f"{_POOLS}.")]
 MaybePool = Annotated[Pool | None, typer.Option(help=f"{_POOLS}; default: the method's.")]
 Rows = Annotated[int, typer.Option("--rows", min=1, help="Rows of a batch.")]
 Seed = Annotated[int, typer.Option(help="Of the splits, the fit and the sampling.")]
-JudgeName = Annotated[
-    str | None,
-    typer.Option(
-        "--judge",
-        metavar="MODULE:FUNCTION",
-        help="Judges generated answers: (prompt, text) -> {metric: true, false or null}. "
-        "Without one, answers are chosen by likelihood.",
-    ),
-]
-Prompts = Annotated[
-    Path | None, typer.Option(help='What the judge\'s answers are generated to: JSON lines {"prompt", "split"?}.')
-]
-Temperature = Annotated[float, typer.Option(help="Of the judged generations; 0 is greedy.")]
-NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Of the judged generations.")]
-Samples = Annotated[int, typer.Option(min=1, help="Generations of each prompt in each arm.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="At most so many prompts, or questions of each attribute.")]
-PositionsOption = Annotated[str, typer.Option("--positions", help="generated, prompt or all: the steered tokens.")]
+Revision = Annotated[str | None, typer.Option(help="Revision of the model.")]
+CheckpointFolder = Annotated[Path, typer.Option(help="Folder of a checkpoint, with or without its version.")]
 
 
-@contextmanager
-def one_sentence() -> Iterator[None]:
-    """Expected failures end a command with one sentence and exit code 2, never a traceback."""
-    from steering.errors import SteeringError
+@dataclass(frozen=True)
+class ModelOptions(OptionGroup):
+    """The base model."""
 
-    try:
-        yield
-    except (TrainingError, SteeringError) as error:
-        typer.secho(f"error: {error}", err=True, fg="red")
-        raise typer.Exit(2) from None
-    except OSError as error:
-        if error.filename is None:
-            raise
-        typer.secho(f"error: {error.filename} cannot be used: {error.strerror}.", err=True, fg="red")
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        typer.secho("interrupted: the same command goes on where it stopped", err=True, fg="yellow")
-        raise typer.Exit(130) from None
+    model: Annotated[str, typer.Option(help="Hugging Face id or folder of a causal language model.")]
+    revision: Revision = None
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
+
+    def load(self) -> "Base":
+        """Raises TrainingError."""
+        from training.models import load_base
+
+        return load_base(self.model, revision=self.revision, device=self.device, dtype=self.dtype)
 
 
-def data_specs(
-    data: Sequence[str] | None,
-    more: Sequence[str] | None,
-    method: Method | None = None,
-    activations: Path | None = None,
-) -> tuple[str, ...]:
-    """Every NAME=PATH. Raises DataError where a fit has nothing to start from, or more than its method takes."""
-    specs = (*(data or ()), *(more or ()))
-    if method is Method.ACTADD and (specs or activations):
-        unused = "--data" if specs else "--activations"
-        raise DataError(f"--method actadd is fitted on its --pair alone: give no {unused}.")
-    if not (specs or activations or method is Method.ACTADD):
-        raise DataError("No data was given: name at least one --data NAME=PATH.")
-    return specs
+@dataclass(frozen=True)
+class BakedModelOptions(ModelOptions):
+    """The same for a model that is written again, in the dtype that it is stored in."""
+
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto"
+
+    def load(self) -> "Base":
+        """Raises TrainingError."""
+        from training.models import load_base, stored_dtype
+
+        dtype = stored_dtype(self.model, self.revision) if self.dtype == "auto" else self.dtype
+        return load_base(self.model, revision=self.revision, device=self.device, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class DataOptions(OptionGroup):
+    """Labelled texts, and how they are split."""
+
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PATH",
+            help="An attribute and its JSON lines of prompt, completion, label; or a known data set, as in "
+            "truthfulqa=PATH, truthfulness=truthfulqa:PATH or truthfulqa=hub:ID (docs/data.md). Repeat for more.",
+        ),
+    ] = None
+    more: Annotated[list[str] | None, typer.Argument(metavar="[NAME=PATH]...", help="More data, as after --data.")] = (
+        None
+    )
+    seed: Seed = 0
+
+    @property
+    def specs(self) -> tuple[str, ...]:
+        """Every NAME=PATH."""
+        return (*(self.data or ()), *(self.more or ()))
+
+    def fitted_on(self, method: Method | None = None, activations: Path | None = None) -> tuple[str, ...]:
+        """Every NAME=PATH. Raises DataError where a fit has nothing to start from, or more than its method takes."""
+        if method is not None and method.fitted_on and (self.specs or activations):
+            unused = "--data" if self.specs else "--activations"
+            raise DataError(f"--method {method.name} is fitted on {method.fitted_on} alone: give no {unused}.")
+        if not (self.specs or activations or (method and method.fitted_on)):
+            raise DataError("No data was given: name at least one --data NAME=PATH.")
+        return self.specs
+
+    def split_samples(self) -> "list[Sample]":
+        """The samples with their splits. Raises DataError."""
+        from training.data import load_data, split_samples
+
+        return split_samples(load_data(self.fitted_on()), seed=self.seed)
+
+
+@dataclass(frozen=True)
+class EvaluationOptions(OptionGroup):
+    """How steering is measured: a judge's verdicts, or choices by likelihood."""
+
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            "--judge",
+            metavar="MODULE:FUNCTION",
+            help="Judges generated answers: (prompt, text) -> {metric: true, false or null}. "
+            "Without one, answers are chosen by likelihood.",
+        ),
+    ] = None
+    prompts: Annotated[
+        Path | None, typer.Option(help='What the judge\'s answers are generated to: JSON lines {"prompt", "split"?}.')
+    ] = None
+    temperature: Annotated[float, typer.Option(help="Of the judged generations; 0 is greedy.")] = 1.0
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Of the judged generations.")] = 64
+    samples: Annotated[int, typer.Option(min=1, help="Generations of each prompt in each arm.")] = 1
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most so many prompts, or questions of each attribute.")
+    ] = None
+    positions: Annotated[str | None, typer.Option(help="generated, prompt or all: the steered tokens.")] = "generated"
+
+    def evaluator(self, seed: int) -> "Evaluator":
+        """Raises TrainingError."""
+        from steering.types import Positions
+        from training.evaluation.evaluator import Evaluator
+        from training.evaluation.generation import Sampling, load_judge, load_prompts
+
+        if (self.judge is None) != (self.prompts is None):
+            raise TrainingError("--judge and --prompts belong together: give both or neither.")
+        if self.positions not in list(Positions):
+            raise TrainingError(f"--positions must be one of {', '.join(Positions)}, got {self.positions!r}.")
+        return Evaluator(
+            judge=load_judge(self.judge) if self.judge else None,
+            prompts=tuple(load_prompts(self.prompts)) if self.prompts else (),
+            sampling=Sampling(self.temperature, self.max_new_tokens, self.samples, seed),
+            limit=self.limit,
+            positions=Positions(self.positions),
+        )
+
+
+@dataclass(frozen=True)
+class CheckpointEvaluationOptions(EvaluationOptions):
+    """The same for a checkpoint, whose own positions count where none are given."""
+
+    positions: Annotated[str | None, typer.Option(help="Default: the checkpoint's own.")] = None
+
+    def at(self, positions: str) -> Self:
+        """With the checkpoint's positions where none were given."""
+        return replace(self, positions=self.positions or positions)
+
+
+@dataclass(frozen=True)
+class MethodOptions(OptionGroup):
+    """The method, and what was given for the options of all methods; None where nothing was."""
+
+    method: Method
+    normalize: bool | None
+    given: Mapping[str, Any]
+    """Field name or preset -> what was given."""
+
+    @classmethod
+    def parameters(cls) -> list[inspect.Parameter]:
+        names = StrEnum("MethodName", {name: name for name in METHODS})  # type: ignore[misc]
+        summaries = "; ".join(f"{method.name}: {method.summary}" for method in METHODS.values())
+        chosen = typer.Option("--method", rich_help_panel="Method", help=f"{summaries}.")
+        norm = typer.Option(
+            rich_help_panel="Method", help="Keep the activation's norm; default: the method's. Not for ablations."
+        )
+        return [
+            _parameter("method", Annotated[names, chosen], next(iter(names))),
+            _parameter("normalize", Annotated[bool | None, norm], None),
+            *_preset_parameters(),
+            *_setting_parameters(),
+        ]
+
+    @classmethod
+    def take(cls, given: dict[str, Any]) -> Self:
+        found = {parameter.name: given.pop(parameter.name) for parameter in cls.parameters()}
+        return cls(METHODS[found.pop("method")], found.pop("normalize"), found)
+
+    def config(self, seed: int) -> MethodConfig:
+        """The method's settings. Raises TrainingError for an option that the method does not use or cannot take."""
+        if self.normalize is not None and self.method.keep_norm is None:
+            self._refuse("normalize", [method.name for method in METHODS.values() if method.keep_norm is not None])
+        for name, value in self.given.items():
+            if value is None or value == [] or (name in _presets() and not value):
+                continue
+            if name not in self.method.presets and name not in self.method.options():
+                self._refuse(name, users_of(name))
+            if isinstance(value, float) and not isfinite(value):
+                raise TrainingError(f"{_flag(name)} must be a finite number, got {value}.")
+        return self.method.configure(self.given, seed=seed)
+
+    def recipe(self, seed: int) -> "Recipe":
+        """Raises TrainingError."""
+        from training.methods.fit import Recipe
+
+        return Recipe(self.config(seed), normalize=self.normalize)
+
+    def check_sweep(self) -> None:
+        """Raises TrainingError for an option that names layers: a sweep fits one place at a time."""
+        for name in (name for method in METHODS.values() for name in method.layer_options):
+            if self.given.get(name):
+                raise TrainingError(f"{_flag(name)} is for `matsteer train`: a sweep fits one place at a time.")
+
+    def _refuse(self, name: str, users: Sequence[str]) -> None:
+        raise TrainingError(f"{_flag(name)} is for --method {' or '.join(users)}, not for {self.method.name}.")
+
+
+def users_of(name: str) -> list[str]:
+    """The methods that use an option or a preset."""
+    return [method.name for method in METHODS.values() if name in method.presets or name in method.options()]
+
+
+def _presets() -> dict[str, Method]:
+    return {name: method for method in METHODS.values() for name in method.presets}
+
+
+def _preset_parameters() -> Iterator[inspect.Parameter]:
+    for name, method in _presets().items():
+        help, panel = method.presets[name].help, method.panel
+        yield _parameter(name, Annotated[bool, typer.Option(_flag(name), help=help, rich_help_panel=panel)], False)
+
+
+def _setting_parameters() -> Iterator[inspect.Parameter]:
+    """One option for all settings of one name; its help says which methods use it, unless its panel does."""
+    names = dict.fromkeys(name for method in METHODS.values() for name in method.options())
+    for name in names:
+        users = [METHODS[user] for user in users_of(name)]
+        (field, first), *_ = found = [method.options()[name] for method in users]
+        help = first.help
+        if users[0].panel == Method.panel:
+            helps: dict[str, list[str]] = {}
+            for method, (_, spec) in zip(users, found, strict=True):
+                helps.setdefault(spec.help, []).append(method.name)
+            help = " ".join(f"{', '.join(methods)}: {text}" for text, methods in helps.items())
+        yield _parameter(name, _annotation(first, field.type, help, users[0].panel), None)
+
+
+def _annotation(spec: Option, type: Any, help: str, panel: str) -> Any:
+    info = typer.Option(help=help, metavar=spec.metavar, min=spec.min, rich_help_panel=panel)
+    return Annotated[(spec.type or type) | None, info]
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+# What is given as text.
 
 
 def parse_sites(layers: str, kinds: str) -> tuple["Site", ...]:
@@ -142,60 +362,27 @@ def parse_places(items: Sequence[str] | None) -> dict[str, tuple["Site", ...]]:
     return places
 
 
-def parse_numbers(text: str, option: str) -> tuple[float, ...]:
-    """Numbers separated by commas. Raises TrainingError."""
-    from math import isfinite
+# How a command speaks.
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Expected failures end a command with one sentence and exit code 2, never a traceback."""
+    from steering.errors import SteeringError
 
     try:
-        numbers = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        numbers = ()
-    if not numbers or not all(isfinite(number) for number in numbers):
-        raise TrainingError(f"{option} must be finite numbers separated by commas, got {text!r}.")
-    return numbers
-
-
-def parse_settings(items: Sequence[str] | None, option: str, *, unnamed: bool = False) -> dict[str, float]:
-    """ "NAME=NUMBER" items; with `unnamed` also a bare number, under the name "". Raises TrainingError."""
-    settings = {}
-    for item in items or ():
-        name, found, number = item.rpartition("=")
-        if (not name.strip() and found) or not (found or unnamed):
-            raise TrainingError(f"{option} must be NAME=NUMBER, got {item!r}.")
-        try:
-            (settings[name.strip()],) = parse_numbers(number, option)
-        except ValueError:  # no number, or several
-            raise TrainingError(f"{option} must be NAME=NUMBER with one finite number, got {item!r}.") from None
-    return settings
-
-
-def make_measure(
-    judge: str | None,
-    prompts: Path | None,
-    temperature: float,
-    max_new_tokens: int,
-    samples: int,
-    seed: int,
-    limit: int | None,
-    positions: str,
-) -> "Measure":
-    """Raises TrainingError."""
-    from steering.types import Positions
-    from training.evaluation.generation import Sampling
-    from training.evaluation.judges import load_judge, load_prompts
-    from training.evaluation.measure import Measure
-
-    if (judge is None) != (prompts is None):
-        raise TrainingError("--judge and --prompts belong together: give both or neither.")
-    if positions not in list(Positions):
-        raise TrainingError(f"--positions must be one of {', '.join(Positions)}, got {positions!r}.")
-    return Measure(
-        judge=load_judge(judge) if judge else None,
-        prompts=tuple(load_prompts(prompts)) if prompts else (),
-        sampling=Sampling(temperature, max_new_tokens, samples, seed),
-        limit=limit,
-        positions=Positions(positions),
-    )
+        yield
+    except (TrainingError, SteeringError) as error:
+        typer.secho(f"error: {error}", err=True, fg="red")
+        raise typer.Exit(2) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        typer.secho(f"error: {error.filename} cannot be used: {error.strerror}.", err=True, fg="red")
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.secho("interrupted: the same command goes on where it stopped", err=True, fg="yellow")
+        raise typer.Exit(130) from None
 
 
 def shows_progress() -> bool:

@@ -12,128 +12,183 @@ A run that was interrupted finds the finished artifacts and goes on; KEY is a ha
 import json
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version as installed
+from pathlib import Path
 from typing import Any
 
 from steering import checkpoint as checkpoints
-from steering.types import Column, Positions
-from training.activations.artifact import Activations, stored_samples
+from steering.errors import NotFound
+from steering.types import Column, Positions, Site
+from training.activations import Pool
 from training.activations.extraction import extract_under
-from training.activations.stored import describe_stored, open_stored, split_as_stored
-from training.card import render
-from training.choices import Method
-from training.data.records import Sample, Split
-from training.data.registry import load_data
-from training.data.saved_splits import SPLITS, dump_splits
-from training.data.specs import Spec
-from training.data.splits import FRACTIONS, split_samples
+from training.activations.store import Activations, describe_stored, open_stored, split_as_stored, stored_samples
+from training.data.samples import Sample, Split
+from training.data.sources import DataSpec, load_data
+from training.data.splits import FRACTIONS, SPLITS, dump_splits, split_samples
 from training.data.summary import count_samples, missing_sides
-from training.errors import DataError
-from training.evaluation.arms import BASELINE, default_arm, single_arms
-from training.evaluation.gates import gate_means
+from training.errors import DataError, TrainingError
+from training.evaluation.evaluator import Evaluator, gate_means
 from training.evaluation.report import store
-from training.evaluation.results import Evaluation
+from training.evaluation.results import BASELINE, Evaluation, default_arm, single_arms
 from training.files import content_key, write_bytes
 from training.methods.fit import Recipe, fit
+from training.model_card import render_card
 from training.models import Base
-from training.plan import Plan, next_version
 
 LIBRARIES = ("numpy", "safetensors", "scikit-learn", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """Everything that a training run is asked for, but the model."""
+
+    data: tuple[str, ...]
+    sites: tuple[Site, ...]
+    out: Path
+    activations: Path | None = None
+    """A folder of stored ones, in place of an extraction; `data` are then only evaluated on."""
+    recipe: Recipe = field(default_factory=Recipe)
+    evaluator: Evaluator = field(default_factory=Evaluator)
+    pool: Pool = Pool.MEAN
+    version: str | None = None
+    """None: the next of v1, v2, ..."""
+    overwrite: bool = False
+    seed: int = 0
+    work: Path | None = None
+    """None: OUT/.work."""
+    max_rows: int = 64
+    evaluated: bool = True
+    progress: bool = False
+
+    @property
+    def origin(self) -> str:
+        """What is fitted on, in words."""
+        return str(self.activations or ", ".join(self.data) or "a pair of prompts")
+
+    @property
+    def all_sites(self) -> tuple[Site, ...]:
+        """Wherever activations are needed."""
+        return self.recipe.all_sites(self.sites)
+
+    @property
+    def workspace(self) -> Path:
+        return self.work or self.out / ".work"
+
+
+def next_version(plan: TrainingRun) -> str:
+    """The version asked for, or the next free vN. Raises TrainingError for one that exists already, and for a name or
+    version that no checkpoint can have."""
+    root, name = plan.out.resolve().parent, plan.out.resolve().name
+    for what, text in (("name", name), ("version", plan.version or "v1")):
+        if not checkpoints.NAME.fullmatch(text):
+            raise TrainingError(f"The {what} of a checkpoint is letters, digits, '.', '_' and '-', not {text!r}.")
+    if plan.version is None:
+        taken = {version for n, version, _ in checkpoints.list_checkpoints(root) if n == name}
+        return next(version for number in range(1, len(taken) + 2) if (version := f"v{number}") not in taken)
+    try:
+        checkpoints.find(root, name, plan.version)
+    except NotFound:
+        return plan.version
+    if not plan.overwrite:
+        raise TrainingError(f"Version {plan.version!r} of {plan.out} exists already: choose another or overwrite it.")
+    return plan.version
+
+
 Say = Callable[[str], None]
 
 
 def train(
-    load: Callable[[], Base], plan: Plan, say: Say = lambda _: None
+    load: Callable[[], Base], run: TrainingRun, say: Say = lambda _: None
 ) -> tuple[checkpoints.Checkpoint, Evaluation | None]:
     """Run the five steps. `load`: the model, once the data are known to be sound. Raises TrainingError or
     SteeringError with one sentence."""
-    name, version = plan.out.resolve().name, next_version(plan)
-    say(f"1/5 data: {plan.origin}")
-    samples = prepare_data(plan)
-    texts = texts_for(samples, plan)
+    name, version = run.out.resolve().name, next_version(run)
+    say(f"1/5 data: {run.origin}")
+    samples = prepare_data(run)
+    texts = texts_for(samples, run)
     base = load()
-    say(f"2/5 activations of {len(samples)} samples at {', '.join(map(str, plan.all_sites))}")
-    activations = activations_for(base, samples, plan)
-    say(f"3/5 fit: {plan.recipe.method.value}")
-    columns = fit_for(activations, plan)
+    say(f"2/5 activations of {len(samples)} samples at {', '.join(map(str, run.all_sites))}")
+    activations = activations_for(base, samples, run)
+    say(f"3/5 fit: {run.recipe.method.name}")
+    columns = fit_for(activations, run)
     say("4/5 evaluate on test")
-    evaluation = evaluate_for(base, texts, columns, plan, version, say)
-    say(f"5/5 checkpoint: {plan.out / version}")
-    return write_checkpoint(base, samples, activations, columns, evaluation, plan, name, version), evaluation
+    evaluation = evaluate_for(base, texts, columns, run, version, say)
+    say(f"5/5 checkpoint: {run.out / version}")
+    return write_checkpoint(base, samples, activations, columns, evaluation, run, name, version), evaluation
 
 
 def read_samples(data: Sequence[str], recipe: Recipe, seed: int) -> list[Sample]:
     """The samples of every NAME=PATH with their splits, or the recipe's pair of prompts. Raises DataError, also where
     train lacks a side of an attribute, which every method but those two compares."""
-    if recipe.pair:
-        return recipe.pair.samples()
+    if own := recipe.config.own_samples():
+        return own
     samples = split_samples(load_data(data), seed=seed)
-    if recipe.method is not Method.HEAD_ABLATION and (sentence := next(missing_sides(samples, [Split.TRAIN]), None)):
+    if recipe.method.contrastive and (sentence := next(missing_sides(samples, [Split.TRAIN]), None)):
         raise DataError(sentence)
     return samples
 
 
-def prepare_data(plan: Plan) -> list[Sample]:
+def prepare_data(run: TrainingRun) -> list[Sample]:
     """The samples; where activations were given, without their texts. Raises DataError."""
-    samples = stored_samples(plan.activations) if plan.activations else read_samples(plan.data, plan.recipe, plan.seed)
+    samples = stored_samples(run.activations) if run.activations else read_samples(run.data, run.recipe, run.seed)
     known = dict.fromkeys(sample.attribute for sample in samples)
-    for name in (*plan.recipe.strengths, *plan.recipe.defaults, *plan.recipe.places):
+    for name in (*run.recipe.strengths, *run.recipe.defaults, *run.recipe.places):
         if name and name not in known:
             raise DataError(f"There is no attribute {name!r} in the data; there are {', '.join(known)}.")
-    if not plan.sites and (homeless := [name for name in known if name not in plan.recipe.places]):
+    if not run.sites and (homeless := [name for name in known if name not in run.recipe.places]):
         raise DataError(f"Attribute {homeless[0]!r} has no place: name its layer and site.")
-    if plan.activations is None:
+    if run.activations is None:
         rows = "".join(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
-        write_bytes(plan.workspace / "samples.jsonl", rows.encode())
+        write_bytes(run.workspace / "samples.jsonl", rows.encode())
     return samples
 
 
-def texts_for(samples: Sequence[Sample], plan: Plan) -> Sequence[Sample]:
+def texts_for(samples: Sequence[Sample], run: TrainingRun) -> Sequence[Sample]:
     """The samples with their texts; where activations were given, those of the data beside them, if any."""
-    if plan.activations is None:
+    if run.activations is None:
         return samples
-    return split_as_stored(load_data(plan.data), samples, seed=plan.seed) if plan.data else []
+    return split_as_stored(load_data(run.data), samples, seed=run.seed) if run.data else []
 
 
-def activations_for(base: Base, samples: Sequence[Sample], plan: Plan) -> Activations:
-    if plan.activations is not None:
-        return open_stored(plan.activations, base, plan.all_sites)
+def activations_for(base: Base, samples: Sequence[Sample], run: TrainingRun) -> Activations:
+    if run.activations is not None:
+        return open_stored(run.activations, base, run.all_sites)
     return extract_under(
-        plan.workspace,
+        run.workspace,
         base.model,
         base.tokenizer,
         samples,
-        plan.all_sites,
-        pool=plan.pool,
-        max_rows=plan.max_rows,
-        progress=plan.progress,
+        run.all_sites,
+        pool=run.pool,
+        max_rows=run.max_rows,
+        progress=run.progress,
     )
 
 
-def fit_for(activations: Activations, plan: Plan) -> tuple[Column, ...]:
-    key = content_key({"activations": dict(activations.source), "recipe": plan.recipe.settings()})
-    return fit(activations, plan.sites, plan.recipe, folder=plan.workspace / f"fit-{key}", progress=plan.progress)
+def fit_for(activations: Activations, run: TrainingRun) -> tuple[Column, ...]:
+    key = content_key({"activations": dict(activations.source), "recipe": run.recipe.settings()})
+    return fit(activations, run.sites, run.recipe, folder=run.workspace / f"fit-{key}", progress=run.progress)
 
 
 def evaluate_for(
-    base: Base, texts: Sequence[Sample], columns: Sequence[Column], plan: Plan, version: str, say: Say
+    base: Base, texts: Sequence[Sample], columns: Sequence[Column], run: TrainingRun, version: str, say: Say
 ) -> Evaluation | None:
     """Unsteered, all attributes, and each alone, on test; None where there is nothing to evaluate on."""
-    if not plan.evaluated:
+    if not run.evaluated:
         return None
-    if not texts and plan.measure.judge is None:
+    if not texts and run.evaluator.judge is None:
         say("not evaluated: activations hold no texts to choose from; give --data too, or --judge and --prompts.")
         return None
     arms = [BASELINE, default_arm(columns), *(single_arms(columns) if len({c.attribute for c in columns}) > 1 else ())]
     try:
-        evaluation, generated = plan.measure.run(base, columns, arms, texts, Split.TEST, progress=plan.progress)
+        evaluation, generated = run.evaluator.evaluate(base, columns, arms, texts, Split.TEST, progress=run.progress)
     except DataError as error:
-        if plan.measure.judge is not None:
+        if run.evaluator.judge is not None:
             raise
         say(f"not evaluated: {error}")
         return None
-    store(evaluation, plan.workspace / f"evaluation-{version}", texts=generated)
+    store(evaluation, run.workspace / f"evaluation-{version}", texts=generated)
     return evaluation
 
 
@@ -143,26 +198,26 @@ def write_checkpoint(
     activations: Activations,
     columns: Sequence[Column],
     evaluation: Evaluation | None,
-    plan: Plan,
+    run: TrainingRun,
     name: str,
     version: str,
 ) -> checkpoints.Checkpoint:
     gates = gate_means(activations, columns, tuple(Split))
-    given = [describe_stored(plan.activations)] if plan.activations else []
-    shares = {} if plan.activations else {"fractions": list(FRACTIONS), "seed": plan.seed}
+    given = [describe_stored(run.activations)] if run.activations else []
+    shares = {} if run.activations else {"fractions": list(FRACTIONS), "seed": run.seed}
     training: dict[str, Any] = {
-        "data": [*given, *(Spec.parse(spec).describe() for spec in plan.data)],
+        "data": [*given, *(DataSpec.parse(spec).describe() for spec in run.data)],
         "splits": {**shares, "counts": count_samples(samples)},
-        "hyperparameters": {"pool": activations.pool.value, **plan.recipe.as_dict()},
+        "hyperparameters": {"pool": activations.pool.value, **run.recipe.as_dict()},
         "gates": [asdict(mean) for mean in gates],
-        "seed": plan.seed,
+        "seed": run.seed,
         "libraries": libraries(),
     }
-    positions = plan.measure.positions
-    card = render(
+    positions = run.evaluator.positions
+    card = render_card(
         name=name,
         version=version,
-        method=plan.recipe.method.value,
+        method=run.recipe.method.name,
         base_model=base.id,
         columns=columns,
         training=training,
@@ -171,18 +226,18 @@ def write_checkpoint(
         positions=positions.value,
     )
     return checkpoints.save(
-        plan.out / version,
+        run.out / version,
         name=name,
         version=version,
-        method=plan.recipe.method.value,
+        method=run.recipe.method.name,
         base_model=checkpoints.base_model_info(base.model, base.id, base.revision),
         columns=columns,
-        normalize=plan.recipe.keep_norm,
+        normalize=run.recipe.keep_norm,
         positions=Positions(positions),
         training=training,
         evaluation=evaluation.as_dict() if evaluation else {},
         card=card,
-        extra_files={SPLITS: dump_splits(samples, seed=plan.seed)},
+        extra_files={SPLITS: dump_splits(samples, seed=run.seed)},
     )
 
 

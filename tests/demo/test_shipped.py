@@ -10,10 +10,8 @@ from demo.corpus import TRAITS
 from demo.oracle import judge
 from demo.steering_data import prompts
 from steering.checkpoint import base_model_info, find, load, verify_against, verify_sites
-from training.evaluation.arms import BASELINE, Arm, default_arm
-from training.evaluation.evaluate import evaluate_generations
-from training.evaluation.generation import Sampling
-from training.evaluation.results import Evaluation
+from training.evaluation.generation import Sampling, evaluate_generations
+from training.evaluation.results import BASELINE, Arm, Evaluation, default_arm
 from training.models import Base, load_base
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.activations.artifact import Contrast
+from training.activations.store import Contrast
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests.training.helpers import make_llama, make_tokenizer
-from training.data.records import Sample
+from training.data.samples import Sample
 
 
 @pytest.fixture(scope="session")

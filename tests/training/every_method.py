@@ -6,15 +6,22 @@ from typing import Any
 
 from steering import Column, Positions, Site, SiteKind
 from steering import checkpoint as checkpoints
-from training.activations.artifact import Activations
+from training.activations import Pool
 from training.activations.extraction import extract
-from training.activations.heads import parse_heads
-from training.choices import Fill, Method, Pool
+from training.activations.store import Activations
 from training.data import Sample, Split
-from training.methods import AblationConfig, ControlConfig, HeadAblationConfig, ItiConfig, MatConfig, Pair
+from training.methods.ablation import AblationConfig
+from training.methods.actadd import ActAddConfig
+from training.methods.caa import CaaConfig
+from training.methods.control import ControlConfig
 from training.methods.fit import Recipe, fit
+from training.methods.head_ablation import Fill, HeadAblationConfig
+from training.methods.heads import parse_heads
+from training.methods.iti import ItiConfig
+from training.methods.mat import MatConfig
+from training.methods.probe import ProbeConfig
 
-NAME, PAIR = "truthfulness", Pair("good bees", "bad cows", "truthfulness")
+NAME, PAIR = "truthfulness", ActAddConfig(("good bees", "bad cows"), "truthfulness")
 RESIDUAL, HEADS = ([Site(layer, kind) for layer in range(3)] for kind in (SiteKind.RESIDUAL, SiteKind.ATTN_HEADS))
 ATTENTION, SOURCE = [Site(1, SiteKind.ATTN_OUTPUT)], RESIDUAL[1]
 ZEROED, MEANED = parse_heads("0.1,2.3"), parse_heads("1.0")
@@ -22,15 +29,15 @@ COEFFICIENTS = {0: 0.5, 1: -0.25, 2: 1.5}
 TOP = 5
 
 RECIPES: dict[str, tuple[Recipe, list[Site]]] = {
-    "mat": (Recipe(mat=MatConfig(epochs=3, lr=0.05)), ATTENTION),
-    "caa": (Recipe(Method.CAA), ATTENTION),
-    "actadd": (Recipe(Method.ACTADD, pair=PAIR), RESIDUAL[:1]),
-    "probe": (Recipe(Method.PROBE), ATTENTION),
-    "iti": (Recipe(Method.ITI, iti=ItiConfig(top=TOP)), HEADS),
-    "ablation": (Recipe(Method.ABLATION, ablation=AblationConfig(SOURCE)), RESIDUAL),
-    "zeroed": (Recipe(Method.HEAD_ABLATION, head_ablation=HeadAblationConfig(ZEROED)), HEADS),
-    "meaned": (Recipe(Method.HEAD_ABLATION, head_ablation=HeadAblationConfig(MEANED, fill=Fill.MEAN)), HEADS),
-    "control": (Recipe(Method.CONTROL, control=ControlConfig(coefficients=COEFFICIENTS)), RESIDUAL),
+    "mat": (Recipe(MatConfig(epochs=3, lr=0.05)), ATTENTION),
+    "caa": (Recipe(CaaConfig()), ATTENTION),
+    "actadd": (Recipe(PAIR), RESIDUAL[:1]),
+    "probe": (Recipe(ProbeConfig()), ATTENTION),
+    "iti": (Recipe(ItiConfig(top=TOP)), HEADS),
+    "ablation": (Recipe(AblationConfig(SOURCE)), RESIDUAL),
+    "zeroed": (Recipe(HeadAblationConfig(heads=ZEROED)), HEADS),
+    "meaned": (Recipe(HeadAblationConfig(heads=MEANED, fill=Fill.MEAN)), HEADS),
+    "control": (Recipe(ControlConfig(coefficient=COEFFICIENTS)), RESIDUAL),
 }
 
 
@@ -49,15 +56,15 @@ def store_all(model: Any, tokenizer: Any, activations: Activations, folder: Path
     found = {}
     for name, (recipe, sites) in RECIPES.items():
         on = activations
-        if recipe.pair is not None:
-            on = extract(model, tokenizer, recipe.pair.samples(), sites, pool=Pool.LAST)
+        if recipe.config.own_samples():
+            on = extract(model, tokenizer, recipe.config.own_samples(), sites, pool=Pool.LAST)
         found[name] = _store(model, folder / name / "v1", name, recipe, fit(on, sites, recipe))
     return found
 
 
 def _store(model: Any, folder: Path, name: str, recipe: Recipe, columns: Sequence[Column]) -> checkpoints.Checkpoint:
     checkpoints.save(
-        folder, name=name, version="v1", method=recipe.method.value, columns=columns, normalize=recipe.keep_norm,
+        folder, name=name, version="v1", method=recipe.method.name, columns=columns, normalize=recipe.keep_norm,
         base_model=checkpoints.base_model_info(model, "tiny", None), positions=Positions.GENERATED,
         training={"hyperparameters": recipe.as_dict()}, evaluation={}, card="",
     )  # fmt: skip

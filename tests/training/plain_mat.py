@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.choices import Objective
-from training.methods import MatConfig
+from training.methods.mat import MatConfig, Objective
 
 
 @dataclass(frozen=True, eq=False)

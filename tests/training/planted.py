@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from steering import Site, SiteKind
-from training.activations.artifact import Activations
-from training.data.records import Split
+from training.activations.store import Activations
+from training.data.samples import Split
 
 NAME = "truth"
 HEADS, HEAD_WIDTH = 4, 8

@@ -13,11 +13,10 @@ from transformers import AutoModelForCausalLM
 import training.activations.extraction as extraction
 from steering import Site, SiteKind, site_module
 from tests.training.helpers import make_llama, make_tokenizer
-from training.activations.artifact import Activations, load_activations, save_activations
+from training.activations import Pool
 from training.activations.extraction import extract, extract_to, extract_under
-from training.activations.shards import write_shard
-from training.activations.tokens import encode
-from training.choices import Pool
+from training.activations.store import Activations, load_activations, save_activations, write_shard
+from training.activations.tokenization import encode
 from training.data import Sample, Split, split_samples
 from training.errors import ActivationError, DataError, FitError
 

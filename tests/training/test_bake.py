@@ -14,7 +14,7 @@ from steering import Checkpoint, Gate, Positions, Site, SiteKind, base_model_inf
 from steering.errors import CheckpointMismatch, FormatError
 from tests.steering.families import COMMON, column, tiny
 from tests.training.helpers import make_llama, make_tokenizer
-from training.baking.bake import bake, write_biases
+from training.bake import bake, write_biases
 from training.cli import app
 from training.errors import BakeError
 from training.models import Base

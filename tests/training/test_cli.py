@@ -100,8 +100,8 @@ def test_a_second_run_reuses_activations_and_fit(here: Path, monkeypatch: pytest
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("training.activations.work.Work.run", forbidden)
-    monkeypatch.setattr("training.methods.mat.step", forbidden)
+    monkeypatch.setattr("training.activations.extraction.ExtractionJob.run", forbidden)
+    monkeypatch.setattr("training.methods.mat_training.train_step", forbidden)
     assert run("train", *DATA, *FIT, "--out", "checkpoints/mine", "--no-evaluate").exit_code == 0
     first, second = (checkpoints.load(here / "checkpoints/mine" / v) for v in ("v1", "v2"))
     assert first.config.sha256 == second.config.sha256
@@ -144,7 +144,7 @@ def test_sweep_writes_down_the_best(here: Path, monkeypatch: pytest.MonkeyPatch)
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("training.sweeps.sweep.fit", forbidden)  # every site was measured already
+    monkeypatch.setattr("training.evaluation.sweep.fit", forbidden)  # every site was measured already
     assert run("sweep", *arguments, "--multipliers", "0.5,1", *JUDGE).exit_code == 0
 
 

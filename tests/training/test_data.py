@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training.data import Sample, Split, check_leaks, load_data, split_samples
-from training.data.saved_splits import SPLITS, dump_splits, group_id, read_splits, split_as_trained
+from training.data.splits import SPLITS, dump_splits, group_id, read_splits, split_as_trained
 from training.errors import DataError
 
 

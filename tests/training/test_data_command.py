@@ -8,7 +8,7 @@ from typer.testing import CliRunner, Result
 
 from tests.training.helpers import make_llama, make_tokenizer
 from training.cli import app
-from training.data.saved_splits import SPLITS
+from training.data.splits import SPLITS
 
 FIXTURES = Path(__file__).parent / "data"
 

@@ -10,14 +10,13 @@ import torch
 
 from steering import Column, Gate, Site, SiteKind, steered
 from steering.errors import ColumnError
-from training.activations.tokens import encode
+from training.activations.tokenization import encode
 from training.data import Sample, Split
 from training.errors import DataError, TrainingError
-from training.evaluation.arms import BASELINE, Arm, default_arm, single_arms
-from training.evaluation.evaluate import evaluate_choices, evaluate_generations, judged_rates, questions
-from training.evaluation.generation import Sampling
-from training.evaluation.measure import Measure
-from training.evaluation.statistics import bootstrap, wilson
+from training.evaluation.choices import evaluate_choices, questions
+from training.evaluation.evaluator import Evaluator
+from training.evaluation.generation import Sampling, evaluate_generations, judged_rates
+from training.evaluation.results import BASELINE, Arm, bootstrap, default_arm, single_arms, wilson
 from training.models import Base
 
 SITE = Site(1, SiteKind.RESIDUAL)
@@ -72,7 +71,7 @@ def test_choices_equal_a_loop_over_plain_forward_passes(llama: Any, tokenizer: A
 def test_a_limit_is_one_for_each_attribute(llama: Any, tokenizer: Any, samples: list[Sample]) -> None:
     placed = [replace(sample, split=Split.TEST) for sample in samples]
     base = Base(llama, tokenizer, "tiny", None)
-    evaluation, _ = Measure(limit=3).run(base, COLUMNS, [BASELINE], placed, Split.TEST)
+    evaluation, _ = Evaluator(limit=3).evaluate(base, COLUMNS, [BASELINE], placed, Split.TEST)
     counts = {name: estimate.count for name, estimate in evaluation.arm(BASELINE.name).metrics.items()}
     assert counts["truthfulness mc1"] == counts["civility mc1"] == 3
 

@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 
 from steering import Site, SiteKind
 from tests.training.helpers import make_llama
-from training.activations.artifact import load_activations
-from training.choices import Method, Pool
+from training.activations import Pool
+from training.activations.store import load_activations
 from training.cli import app
-from training.data.records import Split
+from training.data.samples import Split
+from training.methods import METHODS
 from training.methods.fit import Recipe, fit
 
 LAYERS, WIDTH, ROWS = 3, 16, 40
@@ -76,10 +77,10 @@ def test_answers_to_one_question_share_its_split(here: Path) -> None:
     assert len(set(zip(found.groups, found.splits, strict=True))) == 10
 
 
-@pytest.mark.parametrize("method", [Method.CAA, Method.PROBE, Method.MAT, Method.ITI])
-def test_every_method_is_fitted_on_them(here: Path, method: Method) -> None:
+@pytest.mark.parametrize("method", ["caa", "probe", "mat", "iti"])
+def test_every_method_is_fitted_on_them(here: Path, method: str) -> None:
     assert run(here).exit_code == 0
-    columns = fit(load_activations(here / "out"), [HEADS], Recipe(method))
+    columns = fit(load_activations(here / "out"), [HEADS], Recipe(METHODS[method].config()))
     assert [(column.attribute, column.site) for column in columns] == [("truth", HEADS)]
     assert float(columns[0].vector.norm()) > 0
 

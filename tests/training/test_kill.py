@@ -13,10 +13,11 @@ import torch
 
 from steering import Site, SiteKind
 from tests.training.clouds import make_clouds
-from training.activations.artifact import load_activations
 from training.activations.extraction import extract, extract_to
+from training.activations.store import load_activations
 from training.data import Sample
-from training.methods import MatConfig, fit_mat
+from training.methods.mat import MatConfig
+from training.methods.mat_training import fit_mat
 
 ROOT = Path(__file__).parents[2]
 CONFIG = MatConfig(epochs=120, batch=24)
@@ -24,7 +25,7 @@ SITE = Site(1, SiteKind.ATTN_OUTPUT)
 SCRIPT = """
 import sys
 from pathlib import Path
-import training.methods.mat as mat
+import training.methods.mat_training as mat
 from tests.training.test_kill import CONFIG, SITE
 from tests.training.clouds import make_clouds
 mat._SAVE_SECONDS = 0.0

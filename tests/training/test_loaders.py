@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from training.data import LOADERS, Sample, Split, load_data, split_samples
-from training.data.registry import draw
-from training.data.specs import Spec
+from training.data.sources import DataSpec, draw
 from training.errors import DataError
 
 DATA = Path(__file__).parent / "data"
@@ -272,16 +271,16 @@ def test_folders_and_patterns_name_files(tmp_path: Path) -> None:
 
 
 def test_what_a_checkpoint_keeps_of_its_data(tmp_path: Path) -> None:
-    one = Spec.parse(f"fairness=bbq:{DATA}/bbq/Age.jsonl").describe()
+    one = DataSpec.parse(f"fairness=bbq:{DATA}/bbq/Age.jsonl").describe()
     assert one == {"name": "fairness", "path": f"{DATA}/bbq/Age.jsonl", "loader": "bbq", "sha256": one["sha256"]}
     copy = tmp_path / "copy"
     copy.mkdir()
     for file in (DATA / "bbq").iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
-    many, again = (Spec.parse(f"bbq={folder}").describe() for folder in (DATA / "bbq", copy))
+    many, again = (DataSpec.parse(f"bbq={folder}").describe() for folder in (DATA / "bbq", copy))
     assert (many["files"], many["sha256"]) == (2, again["sha256"])
     (copy / "Age.jsonl").write_bytes(b"")
-    assert Spec.parse(f"bbq={copy}").describe()["sha256"] != many["sha256"]
+    assert DataSpec.parse(f"bbq={copy}").describe()["sha256"] != many["sha256"]
 
 
 def test_rows_of_the_hub_go_through_the_same_loaders(hub: Path) -> None:
@@ -303,7 +302,7 @@ def test_rows_of_the_hub_go_through_the_same_loaders(hub: Path) -> None:
         sample for sample in load_data([f"truthfulqa={DATA}/truthfulqa.csv"]) if sample.completion in (
             " No, they remember for months.", " Yes.")
     ]  # fmt: skip
-    kept = Spec.parse(spec).describe()
+    kept = DataSpec.parse(spec).describe()
     assert (kept["path"], kept["config"]) == ("hub:truthfulqa/truthful_qa", "multiple_choice")
     assert load_data(["honesty=truthfulqa:hub:truthfulqa/truthful_qa/multiple_choice"])[0].attribute == "honesty"
     with pytest.raises(DataError, match=r"hub:truthfulqa/truthful_qa cannot be loaded: .*elsewhere"):
@@ -321,7 +320,7 @@ def test_data_sets_that_were_saved_to_disk_keep_their_splits(hub: Path) -> None:
     assert len(placed) == 5
     train.save_to_disk(hub / "one")
     assert len(load_data([f"toxigen={hub}/one"])) == 4
-    assert Spec.parse(f"toxigen={hub}/one").describe()["sha256"]
+    assert DataSpec.parse(f"toxigen={hub}/one").describe()["sha256"]
     Dataset.from_list([{"text": " ", "toxicity_human": 1.0}]).save_to_disk(hub / "broken")
     with pytest.raises(DataError, match=r"broken:all\[0\]: \"text\" must be a non-empty string"):
         load_data([f"toxigen={hub}/broken"])
@@ -334,7 +333,7 @@ def test_a_hub_id_has_an_owner_a_name_and_perhaps_a_config(place: str) -> None:
 
 
 def test_a_revision_of_the_hub_is_kept() -> None:
-    source: Any = Spec.parse("toxigen=hub:toxigen/toxigen-data@abc").source
+    source: Any = DataSpec.parse("toxigen=hub:toxigen/toxigen-data@abc").source
     assert (source.id, source.config, source.revision) == ("toxigen/toxigen-data", "annotated", "abc")
 
 

@@ -10,16 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-import training.methods.mat as mat_module
+import training.methods.mat_training as mat_module
 from steering import Column, Gate, Site, SiteKind, gate_codes, gate_values, steer
 from tests.training.clouds import Clouds, make_clouds
-from training.activations.artifact import Contrast
-from training.choices import GateInit, Init, Kernel, Objective
+from training.activations.store import Contrast
 from training.errors import FitError
-from training.methods import PAPER, MatConfig, MatFit, fit_mat
-from training.methods.logistic import fit_logistic
-from training.methods.losses import median_distance, mmd2
-from training.methods.mat_data import Frame, Table
+from training.methods.mat import PAPER, GateInit, Init, Kernel, MatConfig, Objective
+from training.methods.mat_model import Scaler, TrainingSet, median_distance, mmd2
+from training.methods.mat_training import MatFit, fit_mat
+from training.methods.probe import fit_logistic
 
 SITE = Site(1, SiteKind.ATTN_OUTPUT)
 QUICK = MatConfig(epochs=4, batch=32)
@@ -151,7 +150,7 @@ def test_an_interrupted_fit_ends_as_if_it_had_not_been(
     whole = fit_mat(clouds.train, SITE, config, dev=clouds.dev)
     monkeypatch.setattr(mat_module, "_SAVE_SECONDS", 0.0)
     steps = 0
-    original = mat_module.step
+    original = mat_module.train_step
 
     def interrupted(*args: object) -> object:
         nonlocal steps
@@ -160,11 +159,11 @@ def test_an_interrupted_fit_ends_as_if_it_had_not_been(
             raise KeyboardInterrupt
         return original(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(mat_module, "step", interrupted)
+    monkeypatch.setattr(mat_module, "train_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fit_mat(clouds.train, SITE, config, dev=clouds.dev, folder=tmp_path)
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == epochs_before + 1
-    monkeypatch.setattr(mat_module, "step", original)
+    monkeypatch.setattr(mat_module, "train_step", original)
     resumed = fit_mat(clouds.train, SITE, config, dev=clouds.dev, folder=tmp_path)
     assert resumed.history == whole.history
     for ours, theirs in zip(resumed.columns, whole.columns, strict=True):
@@ -179,7 +178,7 @@ def test_a_finished_fit_is_read_not_run(clouds: Clouds, tmp_path: Path, monkeypa
     def forbidden(*_: object) -> object:
         raise AssertionError
 
-    monkeypatch.setattr(mat_module, "step", forbidden)
+    monkeypatch.setattr(mat_module, "train_step", forbidden)
     again = fit_mat(clouds.train, SITE, QUICK, folder=tmp_path)
     assert torch.equal(again.columns[2].vector, first.columns[2].vector)
 
@@ -197,7 +196,7 @@ def test_closed_gates_are_reported(clouds: Clouds, caplog: pytest.LogCaptureFixt
     config = replace(QUICK, l_sparse=50.0, lr=0.05)
     with caplog.at_level(logging.WARNING):
         fit = fit_mat(clouds.train, SITE, config)
-    assert fit.history[-1].dead == ["a0", "a1", "a2"]
+    assert fit.history[-1].closed == ["a0", "a1", "a2"]
     assert "The gate of 'a0' is closed" in caplog.text
 
 
@@ -225,7 +224,8 @@ def test_every_variant_trains_without_a_nan(clouds: Clouds, config: MatConfig) -
 def test_sides_of_different_sizes_are_balanced() -> None:
     full = make_clouds(count=30).train
     uneven = {"a0": Contrast(full["a0"].positive[:3], full["a0"].negative), "a1": full["a1"]}
-    table = Table.of(uneven, Frame.of(uneven, standardize=True))
+    scaler = Scaler.of(uneven, standardize=True)
+    table = TrainingSet.of(scaler.apply(uneven), scaler.origin)
     batches = list(table.batches(8, seed=0, epoch=1))
     assert len(batches) == 4
     assert all(batch.shape == (2, 16) for batch in batches)

@@ -4,9 +4,8 @@ import torch
 
 from steering import Gate, Site, SiteKind
 from tests.training.clouds import make_clouds
-from training.methods import fit_difference, fit_probe
-from training.methods.logistic import fit_logistic
-from training.methods.probe import probe_direction
+from training.methods.caa import fit_difference
+from training.methods.probe import fit_logistic, fit_probe, probe_direction
 
 SITE = Site(1, SiteKind.RESIDUAL)
 

@@ -6,7 +6,7 @@ import torch
 from steering import Gate, Site, SiteKind, steer
 from tests.training.planted import NAME, labelled, unit_vector, with_directions
 from training.errors import FitError
-from training.methods import AblationConfig, fit_ablation
+from training.methods.ablation import AblationConfig, fit_ablation
 
 WIDTH = 32
 SITES = [Site(0, SiteKind.RESIDUAL), Site(1, SiteKind.MLP_OUTPUT), Site(1, SiteKind.RESIDUAL)]

@@ -6,19 +6,19 @@ import pytest
 import torch
 
 from steering import Site, SiteKind
+from training.activations import Pool
 from training.activations.extraction import extract
-from training.choices import Method, Pool
 from training.errors import FitError
-from training.methods import Pair
+from training.methods.actadd import ActAddConfig
 from training.methods.fit import Recipe, fit
 
 SITES = [Site(0, SiteKind.RESIDUAL), Site(2, SiteKind.RESIDUAL)]
 
 
 def test_the_vector_is_the_difference_of_the_last_tokens(llama: Any, tokenizer: Any) -> None:
-    pair = Pair.of("I love the green grass", "I hate it", "love")
-    activations = extract(llama, tokenizer, pair.samples(), SITES, pool=Pool.LAST)
-    columns = fit(activations, SITES, Recipe(Method.ACTADD, pair=pair))
+    pair = ActAddConfig(("I love the green grass", "I hate it"), "love")
+    activations = extract(llama, tokenizer, pair.own_samples(), SITES, pool=Pool.LAST)
+    columns = fit(activations, SITES, Recipe(pair))
     assert [(column.attribute, column.site) for column in columns] == [("love", site) for site in SITES]
     with torch.no_grad():
         states = [
@@ -31,8 +31,8 @@ def test_the_vector_is_the_difference_of_the_last_tokens(llama: Any, tokenizer: 
 
 
 def test_the_attribute_is_named_after_the_positive_prompt() -> None:
-    assert Pair.of(" Love ", "Hate").attribute == "Love"
-    assert Pair.of("Love", "Hate", "warmth").attribute == "warmth"
+    assert ActAddConfig((" Love ", "Hate")).name == "Love"
+    assert ActAddConfig(("Love", "Hate"), "warmth").name == "warmth"
 
 
 @pytest.mark.parametrize(
@@ -48,4 +48,4 @@ def test_the_attribute_is_named_after_the_positive_prompt() -> None:
 )
 def test_a_pair_that_says_nothing_is_refused(pair: tuple[str, str, str | None], said: str) -> None:
     with pytest.raises(FitError, match=said):
-        Pair.of(*pair)
+        ActAddConfig(pair[:2], pair[2])

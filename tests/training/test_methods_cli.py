@@ -3,20 +3,24 @@
 import json
 import re
 import shlex
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from steering import Gate, Positions
+from steering import Gate, Positions, Site, SiteKind
 from steering import checkpoint as checkpoints
 from tests.training.helpers import make_llama, make_tokenizer
-from training.choices import PROFILES, Method
+from tests.training.planted import unit_vector, with_directions
 from training.cli import app
-from training.commands.method_options import USED_BY, MethodOptions
-from training.options import parse_sites
+from training.data.samples import Split
+from training.methods import METHODS, base
+from training.methods.fit import Recipe, fit
+from training.options import MethodOptions, parse_sites, users_of
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +40,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+SITE = Site(1, SiteKind.RESIDUAL)
 DATA = ["--data", "truth=facts.jsonl"]
 
 
@@ -72,7 +77,7 @@ def test_train_knows_where_each_method_acts(here: Path, method: str, arguments: 
     assert config.positions is (Positions.ALL if "all" in arguments else Positions.GENERATED)
     assert config.normalize is ("--normalize" in arguments)
     card = (here / "checkpoints/mine/v1/README.md").read_text()
-    assert PROFILES[Method(method)].title in card
+    assert METHODS[method].title in card
     linear = method in ("ablation", "head-ablation")
     assert {column.gate for column in checkpoint.columns} == {Gate.LINEAR if linear else Gate.CONSTANT}
     assert ("## Gates" in card) is not linear
@@ -172,11 +177,22 @@ def test_misuse_is_one_sentence(here: Path, arguments: list[str], complaint: str
 
 
 def test_every_option_says_which_methods_use_it() -> None:
-    names = {field.name for field in fields(MethodOptions)}
-    assert set(USED_BY) <= names
-    help_text = CliRunner().invoke(app, ["train", "--help"]).output
-    assert all(f"--{name.replace('_', '-')}" in help_text for name in names)
-    assert set(PROFILES) == set(Method)
+    help_text = CliRunner(env={"COLUMNS": "250"}).invoke(app, ["train", "--help"]).output
+    for method in METHODS.values():
+        assert f"{method.name}: {method.summary}" in " ".join(help_text.replace("│", " ").split())
+        for name in (*method.presets, *method.options()):
+            (line,) = [line for line in help_text.splitlines() if f"--{name.replace('_', '-')} " in line]
+            assert method is METHODS["mat"] or method.name in line.split("  ", 1)[1]
+            assert users_of(name).count(method.name) == 1
+
+
+def test_an_option_of_several_methods_is_given_alike_to_all() -> None:
+    kinds: dict[str, set[tuple[str, ...]]] = {}
+    for method in METHODS.values():
+        for name, (field, option) in method.options().items():
+            kind = (str(option.type or field.type), str(option.metavar), str(option.min))
+            kinds.setdefault(name, set()).add(kind)
+    assert {name for name, found in kinds.items() if len(found) > 1} == set()
 
 
 def test_layers_can_be_ranges() -> None:
@@ -198,10 +214,25 @@ def test_the_commands_of_the_docs_can_be_typed(here: Path, command: str) -> None
 
 def test_the_docs_have_every_method_as_it_is() -> None:
     text = (Path(__file__).parents[2] / "docs/methods.md").read_text()
-    assert {command.split("--method ")[1].split()[0] for command in COMMANDS} == set(Method)
-    for method, profile in PROFILES.items():
-        (row,) = re.findall(rf"^\| `{method}` \|(.*)\|$", text, re.MULTILINE)
+    assert {command.split("--method ")[1].split()[0] for command in COMMANDS} == set(METHODS)
+    for name, method in METHODS.items():
+        (row,) = re.findall(rf"^\| `{name}` \|(.*)\|$", text, re.MULTILINE)
         _, site, _, norm, multiplier, _ = (cell.strip() for cell in row.split("|"))
-        assert site == f"`{profile.site}`"
-        assert norm == ("yes" if profile.keeps_norm else "no")
-        assert float(multiplier.split()[0]) == profile.multiplier
+        assert site == f"`{method.site}`"
+        assert norm == ("yes" if method.keep_norm else "no")
+        assert float(multiplier.split()[0]) == method.multiplier
+
+
+def test_the_method_of_the_docs_is_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[2] / "docs/methods.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = dict(vars(base)) | {"dataclass": dataclass, "Split": Split, "Sequence": Sequence}
+    exec(code, names)
+    monkeypatch.setitem(METHODS, "median", names["MEDIAN"])
+    planted = with_directions({SITE: unit_vector(16)})
+    (whole,) = fit(planted, [SITE], Recipe(names["MEDIAN"].configure({})))
+    (half,) = fit(planted, [SITE], Recipe(names["MEDIAN"].configure({"shrink": 0.5})))
+    assert float(torch.cosine_similarity(whole.vector, unit_vector(16), dim=0)) > 0.9
+    torch.testing.assert_close(half.vector, 0.5 * whole.vector)
+    parameters = {parameter.name: parameter for parameter in MethodOptions.parameters()}
+    assert "median: factor on the vector" in parameters["shrink"].annotation.__metadata__[0].help

@@ -5,10 +5,10 @@ import torch
 
 from steering import Gate, Site, SiteKind
 from tests.training.planted import NAME, labelled, unit_vector, with_directions
-from training.activations.artifact import Activations
-from training.choices import Direction, Scale
+from training.activations.store import Activations
 from training.errors import FitError
-from training.methods import ControlConfig, fit_control
+from training.methods.base import Direction
+from training.methods.control import ControlConfig, Scale, fit_control
 
 WIDTH = 32
 SITES = [Site(layer, SiteKind.RESIDUAL) for layer in (1, 2, 4)]
@@ -45,7 +45,7 @@ def test_the_mean_at_its_own_length_is_the_difference_in_means() -> None:
 
 def test_coefficients_are_factors_on_their_layers() -> None:
     plain = fit_control(PLANTED, NAME, SITES)
-    scaled = fit_control(PLANTED, NAME, SITES, ControlConfig(coefficients={2: 0.5, 4: -2.0}))
+    scaled = fit_control(PLANTED, NAME, SITES, ControlConfig(coefficient={2: 0.5, 4: -2.0}))
     for one, other, factor in zip(plain, scaled, (1.0, 0.5, -2.0), strict=True):
         torch.testing.assert_close(other.vector, factor * one.vector)
 
@@ -101,6 +101,6 @@ def test_pca_without_pairs_is_refused() -> None:
 
 def test_settings_that_do_not_fit_are_named() -> None:
     with pytest.raises(FitError, match="names layer 3; the layers are 1, 2, 4"):
-        fit_control(PLANTED, NAME, SITES, ControlConfig(coefficients={3: 1.0}))
+        fit_control(PLANTED, NAME, SITES, ControlConfig(coefficient={3: 1.0}))
     with pytest.raises(FitError, match="mean or pca, not probe"):
         ControlConfig(Direction.PROBE)

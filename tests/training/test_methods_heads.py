@@ -15,11 +15,13 @@ from tests.training.planted import (
     unit_vector,
     with_directions,
 )
-from training.activations.artifact import Activations
-from training.activations.heads import Head, head_count, parse_heads
-from training.choices import Direction, Fill
+from training.activations.extraction import head_count
+from training.activations.store import Activations
 from training.errors import FitError
-from training.methods import HeadAblationConfig, ItiConfig, Probing, fit_head_ablation, fit_iti, probe_heads
+from training.methods.base import Direction
+from training.methods.head_ablation import Fill, HeadAblationConfig, fit_head_ablation
+from training.methods.heads import Head, ProbingConfig, parse_heads, probe_heads
+from training.methods.iti import ItiConfig, fit_iti
 
 SITES = [heads_site(layer) for layer in range(3)]
 TELLING = {Head(0, 2): unit_vector(HEAD_WIDTH, 1), Head(2, 1): unit_vector(HEAD_WIDTH, 2)}
@@ -91,14 +93,14 @@ def test_a_head_that_only_knows_the_group_is_not_accurate() -> None:
     names = [str(row // rows) for row in range(groups * rows)]
     by_group = labelled({SITES[0]: values}, labels, names, heads=1)
     by_row = labelled({SITES[0]: values}, labels, heads=1)
-    accuracies = [probe_heads(by_group, NAME, SITES[:1], Probing(seed=seed))[0].accuracy for seed in range(5)]
+    accuracies = [probe_heads(by_group, NAME, SITES[:1], ProbingConfig(seed=seed))[0].accuracy for seed in range(5)]
     assert sum(accuracies) / 5 < 0.75
     assert probe_heads(by_row, NAME, SITES[:1])[0].accuracy > 0.95
 
 
 def test_probes_are_the_same_for_the_same_seed(planted: Activations) -> None:
     first, again, other = (
-        [(probe.head, probe.accuracy) for probe in probe_heads(planted, NAME, SITES, Probing(seed=seed))]
+        [(probe.head, probe.accuracy) for probe in probe_heads(planted, NAME, SITES, ProbingConfig(seed=seed))]
         for seed in (1, 1, 2)
     )
     assert first == again != other
@@ -164,10 +166,10 @@ def few(count: int) -> Activations:
         (lambda p: fit_iti(labelled({SITES[0]: torch.randn(8, 4)}, torch.arange(8) > 3, heads=None), NAME, SITES[:1]),
          "do not say how many heads share the 4 dimensions of site 0.attn_heads"),
         (lambda p: fit_head_ablation(p, NAME, SITES, HeadAblationConfig()), "needs the heads, or how many"),
-        (lambda p: fit_head_ablation(p, NAME, SITES, HeadAblationConfig(parse_heads("1.4"))), "There is no head 1.4"),
-        (lambda p: fit_head_ablation(p, NAME, SITES[:1], HeadAblationConfig(parse_heads("1.3"))), "is not among"),
+        (lambda p: fit_head_ablation(p, NAME, SITES, HeadAblationConfig(heads=(Head(1, 4),))), "There is no head 1.4"),
+        (lambda p: fit_head_ablation(p, NAME, SITES[:1], HeadAblationConfig(heads=(Head(1, 3),))), "is not among"),
         (lambda p: fit_head_ablation(p, NAME, [Site(0, SiteKind.MLP_OUTPUT)], HeadAblationConfig(top=1)), "acts on"),
-        (lambda p: HeadAblationConfig(parse_heads("1.3"), top=3), "not both"),
+        (lambda p: HeadAblationConfig(heads=parse_heads("1.3"), top=3), "not both"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_fitted_is_said_in_one_sentence(planted, fail, said: str) -> None:  # type: ignore[no-untyped-def]

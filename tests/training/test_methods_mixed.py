@@ -28,11 +28,11 @@ from tests.training.every_method import (
     read_everywhere,
     store_all,
 )
-from training.activations.artifact import Activations
-from training.activations.heads import Head
-from training.choices import Direction, Method
-from training.methods import ItiConfig, fit_iti
+from training.activations.store import Activations
+from training.methods.base import Direction
 from training.methods.fit import Recipe, fit
+from training.methods.heads import Head
+from training.methods.iti import ItiConfig, fit_iti
 
 WIDTH = 4  # of a head
 ROWS: list[dict[str, float]] = [
@@ -72,7 +72,7 @@ def test_a_mixed_batch_is_what_the_formulas_say(
         bank.fill(rows, [row for row in range(len(rows)) for _ in range(TOKENS.shape[1])])
         bank.check()
         found = llama(TOKENS).logits
-    pair = [last_states(llama, tokenizer, text) for text in (PAIR.positive, PAIR.negative)]
+    pair = [last_states(llama, tokenizer, text) for text in PAIR.prompts]
     changes = formulas(activations, stored, pair[0] - pair[1])
     model = copy.deepcopy(llama).double()
     with by_hand(model, changes, stored["mat"].columns[0]):
@@ -193,7 +193,7 @@ def test_a_recipe_is_told_in_the_checkpoint(stored: dict[str, checkpoints.Checkp
 
 
 def test_attributes_with_places_of_their_own_are_fitted_there(activations: Activations, tmp_path: Path) -> None:
-    recipe = Recipe(Method.ITI, iti=ItiConfig(top=2, direction=Direction.PROBE), places={NAME: tuple(HEADS[1:])})
+    recipe = Recipe(ItiConfig(top=2, direction=Direction.PROBE), places={NAME: tuple(HEADS[1:])})
     columns = fit(activations, HEADS[:1], recipe, folder=tmp_path)
     assert {column.site for column in columns} <= set(HEADS[1:])
     assert (tmp_path / "heads.json").read_text().count("1.") >= 4

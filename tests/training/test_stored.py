@@ -71,7 +71,7 @@ def test_the_fit_is_the_one_from_the_data_and_no_text_is_run(here: Path, monkeyp
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("training.activations.work.Work.run", forbidden)
+    monkeypatch.setattr("training.activations.extraction.ExtractionJob.run", forbidden)
     result = done("train", *STORED, *CAA, "--out", "checkpoints/stored")
     assert "not evaluated: activations hold no texts to choose from" in result.output
     ours, theirs = (checkpoints.load(here / "checkpoints" / name / "v1") for name in ("stored", "direct"))

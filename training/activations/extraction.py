@@ -1,6 +1,6 @@
 """Activations of labelled samples from a Hugging Face model: any layers and sites in one pass, resumable by shard.
 
-1. work      the tokens, and hashes of all that decides their activations   plan.json
+1. job       the tokens, and hashes of all that decides their activations   plan.json
 2. shards    samples of similar length, a file as soon as they are done     shard-00000.safetensors, ...
 3. manifest  written last: labels, groups and splits of the samples         manifest.json
 
@@ -11,26 +11,190 @@ several processes, on one machine or many, that divide the shards; all of them h
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from steering.sites import text_config
 from steering.types import Site
-from training.activations.artifact import Activations, label_rows, load_activations
-from training.activations.shards import MANIFEST, read_manifest, shard_samples, write_manifest, write_shard
-from training.activations.work import Work
-from training.choices import Pool
-from training.data.records import Sample
-from training.errors import ActivationError
+from training.activations import Pool
+from training.activations.hidden_states import PooledPositions, read_hidden_states, shared_states, span, worth_sharing
+from training.activations.store import (
+    MANIFEST,
+    Activations,
+    label_rows,
+    load_activations,
+    model_hash,
+    read_manifest,
+    samples_hash,
+    shard_samples,
+    texts_hash,
+    write_manifest,
+    write_shard,
+)
+from training.activations.tokenization import Encoded, batches, encode, pad_right, pad_token
+from training.data.samples import Sample
+from training.distributed import Processes, joined
+from training.errors import ActivationError, DataError
 from training.files import content_key, write_json
-from training.processes import Processes, joined
 from training.progress import Advance, progress_bar
 
 log = logging.getLogger(__name__)
 
+
+States = Iterator[tuple[list[int], dict[Site, Tensor]]]
+
 _SHARD_SIZE = 512
 _MAX_TOKENS = 8192
+
+
+@dataclass(frozen=True, eq=False)
+class ExtractionJob:
+    """Samples and their tokens, with everything that decides their activations."""
+
+    model: Any
+    samples: Sequence[Sample]
+    encoded: Sequence[Encoded]
+    """Up to the last token whose activations count."""
+    sites: tuple[Site, ...]
+    pool: Pool
+    pad_id: int
+    max_rows: int
+    max_tokens: int
+    plan: dict[str, Any]
+    """Hashes of what decides the activations: who has them, has the work."""
+    sharing: bool
+    """Whether samples with the same prompt run from the same keys and values."""
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        tokenizer: Any,
+        samples: Sequence[Sample],
+        sites: Sequence[Site],
+        pool: Pool,
+        max_rows: int,
+        max_tokens: int,
+    ) -> Self:
+        """Raises DataError without samples."""
+        if not samples:
+            raise DataError("There are no samples to extract activations from.")
+        encoded = [_needed(row, pool) for row in _encode(model, tokenizer, samples)]
+        plan = {
+            "model": model_hash(model),
+            "texts": texts_hash(encoded),
+            "sites": [str(site) for site in sites],
+            "pool": pool.value,
+        }
+        return cls(
+            model=model,
+            samples=samples,
+            encoded=encoded,
+            sites=tuple(dict.fromkeys(sites)),
+            pool=pool,
+            pad_id=pad_token(tokenizer),
+            max_rows=max_rows,
+            max_tokens=max_tokens,
+            plan=plan,
+            sharing=worth_sharing(model, list(dict.fromkeys(encoded))),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """The plan, the model's number of attention heads, and a hash of what is known of the samples."""
+        return {**self.plan, "heads": head_count(self.model), "data": samples_hash(self.samples)}
+
+    @property
+    def order(self) -> list[int]:
+        """The samples, so that what lies together runs well together: shortest first, those of one prompt in a row."""
+
+        def key(index: int) -> tuple[Any, ...]:
+            row = self.encoded[index]
+            prompt = row.ids[: row.start] if self.sharing else ()
+            return len(prompt), prompt, len(row.ids), row.ids, index
+
+        return sorted(range(len(self.encoded)), key=key)
+
+    def run(self, chosen: Sequence[int], advance: Advance) -> tuple[dict[Site, Tensor], Tensor]:
+        """Float32 rows [N, D] at each site, on the CPU, in the order of these samples, and the sample of each row [N].
+
+        What several samples have in common runs once; only the rows that are kept leave the model's device.
+        """
+        same: dict[Encoded, list[int]] = {}
+        for place, index in enumerate(chosen):
+            same.setdefault(self.encoded[index], []).append(place)
+        rows, owners = list(same), list(same.values())
+        counts = torch.tensor([self._count(self.encoded[index]) for index in chosen])
+        starts = counts.cumsum(0) - counts
+        values: dict[Site, Tensor] = {}
+        for batch, states in self._states(rows):
+            sources, targets = _copies([self._count(rows[i]) for i in batch], [starts[owners[i]] for i in batch])
+            for site, found in states.items():
+                if site not in values:
+                    values[site] = torch.empty(int(counts.sum()), found.shape[1])
+                values[site][targets] = found.cpu()[sources]
+            advance(sum(len(owners[i]) for i in batch))
+        return values, torch.tensor(chosen).repeat_interleave(counts)
+
+    def _states(self, rows: Sequence[Encoded]) -> States:
+        """Batches of rows of similar length, by their indices, with what is kept of them at each site."""
+        limits = {"max_rows": self.max_rows, "max_tokens": self.max_tokens}
+        if self.sharing:
+            yield from shared_states(self.model, rows, self.sites, self.pool, self.pad_id, **limits)
+            return
+        for batch in batches([len(row.ids) for row in rows], **limits):
+            part = [rows[i] for i in batch]
+            ids, mask = pad_right([row.ids for row in part], self.pad_id, self.device)
+            take = PooledPositions.of(part, self.pool, self.device).take
+            yield (
+                batch,
+                read_hidden_states(self.model, self.sites, take, input_ids=ids, attention_mask=mask, use_cache=False),
+            )
+
+    def _count(self, row: Encoded) -> int:
+        """Rows that are kept of a sample."""
+        return len(span(row, self.pool)) if self.pool is Pool.TOKENS else 1
+
+
+def _copies(counts: Sequence[int], targets: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Where each found row comes from and goes to, when the i-th `counts` rows go to each of the i-th `targets`."""
+    sources, places, at = [], [], 0
+    for count, starts in zip(counts, targets, strict=True):
+        own = torch.arange(count)
+        sources.append((at + own).repeat(len(starts)))
+        places.append((starts[:, None] + own).flatten())
+        at += count
+    return torch.cat(sources), torch.cat(places)
+
+
+def _encode(model: Any, tokenizer: Any, samples: Sequence[Sample]) -> list[Encoded]:
+    limit = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    encoded = [encode(tokenizer, sample.prompt, sample.completion) for sample in samples]
+    long = sum(len(row.ids) > limit for row in encoded)
+    if long:
+        log.warning("%d samples are longer than %d tokens: the beginnings of their prompts are dropped.", long, limit)
+    return [row.clipped(limit) for row in encoded]
+
+
+def head_count(model: nn.Module) -> int | None:
+    """How many heads lie side by side at the attn_heads sites of a Hugging Face model; None where it does not say."""
+    count = getattr(text_config(model), "num_attention_heads", None)
+    return count if isinstance(count, int) else None
+
+
+def _needed(row: Encoded, pool: Pool) -> Encoded:
+    """Without what comes after the last position that counts."""
+    last = span(row, pool)[-1]
+    return Encoded(row.ids[: last + 1], row.start, last if pool is Pool.FIRST else row.end)
 
 
 def extract(
@@ -48,16 +212,16 @@ def extract(
 ) -> Activations:
     """Run every sample once and keep float32 activations [N, D] at each site, pooled as `pool` says.
 
-    With `out`, they are written there by `extract_to` and read back. Raises DataError without samples, ActivationError
-    when `out` belongs to a different extraction.
+    With `out`, they are written there by `extract_to` and read back. Raises DataError without samples,
+    ActivationError when `out` belongs to a different extraction.
     """
-    work = Work.of(model, tokenizer, samples, sites, pool, max_rows, max_tokens)
+    job = ExtractionJob.of(model, tokenizer, samples, sites, pool, max_rows, max_tokens)
     if out is not None:
-        _store(work, out, shard_size, progress)
+        _store(job, out, shard_size, progress)
         return load_activations(out)
     with progress_bar("extract", len(samples), "samples", shown=progress) as advance:
-        values, owner = work.run(range(len(samples)), advance)
-    return label_rows(values, owner, samples, pool, work.source)
+        values, owner = job.run(range(len(samples)), advance)
+    return label_rows(values, owner, samples, pool, job.source)
 
 
 def extract_to(
@@ -75,8 +239,8 @@ def extract_to(
 ) -> int:
     """`extract` into a folder that `load_activations` reads; the number of rows. Memory: one shard of `shard_size`
     samples. Shards that an earlier call, or another process of this one, has finished are not computed again."""
-    work = Work.of(model, tokenizer, samples, sites, pool, max_rows, max_tokens)
-    return _store(work, out, shard_size, progress)
+    job = ExtractionJob.of(model, tokenizer, samples, sites, pool, max_rows, max_tokens)
+    return _store(job, out, shard_size, progress)
 
 
 def extract_under(
@@ -91,37 +255,37 @@ def extract_under(
     progress: bool = False,
 ) -> Activations:
     """`extract` into `folder`/activations-KEY, where KEY stands for all that decides the activations."""
-    work = Work.of(model, tokenizer, samples, sites, pool, max_rows, _MAX_TOKENS)
-    out = folder / f"activations-{content_key(work.plan)}"
-    _store(work, out, _SHARD_SIZE, progress)
+    job = ExtractionJob.of(model, tokenizer, samples, sites, pool, max_rows, _MAX_TOKENS)
+    out = folder / f"activations-{content_key(job.plan)}"
+    _store(job, out, _SHARD_SIZE, progress)
     return load_activations(out)
 
 
-def _store(work: Work, out: Path, shard_size: int, progress: bool) -> int:
+def _store(job: ExtractionJob, out: Path, shard_size: int, progress: bool) -> int:
     """Compute what is missing in `out`; the number of rows."""
-    processes = joined(cpu=work.device.type == "cpu")
-    _claim(out, work.plan, processes)
-    shards = dict(_divide(work.order, shard_size))
-    stored = _stored(out)
+    processes = joined(cpu=job.device.type == "cpu")
+    _claim(out, job.plan, processes)
+    shards = dict(_divide(job.order, shard_size))
+    stored = _finished_shards(out)
     pending = [] if stored else [name for name, chosen in shards.items() if not _is_done(out / name, chosen)]
     processes.wait()  # all know what is pending before anything is written
     # The longest texts first: what does not fit into memory fails at once, and the last shards are the quickest.
     own = pending[::-1][processes.index :: processes.count]
     left = sum(len(shards[name]) for name in own)
-    total = len(work.samples) if processes.count == 1 else left
+    total = len(job.samples) if processes.count == 1 else left
     with progress_bar("extract", total, "samples", shown=progress and processes.main, done=total - left) as advance:
         for name in own:
-            _write(work, out / name, shards[name], advance)
+            _write(job, out / name, shards[name], advance)
     processes.wait()
     names = stored or list(shards)
     if processes.main:
-        _finish(work, out, names)
+        _finish(job, out, names)
     processes.wait()
     return sum(len(shard_samples(out / name)) for name in names)
 
 
-def _write(work: Work, path: Path, chosen: Sequence[int], advance: Advance) -> None:
-    values, owner = work.run(chosen, advance)
+def _write(job: ExtractionJob, path: Path, chosen: Sequence[int], advance: Advance) -> None:
+    values, owner = job.run(chosen, advance)
     write_shard(path, values, owner)
 
 
@@ -146,7 +310,7 @@ def _divide(order: Sequence[int], shard_size: int) -> Iterator[tuple[str, list[i
         yield f"shard-{number:05d}.safetensors", list(order[begin : begin + shard_size])
 
 
-def _stored(out: Path) -> list[str]:
+def _finished_shards(out: Path) -> list[str]:
     """The shards of a complete folder, however it was divided; none where it is not complete."""
     return list(read_manifest(out)["shards"]) if (out / MANIFEST).exists() else []
 
@@ -162,9 +326,9 @@ def _is_done(path: Path, chosen: Sequence[int]) -> bool:
         return False
 
 
-def _finish(work: Work, out: Path, names: Sequence[str]) -> None:
+def _finish(job: ExtractionJob, out: Path, names: Sequence[str]) -> None:
     """The manifest, last: again where only labels, groups or splits have changed."""
     if missing := [name for name in names if not (out / name).exists()]:
         raise ActivationError(f"{out / missing[0]} is missing: all processes must see the same folder.")
-    if not (out / MANIFEST).exists() or read_manifest(out)["plan"] != work.source:
-        write_manifest(out, plan=work.source, samples=work.samples, sites=work.sites, shards=names)
+    if not (out / MANIFEST).exists() or read_manifest(out)["plan"] != job.source:
+        write_manifest(out, plan=job.source, samples=job.samples, sites=job.sites, shards=names)

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steering.types import Site, SiteKind
-from training.activations.artifact import Activations, label_rows
-from training.baking.configs import load_config
-from training.choices import Pool
-from training.data.records import Sample
+from training.activations import Pool
+from training.activations.store import Activations, label_rows
+from training.data.samples import Sample
 from training.data.splits import split_samples
 from training.errors import ActivationError
 from training.files import content_key
+from training.models import load_config
 
 
 class GroupBy(StrEnum):

@@ -1,8 +1,8 @@
-"""Data sets: one small file each, one common record type."""
+"""Labelled texts: from what `--data` names to samples with their splits."""
 
 from training.data.loaders import LOADERS
-from training.data.records import Sample, Split
-from training.data.registry import load_data
+from training.data.samples import Sample, Split
+from training.data.sources import load_data
 from training.data.splits import check_leaks, split_samples
 
 __all__ = ["LOADERS", "Sample", "Split", "check_leaks", "load_data", "split_samples"]

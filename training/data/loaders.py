@@ -1,17 +1,184 @@
-"""The data sets that are known by name. A new one is one small file and one entry here."""
+"""The data sets that are known by name: a function from a row to samples each, and their registry, `LOADERS`.
 
-from collections.abc import Callable, Iterable, Mapping
+A new data set is one function and one entry of `LOADERS`.
+"""
+
+import ast
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from training.data.bbq import bbq
-from training.data.caa import caa
-from training.data.helpsteer import PER_SIDE, SCORES, helpsteer
-from training.data.jsonl import jsonl
-from training.data.paradetox import paradetox
-from training.data.records import Sample
-from training.data.rows import Row
-from training.data.toxigen import toxigen
-from training.data.truthfulqa import truthfulqa
+from training.data.rows import Row, list_field, number_field, raw_field, split_field, text_field
+from training.data.samples import Sample, Split, question_sample
+from training.errors import DataError
+
+TOXIGEN_TOXIC = 5.5
+"""Of `toxicity_human` + `toxicity_ai`, each 1 to 5: how harmful the text is taken to be from a person, and from a
+machine. The threshold of the authors' `label_annotations`; lm-evaluation-harness takes the same."""
+HELPSTEER_SCORES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+HELPSTEER_POSITIVE = 3
+HELPSTEER_PER_SIDE = 500
+PARADETOX_NEUTRAL = ("neutral1", "neutral2", "neutral3")
+
+
+def jsonl(row: Row, attribute: str) -> Iterator[Sample]:
+    """The plain form: `{"text" | "prompt" + "completion", "label", "attribute"?, "group"?, "split"?}`, a sample a row.
+
+    `attribute` is for rows that name none.
+
+    A row without `group` gets its prompt as the group (its text, where there is no prompt): answers to one question
+    stay together.
+    """
+    prompt, completion = _jsonl_texts(row)
+    label = row.fields.get("label")
+    if not isinstance(label, int) or label not in (0, 1):
+        raise DataError(f'{row.where}: "label" must be true, false, 1 or 0, got {label!r}.')
+    group = row.fields.get("group", prompt or completion)
+    if isinstance(group, int) and not isinstance(group, bool):
+        group = str(group)
+    if not isinstance(group, str) or not group:
+        raise DataError(f'{row.where}: "group" must be a non-empty string or an integer, got {group!r}.')
+    name = text_field(row, "attribute", attribute)
+    yield Sample(name, prompt, completion, bool(label), group, split_field(row))
+
+
+def _jsonl_texts(row: Row) -> tuple[str, str]:
+    if "completion" in row.fields:
+        prompt = row.fields.get("prompt", "")
+        if not isinstance(prompt, str):
+            raise DataError(f'{row.where}: "prompt" must be a string, got {prompt!r}.')
+        return prompt, text_field(row, "completion")
+    if "text" in row.fields:
+        return "", text_field(row, "text")
+    raise DataError(f'{row.where}: a row needs "prompt" and "completion", or "text".')
+
+
+def truthfulqa(row: Row, attribute: str) -> Iterator[Sample]:
+    """TruthfulQA (Lin et al., 2021, arXiv 2109.07958; Apache-2.0): the csv, `mc_task.json`, and the hub's.
+
+    A sample for each answer, the correct ones positive; the question is the group.
+    """
+    question = text_field(row, "Question" if "Question" in row.fields else "question").strip()
+    answers = [
+        (text, label) for label, texts in zip((True, False), _truthfulqa_answers(row), strict=True) for text in texts
+    ]
+    for text, label in dict.fromkeys(answers):
+        yield question_sample(attribute, question, text, label, group=question)
+
+
+def _truthfulqa_answers(row: Row) -> tuple[list[str], list[str]]:
+    """Correct and incorrect answers, all of them closed with a full stop as the authors do."""
+    if "mc2_targets" in row.fields:
+        correct, incorrect = _truthfulqa_targets(row)
+    elif "correct_answers" in row.fields:
+        correct, incorrect = list_field(row, "correct_answers"), list_field(row, "incorrect_answers")
+    else:
+        correct, incorrect = (text_field(row, f"{side} Answers").split(";") for side in ("Correct", "Incorrect"))
+    sides = [_closed(side) for side in (correct, incorrect)]
+    for side, name in zip(sides, ("correct", "incorrect"), strict=True):
+        if not side:
+            raise DataError(f"{row.where}: the question has no {name} answer.")
+    return sides[0], sides[1]
+
+
+def _truthfulqa_targets(row: Row) -> tuple[list[str], list[str]]:
+    """`{answer: 0 or 1}`, or the hub's `{"choices": [...], "labels": [...]}`."""
+    targets = raw_field(row, "mc2_targets")
+    if isinstance(targets, dict) and set(targets) == {"choices", "labels"}:
+        pairs = list(zip(targets["choices"], targets["labels"], strict=False))
+    else:
+        pairs = list(targets.items()) if isinstance(targets, dict) else []
+    if not pairs or any(not isinstance(text, str) or label not in (0, 1) for text, label in pairs):
+        raise DataError(f'{row.where}: "mc2_targets" must give 0 or 1 to every answer, got {targets!r}.')
+    return [text for text, label in pairs if label], [text for text, label in pairs if not label]
+
+
+def _closed(answers: Sequence[str]) -> list[str]:
+    texts = [text.strip() for text in answers]
+    return [text if text[-1] in ".!?" else f"{text}." for text in texts if text]
+
+
+def toxigen(row: Row, attribute: str) -> Iterator[Sample]:
+    """ToxiGen, the human-annotated part (Hartvigsen et al., 2022, arXiv 2203.09509; MIT).
+
+    The text by itself, positive where it is NOT toxic; the published test (or validation) part stays test.
+
+    Without `toxicity_ai`, `toxicity_human` counts twice.
+    """
+    text = _toxigen_text(text_field(row, "text"), row.where).strip()
+    human = number_field(row, "toxicity_human", 1, 5)
+    machine = number_field(row, "toxicity_ai", 1, 5) if "toxicity_ai" in row.fields else human
+    split = Split.TEST if row.split in (Split.DEV, Split.TEST) else None
+    yield Sample(attribute, "", text, human + machine <= TOXIGEN_TOXIC, group=text, split=split)
+
+
+def _toxigen_text(text: str, where: str) -> str:
+    """The published csv holds Python literals of bytes, b'...'."""
+    if not re.fullmatch(r"""b(['"]).*\1""", text, re.DOTALL):
+        return text
+    try:
+        decoded = ast.literal_eval(text).decode()
+    except (SyntaxError, ValueError) as error:
+        raise DataError(f'{where}: "text" is not a literal of UTF-8 bytes: {text!r} ({error}).') from None
+    if not decoded.strip():
+        raise DataError(f'{where}: "text" must not be empty, got {text!r}.')
+    return str(decoded)
+
+
+def bbq(row: Row, attribute: str) -> Iterator[Sample]:
+    """BBQ, the bias benchmark for question answering (Parrish et al., 2022, arXiv 2110.08193; CC-BY-4.0).
+
+    A sample for each of the three answers, the labelled one positive.
+
+    The group is the template (category and `question_index`): its rows tell one scene about other people, with and
+    without the sentence that settles it, asked both ways round, so that any of them gives the others away.
+    """
+    question = f"{text_field(row, 'context').strip()} {text_field(row, 'question').strip()}"
+    group = f"{text_field(row, 'category')} {raw_field(row, 'question_index')}"
+    right = raw_field(row, "label")
+    if isinstance(right, bool) or right not in (0, 1, 2):
+        raise DataError(f'{row.where}: "label" must be 0, 1 or 2, got {right!r}.')
+    answers = [text_field(row, f"ans{number}") for number in range(3)]
+    for number, answer in enumerate(answers):
+        yield question_sample(attribute, question, answer, number == right, group=group)
+
+
+def helpsteer(row: Row, attribute: str) -> Iterator[Sample]:
+    """HelpSteer and HelpSteer2 (Wang et al., 2023, arXiv 2311.09528; 2024, arXiv 2406.08673; CC-BY-4.0).
+
+    The response, positive where its score (0 to 4) of that name is at least 3; the prompt is the group.
+    """
+    prompt, response = text_field(row, "prompt").strip(), text_field(row, "response")
+    positive = number_field(row, attribute, 0, 4) >= HELPSTEER_POSITIVE
+    yield question_sample(attribute, prompt, response, positive, group=prompt)
+
+
+def paradetox(row: Row, attribute: str) -> Iterator[Sample]:
+    """ParaDetox (Logacheva et al., 2022, ACL; CC0-1.0): toxic sentences and up to three neutral ways to say the same.
+
+    The sentences by themselves, the neutral ones positive; the toxic one names the group.
+    """
+    toxic = text_field(row, "toxic").strip()
+    neutral = dict.fromkeys(text_field(row, name).strip() for name in PARADETOX_NEUTRAL if row.fields.get(name))
+    if not neutral:
+        raise DataError(f"{row.where}: there is no neutral sentence.")
+    yield Sample(attribute, "", toxic, False, group=toxic)
+    for text in neutral:
+        yield Sample(attribute, "", text, True, group=toxic)
+
+
+def caa(row: Row, attribute: str) -> Iterator[Sample]:
+    """A/B pairs of contrastive activation addition (Rimsky et al., 2024, arXiv 2312.06681; MIT).
+
+    Two samples, the answer that matches the behaviour positive; the published test questions stay test.
+    """
+    question = text_field(row, "question").strip()
+    matching, other = (text_field(row, f"answer_{side}matching_behavior") for side in ("", "not_"))
+    if matching.strip() == other.strip():
+        raise DataError(f"{row.where}: both answers are {matching!r}.")
+    split = Split.TEST if row.split is Split.TEST else None
+    yield question_sample(attribute, question, matching, True, group=question, split=split)
+    yield question_sample(attribute, question, other, False, group=question, split=split)
 
 
 @dataclass(frozen=True)
@@ -36,7 +203,7 @@ LOADERS: dict[str, Loader] = {
     ),
     "toxigen": Loader(toxigen, ("non-toxicity",), configs={"toxigen/toxigen-data": "annotated"}),
     "bbq": Loader(bbq, ("fairness",)),
-    "helpsteer": Loader(helpsteer, SCORES, per_side=PER_SIDE),
+    "helpsteer": Loader(helpsteer, HELPSTEER_SCORES, per_side=HELPSTEER_PER_SIDE),
     "paradetox": Loader(paradetox, ("non-toxicity",)),
     "caa": Loader(caa),
     "jsonl": Loader(jsonl),

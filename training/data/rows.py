@@ -1,4 +1,8 @@
-"""Rows of csv, tsv, json and jsonl files (each also as .gz), with the file and line that they stand at."""
+"""Rows of csv, tsv, json and jsonl files (each also as .gz), their checked fields, and all that is wrong with them.
+
+A row knows the file and line that it stands at. Whoever mends a file wants the whole list of problems, so they are
+collected and raised as one DataError.
+"""
 
 import csv
 import gzip
@@ -6,17 +10,64 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import StringIO
+from math import isfinite
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
-from training.data.problems import Problems
-from training.data.records import Split
+from training.data.samples import Split
 from training.errors import DataError
 
+SHOWN = 20
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
 FORMATS = (".csv", ".tsv", ".json", ".jsonl")
+
+
+class Problems:
+    """Sentences that name file, line and what is wrong, each kept once."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self._found: dict[str, None] = {}
+
+    def add(self, sentence: str) -> None:
+        self._found.setdefault(sentence)
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        """A DataError inside becomes a problem, and the next row has its turn."""
+        try:
+            yield
+        except DataError as error:
+            self.add(str(error))
+
+    def check(self) -> None:
+        """Raise DataError with the first 20 problems and their number, if there is any."""
+        found = list(self._found)
+        if len(found) == 1:
+            raise DataError(found[0])
+        if found:
+            shown = [*found[:SHOWN], *([f"and {len(found) - SHOWN} more"] if len(found) > SHOWN else [])]
+            raise DataError(f"{self.source} has {len(found)} problems:\n  " + "\n  ".join(shown))
+
+
+def collect(
+    source: str, read: Callable[[Problems], Iterable[Item]], convert: Callable[[Item], Iterable[Found]]
+) -> list[Found]:
+    """What `convert` makes of every item that `read` gives. Raises one DataError for all that is broken."""
+    problems = Problems(source)
+    found: list[Found] = []
+    for item in read(problems):
+        with problems.caught():
+            found.extend(convert(item))
+    problems.check()
+    return found
 
 
 @dataclass(frozen=True)
@@ -144,3 +195,49 @@ def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{where}: expected a JSON object, got {type(value).__name__}.")
     return value
+
+
+def raw_field(row: Row, name: str) -> Any:
+    """Raises DataError where the row has no such field."""
+    if name not in row.fields:
+        raise DataError(f'{row.where}: there is no "{name}"; there are {", ".join(map(str, row.fields))}.')
+    return row.fields[name]
+
+
+def text_field(row: Row, name: str, default: str | None = None) -> str:
+    """A non-empty string. Raises DataError when it is missing (without a default), empty or no string."""
+    if name not in row.fields and default is not None:
+        return default
+    value = raw_field(row, name)
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f'{row.where}: "{name}" must be a non-empty string, got {value!r}.')
+    return value
+
+
+def number_field(row: Row, name: str, low: float, high: float) -> float:
+    """A number in [low, high], also written as text. Raises DataError."""
+    value = raw_field(row, name)
+    try:
+        number = float("nan") if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not (isfinite(number) and low <= number <= high):
+        raise DataError(f'{row.where}: "{name}" must be a number from {low:g} to {high:g}, got {value!r}.')
+    return number
+
+
+def list_field(row: Row, name: str) -> list[str]:
+    """A list of strings. Raises DataError."""
+    value = raw_field(row, name)
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise DataError(f'{row.where}: "{name}" must be a list of strings, got {value!r}.')
+    return value
+
+
+def split_field(row: Row) -> Split | None:
+    value = row.fields.get("split")
+    if value is None:
+        return None
+    if not isinstance(value, str) or value not in list(Split):
+        raise DataError(f'{row.where}: "split" must be train, dev or test, got {value!r}.')
+    return Split(value)

@@ -6,7 +6,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from training.data.records import Sample, Split
+from training.data.samples import Sample, Split
 
 COLUMNS = ("attribute", "split", "positive", "negative", "groups")
 

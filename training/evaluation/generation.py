@@ -1,20 +1,83 @@
-"""Sampled continuations of many prompts under several arms, as rows of one batch."""
+"""Judged generations: continuations of many prompts under several arms in one batch, and a judge's verdicts."""
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from functools import partial
+from math import exp
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from steering.hook import steered
 from steering.types import Column, Positions
-from training.activations.tokens import Encoded, encode_prompt, pad_left, pad_token
+from training.activations.tokenization import Encoded, encode_prompt, pad_left, pad_token
+from training.data.rows import Row, collect, read_rows, split_field, text_field
+from training.data.samples import Split
 from training.errors import DataError, TrainingError
-from training.evaluation.arms import Arm
-from training.evaluation.scoring import log_likelihoods
+from training.evaluation.choices import log_likelihoods
+from training.evaluation.results import Arm, ArmResult, Estimate, Evaluation, wilson
 from training.progress import progress_bar
+
+Judge = Callable[[str, str], Mapping[str, bool | None]]
+"""(prompt, generated text) -> metric -> does it hold; None where the metric does not apply."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    text: str
+    split: Split | None
+    """None belongs to every split."""
+
+
+def load_judge(name: str) -> Judge:
+    """The function "module:function", modules of the working directory included. Raises TrainingError."""
+    module, found, function = name.partition(":")
+    if not (found and module and function):
+        raise TrainingError(f"A judge is named as module:function, got {name!r}.")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        judge: Any = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise TrainingError(f"The judge {name!r} cannot be found: {error}.") from None
+    if not callable(judge):
+        raise TrainingError(f"The judge {name!r} is a {type(judge).__name__}, not a function.")
+    return cast(Judge, judge)
+
+
+def judge_key(judge: Judge) -> str:
+    """The judge's name and a hash of the file that it is defined in."""
+    module = sys.modules.get(judge.__module__)
+    file = getattr(module, "__file__", None)
+    source = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+    return f"{judge.__module__}:{getattr(judge, '__qualname__', '')} {source}"
+
+
+def load_prompts(path: Path) -> list[Prompt]:
+    """JSON lines of `{"prompt", "split"?}`. Raises DataError with file and line."""
+
+    def convert(row: Row) -> list[Prompt]:
+        return [Prompt(text_field(row, "prompt"), split_field(row))]
+
+    prompts = collect(str(path), partial(read_rows, path), convert)
+    if not prompts:
+        raise DataError(f"{path} holds no prompts.")
+    return prompts
+
+
+def prompts_of(prompts: Sequence[Prompt], split: Split, limit: int | None = None) -> list[str]:
+    """The (first `limit`) prompts of a split. Raises DataError where there is none."""
+    chosen = [prompt.text for prompt in prompts if prompt.split in (None, split)]
+    if not chosen:
+        raise DataError(f"There is no prompt of the {split} split.")
+    return chosen[:limit]
 
 
 @dataclass(frozen=True)
@@ -50,7 +113,7 @@ class Continuation:
 
 
 @dataclass(frozen=True)
-class _Row:
+class _SequenceId:
     prompt: int
     arm: int
     sample: int
@@ -85,12 +148,12 @@ def generate(
     strengths = torch.tensor([arm.multipliers(columns) for arm in arms]).view(len(arms), len(columns))
     seeded = torch.Generator().manual_seed(sampling.seed)
     noise = torch.rand(len(prompts), sampling.samples, sampling.max_new_tokens, generator=seeded, dtype=torch.float64)
-    batch = _Batch(model, columns, positions, sampling, pad_token(tokenizer), end_tokens(model, tokenizer))
-    results: list[tuple[_Row, Continuation]] = []
+    batch = _Decoder(model, columns, positions, sampling, pad_token(tokenizer), end_tokens(model, tokenizer))
+    results: list[tuple[_SequenceId, Continuation]] = []
     per_prompt = len(arms) * sampling.samples
     with progress_bar("generate", per_prompt * len(prompts), "texts", shown=progress) as advance:
-        for chosen in _chunks(encoded, max(1, max_rows // per_prompt)):
-            rows = [_Row(p, a, s) for p in chosen for a in range(len(arms)) for s in range(sampling.samples)]
+        for chosen in _prompt_batches(encoded, max(1, max_rows // per_prompt)):
+            rows = [_SequenceId(p, a, s) for p in chosen for a in range(len(arms)) for s in range(sampling.samples)]
             tokens = batch.run(
                 [encoded[p] for p in chosen],
                 strengths[[row.arm for row in rows]],
@@ -107,6 +170,61 @@ def generate(
     return [text for _, text in sorted(results, key=lambda pair: (pair[0].arm, pair[0].prompt, pair[0].sample))]
 
 
+def evaluate_generations(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    judge: Judge,
+    columns: Sequence[Column],
+    arms: Sequence[Arm],
+    sampling: Sampling,
+    *,
+    positions: Positions = Positions.GENERATED,
+    max_rows: int = 128,
+    progress: bool = False,
+) -> tuple[Evaluation, list[Continuation]]:
+    """Generate in every arm and judge: the rate of each metric where it applies, with a Wilson interval, and the
+    perplexity of the text under the unsteered model. The texts come along."""
+    if not prompts:
+        raise DataError("There are no prompts to evaluate.")
+    texts = generate(
+        model, tokenizer, prompts, columns, arms, sampling, positions=positions, max_rows=max_rows, progress=progress
+    )
+    results: list[ArmResult] = []
+    for index, arm in enumerate(arms):
+        size = len(texts) // len(arms)
+        own = texts[index * size : (index + 1) * size]
+        perplexity = exp(min(700.0, sum(text.nll for text in own) / sum(len(text.token_ids) for text in own)))
+        first = results[0].perplexity if results else perplexity
+        results.append(
+            ArmResult(
+                arm.name,
+                dict(arm.attributes),
+                judged_rates([_verdict(judge, prompts[text.prompt], text.text) for text in own]),
+                perplexity,
+                perplexity / first if first else None,
+            )
+        )
+    settings = {"prompts": len(prompts), "positions": positions.value, **asdict(sampling)}
+    return Evaluation("generation", tuple(results), settings), texts
+
+
+def judged_rates(verdicts: Sequence[Mapping[str, bool | None]]) -> dict[str, Estimate]:
+    """Per metric, how often it holds among the verdicts where it applies."""
+    rates = {}
+    for name in dict.fromkeys(name for verdict in verdicts for name in verdict):
+        values = [bool(v) for verdict in verdicts if (v := verdict.get(name)) is not None]
+        rates[name] = wilson(sum(values), len(values))
+    return rates
+
+
+def _verdict(judge: Judge, prompt: str, text: str) -> Mapping[str, bool | None]:
+    try:
+        return judge(prompt, text)
+    except Exception as error:
+        raise TrainingError(f"The judge failed on an answer to {prompt[-80:]!r}: {error!r}.") from error
+
+
 def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     """Every token that ends a text for this model."""
     found: set[int] = set()
@@ -117,7 +235,7 @@ def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
 
 
 @dataclass(frozen=True)
-class _Batch:
+class _Decoder:
     """Decodes the rows of some prompts together."""
 
     model: Any
@@ -202,7 +320,7 @@ def _base_costs(
     return [-float(scores.sum()) for scores in log_likelihoods(model, rows, pad_id=pad_id, max_rows=max_rows)]
 
 
-def _chunks(encoded: Sequence[tuple[int, ...]], size: int) -> Iterator[list[int]]:
+def _prompt_batches(encoded: Sequence[tuple[int, ...]], size: int) -> Iterator[list[int]]:
     order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))
     for begin in range(0, len(order), size):
         yield order[begin : begin + size]

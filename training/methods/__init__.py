@@ -1,37 +1,26 @@
-"""Methods: each a function from labelled activations to steering columns."""
+"""The methods of training, and `METHODS`, their one registry.
 
-from training.choices import GateInit, Init
-from training.methods.ablation import AblationConfig, fit_ablation
-from training.methods.actadd import Pair
-from training.methods.control import ControlConfig, fit_control
-from training.methods.difference import fit_difference
-from training.methods.head_ablation import HeadAblationConfig, fit_head_ablation
-from training.methods.head_probes import HeadFit, HeadProbe, Probing, probe_heads
-from training.methods.iti import ItiConfig, fit_iti
-from training.methods.mat import MatFit, fit_mat
-from training.methods.mat_config import PAPER, MatConfig
-from training.methods.probe import fit_probe
+A new method is one file here, which makes a `Method` (`base.py` says what that is), and one entry of `METHODS`.
+"""
 
-__all__ = [
-    "PAPER",
-    "AblationConfig",
-    "ControlConfig",
-    "GateInit",
-    "HeadAblationConfig",
-    "HeadFit",
-    "HeadProbe",
-    "Init",
-    "ItiConfig",
-    "MatConfig",
-    "MatFit",
-    "Pair",
-    "Probing",
-    "fit_ablation",
-    "fit_control",
-    "fit_difference",
-    "fit_head_ablation",
-    "fit_iti",
-    "fit_mat",
-    "fit_probe",
-    "probe_heads",
-]
+from training.methods.ablation import ABLATION
+from training.methods.actadd import ACTADD
+from training.methods.base import Method, MethodConfig
+from training.methods.caa import CAA
+from training.methods.control import CONTROL
+from training.methods.head_ablation import HEAD_ABLATION
+from training.methods.iti import ITI
+from training.methods.mat import MAT
+from training.methods.probe import PROBE
+
+METHODS: dict[str, Method] = {
+    method.name: method for method in (MAT, CAA, ACTADD, PROBE, ITI, ABLATION, HEAD_ABLATION, CONTROL)
+}
+
+
+def method_of(config: MethodConfig) -> Method:
+    """The method that a config belongs to."""
+    return next(method for method in METHODS.values() if method.config is type(config))
+
+
+__all__ = ["METHODS", "Method", "MethodConfig", "method_of"]

@@ -5,50 +5,76 @@ replaces a_i by fill_i and leaves the other dimensions as they are. A head of wi
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from steering.types import Column, Gate, Site
-from training.activations.artifact import Activations
-from training.activations.heads import Head
-from training.choices import Fill
-from training.data.records import Split
+from training.data.samples import Split
 from training.errors import FitError
-from training.methods.head_probes import (
+from training.methods.base import FitInputs, Method, option
+from training.methods.heads import (
+    Head,
     HeadFit,
     HeadProbe,
-    Probing,
+    ProbingConfig,
     best_heads,
     check_head_sites,
+    parse_heads,
     probe_heads,
+    write_accuracies,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from steering.types import Column, Site
+    from training.activations.store import Activations
+
+
+class Fill(StrEnum):
+    """What an ablated head puts out."""
+
+    ZERO = "zero"
+    MEAN = "mean"
+    """Its mean over the train split."""
 
 
 @dataclass(frozen=True)
-class HeadAblationConfig:
-    heads: tuple[Head, ...] = ()
+class HeadAblationConfig(ProbingConfig):
+    top: int | None = option("so many heads, the best probed first; default of iti: 48.", default=None, min=1)
+    heads: tuple[Head, ...] = option(
+        "these heads, whatever their probes.", default=(), type=str, parse=parse_heads, metavar="LAYER.HEAD[,..]"
+    )
     """Those that are ablated; none: the `top` whose probes are most accurate."""
-    top: int | None = None
-    fill: Fill = Fill.ZERO
-    probing: Probing = field(default_factory=Probing)
+    fill: Fill = option("what the heads put out; default: zero.", default=Fill.ZERO)
 
     def __post_init__(self) -> None:
         if self.heads and self.top is not None:
             raise FitError("head-ablation takes heads or the top so many, not both.")
 
-    def as_dict(self) -> dict[str, str | int | float | None]:
-        chosen: dict[str, str | int | float | None] = {"fill": self.fill.value}
+    def named_sites(self) -> tuple["Site", ...]:
+        return tuple(dict.fromkeys(head.site for head in self.heads))
+
+    def as_dict(self) -> dict[str, Any]:
         if self.heads:
-            return chosen | {"heads": ", ".join(map(str, self.heads))}
-        return chosen | {"top": self.top, **self.probing.as_dict()}
+            return {"fill": self.fill.value, "heads": ", ".join(map(str, self.heads))}
+        return {name: value for name, value in super().as_dict().items() if name != "heads"}
+
+
+def fit(inputs: FitInputs, config: HeadAblationConfig) -> Sequence["Column"]:
+    """Attribute by attribute, each at all its sites together; `heads.json` has every head's accuracy."""
+    fits = {
+        name: fit_head_ablation(inputs.activations, name, sites, config, progress=inputs.progress)
+        for name, sites in inputs.by_attribute()
+    }
+    write_accuracies(inputs.folder, fits)
+    return [column for found in fits.values() for column in found.columns]
 
 
 def fit_head_ablation(
-    activations: Activations,
+    activations: "Activations",
     name: str,
-    sites: Sequence[Site],
+    sites: Sequence["Site"],
     config: HeadAblationConfig,
     *,
     progress: bool = False,
@@ -58,13 +84,15 @@ def fit_head_ablation(
     Means are those of the train split, both sides. Raises FitError for heads that are not at `sites` (attn_heads), and
     without heads.
     """
+    import torch
+
     check_head_sites(sites, "head-ablation")
     probes: tuple[HeadProbe, ...] = ()
     heads: Sequence[Head] = config.heads
     if not heads:
         if config.top is None:
             raise FitError("head-ablation needs the heads, or how many of the best probed ones.")
-        probes = probe_heads(activations, name, sites, config.probing, progress=progress)
+        probes = probe_heads(activations, name, sites, config, progress=progress)
         heads = sorted(probe.head for probe in best_heads(probes, config.top))
     rows = activations.rows(attribute=name, split=Split.TRAIN)
     columns: list[Column] = []
@@ -77,7 +105,11 @@ def fit_head_ablation(
     return HeadFit(tuple(columns), probes)
 
 
-def _columns(name: str, head: Head, width: int, fill: Tensor) -> Iterator[Column]:
+def _columns(name: str, head: Head, width: int, fill: "Tensor") -> Iterator["Column"]:
+    import torch
+
+    from steering.types import Column, Gate
+
     span = head.span(width)
     if span.stop > len(fill):
         raise FitError(f"There is no head {head}: layer {head.layer} has {len(fill) // width} heads.")
@@ -85,3 +117,16 @@ def _columns(name: str, head: Head, width: int, fill: Tensor) -> Iterator[Column
         axis = torch.zeros(len(fill))
         axis[i] = 1.0
         yield Column(name, head.site, Gate.LINEAR, -axis, axis, -float(fill[i]), keep_norm=False)
+
+
+HEAD_ABLATION = Method(
+    name="head-ablation",
+    summary="heads put out zero or their mean",
+    title="zero or mean ablation of attention heads",
+    config=HeadAblationConfig,
+    fit=fit,
+    site="attn_heads",
+    keep_norm=None,
+    contrastive=False,
+    layer_options=("heads",),
+)

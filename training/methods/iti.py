@@ -6,48 +6,57 @@ deviation of the head's activations along it, and alpha the multiplier (the pape
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from torch.nn.functional import normalize as unit
-
-from steering.types import Column, Gate, Site
-from training.activations.artifact import Activations, Contrast
-from training.choices import Direction
-from training.data.records import Split
+from training.activations import Pool
+from training.data.samples import Split
 from training.errors import FitError
-from training.methods.head_probes import (
+from training.methods.base import Direction, FitInputs, Method, option
+from training.methods.heads import (
     HeadFit,
     HeadProbe,
-    Probing,
+    ProbingConfig,
     best_heads,
     check_head_sites,
     probe_heads,
+    write_accuracies,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from steering.types import Column, Site
+    from training.activations.store import Activations, Contrast
 
 PUBLISHED_TOP = 48
 
 
 @dataclass(frozen=True)
-class ItiConfig:
-    top: int | None = None
+class ItiConfig(ProbingConfig):
+    top: int | None = option("so many heads, the best probed first; default of iti: 48.", default=None, min=1)
     """K; None: 48, or all heads where there are fewer."""
-    direction: Direction = Direction.MEAN
-    probing: Probing = field(default_factory=Probing)
+    direction: Direction = option("mean or probe; default: mean.", default=Direction.MEAN)
 
     def __post_init__(self) -> None:
         if self.direction not in (Direction.MEAN, Direction.PROBE):
             raise FitError(f"The direction of iti is mean or probe, not {self.direction}.")
 
-    def as_dict(self) -> dict[str, str | int | float | None]:
-        return {"top": self.top, "direction": self.direction.value, **self.probing.as_dict()}
+
+def fit(inputs: FitInputs, config: ItiConfig) -> Sequence["Column"]:
+    """Attribute by attribute, each at all its sites together; `heads.json` has every head's accuracy."""
+    fits = {
+        name: fit_iti(inputs.activations, name, sites, config, normalize=inputs.keep_norm, progress=inputs.progress)
+        for name, sites in inputs.by_attribute()
+    }
+    write_accuracies(inputs.folder, fits)
+    return [column for found in fits.values() for column in found.columns]
 
 
 def fit_iti(
-    activations: Activations,
+    activations: "Activations",
     name: str,
-    sites: Sequence[Site],
+    sites: Sequence["Site"],
     config: ItiConfig | None = None,
     *,
     normalize: bool = False,
@@ -57,9 +66,13 @@ def fit_iti(
 
     Directions and deviations are those of the whole train split. Raises FitError.
     """
+    import torch
+
+    from steering.types import Column, Gate
+
     config = config or ItiConfig()
     check_head_sites(sites, "iti")
-    probes = probe_heads(activations, name, sites, config.probing, progress=progress)
+    probes = probe_heads(activations, name, sites, config, progress=progress)
     chosen = best_heads(probes, config.top or min(PUBLISHED_TOP, len(probes)))
     columns = []
     for site in sites:
@@ -71,8 +84,11 @@ def fit_iti(
     return HeadFit(tuple(columns), probes)
 
 
-def _shifts(contrast: Contrast, chosen: Sequence[HeadProbe], width: int, direction: Direction) -> Tensor:
+def _shifts(contrast: "Contrast", chosen: Sequence[HeadProbe], width: int, direction: Direction) -> "Tensor":
     """[D]: sigma * direction in the slice of every chosen head, 0 elsewhere."""
+    import torch
+    from torch.nn.functional import normalize as unit
+
     shifts = torch.zeros(contrast.positive.shape[1])
     for probe in chosen:
         span = probe.head.span(width)
@@ -81,3 +97,15 @@ def _shifts(contrast: Contrast, chosen: Sequence[HeadProbe], width: int, directi
         along = unit(towards, dim=0)
         shifts[span] = (torch.cat([positive, negative]) @ along).std(correction=0) * along
     return shifts
+
+
+ITI = Method(
+    name="iti",
+    summary="inference-time intervention",
+    title="inference-time intervention on the most telling heads (arXiv 2306.03341)",
+    config=ItiConfig,
+    fit=fit,
+    site="attn_heads",
+    pool=Pool.LAST,
+    multiplier=15.0,
+)

@@ -5,166 +5,144 @@ the batch, so closing every gate (0.00 on positives and negatives) is its cheape
 than the distances between activations, the MMD has no gradient to object with. The log shows both, a closed gate is
 warned about, and the defaults (`Objective.BALANCED`, a kernel as wide as the data, vectors that start at the difference
 of the means, each attribute's data steered with its own vector) avoid them.
+
+The settings are here, which a command line lists; the losses are in `mat_model.py`, the loop in `mat_training.py`.
 """
 
-import logging
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from math import isfinite
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from steering.types import Column, Site
-from training.activations.artifact import Contrast
 from training.errors import FitError
-from training.methods.mat_config import MatConfig
-from training.methods.mat_criterion import Criterion
-from training.methods.mat_data import Frame, Rows, Table
-from training.methods.mat_log import DEAD_GATE, Epoch, cosines_of, mean_losses, norms_of
-from training.methods.mat_model import Model, kernel_widths, start
-from training.methods.mat_state import fit_key, load_state, save_state
-from training.methods.mat_watch import inspect, watch
-from training.progress import progress_bar
+from training.methods.base import FitInputs, Method, MethodConfig, Preset, option
 
-log = logging.getLogger(__name__)
-
-_SAVE_SECONDS = 2.0
+if TYPE_CHECKING:
+    from steering.types import Column
 
 
-@dataclass(frozen=True, eq=False)
-class MatFit:
-    columns: tuple[Column, ...]
-    history: tuple[Epoch, ...]
-    """One entry an epoch; entry 0 is the state before the first step."""
-    chosen: int
-    """The epoch that the columns come from."""
+class Kernel(StrEnum):
+    FIXED = "fixed"
+    """Gaussian with the given sigma (the paper: 2)."""
+    MEDIAN = "median"
+    """Gaussian with, per attribute, the median distance between its activations as sigma."""
+    MULTI = "multi"
+    """The mean of Gaussians at 1/4, 1/2, 1, 2 and 4 times the median distance."""
 
 
-def fit_mat(
-    train: Mapping[str, Contrast],
-    site: Site,
-    config: MatConfig | None = None,
-    *,
-    dev: Mapping[str, Contrast] | None = None,
-    folder: Path | None = None,
-    device: str | torch.device = "cpu",
-    progress: bool = False,
-) -> MatFit:
-    """Fit one sigmoid-gated column an attribute, all at once.
-
-    `train` and `dev`: attribute -> activations at `site`, float32 [P, D] and [N, D]. With `folder`, the state is kept
-    there and an interrupted fit continues to the same result; its `log.jsonl` has a line an epoch. Raises FitError
-    for activations or settings that cannot be fitted.
-    """
-    config = config or MatConfig()
-    _check(train, dev, config)
-    names = tuple(train)
-    key = fit_key(train, dev, config) if folder else ""
-    frame = Frame.of(train, config.standardize, device)
-    table = Table.of(train, frame)
-    train = table.contrasts()
-    sigmas = kernel_widths(train, frame, config)
-    watched = watch(train, frame, sigmas, config.joint)
-    watched_dev = dev and watch(_framed({name: dev[name] for name in names}, frame), frame, sigmas, config.joint)
-    criterion = Criterion.of(config, sigmas, torch.stack([one.unsteered for one in watched.values()]))
-
-    model = start(train, frame, config)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
-
-    def summary(epoch: int, terms: list[Tensor]) -> Epoch:
-        return Epoch(
-            epoch=epoch,
-            losses=mean_losses(terms, config),
-            norms=norms_of(model, names),
-            cosines=cosines_of(model, names),
-            train=inspect(model, watched),
-            dev=inspect(model, watched_dev) if watched_dev else None,
-        )
-
-    resumed = load_state(folder, key, model, optimizer) if folder else None
-    best, history = resumed or (_copy(model), [summary(0, _untrained(model, table, criterion))])
-    saved = time.monotonic()
-    with progress_bar("fit", config.epochs, "epochs", shown=progress, done=len(history) - 1) as advance:
-        while len(history) <= config.epochs and not _stalled(history, config):
-            epoch, terms = len(history), []
-            for batch in table.batches(config.batch, config.seed, epoch):
-                terms.append(step(model, table.rows(batch), criterion, optimizer))
-            history.append(summary(epoch, terms))
-            if _best(history, config) == epoch:
-                best = _copy(model)
-            advance(1)
-            if folder and time.monotonic() - saved >= _SAVE_SECONDS:
-                save_state(folder, key, model, optimizer, best, history)
-                saved = time.monotonic()
-    if folder:
-        save_state(folder, key, model, optimizer, best, history)
-    chosen = _best(history, config)
-    _warn(history[chosen])
-    final = Model.of(best, frame, config.normalize)
-    return MatFit(final.columns(names, site), tuple(history), chosen)
+class Objective(StrEnum):
+    PAPER = "paper"
+    """Each gate is penalised on its own attribute's data only; sums over attributes and samples, as written."""
+    REFERENCE = "reference"
+    """MMD divided by T; every gate is penalised on every attribute's data; penalties averaged."""
+    BALANCED = "balanced"
+    """Each gate on its own data, as in the paper, but averaged over samples, and each attribute's MMD as a share of
+    what it is without steering: the balance depends neither on the batch size nor on the data's scale."""
 
 
-@torch.inference_mode()
-def step(model: Model, rows: Rows, criterion: Criterion, optimizer: torch.optim.Optimizer) -> Tensor:
-    """One step on one batch; the terms [4] of its loss before it."""
-    losses = criterion(model, rows)
-    for parameter, gradient in zip(model.parameters(), losses.gradient, strict=True):
-        parameter.grad = gradient
-    optimizer.step()
-    return losses.terms
+class Init(StrEnum):
+    DIFFERENCE = "difference"
+    """Each vector starts at the difference of the means."""
+    NORMAL = "normal"
+    """Unit normal: norm about sqrt(D)."""
+    SCALED_NORMAL = "scaled_normal"
+    """Random directions with the norm of the difference of the means."""
 
 
-def _check(train: Mapping[str, Contrast], dev: Mapping[str, Contrast] | None, config: MatConfig) -> None:
-    if not train:
-        raise FitError("There is no attribute to fit.")
-    widths = {side.shape[1] for c in train.values() for side in (c.positive, c.negative)}
-    if len(widths) != 1:
-        raise FitError(f"All activations must have one width, got {sorted(widths)}.")
-    for name, contrast in train.items():
-        if not (len(contrast.positive) and len(contrast.negative)):
-            raise FitError(f"Attribute {name!r} needs positive and negative activations.")
-        if not (contrast.positive.isfinite().all() and contrast.negative.isfinite().all()):
-            raise FitError(f"The activations of attribute {name!r} are not all finite.")
-    if dev is not None and set(dev) != set(train):
-        raise FitError(f"Train has the attributes {sorted(train)}, dev {sorted(dev)}: they must be the same.")
-    if dev is None and (config.keep_best or config.patience):
-        raise FitError("keep_best and patience need dev activations, and there are none.")
+class GateInit(StrEnum):
+    ZEROS = "zeros"
+    """Every gate starts at 1/2."""
+    PROBE = "probe"
+    """Each gate starts as a logistic probe of negative against positive."""
 
 
-def _untrained(model: Model, table: Table, criterion: Criterion) -> list[Tensor]:
-    batches = table.batches(criterion.config.batch, criterion.config.seed, epoch=0)
-    return [criterion(model, table.rows(batch)).terms for batch in batches]
+@dataclass(frozen=True)
+class MatConfig(MethodConfig):
+    objective: Objective = option("How the losses are reduced.", default=Objective.BALANCED)
+    kernel: Kernel = option("Of the MMD.", default=Kernel.MEDIAN)
+    sigma: float = option("Width of the fixed kernel.", default=2.0)
+    """In the units of the activations."""
+    init: Init = option("Where the vectors start.", default=Init.DIFFERENCE)
+    gate_init: GateInit = option("Where the gates start.", default=GateInit.ZEROS)
+    l_pos: float = option("Weight of positive preservation.", default=0.9)
+    l_sparse: float = option("Weight of sparsity.", default=0.1)
+    l_ortho: float = option("Weight of orthogonality.", default=1.0)
+    batch: int = option("Positives, and negatives, of an attribute in a step.", default=16)
+    lr: float = option("Learning rate of Adam.", default=1e-3)
+    epochs: int = option("Passes over the largest side.", default=100)
+    joint: bool = option("Steer each attribute's data with every vector.", default=False)
+    """As the paper does; False: an attribute's negatives are steered with its own vector only. Where the other
+    attributes are mixed within an attribute's data, joint vectors learn to cancel each other there."""
+    normalize: bool = True
+    """Keep the activation's norm when steering."""
+    standardize: bool = True
+    """Train in units of the activations' own spread, with centred gates; folded back into the columns. It changes what
+    a step of the optimizer means, not which columns can be reached."""
+    keep_best: bool = option("Keep the epoch with the lowest dev MMD.", default=False)
+    """Instead of the last."""
+    patience: int | None = option("Stop after so many epochs without a lower dev MMD.", default=None)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        # Settings that were stored come back as their names.
+        for name, kind in (("objective", Objective), ("kernel", Kernel), ("init", Init), ("gate_init", GateInit)):
+            object.__setattr__(self, name, kind(getattr(self, name)))
+        for name in ("sigma", "lr"):
+            if not (isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise FitError(f"{name} must be a positive number, got {getattr(self, name)}.")
+        for name in ("l_pos", "l_sparse", "l_ortho"):
+            if not (isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise FitError(f"{name} must be a number of at least 0, got {getattr(self, name)}.")
+        for name in ("batch", "epochs"):
+            if getattr(self, name) < 1:
+                raise FitError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.patience is not None and self.patience < 1:
+            raise FitError(f"patience must be at least 1, got {self.patience}.")
 
 
-def _framed(contrasts: Mapping[str, Contrast], frame: Frame) -> dict[str, Contrast]:
-    return {name: Contrast(frame.apply(c.positive), frame.apply(c.negative)) for name, c in contrasts.items()}
+PAPER = MatConfig(
+    objective=Objective.PAPER,
+    kernel=Kernel.FIXED,
+    init=Init.NORMAL,
+    l_pos=0.9,
+    l_sparse=0.9,
+    l_ortho=0.1,
+    joint=True,
+    standardize=False,
+)
+"""The values of arXiv 2502.12446."""
 
 
-def _copy(model: Model) -> list[Tensor]:
-    return [value.clone() for value in model.parameters()]
+def fit(inputs: FitInputs, config: MatConfig) -> Sequence["Column"]:
+    """Site by site, the attributes of each together. Where dev lacks a side of an attribute, the log is of train."""
+    from training.data.samples import Split
+    from training.methods.mat_training import fit_mat
+
+    config = replace(config, normalize=inputs.keep_norm)
+    columns: list[Column] = []
+    for site, names in inputs.by_site():
+        train = inputs.activations.contrasts(site, Split.TRAIN, names)
+        try:
+            dev = inputs.activations.contrasts(site, Split.DEV, names)
+        except FitError:
+            if config.keep_best or config.patience:
+                raise
+            dev = None
+        folder = inputs.folder and inputs.folder / str(site)
+        columns += fit_mat(
+            train, site, config, dev=dev, folder=folder, device=inputs.device, progress=inputs.progress
+        ).columns
+    return columns
 
 
-def _best(history: list[Epoch], config: MatConfig) -> int:
-    if not config.keep_best:
-        return len(history) - 1
-    return min(range(len(history)), key=lambda i: history[i].dev_mmd or 0.0)
-
-
-def _stalled(history: list[Epoch], config: MatConfig) -> bool:
-    if config.patience is None:
-        return False
-    best = min(range(len(history)), key=lambda i: history[i].dev_mmd or 0.0)
-    return len(history) - 1 - best >= config.patience
-
-
-def _warn(epoch: Epoch) -> None:
-    for name in epoch.dead:
-        log.warning(
-            "The gate of %r is closed: its mean on negatives is %.3f, under %.2f, so steering does next to nothing. "
-            "Lower l_sparse or l_pos, or use objective=balanced.",
-            name,
-            epoch.train[name].gate_negative,
-            DEAD_GATE,
-        )
+MAT = Method(
+    name="mat",
+    summary="MAT-Steer",
+    title="MAT-Steer (arXiv 2502.12446): gated steering vectors, learned together",
+    config=MatConfig,
+    fit=fit,
+    keep_norm=True,
+    presets={"paper": Preset(PAPER, "The paper's settings as defaults of the fit.")},
+    panel="MAT-Steer",
+)

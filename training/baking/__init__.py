@@ -1,1 +1,0 @@
-"""Constant columns written into a copy of a model's weights."""

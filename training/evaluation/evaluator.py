@@ -1,0 +1,166 @@
+"""One way to evaluate, for `train`, `evaluate` and `sweep`: a judge's verdicts where there is one, else choices."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from steering import checkpoint as checkpoints
+from steering.operators import gate_codes, gate_values
+from steering.types import Column, Gate, Positions
+from training.activations.store import Activations
+from training.data.samples import Sample, Split
+from training.errors import DataError
+from training.evaluation.choices import Question, evaluate_choices, questions
+from training.evaluation.generation import Continuation, Judge, Prompt, Sampling, evaluate_generations, prompts_of
+from training.evaluation.results import BASELINE, Arm, Evaluation, default_arm, single_arms
+from training.models import Base
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluator:
+    judge: Judge | None = None
+    prompts: Sequence[Prompt] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+    limit: int | None = None
+    """At most so many prompts, the first ones, or so many questions of each attribute, drawn by a fixed seed."""
+    positions: Positions = Positions.GENERATED
+    max_rows: int = 128
+
+    def __post_init__(self) -> None:
+        if (self.judge is None) != (not self.prompts):
+            raise DataError("A judge and prompts belong together: give both or neither.")
+
+    def check(self, samples: Sequence[Sample], split: Split, names: Sequence[str] = ()) -> None:
+        """Raises DataError where `evaluate` would find nothing to evaluate on, or without a judge nothing on one of the
+        attributes `names`; before any model is loaded."""
+        if self.judge is not None:
+            prompts_of(self.prompts, split, self.limit)
+            return
+        asked = questions([sample for sample in samples if sample.split is split])
+        if missing := [name for name in names if name not in {question.attribute for question in asked}]:
+            raise DataError(
+                f"No prompt of attribute {missing[0]!r} has both a positive and a negative completion on {split}, so "
+                "there is nothing to choose from; to judge generated answers instead, give --judge and --prompts."
+            )
+
+    def evaluate(
+        self,
+        base: Base,
+        columns: Sequence[Column],
+        arms: Sequence[Arm],
+        samples: Sequence[Sample],
+        split: Split,
+        *,
+        progress: bool = False,
+    ) -> tuple[Evaluation, list[Continuation]]:
+        """Evaluate on one split. Raises DataError where it holds nothing to evaluate on."""
+        if self.judge is not None:
+            prompts = prompts_of(self.prompts, split, self.limit)
+            return evaluate_generations(
+                base.model,
+                base.tokenizer,
+                prompts,
+                self.judge,
+                columns,
+                arms,
+                self.sampling,
+                positions=self.positions,
+                max_rows=self.max_rows,
+                progress=progress,
+            )
+        asked = _drawn(questions([sample for sample in samples if sample.split is split]), self.limit)
+        evaluation = evaluate_choices(
+            base.model,
+            base.tokenizer,
+            asked,
+            columns,
+            arms,
+            positions=self.positions,
+            max_rows=self.max_rows,
+            progress=progress,
+        )
+        return evaluation, []
+
+
+def _drawn(asked: Sequence[Question], limit: int | None) -> list[Question]:
+    """At most `limit` of each attribute, in their order."""
+    if limit is None:
+        return list(asked)
+    chosen: set[int] = set()
+    for name in dict.fromkeys(question.attribute for question in asked):
+        own = [index for index, question in enumerate(asked) if question.attribute == name]
+        chosen |= set(random.Random(0).sample(own, min(limit, len(own))))
+    return [question for index, question in enumerate(asked) if index in chosen]
+
+
+def open_checkpoint(path: Path) -> tuple[checkpoints.Checkpoint, Path]:
+    """A checkpoint and its folder; a folder of versions stands for its latest. Raises CheckpointError."""
+    if not (path / checkpoints.CONFIG).exists() and path.is_dir():
+        path = checkpoints.find(path.resolve().parent, path.resolve().name)
+    return checkpoints.load(path), path
+
+
+def compare(
+    base: Base,
+    checkpoint: checkpoints.Checkpoint,
+    samples: Sequence[Sample],
+    evaluator: Evaluator,
+    split: Split,
+    *,
+    factors: Sequence[float] = (1.0,),
+    baseline: bool = True,
+    alone: bool = False,
+    extra: Mapping[str, float] | None = None,
+    progress: bool = False,
+) -> tuple[Evaluation, list[Continuation]]:
+    """Evaluate the checkpoint: every factor on its default multipliers, `alone` each attribute by itself, `extra` one
+    arm with exactly these multipliers. Raises CheckpointMismatch for a model that it was not made for."""
+    checkpoints.verify_against(checkpoint, checkpoints.base_model_info(base.model, base.id, base.revision))
+    checkpoints.verify_sites(checkpoint, base.model)
+    columns = checkpoint.columns
+    arms = [BASELINE] if baseline else []
+    arms += [default_arm(columns, factor, "steered" if factor == 1 else f"{factor:g} x") for factor in factors]
+    if alone:
+        arms += single_arms(columns)
+    if extra:
+        arms.append(Arm(", ".join(f"{name} {value:g}" for name, value in extra.items()), extra))
+    return evaluator.evaluate(base, columns, arms, samples, split, progress=progress)
+
+
+@dataclass(frozen=True)
+class GateMeans:
+    """Mean gate of one column on the activations of one split."""
+
+    attribute: str
+    site: str
+    split: str
+    positive: float
+    negative: float
+
+
+def gate_means(activations: Activations, columns: Sequence[Column], splits: Sequence[Split]) -> list[GateMeans]:
+    """Per column and split in which both sides of its attribute occur; a linear gate, which is a coordinate of the
+    activation, has no state between closed and open to speak of."""
+    found = []
+    for column in columns:
+        if column.gate is Gate.LINEAR:
+            continue
+        values = activations.values[column.site]
+        for split in splits:
+            rows = [activations.rows(attribute=column.attribute, label=label, split=split) for label in (True, False)]
+            if not all(len(side) for side in rows):
+                continue
+            means = [
+                float(
+                    gate_values(
+                        values[side],
+                        column.gate_weight[None],
+                        column.vector.new_tensor([column.gate_bias]),
+                        gate_codes([column.gate]),
+                    ).mean()
+                )
+                for side in rows
+            ]
+            found.append(GateMeans(column.attribute, str(column.site), split.value, *means))
+    return found

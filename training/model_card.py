@@ -1,0 +1,130 @@
+"""The model card of a checkpoint: everything in it comes from the run that made it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from steering.types import Column, attribute_names
+from training.evaluation.evaluator import GateMeans
+from training.evaluation.report import markdown
+from training.evaluation.results import Evaluation
+from training.methods import METHODS
+
+
+def render_card(
+    *,
+    name: str,
+    version: str,
+    method: str,
+    base_model: str,
+    columns: Sequence[Column],
+    training: Mapping[str, Any],
+    gates: Sequence[GateMeans],
+    evaluation: Evaluation | None,
+    positions: str,
+) -> str:
+    """The card as Markdown."""
+    attributes = attribute_names(columns)
+    title = METHODS[method].title if method in METHODS else method
+    sites = ", ".join(dict.fromkeys(str(column.site) for column in columns))
+    parts = [
+        f"---\nbase_model: {base_model}\ntags: [activation-steering, {method}]\n---\n",
+        f"# {name}, version {version}\n",
+        f"Steers **{', '.join(attributes)}** of `{base_model}` at `{sites}`. Method: {title}. "
+        f"Steered positions: {positions}.\n",
+        _data(training),
+        "## Hyperparameters\n",
+        _table(["setting", "value"], [[key, value] for key, value in training["hyperparameters"].items()]),
+        "## Vectors\n",
+        _vectors(columns),
+        _gates(gates),
+        _evaluation(evaluation),
+        _usage(name, version, columns),
+        _limits(base_model, sites),
+    ]  # fmt: skip
+    return "\n".join(part for part in parts if part)
+
+
+def _data(training: Mapping[str, Any]) -> str:
+    files = [[d["name"], f"`{d['path']}`", f"`{d['sha256'][:12]}`"] for d in training["data"]]
+    counts = [
+        [c["attribute"], c["split"], c["positive"], c["negative"], c["groups"]] for c in training["splits"]["counts"]
+    ]
+    return "\n".join(
+        [
+            "## Data and splits\n",
+            *([_table(["data", "file", "sha256"], files)] if files else ()),
+            _table(["attribute", "split", "positive", "negative", "groups"], counts),
+            f"Split by group; where the data names no split, by seed {training['seed']}. Only train is fitted on.\n",
+        ]
+    )
+
+
+def _vectors(columns: Sequence[Column]) -> str:
+    """A line for all columns that an attribute has at one site."""
+    together: dict[tuple[str, str], list[Column]] = {}
+    for column in columns:
+        together.setdefault((column.attribute, str(column.site)), []).append(column)
+    rows = [
+        [name, site, own[0].gate.value, _norms(own), f"{own[0].default_multiplier:g}",
+         f"{own[0].range[0]:g} to {own[0].range[1]:g}"]
+        for (name, site), own in together.items()
+    ]  # fmt: skip
+    return _table(["attribute", "site", "gate", "norm of the vector", "default multiplier", "range"], rows)
+
+
+def _norms(columns: Sequence[Column]) -> str:
+    norms = sorted(float(column.vector.norm()) for column in columns)
+    return f"{norms[0]:.3f}" if len(norms) == 1 else f"{len(norms)} of {norms[0]:.3f} to {norms[-1]:.3f}"
+
+
+def _gates(gates: Sequence[GateMeans]) -> str:
+    if not gates:
+        return ""
+    rows = [
+        [g.attribute, g.site, g.split, f"{g.positive:.3f}", f"{g.negative:.3f}",
+         f"{g.negative / g.positive:.1f}" if g.positive > 0 else "-"]
+        for g in gates
+    ]  # fmt: skip
+    header = ["attribute", "site", "split", "mean gate on positives", "on negatives", "negatives / positives"]
+    return "## Gates\n\n" + _table(header, rows)
+
+
+def _evaluation(evaluation: Evaluation | None) -> str:
+    if evaluation is None:
+        return "## Evaluation\n\nNone: there was neither a judge nor a prompt with answers of both labels.\n"
+    settings = ", ".join(f"{key} {value}" for key, value in evaluation.settings.items())
+    how = (
+        "Judged generations; perplexity is that of the text under the unsteered model, ratio against the first arm."
+        if evaluation.kind == "generation"
+        else "Multiple choice by likelihood: mc1 by the total, mc1_per_token by the mean, mc2 the positives' share."
+    )
+    return f"## Evaluation\n\n{how} Percent, with 95 % intervals.\n\n{markdown(evaluation)}\nSettings: {settings}.\n"
+
+
+def _usage(name: str, version: str, columns: Sequence[Column]) -> str:
+    defaults = ", ".join(
+        f'"{c.attribute}": {c.default_multiplier:g}' for c in {c.attribute: c for c in columns}.values()
+    )
+    return (
+        "## How to use\n\n"
+        "```bash\n"
+        "curl -s localhost:8000/generate -H 'content-type: application/json' -d '{\n"
+        f'  "prompt": "...", "checkpoint": "{name}@{version}",\n'
+        f'  "attributes": {{{defaults}}}, "baseline": true}}\'\n'
+        "```\n\n"
+        "A multiplier of 0 leaves an attribute alone, a negative one steers away from it.\n"
+    )
+
+
+def _limits(base_model: str, sites: str) -> str:
+    return (
+        "## Limits\n\n"
+        f"- For `{base_model}` at `{sites}` only; another model has other activations.\n"
+        "- The rates hold for prompts like those evaluated on; elsewhere measure again (`matsteer evaluate`).\n"
+        "- Large multipliers cost fluency: watch the perplexity ratio.\n"
+    )
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
