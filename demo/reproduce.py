@@ -32,7 +32,8 @@ from training.data.splits import split_samples
 from training.evaluation.evaluator import Evaluator, GateMeans, gate_means
 from training.evaluation.generation import Sampling, load_prompts
 from training.evaluation.results import BASELINE, Arm, ArmResult, Evaluation, default_arm, single_arms
-from training.evaluation.sweep import Goal, best_alone, combine
+from training.evaluation.sweep import best_alone, combine
+from training.evaluation.sweep_results import Goal
 from training.methods.caa import CaaConfig
 from training.methods.fit import Recipe, fit
 from training.methods.mat import PAPER, MatConfig, Objective

@@ -1,6 +1,7 @@
 """The direction of the imports, read from the code."""
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,15 +28,24 @@ FORBIDDEN = {
 }
 
 
-def imported(path: Path) -> set[str]:
-    """Every module that a file imports, anywhere in it, with all its parents: a.b.c gives a, a.b and a.b.c."""
+def imported(path: Path, *, in_functions: bool = True) -> set[str]:
+    """Every module that a file imports, with all its parents: a.b.c gives a, a.b and a.b.c. `in_functions`: also where
+    a function is run, as commands do so that `--help` comes at once."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree) if in_functions else outside_functions(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return {".".join(parts[:end]) for name in names for parts in [name.split(".")] for end in range(1, len(parts) + 1)}
+
+
+def outside_functions(node: ast.AST) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield child
+            yield from outside_functions(child)
 
 
 def files(place: str) -> list[Path]:
@@ -74,7 +84,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     # A package that is only passed through on the way to its module is not what is meant.
     needs = {}
     for name, path in every.items():
-        seen = imported(path) & every.keys()
+        seen = imported(path, in_functions=False) & every.keys()
         needs[name] = {one for one in seen if not any(other.startswith(f"{one}.") for other in seen)}
     assert not circles(needs)
 
@@ -88,3 +98,4 @@ def test_the_reader_of_imports_sees_every_form(tmp_path: Path) -> None:
     file = tmp_path / "some.py"
     file.write_text("import a.b\nfrom c.d import e\ndef f():\n    from g import h\n")
     assert imported(file) == {"a", "a.b", "c", "c.d", "c.d.e", "g", "g.h"}
+    assert imported(file, in_functions=False) == {"a", "a.b", "c", "c.d", "c.d.e"}

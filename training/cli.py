@@ -129,7 +129,7 @@ def train(
             _refuse_unused(pool, specs, chosen=evaluate and measured.judge is None)
         strengths, defaults = parse_settings(strength, "--strength", unnamed=True), parse_settings(set_, "--set")
         from training.evaluation.report import rich_table, terminal
-        from training.evaluation.sweep import read_places
+        from training.evaluation.sweep_results import read_places
         from training.pipeline import TrainingRun
         from training.pipeline import train as run_training
 
@@ -265,7 +265,8 @@ def sweep(
         from training.activations.extraction import extract_under
         from training.data.samples import Split
         from training.evaluation.report import sweep_table, terminal
-        from training.evaluation.sweep import Goal, Sweep
+        from training.evaluation.sweep import Sweep
+        from training.evaluation.sweep_results import Goal
         from training.pipeline import read_samples
 
         evaluator = measured.evaluator(texts.seed)

@@ -6,7 +6,8 @@ import pytest
 
 from training.errors import TrainingError
 from training.evaluation.results import Arm, ArmResult, Estimate
-from training.evaluation.sweep import Goal, best_alone, combine
+from training.evaluation.sweep import best_alone, combine
+from training.evaluation.sweep_results import Goal
 
 
 def result(arm: str = "arm", ratio: float | None = 1.0, **metrics: float) -> ArmResult:

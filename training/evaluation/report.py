@@ -4,7 +4,6 @@ import logging
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -12,10 +11,8 @@ from rich.table import Table
 from training.errors import TrainingError
 from training.evaluation.generation import Continuation
 from training.evaluation.results import ArmResult, Evaluation
+from training.evaluation.sweep_results import SweepPoint, SweepResult
 from training.files import write_bytes, write_json
-
-if TYPE_CHECKING:
-    from training.evaluation.sweep import SweepPoint, SweepResult
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +118,7 @@ def save_figure(figure: object, path: Path) -> None:
         raise TrainingError(f"{path} cannot be written: {error}.") from None
 
 
-def sweep_table(swept: "SweepResult", rows: int = 20) -> Table:
+def sweep_table(swept: SweepResult, rows: int = 20) -> Table:
     """The best of them, as many of each attribute that was steered alone, beside the unsteered model."""
     points = swept.points
     attributes = dict.fromkeys(point.attribute for point in points)
@@ -136,12 +133,12 @@ def sweep_table(swept: "SweepResult", rows: int = 20) -> Table:
     return table
 
 
-def sweep_markdown(swept: "SweepResult") -> str:
+def sweep_markdown(swept: SweepResult) -> str:
     header, cells = _sweep_rows(swept, swept.points)
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---:"] * len(header), *cells]) + "\n"
 
 
-def plot_sweep(points: Sequence["SweepPoint"], path: Path) -> bool:
+def plot_sweep(points: Sequence[SweepPoint], path: Path) -> bool:
     """Score against multiplier, a line for each site and attribute. False, and no plot_sweep, without matplotlib."""
     if not can_plot():
         return False
@@ -163,7 +160,7 @@ def plot_sweep(points: Sequence["SweepPoint"], path: Path) -> bool:
     return True
 
 
-def _sweep_rows(swept: "SweepResult", points: Sequence["SweepPoint"]) -> tuple[list[str], list[list[str]]]:
+def _sweep_rows(swept: SweepResult, points: Sequence[SweepPoint]) -> tuple[list[str], list[list[str]]]:
     names = list(swept.unsteered.metrics)
     counts = [str(estimate.count) for estimate in swept.unsteered.metrics.values()]
     rows = [

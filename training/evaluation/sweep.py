@@ -1,11 +1,10 @@
 """Layers x sites x multipliers, measured on dev: which setting steers best, by which goal, and how strongly."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from steering.errors import SteeringError
 from steering.types import Column, Site
 from training.activations.store import Activations
 from training.data.samples import Sample, Split
@@ -14,110 +13,13 @@ from training.evaluation.evaluator import Evaluator
 from training.evaluation.generation import judge_key
 from training.evaluation.report import plot_sweep, sweep_markdown
 from training.evaluation.results import BASELINE, Arm, ArmResult, default_arm
+from training.evaluation.sweep_results import Goal, Place, SweepPoint, SweepResult, write_places
 from training.files import content_key, write_bytes, write_json
 from training.methods.fit import Recipe, fit
 from training.models import Base
 
 SCALES = (0.6, 0.8, 1.0, 1.2)
-FEW = 30  # cases of a metric
 CANDIDATES = 3  # further sites that are tried for an attribute, the best by themselves first
-
-
-@dataclass(frozen=True)
-class Goal:
-    metrics: tuple[str, ...] = ()
-    """Those that count; none: every judged metric, or every mc2."""
-    max_perplexity_ratio: float = 1.5
-    keep: Mapping[str, float] = field(default_factory=dict)
-    """Metric -> the least that it must be."""
-    max_side_effect: float | None = None
-    """By how much an attribute by itself may move what counts for the others from what it is unsteered, 0 to 1."""
-
-    tolerance: float = 0.0
-    """How much of the score a weaker setting may lack and yet be preferred: less steering, less harm."""
-
-    def best(self, ranks: Sequence[tuple[float, float]], strengths: Sequence[float], metrics: int = 1) -> int:
-        """The index of the setting to take: the weakest of those that are as good as the best, within the tolerance,
-        which is for one metric; the mean of several varies less, by the root of their number."""
-        limits, score = max(ranks)
-        enough = score - self.tolerance / metrics**0.5
-        near = [i for i, rank in enumerate(ranks) if rank[0] == limits and rank[1] >= enough]
-        return min(near, key=lambda i: (strengths[i], -ranks[i][1]))
-
-    def score(self, arm: ArmResult, attribute: str | None = None) -> float:
-        """The mean, 0 to 1, of the metrics that count; for one `attribute`, of its own. Raises TrainingError."""
-        values = [value for name in self._counted(arm, attribute) if (value := arm.metrics[name].value) is not None]
-        return sum(values) / len(values) if values else 0.0
-
-    def shortfall(self, arm: ArmResult, attribute: str | None = None, baseline: ArmResult | None = None) -> float:
-        """By how much the arm misses the limits: each miss of the text as a share of its limit, and what `attribute` by
-        itself does to the others, beside the unsteered `baseline`, beyond what it may; 0 within all limits. Raises
-        TrainingError for a metric that is not there."""
-        excess = (arm.perplexity_ratio or 0.0) / self.max_perplexity_ratio - 1
-        missing = [1 - (_metric(arm, name) or 0.0) / least for name, least in self.keep.items() if least > 0]
-        beyond = [moved - (self.max_side_effect or 0.0) for moved in self._side_effects(arm, attribute, baseline)]
-        return sum(max(0.0, miss) for miss in (excess, *missing, *beyond))
-
-    def rank(
-        self, arm: ArmResult, attribute: str | None = None, baseline: ArmResult | None = None
-    ) -> tuple[float, float]:
-        """What settings are ordered by, upwards: those within the limits last, by score; the others by how near they
-        come to the limits, since a setting that breaks the text can have any score."""
-        return -self.shortfall(arm, attribute, baseline), self.score(arm, attribute)
-
-    def _side_effects(self, arm: ArmResult, attribute: str | None, baseline: ArmResult | None) -> list[float]:
-        if self.max_side_effect is None or attribute is None or baseline is None:
-            return []
-        own = self._counted(arm, attribute)
-        others = [name for name in self._counted(arm, None) if name not in own and name not in self.keep]
-        pairs = [(_metric(arm, name), _metric(baseline, name)) for name in others]
-        return [abs(now - before) for now, before in pairs if now is not None and before is not None]
-
-    def _counted(self, arm: ArmResult, attribute: str | None) -> list[str]:
-        if attribute is not None:
-            own = [name for name in (attribute, f"{attribute} mc2") if name in arm.metrics]
-            if not own:
-                raise TrainingError(f"No metric is named after {attribute!r}; there are {', '.join(arm.metrics)}.")
-            return own
-        for name in self.metrics:
-            _metric(arm, name)
-        return [*self.metrics] or [name for name in arm.metrics if name.endswith(" mc2")] or [*arm.metrics]
-
-
-def _metric(arm: ArmResult, name: str) -> float | None:
-    if name not in arm.metrics:
-        raise TrainingError(f"There is no metric {name!r}; there are {', '.join(arm.metrics)}.")
-    return arm.metrics[name].value
-
-
-@dataclass(frozen=True)
-class Place:
-    """The sites at which an attribute has a column each, and the factor on their vectors."""
-
-    sites: tuple[Site, ...]
-    strength: float
-
-
-def write_places(path: Path, places: Mapping[str, Place]) -> None:
-    """`{"truthfulness": {"sites": ["12.residual"], "strength": 1.5}, ...}`"""
-    stored = {
-        name: {"sites": [*map(str, place.sites)], "strength": round(place.strength, 4)}
-        for name, place in places.items()
-    }
-    write_json(path, stored)
-
-
-def read_places(path: Path) -> dict[str, Place]:
-    """Raises TrainingError, naming the file, where it is not what `write_places` writes."""
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        return {
-            name: Place(tuple(map(Site.parse, one["sites"])), float(one["strength"])) for name, one in stored.items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SteeringError) as error:
-        raise TrainingError(
-            f"{path} does not hold places as `matsteer sweep --alone` writes them: {error!r}."
-        ) from None
 
 
 Run = Callable[[Sequence[Arm]], Sequence[ArmResult]]
@@ -158,53 +60,6 @@ def combine(
 
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class SweepPoint:
-    """One setting of the sweep. `score` is the mean of the metrics that count, `shortfall` by how much it misses the
-    limits.
-
-    `attribute` is the one that was steered alone; None: all together."""
-
-    attribute: str | None
-    layer: int
-    site: str
-    multiplier: float
-    score: float
-    metrics: Mapping[str, float | None]
-    perplexity_ratio: float | None
-    shortfall: float
-
-    @property
-    def rank(self) -> tuple[float, float]:
-        """As `Goal.rank` of its result."""
-        return -self.shortfall, self.score
-
-    @property
-    def place(self) -> Site:
-        return Site.parse(f"{self.layer}.{self.site}")
-
-
-@dataclass(frozen=True)
-class SweepResult:
-    """What a sweep has measured. `points` come best first; `places` and `together`, all attributes at their places at
-    once, are those of a sweep of each attribute by itself."""
-
-    points: Sequence[SweepPoint]
-    unsteered: ArmResult
-    places: Mapping[str, Place] = field(default_factory=dict)
-    together: ArmResult | None = None
-
-    def remarks(self, goal: Goal) -> Iterator[str]:
-        """What a reader should know before believing in the best point."""
-        for name in dict.fromkeys(point.attribute for point in self.points):
-            before = goal.score(self.unsteered, name)
-            if max(point.score for point in self.points if point.attribute == name) <= before:
-                yield f"{name or 'all attributes'}: no setting scores above the unsteered model, {100 * before:.1f}."
-        few = [f"{name} {one.count}" for name, one in self.unsteered.metrics.items() if one.count < FEW]
-        if few:
-            yield f"few cases, so wide intervals: {', '.join(few)}."
 
 
 @dataclass(frozen=True)
