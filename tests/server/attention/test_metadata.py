@@ -1,0 +1,131 @@
+"""What a token attends to: its own sequence, wherever its blocks lie, no further than it may see, beside any others."""
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from server.attention.kv_pool import KVPool, KVShape
+from server.attention.layout import ChunkLayout
+from server.attention.metadata import AttentionMetadata, AttentionParams, DecodeMetadata
+from steer_ops import plain
+
+CPU = torch.device("cpu")
+HEADS, KEY_HEADS, WIDTH, VALUE_WIDTH, BLOCKS, SIZE = 4, 2, 8, 6, 40, 4
+PARAMS = [
+    AttentionParams(),
+    AttentionParams(window=5),
+    AttentionParams(scale=0.3, softcap=2.0),
+    AttentionParams(window=3, sinks=torch.tensor([0.5, -2.0, 1.0, 0.0], dtype=torch.float64)),
+]
+
+
+class World:
+    """Sequences whose keys and values are known, in blocks of a pool that is otherwise full of NaN."""
+
+    def __init__(self, chunks: list[tuple[int, int]], seed: int = 0) -> None:
+        """chunks: start and stop of each sequence's new tokens."""
+        torch.manual_seed(seed)
+        shape = KVShape(KEY_HEADS, WIDTH, VALUE_WIDTH, torch.float64, CPU)
+        self.pool = KVPool.of(shape, BLOCKS, SIZE, plain.paged_attention_decode)
+        self.pool.keys.fill_(torch.nan)
+        self.pool.values.fill_(torch.nan)
+        free = list(range(BLOCKS))
+        random.Random(seed).shuffle(free)
+        self.layouts, self.keys, self.values = [], [], []
+        for start, stop in chunks:
+            table = [free.pop() for _ in range(-(-stop // SIZE))]
+            keys = torch.randn(stop, KEY_HEADS, WIDTH, dtype=torch.float64)
+            values = torch.randn(stop, KEY_HEADS, VALUE_WIDTH, dtype=torch.float64)
+            for at in range(start):
+                self.pool.keys[table[at // SIZE], :, at % SIZE] = keys[at]
+                self.pool.values[table[at // SIZE], :, at % SIZE] = values[at]
+            self.layouts.append(ChunkLayout(table, start, stop))
+            self.keys.append(keys)
+            self.values.append(values)
+        tokens = sum(map(len, self.layouts))
+        self.query = torch.randn(tokens, HEADS, WIDTH, dtype=torch.float64)
+        spans = [slice(layout.start, layout.stop) for layout in self.layouts]
+        new = [
+            torch.cat([one[span] for one, span in zip(all_, spans, strict=True)]) for all_ in (self.keys, self.values)
+        ]
+        self.key, self.value = (part.transpose(0, 1)[None] for part in new)
+
+    def expected(self, params: AttentionParams) -> Tensor:
+        """Token by token, head by head."""
+        answers, row = [], 0
+        for layout, keys, values in zip(self.layouts, self.keys, self.values, strict=True):
+            for at in range(layout.start, layout.stop):
+                for head in range(HEADS):
+                    shared = head * KEY_HEADS // HEADS
+                    scale = WIDTH**-0.5 if params.scale is None else params.scale
+                    scores = keys[: at + 1, shared] @ self.query[row, head] * scale
+                    if params.softcap:
+                        scores = params.softcap * torch.tanh(scores / params.softcap)
+                    if params.window:
+                        scores[: max(0, at + 1 - params.window)] = -torch.inf
+                    if params.sinks is not None:
+                        scores = torch.cat([scores, params.sinks[head, None]])
+                    answers.append(torch.softmax(scores, 0)[: at + 1] @ values[: at + 1, shared])
+                row += 1
+        return torch.stack(answers).view(row, HEADS, VALUE_WIDTH)
+
+    def written(self) -> None:
+        """The new keys and values lie where they belong."""
+        for layout, keys, values in zip(self.layouts, self.keys, self.values, strict=True):
+            assert layout.block_table is not None
+            for at in range(layout.stop):
+                block, offset = layout.block_table[at // SIZE], at % SIZE
+                assert torch.equal(self.pool.keys[block, :, offset], keys[at])
+                assert torch.equal(self.pool.values[block, :, offset], values[at])
+
+
+@pytest.mark.parametrize("by_length", [True, False])
+@pytest.mark.parametrize("params", PARAMS, ids=["plain", "window", "softcap", "sinks"])
+@pytest.mark.parametrize(
+    "chunks",
+    [[(0, 7)], [(6, 7), (0, 1), (12, 13)], [(3, 11), (8, 9)], [(0, 5), (9, 10), (4, 17), (2, 3), (0, 1)]],
+    ids=["a prompt", "decodes", "a chunk beside a decode", "all kinds in any order"],
+)
+def test_every_token_gets_its_own_attention(
+    chunks: list[tuple[int, int]], params: AttentionParams, by_length: bool
+) -> None:
+    world = World(chunks)
+    metadata = AttentionMetadata.of(world.layouts, CPU, SIZE, by_length=by_length)
+    found = metadata.attend(world.pool, world.query, world.key, world.value, params)
+    assert torch.allclose(found, world.expected(params), atol=1e-6)
+    world.written()
+
+
+@pytest.mark.parametrize("params", PARAMS, ids=["plain", "window", "softcap", "sinks"])
+def test_decodes_in_static_shapes_get_the_same_and_idle_rows_write_where_nobody_reads(params: AttentionParams) -> None:
+    world = World([(6, 7), (0, 1), (12, 13)])
+    free = set(range(BLOCKS)).difference(*(layout.block_table or () for layout in world.layouts))
+    idle, rows = free.pop(), 8
+    metadata = DecodeMetadata.empty(rows, 4, CPU)
+    metadata.fill(world.layouts, torch.arange(3), idle)
+    assert metadata.inputs[0, :3].tolist() == [0, 1, 2]
+    assert metadata.inputs[1, :3].tolist() == [6, 0, 12]
+    more = rows - len(world.query)
+    query = torch.cat([world.query, torch.randn(more, HEADS, WIDTH, dtype=torch.float64)])
+    key, value = (
+        torch.cat([part, torch.randn(1, KEY_HEADS, more, part.shape[-1], dtype=torch.float64)], dim=2)
+        for part in (world.key, world.value)
+    )
+    metadata.begin()
+    found = metadata.attend(world.pool, query, key, value, params)
+    assert torch.allclose(found[:3], world.expected(params), atol=1e-6)
+    assert found.isfinite().all()
+    world.written()
+    written = [block for block in free if not world.pool.keys[block].isnan().all()]
+    assert not written
+
+
+def test_texts_that_are_not_kept_are_computed_from_what_they_bring() -> None:
+    world = World([(0, 5), (0, 3)])
+    layouts = [ChunkLayout(None, 0, 5), ChunkLayout(None, 0, 3)]
+    metadata = AttentionMetadata.of(layouts, CPU, 1, by_length=True)
+    for params in PARAMS:
+        found = metadata.attend(None, world.query, world.key, world.value, params)
+        assert torch.allclose(found, world.expected(params), atol=1e-6)
