@@ -55,7 +55,8 @@ class KVPool:
     def gather(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [heads, blocks * block size, width] of the blocks [n] of one sequence. Copies."""
         blocks = blocks.to(self.keys.device)
-        keys, values = (cache.transpose(0, 1).index_select(1, blocks) for cache in (self.keys, self.values))
+        # Whole blocks first: PyTorch would copy all of a pool that is not contiguous before it selects.
+        keys, values = (cache.index_select(0, blocks).transpose(0, 1) for cache in (self.keys, self.values))
         return keys.flatten(1, 2), values.flatten(1, 2)
 
     def copy(self, copy: BlockCopy) -> None:
