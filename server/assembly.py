@@ -9,7 +9,7 @@ from server.engine.model_runner import is_spread
 from server.engine.scheduler import Scheduler
 from server.engine.scoring import LOGITS_BUDGET
 from server.errors import ServerError, StartupError
-from server.loading import LoadedModel, choose_block_size, kv_cache_blocks, load_model, open_runner, text_limit
+from server.loading import LoadedModel, choose_block_size, load_model, num_kv_cache_blocks, open_runner, text_limit
 from server.metrics import Metrics
 from server.registry import LoadedCheckpoint, Registry, fits_model
 from server.registry_state import read_state, write_state
@@ -55,7 +55,7 @@ def _build_service(settings: Settings, loaded: LoadedModel) -> Service:
     runner.steering.install()
     limit = text_limit(loaded.model, loaded.context)
     block_size = choose_block_size(runner, settings.block_size)
-    num_blocks = kv_cache_blocks(
+    num_blocks = num_kv_cache_blocks(
         runner,
         block_size,
         limit=limit,

@@ -46,7 +46,7 @@ class Settings(BaseSettings):
         default=512, ge=2, le=2**20, description="tokens of one forward pass: longer prompts are read in chunks"
     )
     kv_cache_mib: int = Field(
-        default=0, ge=0, description="memory of the KV cache; 0: a quarter of what is free, on a GPU nine tenths"
+        default=0, ge=0, description="memory of the KV cache; 0: what cpu_kv_cache_share or gpu_memory_utilization say"
     )
     gpu_memory_utilization: float = Field(
         default=0.9,

@@ -186,7 +186,8 @@ def _random_texts(model: Any) -> list[Tensor]:
 
 
 def _check_layers(model: Any, runner: ModelRunner, name: str) -> None:
-    """Kinds of layers that a short text cannot tell from others."""
+    """Refuses what the check on a short text cannot expose: layers that keep another state than keys and values, and
+    sliding windows that are not passed on to the attention."""
     kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or []
     if unknown := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
         raise StartupError(_refusal(name, model, f"it has layers of a kind that keeps another state: {unknown[0]}"))
@@ -224,7 +225,7 @@ def choose_block_size(runner: ModelRunner, wanted: int | None = None) -> int:
     return BLOCK_SIZE if reads_blocks else LARGE_BLOCK_SIZE
 
 
-def kv_cache_blocks(
+def num_kv_cache_blocks(
     runner: ModelRunner,
     block_size: int,
     *,
@@ -244,7 +245,7 @@ def kv_cache_blocks(
     if mib:
         tokens = mib * 2**20 // token
     else:
-        peak = peak_bytes(runner, block_size, limit, max_num_batched_tokens)
+        peak = profile_peak_bytes(runner, block_size, limit, max_num_batched_tokens)
         tokens = _free_tokens(runner, peak, gpu_memory_utilization, cpu_kv_cache_share)
     if tokens < max(SMALLEST_CACHE, block_size):
         raise StartupError(
@@ -258,7 +259,7 @@ def kv_cache_blocks(
     return min(blocks, 2 * max_num_seqs * -(-limit // block_size)) if limit else blocks
 
 
-def peak_bytes(runner: ModelRunner, block_size: int, limit: int | None, max_num_batched_tokens: int) -> int:
+def profile_peak_bytes(runner: ModelRunner, block_size: int, limit: int | None, max_num_batched_tokens: int) -> int:
     """What the largest step takes beside weights and the KV cache, measured on a GPU by making it: as many tokens as a
     step may have, at the end of the longest text. 0 on a CPU, where the KV cache takes a small share of the memory."""
     if runner.device.type != "cuda":
@@ -292,8 +293,8 @@ def _free_tokens(runner: ModelRunner, peak: int, gpu_memory_utilization: float, 
 
 
 def _free_bytes(device: torch.device, gpu_memory_utilization: float, cpu_kv_cache_share: float) -> int:
-    """What the cache may take: on a GPU what is left of its memory's share once all that is there has its own,
-    elsewhere a share of the memory that is free."""
+    """What the cache may take: on a GPU what is free beyond the share of all memory that must stay unused, elsewhere a
+    share of the memory that is free."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return free - int(total * (1 - gpu_memory_utilization))

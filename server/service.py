@@ -48,7 +48,8 @@ class _ArmSteering:
 
 @dataclass(frozen=True)
 class _RunningRequest:
-    """A request that has been submitted to the engine. The sequences of one text, one for each arm, are neighbours."""
+    """A request that has been submitted to the engine. Its sequences are in the order prompt, choice, arm:
+    index = (prompt * n + choice) * arms + arm."""
 
     created: int  # Unix time, seconds
     deadline: float  # of time.monotonic

@@ -22,8 +22,8 @@ class ThreadScaler:
 
     A parallel region ends with its last thread. Where another process or thread wants one of the cores, the operating
     system puts a thread of the team aside and the others wait for it, at each of a step's hundreds of regions: two
-    threads are then three times slower than one (docs/engine.md). Linux says how long threads have waited for a core;
-    as many as wait leave the team, and come back to see whether there is room again.
+    threads are then three times slower than one (benchmarks/README.md). Linux says how long threads have waited for a
+    core; as many as wait leave the team, and come back to see whether there is room again.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ def run_in_disposable_thread(work: Callable[[], T]) -> T:
 
     OpenMP keeps a team of workers for every thread that has ever computed something in parallel. As soon as there are
     more of them than cores, GNU's runtime stops waiting actively for the next parallel region, and a decoding step,
-    which has hundreds, takes twice as long (docs/engine.md). So nothing but the engine's thread may keep a team.
+    which has hundreds, takes twice as long (benchmarks/README.md). So nothing but the engine's thread may keep a team.
     """
     with ThreadPoolExecutor(max_workers=1) as pool:
         return pool.submit(work).result()

@@ -24,7 +24,7 @@ NAME = "matsteer"
 
 
 class Attention:
-    """Keys and values of all layers, and the attention of the passes inside `using`."""
+    """Keys and values of all layers, and the attention of the passes inside `forward_context`."""
 
     def __init__(self, device: torch.device, *, native: bool = True) -> None:
         """`native`: kernels attend to single tokens, where they can be had."""
@@ -68,14 +68,14 @@ class Attention:
                 pool.copy(copy)
 
     @contextmanager
-    def using(self, metadata: ForwardMetadata) -> Iterator[None]:
+    def forward_context(self, metadata: ForwardMetadata) -> Iterator[None]:
         """The model's forward passes inside follow this."""
         self._metadata = metadata
-        _here.attention = self
+        _context.attention = self
         try:
             yield
         finally:
-            _here.attention = self._metadata = None
+            _context.attention = self._metadata = None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
         """query [1, heads, N, width], key and value [1, key heads, N, width] -> [1, N, heads, value width]."""
@@ -91,8 +91,8 @@ class Attention:
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """What transformers calls. The mask is ours to make: it knows nothing of packed texts."""
-    attention: Attention | None = getattr(_here, "attention", None)
+    """What transformers calls. It does not know that sequences share the line: its `attention_mask` is ignored."""
+    attention: Attention | None = getattr(_context, "attention", None)
     if attention is None:
         raise RuntimeError("this model's attention is the engine's: run it through the engine")
     layer: Any = module.layer_idx
@@ -105,5 +105,5 @@ def _attend(
     return attention.attend(layer, query, key, value, params), None
 
 
-_here = threading.local()
+_context = threading.local()
 AttentionInterface.register(NAME, _attend)

@@ -15,11 +15,11 @@ class BlockCopy:
 
 @dataclass(frozen=True)
 class ChunkLayout:
-    """The tokens start..stop of a sequence, computed in one pass, and the blocks of its keys and values."""
+    """The tokens start..end of a sequence, computed in one pass, and the blocks of its keys and values."""
 
     block_table: Sequence[int] | None  # None: nothing is kept, the sequence is read whole in this pass
     start: int
-    stop: int
+    end: int
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return self.end - self.start

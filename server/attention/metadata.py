@@ -24,7 +24,7 @@ class AttentionParams:
     scale: float | None = None  # None: one over the root of the width
     window: int | None = None  # how many tokens a token sees, itself included
     softcap: float | None = None  # scores go through softcap * tanh(score / softcap)
-    sinks: Tensor | None = None  # [heads]: a score that takes its share and gives nothing
+    sinks: Tensor | None = None  # [heads]: attention sinks (GPT-OSS), in the softmax's denominator without a value
 
     def scale_of(self, query: Tensor) -> float:
         return query.shape[-1] ** -0.5 if self.scale is None else self.scale
@@ -82,18 +82,18 @@ class AttentionMetadata:
         rows: list[int] = []
         for chunk in chunks:
             lo = len(positions)
-            positions += range(chunk.start, chunk.stop)
+            positions += range(chunk.start, chunk.end)
             table = chunk.block_table
             if table is not None and len(chunk) == 1:
                 singles.append((lo, chunk))
                 continue
             blocks = None
             if table is not None:
-                held = np.array(table[: -(-chunk.stop // block_size)], dtype=np.int64)
+                held = np.array(table[: -(-chunk.end // block_size)], dtype=np.int64)
                 blocks = upload(held, device)
-                written += [(table[at // block_size], at % block_size) for at in range(chunk.start, chunk.stop)]
+                written += [(table[at // block_size], at % block_size) for at in range(chunk.start, chunk.end)]
                 rows += range(lo, lo + len(chunk))
-            prefills.append(Prefill(lo, len(positions), chunk.stop, blocks))
+            prefills.append(Prefill(lo, len(positions), chunk.end, blocks))
         groups = _groups(singles, block_size, by_length=by_length)
         return cls(
             positions=upload(np.array(positions, dtype=np.int64), device),
@@ -188,16 +188,16 @@ class DecodeMetadata:
         inputs = torch.zeros(3, rows, dtype=torch.int64, device=device)
         return cls(inputs, torch.zeros(rows, blocks, dtype=torch.int32, device=device))
 
-    def fill(self, chunks: Sequence[ChunkLayout], ids: Tensor, idle_block: int) -> None:
+    def fill(self, chunks: Sequence[ChunkLayout], ids: Tensor, padding_block: int) -> None:
         """chunks of one token each, ids [chunks]. Rows that have nothing to do keep the ids that they had: nobody reads
         what becomes of them."""
         rows, blocks = self.block_tables.shape
         places = np.zeros((2, rows), dtype=np.int64)
         places[1] = 1
-        tables = np.full((rows, blocks), idle_block, dtype=np.int32)
+        tables = np.full((rows, blocks), padding_block, dtype=np.int32)
         for row, chunk in enumerate(chunks):
             assert chunk.block_table is not None, "only what is kept goes on"
-            places[:, row] = chunk.start, chunk.stop
+            places[:, row] = chunk.start, chunk.end
             held = chunk.block_table[:blocks]
             tables[row, : len(held)] = held
         self.inputs[0, : len(ids)] = ids
@@ -205,7 +205,7 @@ class DecodeMetadata:
         self.block_tables.copy_(upload(tables, self.block_tables.device), non_blocking=True)
 
     def begin(self) -> None:
-        """Inside a graph everything that depends on the inputs is computed, once a pass."""
+        """Drops derived tensors, so that they are computed inside the captured graph, once a pass."""
         self._shared.clear()
 
     def attend(self, pool: KVPool | None, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
@@ -282,16 +282,16 @@ def _groups(
         return [singles] if singles else []
     by_blocks: dict[int, list[tuple[int, ChunkLayout]]] = {}
     for single in singles:
-        by_blocks.setdefault(-(-single[1].stop // block_size), []).append(single)
+        by_blocks.setdefault(-(-single[1].end // block_size), []).append(single)
     return list(by_blocks.values())
 
 
 def _decodes(singles: list[tuple[int, ChunkLayout]], block_size: int, device: torch.device) -> Decodes:
-    counts = [-(-chunk.stop // block_size) for _, chunk in singles]
+    counts = [-(-chunk.end // block_size) for _, chunk in singles]
     tables = np.zeros((len(singles), max(counts)), dtype=np.int32)
     for row, (_, chunk) in enumerate(singles):
         tables[row, : counts[row]] = (chunk.block_table or ())[: counts[row]]
-    lens = np.array([chunk.stop for _, chunk in singles], dtype=np.int32)
+    lens = np.array([chunk.end for _, chunk in singles], dtype=np.int32)
     return Decodes(_span([place for place, _ in singles], device), upload(tables, device), upload(lens, device))
 
 

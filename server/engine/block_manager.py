@@ -51,7 +51,7 @@ class CachedPrefix:
 
 
 class BlockManager:
-    """Hands out blocks to sequences. `copies` are to be made, in order, before the next forward pass."""
+    """Hands out blocks to sequences. `pending_copies` are to be made, in order, before the next forward pass."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         if num_blocks < 1 or block_size < 1:
@@ -59,11 +59,12 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.cached_tokens = 0  # found instead of computed, since the start
-        self.copies: list[BlockCopy] = []
+        self.pending_copies: list[BlockCopy] = []
         self._blocks = [Block(index) for index in range(num_blocks)]
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # the next to be taken first
         self._full: dict[bytes, Block] = {}  # by hash
-        self._begun: dict[tuple[bytes, int], dict[int, None]] = {}  # blocks by their parent and their first token
+        # Every block with content, by the hash of the prefix before it and its first token: for matches within a block.
+        self._by_first_token: dict[tuple[bytes, int], dict[int, None]] = {}
         self._steerings: dict[SequenceSteering, int] = {}
         self._next_steering = 1
 
@@ -82,9 +83,10 @@ class BlockManager:
         return -(-num_tokens // self.block_size)
 
     def allocate(self, sequence: Sequence, num_tokens: int, *, spare: int = 0) -> bool:
-        """Gives a sequence blocks for so many of its tokens, of which those at its beginning that are known count as
-        computed; False, with nothing changed, where `spare` blocks would not stay free."""
-        prefix = self._find(sequence)
+        """Allocates blocks for the first `num_tokens` tokens. Leading tokens that are cached are shared, or copied
+        within a block (copy-on-write), and count as computed. False, with nothing changed, where fewer than `spare`
+        blocks would stay free."""
+        prefix = self._find_longest_prefix(sequence)
         kept = [block for block in prefix.blocks if not block.ref_count]
         # A partly filled block that nobody holds is taken over where it ends with what is common.
         partial = prefix.partial
@@ -102,15 +104,15 @@ class BlockManager:
         if taken_over and partial is not None:
             partial.ref_count = 1
             table.append(partial)
-        # Steered counts now: the source of a copy may be among the blocks that are taken next.
+        # Read before `_take`, which may evict the block that is copied from.
         steered = [count for block in prefix.blocks for count in block.steered]
         steered += partial.steered[: prefix.num_tokens] if partial else []
         content = partial.content[: prefix.num_tokens] if partial else []
         for _ in range(new):
             table.append(self._take())
-        if partial is not None and not taken_over:
+        if partial is not None and not taken_over:  # copy-on-write: the first tokens of a block that goes on otherwise
             target = table[len(prefix.blocks)]
-            self.copies.append(BlockCopy(partial.index, target.index, prefix.num_tokens))
+            self.pending_copies.append(BlockCopy(partial.index, target.index, prefix.num_tokens))
             target.parent = self._parent(prefix.blocks)
             self._extend(target, content, steered[len(prefix.blocks) * self.block_size :])
         sequence.block_table = [block.index for block in table]
@@ -119,7 +121,7 @@ class BlockManager:
         self.cached_tokens += len(steered)
         return True
 
-    def append(self, sequence: Sequence, num_tokens: int) -> bool:
+    def grow_to(self, sequence: Sequence, num_tokens: int) -> bool:
         """Makes the blocks of a sequence hold so many tokens; False, with nothing changed: there is no free block."""
         new = self.blocks_for(num_tokens) - len(sequence.block_table)
         if new > len(self._free):
@@ -140,7 +142,7 @@ class BlockManager:
             block = self._blocks[sequence.block_table[number]]
             before = self._blocks[sequence.block_table[number - 1]].hash if number else ROOT
             count = min(self.block_size - offset, len(content) - at)
-            # What follows something that has been forgotten cannot be found again either.
+            # Where an earlier block has left the prefix cache (hash None), this one cannot be hashed.
             if len(block.content) == offset and before is not None:
                 block.parent = before
                 self._extend(block, content[at : at + count], steered[at : at + count])
@@ -165,15 +167,15 @@ class BlockManager:
             self._forget(block)
 
     def num_cached(self, sequence: Sequence) -> int:
-        """How many tokens at its beginning are known already."""
-        prefix = self._find(sequence)
+        """How many leading tokens are cached."""
+        prefix = self._find_longest_prefix(sequence)
         return len(prefix.blocks) * self.block_size + prefix.num_tokens
 
     def num_coming(self, sequence: Sequence, others: Iterable[Sequence]) -> int:
-        """How many tokens at its beginning are known once `others`, which run, have computed theirs."""
-        self._describe(sequence)
+        """How many leading tokens will be cached once the running `others` have computed all of theirs."""
+        self._update_block_hashes(sequence)
         return max(
-            (min(_common(other.content, sequence.content), sequence.num_shareable) for other in others), default=0
+            (min(_common(other.cache_keys, sequence.cache_keys), sequence.num_shareable) for other in others), default=0
         )
 
     def check(self, sequences: Iterable[Sequence]) -> None:
@@ -191,10 +193,10 @@ class BlockManager:
             assert len(block.content) == len(block.steered) <= self.block_size, "a block holds more than fits"
             full = len(block.content) == self.block_size
             assert (block.hash is not None) == full, "a full block has no hash, or another one has"
-            assert full or block.ref_count <= 1, "a block that is still written to is shared"
+            assert full or block.ref_count <= 1 or not block.content, "a block that is still written to is shared"
             if block.content:
-                assert block.index in self._begun[block.parent, block.content[0]], "a block cannot be found"
-        for found in self._begun.values():
+                assert block.index in self._by_first_token[block.parent, block.content[0]], "a block cannot be found"
+        for found in self._by_first_token.values():
             assert found, "an empty entry stays behind"
             assert all(self._blocks[index].content for index in found), "an empty block can be found"
         for key, block in self._full.items():
@@ -220,7 +222,7 @@ class BlockManager:
     def _extend(self, block: Block, content: list[int], steered: list[int]) -> None:
         """Notes what a block holds, from its beginning or after what it holds already."""
         if not block.content:
-            self._begun.setdefault((block.parent, content[0]), {})[block.index] = None
+            self._by_first_token.setdefault((block.parent, content[0]), {})[block.index] = None
         block.content += content
         block.steered += steered
         if len(block.content) == self.block_size:
@@ -232,18 +234,18 @@ class BlockManager:
         if not block.content:
             return
         key = block.parent, block.content[0]
-        del self._begun[key][block.index]
-        if not self._begun[key]:
-            del self._begun[key]
+        del self._by_first_token[key][block.index]
+        if not self._by_first_token[key]:
+            del self._by_first_token[key]
         if block.hash is not None and self._full.get(block.hash) is block:
             del self._full[block.hash]
         block.content, block.steered, block.hash, block.parent = [], [], None, ROOT
         if not block.ref_count and block.index in self._free:
             self._free.move_to_end(block.index, last=False)
 
-    def _find(self, sequence: Sequence) -> CachedPrefix:
+    def _find_longest_prefix(self, sequence: Sequence) -> CachedPrefix:
         """The longest beginning of a sequence that is known."""
-        self._describe(sequence)
+        self._update_block_hashes(sequence)
         most, size = sequence.num_shareable, self.block_size
         blocks: list[Block] = []
         for key in sequence.block_hashes[: most // size]:
@@ -251,9 +253,9 @@ class BlockManager:
             if block is None:
                 break
             blocks.append(block)
-        rest = sequence.content[len(blocks) * size : min(most, (len(blocks) + 1) * size)].tolist()
+        rest = sequence.cache_keys[len(blocks) * size : min(most, (len(blocks) + 1) * size)].tolist()
         best, longest = None, 0
-        for index in self._begun.get((self._parent(blocks), rest[0]), ()) if rest else ():
+        for index in self._by_first_token.get((self._parent(blocks), rest[0]), ()) if rest else ():
             block = self._blocks[index]
             length = _common_list(block.content, rest)
             if length > longest:
@@ -264,16 +266,16 @@ class BlockManager:
     def _parent(blocks: list[Block]) -> bytes:
         return (blocks[-1].hash or ROOT) if blocks else ROOT
 
-    def _describe(self, sequence: Sequence) -> None:
-        """Brings `content` and `block_hashes` of a sequence up to date."""
-        if len(sequence.content) == len(sequence.token_ids):
+    def _update_block_hashes(self, sequence: Sequence) -> None:
+        """Brings `cache_keys` and `block_hashes` of a sequence up to date."""
+        if len(sequence.cache_keys) == len(sequence.token_ids):
             return
         content = np.array(sequence.token_ids, dtype=np.int64)
         steering = sequence.steering_params
         if steering.columns.slots:
             acting = steering_mask(steering.positions, 0, len(content), sequence.num_prompt_tokens)
             content[acting] |= self._number(steering.columns) << STEERING_BITS
-        sequence.content = content
+        sequence.cache_keys = content
         size, parent = self.block_size, ROOT
         sequence.block_hashes = []
         for start in range(0, len(content) - size + 1, size):
@@ -281,8 +283,8 @@ class BlockManager:
             sequence.block_hashes.append(parent)
 
     def _content_of(self, sequence: Sequence, start: int, stop: int) -> list[int]:
-        if stop <= len(sequence.content):
-            part: list[int] = sequence.content[start:stop].tolist()
+        if stop <= len(sequence.cache_keys):
+            part: list[int] = sequence.cache_keys[start:stop].tolist()
             return part
         steering = sequence.steering_params
         tokens = sequence.token_ids[start:stop]
@@ -295,7 +297,8 @@ class BlockManager:
         return [token | number if acts else token for token, acts in zip(tokens, acting, strict=True)]
 
     def _number(self, steering: SequenceSteering) -> int:
-        """A number for equal steerings, never given twice. A removed checkpoint's columns equal no others."""
+        """A number for equal steerings, never given twice. Handles compare by identity: a checkpoint that is loaded
+        again gets a new number."""
         if steering not in self._steerings:
             if len(self._steerings) >= KEPT_STEERINGS:
                 self._steerings.clear()

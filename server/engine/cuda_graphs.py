@@ -40,13 +40,13 @@ class CudaGraphs:
         device: torch.device,
         *,
         block_size: int,
-        idle_block: int,
+        padding_block: int,
     ) -> None:
-        """`idle_block`: a block that belongs to no sequence, for the rows of a bucket that have nothing to do."""
+        """`padding_block`: a block that belongs to no sequence, for the rows of a bucket that have nothing to do."""
         self._forward = forward
         self._device = device
         self._block_size = block_size
-        self._idle_block = idle_block
+        self._idle_block = padding_block
         self._captures = True
         self._pool: Any = None  # memory that all graphs share
         self._captured: dict[tuple[int, int], _Captured] = {}
@@ -86,7 +86,7 @@ class CudaGraphs:
 
     def _bucket(self, chunks: Chunks) -> tuple[int, int]:
         """Rows, and blocks of the longest of them."""
-        return self.rows(chunks), _power_of_two(max(-(-chunk.stop // self._block_size) for chunk in chunks))
+        return self.rows(chunks), _power_of_two(max(-(-chunk.end // self._block_size) for chunk in chunks))
 
     def _capture(self, metadata: DecodeMetadata, version: int) -> _Captured:
         if self._device.type != "cuda" or not self._captures:

@@ -293,13 +293,13 @@ class Engine:
             self._busy_since = None
 
     def _fail(self, chunks: Chunks, error: Exception) -> None:
-        """A failing step fails the requests in it, and nobody else, as long as the device still answers. What it may
-        have left half done in the cache is forgotten before anything else runs: its sequences' blocks, blocks whose
-        content was to be copied first, and what ended sequences have left behind."""
+        """A failing step fails the requests in it, and nobody else, as long as the device still answers. It may have
+        left garbage keys and values: its blocks are freed uncached, sequences with pending copies fail as well, and the
+        prefix cache is cleared."""
         log.error("a step with %d sequences failed", len(chunks), exc_info=error)
         self.stats.failed_steps += 1
         blocks = self._runner.blocks
-        uncopied = {copy.target for copy in blocks.copies}
+        uncopied = {copy.target for copy in blocks.pending_copies}
         touched = [chunk.sequence for chunk in chunks if chunk.sequence.block_table]
         touched += [one for one in self._scheduler.running if not uncopied.isdisjoint(one.block_table)]
         for request_id in unique_requests(touched):

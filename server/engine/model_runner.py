@@ -126,13 +126,13 @@ class ModelRunner:
         are replayed from CUDA graphs where the device has them."""
         self.blocks = BlockManager(num_blocks, block_size)
         self.attention.allocate(num_blocks + 1, block_size)  # the last one is for rows of a graph that are idle
-        options = {"block_size": block_size, "idle_block": num_blocks}
+        options = {"block_size": block_size, "padding_block": num_blocks}
         self._graphs = CudaGraphs(self._run, self.device, **options) if graphs else None
         return self.blocks
 
     def execute_async(self, chunks: Chunks, after: InFlightStep | None = None) -> InFlightStep:
-        """Begins a step; why that could not be, its result says. `after`: the one before, where its tokens are not
-        known yet: they go from one to the other on the device."""
+        """Launches a step. Never raises: errors come from `InFlightStep.result`. `after`: the step before, where its
+        tokens are not known yet: they go from one to the other on the device."""
         try:
             return self._execute(chunks, after)
         except Exception as error:
@@ -190,10 +190,11 @@ class ModelRunner:
         return InFlightStep(chunks, sampling, sampled, scores, HostCopy(torch.cat(parts)), traces=self._traces)
 
     def _copy_blocks(self) -> None:
-        """Copies stay listed until all are made: where one fails, those who hold their targets hold nothing."""
+        """The list is cleared only when all copies were made: `Engine._fail` reads it to fail the sequences whose
+        blocks were never filled."""
         with torch.inference_mode():
-            self.attention.copy(self.blocks.copies)
-        self.blocks.copies.clear()
+            self.attention.copy(self.blocks.pending_copies)
+        self.blocks.pending_copies.clear()
 
     def _eager(self, chunks: Chunks, ids: Tensor) -> Tensor:
         metadata = self.attention.metadata([chunk.layout for chunk in chunks])
@@ -210,7 +211,7 @@ class ModelRunner:
     def _run(self, ids: Tensor, positions: Tensor, metadata: ForwardMetadata, keep: Tensor | None = None) -> Tensor:
         """ids, positions [1, N] -> logits [N, vocab], or those of the tokens to `keep`."""
         selected = {"logits_to_keep": keep} if self._keeps and keep is not None else {}
-        with self.attention.using(metadata):
+        with self.attention.forward_context(metadata):
             output = self._model(input_ids=ids, position_ids=positions, use_cache=False, return_dict=True, **selected)
         logits: Tensor = output.logits[0].to(self.device)
         return logits if selected or keep is None else logits[keep]
@@ -225,7 +226,7 @@ class ModelRunner:
             if len(chunk) == 1 and chunk.start >= prompt:
                 token_rows.append(-1 if steering.positions == "prompt" else row)
             else:
-                acting = steering_mask(steering.positions, chunk.start, chunk.stop, prompt)
+                acting = steering_mask(steering.positions, chunk.start, chunk.end, prompt)
                 token_rows += np.where(acting, row, -1).tolist()
         token_rows += [-1] * (room - len(token_rows))
         self.bank.fill(tuple(rows), np.array(token_rows, dtype=np.int64))
@@ -240,7 +241,7 @@ class ModelRunner:
         return tuple(ColumnTrace(attribute, str(site), *numbers[site][index]) for attribute, site, index in asked)
 
     def _prepare_sampler(self, sequences: list[Sequence]) -> None:
-        """The sampler of these sequences; made before the forward pass, whose end its copies would wait for."""
+        """Made before the forward pass: later its uploads would queue behind it."""
         if self._sampler is None or sequences != self._sampled:
             params = [sequence.sampling_params for sequence in sequences]
             self._sampler, self._sampled = Sampler(params, self.vocab_size, self.device), sequences
@@ -251,7 +252,7 @@ class ModelRunner:
         assert self._sampler is not None, "prepared before"
         token_ids = [chunk.sequence.token_ids for chunk in chunks]
         return self._sampler.sample(
-            logits, token_ids, [chunk.stop - chunk.sequence.num_prompt_tokens for chunk in chunks]
+            logits, token_ids, [chunk.end - chunk.sequence.num_prompt_tokens for chunk in chunks]
         )
 
 

@@ -38,8 +38,8 @@ class OutputProcessor:
         on_dequeued: Callable[[int], None],
         on_request_end: Callable[[str], None] = lambda request_id: None,
     ) -> None:
-        """`on_dequeued` is told how many sequences wait no longer, be it that they run or that they have ended;
-        `on_request_end` of requests of which none is left."""
+        """`on_dequeued` is called with the number of sequences that left the queue (admitted, finished or failed),
+        `on_request_end` with the id of a request that has no sequence left."""
         self._scheduler = scheduler
         self._eos = eos
         self._decode = decode
@@ -60,8 +60,8 @@ class OutputProcessor:
     def add(
         self, sequences: Iterable[Sequence], on_event: EventSink, submitted: float, *, counted: bool, first: bool
     ) -> None:
-        """Sequences that were submitted at a moment (of time.monotonic) wait; those that want no token have ended.
-        `counted`: `on_dequeued` has to hear of them; `first`: they wait before all others."""
+        """Registers sequences submitted at `submitted` (time.monotonic) and queues them; with `max_new_tokens` 0 they
+        finish at once. `counted`: they count against the queue's limit; `first`: they wait before all others."""
         sequences = list(sequences)
         for sequence in sequences:
             self._states[sequence] = SequenceState(sequence, on_event, submitted, counted, self._eos, self._decode)
@@ -222,8 +222,8 @@ class SequenceState:
         self.admitted: float | None = None  # when its first step ran, or it left the queue in another way
         self._submitted = submitted
         self._first: float | None = None
-        self._stop = sampling.stop
-        self._ends = (frozenset() if sampling.ignore_eos else eos) | set(sampling.stop_token_ids)
+        self._stop_strings = sampling.stop
+        self._stop_token_ids = (frozenset() if sampling.ignore_eos else eos) | set(sampling.stop_token_ids)
         self._detokenizer = Detokenizer(decode, sequence.prompt_token_ids)
         self._token_ids: list[int] = []
         self._tokens: list[SampledToken] = []
@@ -237,16 +237,16 @@ class SequenceState:
         self._token_ids.append(token.token_id)
         if sampling.logprobs is not None or self.sequence.trace:
             self._tokens.append(token)
-        if token.token_id in self._ends:
+        if token.token_id in self._stop_token_ids:
             return "stop"
         self._detokenizer.push(token.token_id)
-        if self._stop and self._read():
+        if self._stop_strings and self._decode_and_check_stop():
             return "stop"
         return "length" if len(self._token_ids) >= sampling.max_new_tokens else None
 
     def finish(self, reason: FinishReason) -> Finished:
         """The sequence's last event."""
-        if self._read(final=True) and reason == "length":
+        if self._decode_and_check_stop(final=True) and reason == "length":
             reason = "stop"
         return Finished(
             sequence=self.sequence,
@@ -260,22 +260,22 @@ class SequenceState:
 
     def token_event(self, token: SampledToken, *, last: bool) -> TokenEvent:
         """What the token that was accepted adds to the text that is certain."""
-        if not self._stop and not last:
-            self._read()
-        certain = len(self._text) - (0 if last else _held_back(self._stop, self._text))
+        if not self._stop_strings and not last:
+            self._decode_and_check_stop()
+        certain = len(self._text) - (0 if last else _held_back(self._stop_strings, self._text))
         text, self._sent = self._text[self._sent : certain], max(self._sent, certain)
         return TokenEvent(self.sequence, len(self._token_ids) - 1, token, text)
 
-    def _read(self, *, final: bool = False) -> bool:
+    def _decode_and_check_stop(self, *, final: bool = False) -> bool:
         """Decodes what is new; cuts the text before the first stop string, and says whether there is one."""
         piece = self._detokenizer.read(final=final)
-        if not self._stop:
+        if not self._stop_strings:
             self._text += piece
             return False
         # A stop string may have begun in earlier pieces.
-        start = max(0, len(self._text) - max(map(len, self._stop)) + 1)
+        start = max(0, len(self._text) - max(map(len, self._stop_strings)) + 1)
         self._text += piece
-        found = [at for stop in self._stop if (at := self._text.find(stop, start)) >= 0]
+        found = [at for stop in self._stop_strings if (at := self._text.find(stop, start)) >= 0]
         if found:
             self._text = self._text[: min(found)]
         return bool(found)

@@ -18,9 +18,9 @@ WATERMARK = 0.01  # of the blocks stay free when a sequence is admitted beside o
 
 
 class Scheduler:
-    """Sequences that wait and sequences that run. The one that came first always goes on: when there is no free block,
-    the youngest is preempted (its blocks are taken, and it is computed again later), so that nothing waits for itself.
-    """
+    """Sequences that wait and sequences that run. The one that was admitted first always goes on: when there is no free
+    block, the youngest is preempted (by recompute: its blocks are freed, and it waits again before all others), so that
+    nothing waits for itself."""
 
     def __init__(
         self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int, max_num_logits: int = 2**20
@@ -69,36 +69,36 @@ class Scheduler:
         budget = PrefillBudget(self._max_num_batched_tokens - len(decodes), self._max_num_logits)
         for sequence in self._running:
             if sequence.is_scored or sequence.num_uncomputed > 1:
-                budget.take(sequence)
+                budget.add(sequence)
         if self.preemptions == preempted:
             self._admit(budget)
         chunks = [*decodes, *budget.chunks]
         return tuple(sorted(chunks, key=lambda chunk: len(chunk) > 1))
 
     def schedule_ahead(self, chunks: tuple[ScheduledChunk, ...]) -> tuple[ScheduledChunk, ...]:
-        """The step after these chunks, scheduled before what they sample is known: one token for each sequence that
-        goes on as far as can be foreseen, which is what `schedule` would say. Nothing where it would say something
-        else, or where a sequence has to know its tokens, or to be told more of them, before the next one is sampled."""
+        """Async scheduling: the step after these chunks, before the tokens that they sample are known: one token for
+        each sequence that does not end at its length. Nothing where `schedule` could do anything else (admit, prefill,
+        preempt), or where the host needs the sampled token first (repetition penalty, logprobs, trace)."""
         if len(chunks) < len(self._running) or not all(chunk.is_sampled for chunk in chunks):
             return ()
         following = []
         for chunk in chunks:
             sequence = chunk.sequence
-            new = chunk.stop + 1 - sequence.num_prompt_tokens
+            new = chunk.end + 1 - sequence.num_prompt_tokens
             if not sequence.block_table or new >= sequence.sampling_params.max_new_tokens:
                 continue  # has ended, or ends with the token that is being sampled
             if not _can_run_ahead(sequence):
                 return ()
-            following.append(ScheduledChunk(sequence, chunk.stop, chunk.stop + 1))
+            following.append(ScheduledChunk(sequence, chunk.end, chunk.end + 1))
         if any(leader.is_scored or len(following) < self._max_num_seqs for leader in self._waiting):
             return ()  # it could be admitted
-        if not all(self.blocks.append(chunk.sequence, chunk.stop) for chunk in following):
+        if not all(self.blocks.grow_to(chunk.sequence, chunk.end) for chunk in following):
             return ()
         return tuple(following)
 
     def postprocess(self, chunk: ScheduledChunk, steered: list[int]) -> None:
         """The chunk has been computed; `steered`: for each of its tokens whether it was."""
-        self.blocks.commit(chunk.sequence, chunk.stop, steered)
+        self.blocks.commit(chunk.sequence, chunk.end, steered)
 
     def finish(self, sequence: Sequence) -> None:
         """The sequence has ended: it is in no later step."""
@@ -132,14 +132,14 @@ class Scheduler:
         chunks = []
         for sequence in list(self._running):
             decodes = sequence.block_table and not sequence.is_scored and sequence.num_uncomputed == 1
-            if decodes and self._has_room(sequence):
+            if decodes and self._append_or_preempt(sequence):
                 stop = len(sequence.token_ids)
                 chunks.append(ScheduledChunk(sequence, stop - 1, stop))
         return chunks
 
-    def _has_room(self, sequence: Sequence) -> bool:
-        """Finds a block for the sequence's tokens, at the cost of those that came later or, at last, of itself."""
-        while not self.blocks.append(sequence, len(sequence.token_ids)):
+    def _append_or_preempt(self, sequence: Sequence) -> bool:
+        """Gives the sequence a block for its last token; preempts those admitted later or, at last, itself."""
+        while not self.blocks.grow_to(sequence, len(sequence.token_ids)):
             youngest = next(one for one in reversed(self._running) if one.lockstep)
             self._preempt(youngest)
             if youngest is sequence:
@@ -159,18 +159,18 @@ class Scheduler:
         for leader in list(self._waiting):
             if budget.num_tokens <= 0 or not any(count > 0 for count in places.values()):
                 return
-            if places[leader.is_scored] <= 0 or not budget.takes(leader):
+            if places[leader.is_scored] <= 0 or not budget.can_take(leader):
                 continue
             if budget.chunked and not self._fits(leader, budget.num_tokens):
                 continue
-            if self._better_later(leader):
+            if self._should_wait_for_prefix(leader):
                 continue
             if not self._allocate(leader):
                 return
             self._waiting.remove(leader)
             self._running += leader.lockstep
             places[leader.is_scored] -= len(leader.lockstep)
-            budget.take(leader)
+            budget.add(leader)
 
     def _count(self, scored: bool) -> int:
         return sum(sequence.is_scored is scored for sequence in self._running)
@@ -179,7 +179,7 @@ class Scheduler:
         whole = len(leader.token_ids) * len(leader.lockstep)
         return whole <= num_tokens or whole - sum(map(self.blocks.num_cached, leader.lockstep)) <= num_tokens
 
-    def _better_later(self, sequence: Sequence) -> bool:
+    def _should_wait_for_prefix(self, sequence: Sequence) -> bool:
         """Whether sequences that run are about to compute what this one would have to compute as well."""
         length = len(sequence.token_ids)
         coming = self.blocks.num_coming(sequence, self._running)
@@ -202,36 +202,36 @@ class Scheduler:
 
 
 class PrefillBudget:
-    """How a step's tokens are spent on prompts and scored continuations."""
+    """How a step's tokens are spent on prefill: prompts and scored continuations."""
 
     def __init__(self, num_tokens: int, num_logits: int) -> None:
-        self.num_tokens = num_tokens  # for what fits
-        self.chunked: Sequence | None = None  # the first one that does not
+        self.num_tokens = num_tokens  # left for sequences that fit whole
+        self.chunked: Sequence | None = None  # the one that does not, and is cut into chunks
         self._num_logits = num_logits
-        self._kept = 0  # tokens that it has for sure
+        self._reserved = 0  # its half of the budget, to which the rest is added in the end
         self._whole: list[ScheduledChunk] = []
 
     @property
     def chunks(self) -> list[ScheduledChunk]:
-        rest = self._cut(self.chunked, self._kept + self.num_tokens) if self.chunked else []
+        rest = self._cut(self.chunked, self._reserved + self.num_tokens) if self.chunked else []
         return [*self._whole, *rest]
 
-    def takes(self, leader: Sequence) -> bool:
+    def can_take(self, leader: Sequence) -> bool:
         """Whether there is anything left for a sequence."""
         return self.num_tokens > 0 and (self._num_logits > 0 or not leader.is_scored)
 
-    def take(self, leader: Sequence) -> None:
+    def add(self, leader: Sequence) -> None:
         """Of the sequences in the order in which they came. Those in lockstep share what their leader gets."""
-        if not leader.lockstep or not self.takes(leader):
+        if not leader.lockstep or not self.can_take(leader):
             return
         chunks = self._cut(leader, self.num_tokens)
-        if [chunk.stop for chunk in chunks] == list(_targets(leader).values()):
+        if [chunk.end for chunk in chunks] == list(_targets(leader).values()):
             self._whole += chunks
             self.num_tokens -= sum(map(len, chunks))
             self._num_logits -= sum(chunk.num_logits for chunk in chunks)
         elif self.chunked is None:
-            self.chunked, self._kept = leader, (self.num_tokens + 1) // 2
-            self.num_tokens -= self._kept
+            self.chunked, self._reserved = leader, (self.num_tokens + 1) // 2
+            self.num_tokens -= self._reserved
 
     def _cut(self, leader: Sequence, num_tokens: int) -> list[ScheduledChunk]:
         """The next chunk of a sequence, or of each of those in lockstep, of so many tokens at most in all."""
@@ -249,8 +249,8 @@ class PrefillBudget:
 
 
 def _targets(leader: Sequence) -> dict[Sequence, int]:
-    """How far a sequence, or each of those in lockstep, could be computed in one step: those in lockstep first come to
-    where their continuations begin, each by itself."""
+    """The end index that each member may reach in this step. A lockstep pair first computes both prompts independently,
+    then advances over the continuation together."""
     behind = {one: one.num_prompt_tokens - 1 for one in leader.lockstep}
     behind = {one: stop for one, stop in behind.items() if one.num_computed_tokens < stop}
     if behind and len(leader.lockstep) > 1:

@@ -140,7 +140,7 @@ def score_chunks(logits: Mapping[ScheduledChunk, Tensor]) -> PendingScores:
 def _targets(chunk: ScheduledChunk) -> tuple[int, ...]:
     """The tokens that come after those of which logits are wanted."""
     sequence = chunk.sequence
-    first = chunk.stop - chunk.num_logits - sequence.num_prompt_tokens + 1
+    first = chunk.end - chunk.num_logits - sequence.num_prompt_tokens + 1
     return (sequence.continuation or ())[first : first + chunk.num_logits]
 
 

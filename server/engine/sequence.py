@@ -71,18 +71,16 @@ class Sequence:
     continuation: tuple[int, ...] | None = None  # scored instead of generated: "teacher forcing"
     # Set by the engine
     token_ids: list[int] = field(init=False)  # the prompt and what has been sampled, or is given, after it
-    lockstep: tuple["Sequence", ...] = field(
-        init=False, repr=False
-    )  # computed in the same steps, itself first; empty: follows one
+    # Scheduled in the same steps. A plain sequence: (itself,); a pair's leader: (itself, follower); a follower: ().
+    lockstep: tuple["Sequence", ...] = field(init=False, repr=False)
     num_computed_tokens: int = field(default=0, init=False)
     steered: list[int] = field(default_factory=list, init=False)  # 1 for each computed token that was steered, else 0
-    logprobs: list[TokenLogprob] = field(
-        default_factory=list, init=False
-    )  # of the continuation, as far as it is scored
-    kl: float = field(default=0.0, init=False)  # sum of KL(itself || the one that follows it), nats
+    logprobs: list[TokenLogprob] = field(default_factory=list, init=False)  # of the continuation's scored tokens
+    kl: float = field(default=0.0, init=False)  # sum over its tokens of KL(leader || follower), nats
     # Set by the block manager
     block_table: list[int] = field(default_factory=list, init=False)  # empty: the sequence does not run
-    content: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64), init=False, repr=False)
+    # For each token its id and what steered it
+    cache_keys: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64), init=False, repr=False)
     block_hashes: list[bytes] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -110,7 +108,8 @@ class Sequence:
 
     @property
     def num_shareable(self) -> int:
-        """Tokens at its beginning whose logits nobody wants: they need not be computed where others have."""
+        """How many leading tokens may come from the prefix cache: all but the last one; of a scored sequence all but
+        the last prompt token."""
         return self.num_prompt_tokens - 1 if self.is_scored else len(self.token_ids) - 1
 
     def restart(self) -> None:
@@ -125,33 +124,34 @@ class Sequence:
 
 @dataclass(frozen=True, eq=False)
 class ScheduledChunk:
-    """Compute the tokens start..stop of a sequence in the next forward pass."""
+    """Compute the tokens start..end of a sequence in the next forward pass."""
 
     sequence: Sequence
     start: int
-    stop: int
+    end: int
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return self.end - self.start
 
     @property
     def token_ids(self) -> list[int]:
-        return self.sequence.token_ids[self.start : self.stop]
+        return self.sequence.token_ids[self.start : self.end]
 
     @property
     def layout(self) -> ChunkLayout:
-        return ChunkLayout(self.sequence.block_table or None, self.start, self.stop)
+        return ChunkLayout(self.sequence.block_table or None, self.start, self.end)
 
     @property
     def is_sampled(self) -> bool:
-        """Whether its last logits are those of a token to sample: also where the last token is not known yet."""
-        return not self.sequence.is_scored and self.stop >= len(self.sequence.token_ids)
+        """Whether a token is sampled after this chunk: it ends at the last known token, or its input token is still on
+        the device (async scheduling)."""
+        return not self.sequence.is_scored and self.end >= len(self.sequence.token_ids)
 
     @property
     def num_logits(self) -> int:
         """For how many of its tokens, the last ones, logits are wanted."""
         if self.sequence.is_scored:
-            return max(0, self.stop - max(self.start, self.sequence.num_prompt_tokens - 1))
+            return max(0, self.end - max(self.start, self.sequence.num_prompt_tokens - 1))
         return int(self.is_sampled)
 
 
@@ -195,7 +195,7 @@ class ScoredTokens:
     """What one step says of a given continuation."""
 
     logprobs: tuple[TokenLogprob, ...]
-    kl: float = 0.0  # sum over these tokens of KL(the sequence || the one that follows it), nats
+    kl: float = 0.0  # sum over these tokens of KL(leader || follower), nats
 
     @property
     def finite(self) -> bool:

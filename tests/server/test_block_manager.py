@@ -37,7 +37,7 @@ def text(tokens: tuple[int, ...], params: SteeringParams | None = None, *, new: 
 def compute(blocks: BlockManager, sequence: Sequence, stop: int | None = None) -> None:
     """As a step that is done with all tokens, or those up to `stop`."""
     stop = len(sequence.token_ids) if stop is None else stop
-    assert blocks.append(sequence, stop)
+    assert blocks.grow_to(sequence, stop)
     blocks.commit(sequence, stop, [0] * (stop - sequence.num_computed_tokens))
 
 
@@ -104,14 +104,14 @@ def test_thirty_two_arms_over_a_long_prompt_take_the_blocks_of_one_prompt_plus_t
     for arm in arms:
         assert blocks.allocate(arm, len(prompt))
         compute(blocks, arm)
-        assert blocks.append(arm, len(prompt) + 4)
+        assert blocks.grow_to(arm, len(prompt) + 4)
     blocks.check(arms)
     own = 1  # 1,500 tokens are 46 full blocks and a begun one, in which each arm writes
     assert blocks.num_blocks - blocks.num_free_blocks == 46 + 32 * own
     assert [arm.num_computed_tokens for arm in arms] == [1500] * 32
     assert blocks.cached_tokens == 31 * 1499
-    assert len(blocks.copies) == 31, "nothing is copied but the begun block"
-    assert all(copy.num_tokens == 1499 % 32 for copy in blocks.copies)
+    assert len(blocks.pending_copies) == 31, "nothing is copied but the begun block"
+    assert all(copy.num_tokens == 1499 % 32 for copy in blocks.pending_copies)
 
 
 def test_a_begun_block_that_nobody_holds_is_gone_on_with_and_not_copied() -> None:
@@ -119,7 +119,7 @@ def test_a_begun_block_that_nobody_holds_is_gone_on_with_and_not_copied() -> Non
     chat = left_behind(blocks, text(PROMPT, new=(1, 2)))
     longer = text((*PROMPT, 1, 2, 3, 4))
     assert blocks.allocate(longer, len(longer.token_ids))
-    assert (longer.num_computed_tokens, blocks.copies) == (len(chat.token_ids), [])
+    assert (longer.num_computed_tokens, blocks.pending_copies) == (len(chat.token_ids), [])
     blocks.check([longer])
 
 
@@ -192,7 +192,7 @@ def test_nothing_changes_where_there_is_no_room() -> None:
     before = [block.content.copy() for block in blocks._blocks]
     second = text((*PROMPT[:16], 3))
     assert not blocks.allocate(second, 17)
-    assert not blocks.append(first, 25)
+    assert not blocks.grow_to(first, 25)
     assert (second.block_table, second.num_computed_tokens) == ([], 0)
     assert [block.content for block in blocks._blocks] == before
     blocks.check([first])
@@ -233,9 +233,9 @@ class Cache(RuleBasedStateMachine):
 
     def flush(self) -> None:
         """Makes the copies, as a step does."""
-        for copy in self.blocks.copies:
+        for copy in self.blocks.pending_copies:
             self.memory[copy.target][: copy.num_tokens] = self.memory[copy.source][: copy.num_tokens]
-        self.blocks.copies.clear()
+        self.blocks.pending_copies.clear()
 
     def kept(self, sequence: Sequence) -> list[Any]:
         """What lies where its computed tokens should."""
@@ -274,7 +274,7 @@ class Cache(RuleBasedStateMachine):
         if not sequence.num_uncomputed:
             sequence.token_ids.append(token)
         start, stop = sequence.num_computed_tokens, min(len(sequence.token_ids), sequence.num_computed_tokens + count)
-        if not self.blocks.append(sequence, stop):
+        if not self.blocks.grow_to(sequence, stop):
             return
         self.flush()
         for index, content in enumerate(self.wanted(sequence)[start:stop], start):

@@ -8,7 +8,7 @@ import pytest
 from server import loading
 from server.engine.model_runner import ModelRunner
 from server.errors import StartupError
-from server.loading import choose_block_size, kv_cache_blocks
+from server.loading import choose_block_size, num_kv_cache_blocks
 from tests.server.conftest import tiny_llama
 from tests.server.desk import Desk
 
@@ -24,33 +24,33 @@ def runner() -> ModelRunner:
 
 
 def test_the_cache_takes_what_is_set_and_not_more_than_sequences_can_use(runner: ModelRunner) -> None:
-    assert kv_cache_blocks(runner, 32, limit=96, mib=1, **STEP) == 2 * 4 * 3, "twice what four of 96 tokens can use"
+    assert num_kv_cache_blocks(runner, 32, limit=96, mib=1, **STEP) == 2 * 4 * 3, "twice what four of 96 tokens can use"
     many = STEP | {"max_num_seqs": 100}
-    assert kv_cache_blocks(runner, 32, limit=96, mib=1, **many) == 2**20 // 384 // 32
-    assert kv_cache_blocks(runner, 7, limit=96, mib=1, **many) == 2**20 // 384 // 7
+    assert num_kv_cache_blocks(runner, 32, limit=96, mib=1, **many) == 2**20 // 384 // 32
+    assert num_kv_cache_blocks(runner, 7, limit=96, mib=1, **many) == 2**20 // 384 // 7
 
 
 def test_little_memory_makes_texts_shorter_and_says_so(runner: ModelRunner, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        blocks = kv_cache_blocks(runner, 32, limit=100_000, mib=1, **STEP)
+        blocks = num_kv_cache_blocks(runner, 32, limit=100_000, mib=1, **STEP)
     assert blocks == 2**20 // 384 // 32
     assert "tokens, not 100000" in caplog.text
 
 
 def test_a_text_is_bound_by_the_memory_alone_where_the_model_sets_no_limit(runner: ModelRunner) -> None:
-    assert kv_cache_blocks(runner, 32, limit=None, mib=1, **STEP) == 2**20 // 384 // 32
+    assert num_kv_cache_blocks(runner, 32, limit=None, mib=1, **STEP) == 2**20 // 384 // 32
 
 
 def test_a_share_of_the_memory_that_is_free_is_taken(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "_container_bytes", lambda: 384 * 32 * 1000)
     for share, blocks in ((0.25, 250), (0.5, 500)):
-        assert kv_cache_blocks(runner, 32, limit=None, cpu_kv_cache_share=share, **STEP) == blocks
+        assert num_kv_cache_blocks(runner, 32, limit=None, cpu_kv_cache_share=share, **STEP) == blocks
 
 
 def test_no_memory_at_all_is_a_sentence(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "_free_bytes", lambda *args: 5000)
     with pytest.raises(StartupError, match="There is no memory for keys and values: a token takes 384 bytes"):
-        kv_cache_blocks(runner, 32, limit=96, **STEP)
+        num_kv_cache_blocks(runner, 32, limit=96, **STEP)
 
 
 def test_a_containers_own_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def make(scheduler: Scheduler, chunks: Chunks, token: int = 7) -> None:
 
 
 def spans(chunks: Chunks) -> list[tuple[str, int, int]]:
-    return sorted((chunk.sequence.request_id, chunk.start, chunk.stop) for chunk in chunks)
+    return sorted((chunk.sequence.request_id, chunk.start, chunk.end) for chunk in chunks)
 
 
 def test_rows_join_and_leave_at_any_step() -> None:
@@ -290,7 +290,7 @@ def test_those_in_lockstep_are_computed_in_the_same_steps_whatever_is_known_of_t
     while chunks := scheduler.schedule():
         assert sum(map(len, chunks)) <= 8
         scored_now = {
-            chunk.sequence.index: (chunk.stop - chunk.num_logits, chunk.stop) for chunk in chunks if chunk.num_logits
+            chunk.sequence.index: (chunk.end - chunk.num_logits, chunk.end) for chunk in chunks if chunk.num_logits
         }
         assert len(set(scored_now.values())) <= 1, "not the same tokens"
         assert len(scored_now) in (0, 2)
@@ -358,7 +358,7 @@ def test_every_sequence_ends_with_all_its_tokens_and_the_cache_stays_sound(
         assert len({chunk.sequence for chunk in chunks}) == len(chunks)
         for chunk in chunks:
             one = chunk.sequence
-            first = chunk.stop - chunk.num_logits
+            first = chunk.end - chunk.num_logits
             if one.is_scored and chunk.num_logits:
                 if first == one.num_prompt_tokens - 1:
                     logits[one] = 0  # also once more, after it was preempted

@@ -46,7 +46,7 @@ class World:
             self.values.append(values)
         tokens = sum(map(len, self.layouts))
         self.query = torch.randn(tokens, HEADS, WIDTH, dtype=torch.float64)
-        spans = [slice(layout.start, layout.stop) for layout in self.layouts]
+        spans = [slice(layout.start, layout.end) for layout in self.layouts]
         new = [
             torch.cat([one[span] for one, span in zip(all_, spans, strict=True)]) for all_ in (self.keys, self.values)
         ]
@@ -56,7 +56,7 @@ class World:
         """Token by token, head by head."""
         answers, row = [], 0
         for layout, keys, values in zip(self.layouts, self.keys, self.values, strict=True):
-            for at in range(layout.start, layout.stop):
+            for at in range(layout.start, layout.end):
                 for head in range(HEADS):
                     shared = head * KEY_HEADS // HEADS
                     scale = WIDTH**-0.5 if params.scale is None else params.scale
@@ -75,7 +75,7 @@ class World:
         """The new keys and values lie where they belong."""
         for layout, keys, values in zip(self.layouts, self.keys, self.values, strict=True):
             assert layout.block_table is not None
-            for at in range(layout.stop):
+            for at in range(layout.end):
                 block, offset = layout.block_table[at // SIZE], at % SIZE
                 assert torch.equal(self.pool.keys[block, :, offset], keys[at])
                 assert torch.equal(self.pool.values[block, :, offset], values[at])
