@@ -83,6 +83,8 @@ class _Engine(Collector):
             ("rows_running", "texts that are being generated", status.running),
             ("rows_waiting", "texts that wait", status.waiting),
             ("rows_scored", "given texts that are scored or compared, or wait for it", status.scoring),
+            ("rows_open", "texts that have been submitted and not ended", self._engine.open_sequences),
+            ("checkpoint_leases", "holders of loaded checkpoints: requests that have not ended", self._registry.pins),
             ("cache_tokens_used", "tokens of the KV cache's blocks in use", status.used_blocks * status.block_size),
             ("cache_tokens", "tokens that the KV cache has room for", status.num_blocks * status.block_size),
             ("cache_blocks_used", "blocks of the KV cache that texts hold", status.used_blocks),

@@ -93,11 +93,6 @@ class Sequence:
         return len(self.prompt_token_ids)
 
     @property
-    def num_new_tokens(self) -> int:
-        """Tokens after the prompt, so far."""
-        return len(self.token_ids) - self.num_prompt_tokens
-
-    @property
     def num_uncomputed(self) -> int:
         return len(self.token_ids) - self.num_computed_tokens
 

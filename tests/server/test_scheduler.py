@@ -43,6 +43,10 @@ def build(
     )
 
 
+def new_tokens(one: Sequence) -> int:
+    return len(one.token_ids) - one.num_prompt_tokens
+
+
 def make(scheduler: Scheduler, chunks: Chunks, token: int = 7) -> None:
     """Does the chunks as an engine would; a sequence ends with its last token."""
     for chunk in chunks:
@@ -50,7 +54,7 @@ def make(scheduler: Scheduler, chunks: Chunks, token: int = 7) -> None:
         scheduler.postprocess(chunk, [0] * len(chunk))
         if chunk.is_sampled:
             one.token_ids.append(token)
-        if one.num_new_tokens >= one.sampling_params.max_new_tokens or (one.is_scored and not one.num_uncomputed):
+        if new_tokens(one) >= one.sampling_params.max_new_tokens or (one.is_scored and not one.num_uncomputed):
             scheduler.finish(one)
 
 
@@ -180,7 +184,7 @@ def test_when_there_is_no_free_block_the_youngest_is_preempted_and_goes_on_later
         make(scheduler, scheduler.schedule())
         scheduler.blocks.check(scheduler.running)
     assert scheduler.preemptions
-    assert young.num_new_tokens == 14
+    assert new_tokens(young) == 14
 
 
 def test_a_step_can_be_foreseen_as_long_as_nothing_else_is_due() -> None:
@@ -377,6 +381,6 @@ def test_every_sequence_ends_with_all_its_tokens_and_the_cache_stays_sound(
             assert (
                 logits[one] == len(one.continuation)
                 if one.continuation
-                else (one.num_new_tokens == one.sampling_params.max_new_tokens)
+                else (new_tokens(one) == one.sampling_params.max_new_tokens)
             )
     assert blocks.num_free_blocks == num_blocks
