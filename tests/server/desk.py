@@ -64,7 +64,7 @@ class Desk:
 
     def add(self, *sequences: Sequence) -> None:
         for sequence in sequences:
-            self.engine.submit([sequence], self._take)
+            self.engine.submit([sequence], self.take)
 
     def run(self, sequences: list[Sequence], *, arrivals: list[int] | None = None) -> dict[Sequence, list[int]]:
         """The new tokens of sequences; sequence i arrives before pass `arrivals[i]`, or at once."""
@@ -91,7 +91,7 @@ class Desk:
             self.step()
         return future.result()
 
-    def _take(self, event: Event) -> None:
+    def take(self, event: Event) -> None:
         self.events.append(event)
         if isinstance(event, Failed):
             raise AssertionError(event.error)
