@@ -243,7 +243,8 @@ class ModelRunner:
         """The sampler of these sequences; made before the forward pass, whose end its copies would wait for."""
         if self._sampler is None or sequences != self._sampled:
             params = [sequence.sampling_params for sequence in sequences]
-            self._sampler, self._sampled = Sampler(params, self.vocab_size, self.device), sequences
+            ends = [sequence.end_token_ids for sequence in sequences]
+            self._sampler, self._sampled = Sampler(params, self.vocab_size, self.device, ends), sequences
 
     def _sample(self, chunks: list[ScheduledChunk], logits: Tensor) -> SamplerOutput | None:
         if not chunks:
