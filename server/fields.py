@@ -85,7 +85,7 @@ BODY_FIELDS = _fields(
     KnownField("reasoning_effort", OPENAI, ignored=True, note="there is one way to answer"),
     KnownField("response_format", OPENAI, neutral=({"type": "text"}, {})),
     KnownField("safety_identifier", OPENAI, ignored=True, note=LABEL),
-    KnownField("seed", OPENAI),
+    KnownField("seed", OPENAI, note="`-1` is a seed as any other"),
     KnownField("service_tier", OPENAI, ignored=True, note="there is one tier"),
     KnownField("stop", OPENAI, neutral=("", [])),
     KnownField("store", OPENAI, ignored=True, note="no answer is stored"),

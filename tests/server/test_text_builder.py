@@ -6,12 +6,15 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from server.engine.output_processor import SequenceState
 from server.engine.sequence import FinishReason, SampledToken, SamplingParams
 from server.engine.sequence import Sequence as EngineSequence
 from server.engine.text_builder import Decoders
-from server.tokenizer import Codec
+from server.tokenizer import INCOMPLETE, Codec
+from tests.server.conftest import END
 
 WORDS = ["<|im_end|>", "<s>", "a", "b", "ab", "ba", "<", "|", "im_end", "|>", "é", " ", "\n", "ab<"]
 SPECIAL = {0, 1}
@@ -30,12 +33,12 @@ PLAIN = Decoders(decode, decode_all, SPECIAL.__contains__)
 
 
 def run(
-    tokens: Sequence[int], decoders: Decoders = PLAIN, *, eos: frozenset[int] = frozenset({EOS}), **rules: Any
+    tokens: Sequence[int], both: Decoders = PLAIN, *, eos: frozenset[int] = frozenset({EOS}), **rules: Any
 ) -> tuple[str, FinishReason, list[str], int]:
     """Text, reason, the pieces that are streamed, and how many tokens were taken."""
     rules = {"max_new_tokens": max(1, len(tokens))} | rules
     sequence = EngineSequence("r", 0, (2, 3), SamplingParams(**rules), stream=True)
-    state = SequenceState(sequence, lambda event: None, 0.0, False, eos, decoders)
+    state = SequenceState(sequence, lambda event: None, 0.0, False, eos, both)
     pieces: list[str] = []
     for count, token in enumerate(tokens, 1):
         sampled = SampledToken(token)
@@ -160,10 +163,10 @@ def test_half_a_character_behind_a_stop_string_is_not_shown() -> None:
     def spelled(ids: Sequence[int]) -> str:
         return b"".join(words[one - 2] for one in ids).decode(errors="replace")
 
-    decoders = Decoders(spelled, spelled, lambda token: False)
+    both = Decoders(spelled, spelled, lambda token: False)
     for include in (False, True):
         rules: Any = {"stop": ("b",), "include_stop_str_in_output": include}
-        text, reason, pieces, taken = run([2, 3, 4], decoders, eos=frozenset(), **rules)
+        text, reason, pieces, taken = run([2, 3, 4], both, eos=frozenset(), **rules)
         assert (text, reason, taken) == ("ab" if include else "a", "stop", 2)
         assert "".join(pieces) == text
 
@@ -225,19 +228,38 @@ def test_with_min_tokens_too(tokens: list[int], stops: list[str], include: bool,
         assert text == decode(tokens[:taken])
 
 
-@given(st.data())
-def test_with_a_real_tokenizer_and_its_unfinished_characters(spelling: Any, data: st.DataObject) -> None:
-    codec = Codec(spelling, vocab=len(spelling), context=None)
-    decoders = Decoders(codec.decode, codec.decode_all, lambda token: token == 0)
+def metaspace() -> PreTrainedTokenizerFast:
+    """A vocabulary as SentencePiece makes it: a space belongs to the token behind it, and the first one is dropped."""
+    words = [END, "a", "b", "▁a", "▁b", "▁", "<0xF0>", "<0x9F>", "<0x99>", "<0x82>"]
+    made = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="a"))
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    made.add_special_tokens([END])
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=END)
+
+
+POOL = [END, "end", "🙂", "é", "a", "b", " ", " b", " sky", "\ufffd", "l", "<", ">b"]
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "metaspace"])
+@given(data=st.data())
+def test_with_a_real_tokenizer_its_spaces_and_its_unfinished_characters(
+    spelling: Any, kind: str, data: st.DataObject
+) -> None:
+    tokenizer = spelling if kind == "byte-level" else metaspace()
+    codec = Codec(tokenizer, vocab=len(tokenizer), context=None)
+    both = Decoders(codec.decode, codec.decode_all, lambda token: token == 0)
     parts = [*codec.encode("🙂é", "prompt"), *codec.encode(" blue sky", "prompt"), 0]
+    parts = parts if kind == "byte-level" else [*range(len(tokenizer))]
     tokens = data.draw(st.lists(st.sampled_from(parts), min_size=1, max_size=14))
-    pool = ["<|end|>", "end", "🙂", "é", "b", " sky", "\ufffd", "l", "<", ">b"]
-    stops = tuple(data.draw(st.lists(st.lists(st.sampled_from(pool), min_size=1, max_size=2).map("".join), max_size=3)))
+    stops = tuple(data.draw(st.lists(st.lists(st.sampled_from(POOL), min_size=1, max_size=2).map("".join), max_size=3)))
     skip = data.draw(st.booleans())
-    text, reason, pieces, taken = run(tokens, decoders, eos=frozenset(), stop=stops, skip_special_tokens=skip)
+    text, reason, pieces, taken = run(tokens, both, eos=frozenset(), stop=stops, skip_special_tokens=skip)
     assert "".join(pieces) == text
-    shown = codec.decode(tokens[:taken]) if skip else codec.decode_all(tokens[:taken])
-    assert shown.startswith(text)
+    whole = run(tokens[:taken], both, eos=frozenset(), skip_special_tokens=skip)[0]
+    assert whole.startswith(text.rstrip(INCOMPLETE)), "but for a character that the stop string has cut off"
     assert not any(stop in text for stop in stops)
     if reason != "stop":
-        assert text == shown
+        assert text == whole
+        assert not any(stop in run(tokens, both, eos=frozenset(), skip_special_tokens=False)[0] for stop in stops)
