@@ -75,7 +75,7 @@ reproduce: demo-data $(DEV_INSTALLED)  ## every table and plot of docs/results a
 readme: $(DEV_INSTALLED)  ## write the server's answers to the README's request into the README
 	$(BIN)/python -m demo.readme
 
-api-docs: $(INSTALLED)  ## write docs/api.md from the OpenAPI document
+api-docs: $(INSTALLED)  ## write docs/api.md and docs/fields.md from the code
 	$(BIN)/python -m server.api_docs
 
 fuzz: $(DEV_INSTALLED)  ## many more requests of the OpenAPI document than `make test` sends

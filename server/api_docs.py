@@ -1,4 +1,5 @@
-"""docs/api.md, from the OpenAPI document: `python -m server.api_docs` writes it, a test looks whether it is true."""
+"""docs/api.md, from the OpenAPI document: `python -m server.api_docs` writes it, and docs/fields.md beside it; a test
+looks whether they are true."""
 
 import json
 import math
@@ -6,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from server import field_docs
 from server.app import bare_app
 
 PATH = Path(__file__).parents[1] / "docs" / "api.md"
@@ -15,7 +17,8 @@ Written by `make api-docs` from the OpenAPI document, which a running server has
 `/docs`.
 
 Every error is `{"error": {"type", "message", "param", "request_id"}}`, with the field at fault in `param`; the types
-and their statuses stand in `server/errors.py`. Numbers are finite, and fields that are not listed are refused by name.
+and their statuses stand in `server/errors.py`. Numbers are finite. Fields that are not listed are refused by name,
+unless they ask for nothing: [fields.md](fields.md) has those of other servers.
 A server with keys asks for `Authorization: Bearer KEY`.
 """
 
@@ -24,6 +27,7 @@ RANGES = (  # lower and upper limits as OpenAPI names them, with the unit
     ("exclusiveMinimum", "exclusiveMaximum", ""),
     ("minItems", "maxItems", " items"),
     ("minLength", "maxLength", " characters"),
+    ("minProperties", "maxProperties", " items"),
 )
 
 
@@ -87,8 +91,10 @@ def _type(schema: Mapping[str, Any]) -> str:
             return f"[{', '.join(map(_type, inner))}]"
         items = _type(schema.get("items", {}))
         return f"list of ({items})" if " or " in items else f"list of {items}"
-    if schema.get("type") == "object" and isinstance(schema.get("additionalProperties"), Mapping):
-        return f"map of {_type(schema['additionalProperties'])}"
+    if schema.get("type") == "object":
+        values = [schema.get("additionalProperties"), *schema.get("patternProperties", {}).values()]
+        if kinds := [_type(one) for one in values if isinstance(one, Mapping)]:
+            return f"map of {kinds[-1]}"
     return str(schema.get("type", "anything"))
 
 
@@ -137,3 +143,4 @@ def _named(node: Any, schemas: Mapping[str, Any], seen: set[str] | None = None) 
 
 if __name__ == "__main__":
     PATH.write_text(page(), encoding="utf-8")
+    field_docs.PATH.write_text(field_docs.page(), encoding="utf-8")

@@ -81,6 +81,7 @@ def _build_service(settings: Settings, loaded: LoadedModel) -> Service:
         scheduler,
         eos=loaded.eos,
         decode=codec.decode,
+        decode_all=codec.decode_all,
         queue_limit=settings.queue_limit,
         stall_s=settings.stall_s,
         deadline_s=settings.deadline_s,

@@ -5,7 +5,7 @@ Every class knows its HTTP status and its `type`, the stable word that programs 
 ServerError                      500  internal_error
 ├── StartupError                  -   the process does not start (one sentence on stderr, exit status 1)
 ├── BadRequest                   400  bad_request
-│   ├── UnsupportedField         400  unsupported_field    (on the OpenAI routes)
+│   ├── UnsupportedField         400  unsupported_field
 │   └── Refused                  4xx  the status's own name, as in unsupported_media_type
 ├── Unauthorized                 401  unauthorized         (with WWW-Authenticate)
 ├── Forbidden                    403  forbidden
@@ -69,7 +69,7 @@ class Refused(BadRequest):
 
 
 class UnsupportedField(BadRequest):
-    """A field, or a value of one, that OpenAI's API has and this server does not."""
+    """A field that other servers' APIs have and this route does not; on the OpenAI routes any that is not there."""
 
     type = "unsupported_field"
 

@@ -5,17 +5,22 @@ log-probabilities, traces) are plain dataclasses: pydantic makes the same JSON a
 one takes a tenth of the time.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from server.engine.sequence import FinishReason, PositionsName, SamplingParams
 from server.errors import InvalidField
+from server.fields import BODY_FIELDS, MESSAGE_FIELDS, KnownField, without_neutral
 from server.types import BASELINE, STEERED, AppliedCheckpoint, Arm, CheckpointRef, GenerateParams, ScoreParams
 
 Prompt = Annotated[str, Field(min_length=1)]
-Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Stop = Annotated[str, Field(max_length=256)]  # an empty one ends nothing
+TokenId = Annotated[int, Field(ge=0)]
+TokenName = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,17})$")]  # an id as the key of a JSON object
+Bias = Annotated[float, Field(ge=-100, le=100)]
 Attributes = dict[str, float]
 MAX_NEW_TOKENS = 1_000_000  # that a request may ask for; it gets as many as the model has room for
 
@@ -26,8 +31,21 @@ class StrictRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class Message(StrictRequest):
+class LenientRequest(StrictRequest):
+    """The same, except that fields may be sent, which it need not have, where their values ask for nothing."""
+
+    known_fields: ClassVar[Mapping[str, KnownField]]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_asks_for_nothing(cls, given: Any) -> Any:
+        return without_neutral(given, cls.known_fields, cls.model_fields)
+
+
+class Message(LenientRequest):
     """One turn of a conversation."""
+
+    known_fields = MESSAGE_FIELDS
 
     role: Literal["system", "user", "assistant", "tool"]
     content: str
@@ -65,14 +83,25 @@ class _SteeringFields(StrictRequest):
         )
 
 
-class SamplingFields(StrictRequest):
+class SamplingFields(LenientRequest):
     """How tokens are sampled, and where a text ends."""
+
+    known_fields = BODY_FIELDS
 
     temperature: float = Field(1.0, ge=0, le=100, description="0 is greedy")
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, le=10_000_000, description="0: off")
+    top_k: int = Field(0, ge=0, le=10_000_000, description="0 or -1: off")
     min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100, description="of tokens in the prompt or the answer")
+    presence_penalty: float = Field(
+        0.0, ge=-2, le=2, description="taken from the logit of each token that is in the answer already"
+    )
+    frequency_penalty: float = Field(
+        0.0, ge=-2, le=2, description="taken from a token's logit as often as it is in the answer already"
+    )
+    logit_bias: Annotated[dict[TokenName, Bias], Field(max_length=1024)] | None = Field(
+        None, description="what is added to the logits of tokens, by their ids: -100 bans a token, 100 forces it"
+    )
     seed: int | None = Field(
         None,
         ge=-(2**63),
@@ -80,13 +109,29 @@ class SamplingFields(StrictRequest):
         description="the same seed gives the same text, in any batch; every prompt of a list draws with it",
     )
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = Field(
-        None, description="texts that end the answer; they are not part of it"
+        None, description="texts that end the answer, special tokens too; no part of it, unless it is asked for"
     )
-    ignore_eos: bool = False
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] | None = Field(
+        None, description="tokens that end the answer, beside the model's own"
+    )
+    include_stop_str_in_output: bool = Field(
+        False, description="the answer shows the `stop` text or the token that has ended it"
+    )
+    skip_special_tokens: bool = Field(True, description="the answer does not show special tokens")
+    ignore_eos: bool = Field(False, description="the model's own end-of-text tokens do not end the answer")
+    min_tokens: int = Field(
+        0, ge=0, le=MAX_NEW_TOKENS, description="before so many, neither tokens nor texts end the answer"
+    )
     n: int = Field(1, ge=1, le=128, description="answers per prompt")
     stream: bool = Field(False, description="server-sent events: pieces of the text as they come")
 
     def to_sampling(self, max_new_tokens: int, logprobs: int | None) -> SamplingParams:
+        """Raises InvalidField."""
+        if self.min_tokens > max_new_tokens:
+            raise InvalidField(
+                f"The answer cannot have {self.min_tokens} tokens at least: it may have {max_new_tokens} at most.",
+                param="min_tokens",
+            )
         return SamplingParams(
             max_new_tokens=max_new_tokens,
             temperature=self.temperature,
@@ -94,7 +139,14 @@ class SamplingFields(StrictRequest):
             top_k=self.top_k,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
-            stop=tuple(as_list(self.stop)),
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
+            min_tokens=self.min_tokens,
+            stop=tuple(filter(None, as_list(self.stop))),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            include_stop_str_in_output=self.include_stop_str_in_output,
+            skip_special_tokens=self.skip_special_tokens,
             ignore_eos=self.ignore_eos,
             logprobs=logprobs,
         )

@@ -15,7 +15,15 @@ from typing import TypeVar
 from server.config import Settings
 from server.engine.engine import Engine
 from server.engine.scoring import ComparisonPair, Divergence
-from server.engine.sequence import Finished, PositionsName, Sequence, SteeringParams, TokenEvent, TokenLogprob
+from server.engine.sequence import (
+    Finished,
+    PositionsName,
+    SamplingParams,
+    Sequence,
+    SteeringParams,
+    TokenEvent,
+    TokenLogprob,
+)
 from server.errors import DeadlineExceeded, InvalidField, PromptTooLong, UnknownCheckpoint, UnknownModel
 from server.metrics import Metrics
 from server.registry import CheckpointLease, LoadedCheckpoint, Registry
@@ -110,6 +118,7 @@ class Service:
 
     async def _submit(self, params: GenerateParams, *, stream: bool) -> _RunningRequest:
         created, deadline = int(time.time()), time.monotonic() + self.settings.deadline_s
+        self._check_ids(params.sampling)
         prompts = await asyncio.to_thread(self._encode, params)
         lease = CheckpointLease(self.registry)
         try:
@@ -214,6 +223,13 @@ class Service:
             return await asyncio.wait_for(asyncio.wrap_future(future), deadline - time.monotonic())
         except TimeoutError:
             raise DeadlineExceeded(f"The request took longer than {self.settings.deadline_s:g} s.") from None
+
+    def _check_ids(self, sampling: SamplingParams) -> None:
+        """Raises InvalidField where tokens are named that the model does not have."""
+        for index, token in enumerate(sampling.stop_token_ids):
+            self.codec.check_id(token, f"stop_token_ids.{index}")
+        for token, _ in sampling.logit_bias:
+            self.codec.check_id(token, f"logit_bias.{token}")
 
     def _encode(self, params: GenerateParams) -> list[tuple[int, ...]]:
         if params.messages:

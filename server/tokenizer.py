@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from server.errors import InvalidField, PromptTooLong
 
+Decode = Callable[[Sequence[int]], str]
 LONGEST_TOKEN = 64  # characters; a text with more of them for each token that fits is refused without tokenizing it
 LONE_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # SentencePiece's names for tokens of single bytes
 CONTEXT = 6  # ids of the prompt that are decoded, too: they tell whether the first new token starts with a space
@@ -87,6 +88,13 @@ class Codec:
             raise InvalidField("The continuation adds no token to the prompt.", param=param)
         return whole[:common], whole[common:]
 
+    def check_id(self, token: int, param: str) -> None:
+        """Raises InvalidField where the model has no such token; `param`: the field that names it."""
+        if token >= self._vocab:
+            raise InvalidField(
+                f"There is no token {token}: the model knows {self._vocab} tokens, from 0 on.", param=param
+            )
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens left out."""
         return self._decode(ids, skip_special_tokens=True)
@@ -157,12 +165,19 @@ class Detokenizer:
     neighbours (leading spaces, characters of several tokens).
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], prompt: Sequence[int]) -> None:
+    def __init__(self, decode: Decode, prompt: Sequence[int]) -> None:
         self._decode = decode
         self._ids = list(prompt[-CONTEXT:])
         self._start = 0  # index of the id at which both decodings start
         self._done = len(self._ids)  # the text of the ids before this index has been returned whole
         self._given = 0  # characters that have been returned of the text of the ids from there on
+
+    def fork(self, decode: Decode) -> "Detokenizer":
+        """Another one that goes on from here, and decodes in another way."""
+        forked = Detokenizer(decode, ())
+        forked._ids = list(self._ids)
+        forked._start, forked._done, forked._given = self._start, self._done, self._given
+        return forked
 
     def push(self, token: int) -> None:
         self._ids.append(token)

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from server.api.openai.schemas import NO_EFFECT, ChatCompletionRequest, CompletionRequest
+from server.api.openai.schemas import ChatCompletionRequest, CompletionRequest
 from server.errors import (
     BadRequest,
     BodyTooLarge,
@@ -23,7 +23,8 @@ from server.errors import (
     ServerError,
     UnsupportedField,
 )
-from server.schemas import CompareRequest, GenerateRequest, ScoreRequest, StrictRequest
+from server.fields import KnownField, known_field
+from server.schemas import CompareRequest, GenerateRequest, LenientRequest, ScoreRequest, StrictRequest
 
 Body = TypeVar("Body", bound=StrictRequest)
 MAX_VALUE = 80  # characters of a client's value in a message
@@ -40,6 +41,7 @@ REQUESTS: Mapping[str, type[StrictRequest]] = {  # body by route; others: Genera
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatCompletionRequest,
 }
+KEY = "[key]"  # in a location: it is not the value that is wrong but its name
 WRONG_TYPE = ("string_type", "list_type")
 TYPE_NAME = re.compile(r"^str$|^constrained-|\[")  # as pydantic writes the members of a union
 
@@ -139,9 +141,16 @@ def _invalid(problems: Sequence[Mapping[str, Any]], path: str) -> ServerError:
     sentences = [_sentence(problem, path) for problem in described]
     if more := len(seen) - len(described):
         sentences.append(f"And {more} more.")
-    unsupported = path.startswith("/v1/") and described[0]["type"] == "extra_forbidden"
+    extra = described[0]["type"] == "extra_forbidden"
+    unsupported = extra and (path.startswith("/v1/") or _known(described[0]["loc"], path))
     kind = UnsupportedField if unsupported else InvalidField
     return kind(" ".join(sentences), param=_param(described[0]["loc"]))
+
+
+def _known(loc: Sequence[str | int], path: str) -> KnownField | None:
+    """The field of other servers at fault, where the route may be asked for such."""
+    lenient = loc[0] == "body" and issubclass(REQUESTS.get(path, GenerateRequest), LenientRequest)
+    return known_field(_parts(loc)) if lenient else None
 
 
 def _depth(problem: Mapping[str, Any]) -> tuple[int, bool]:
@@ -150,10 +159,16 @@ def _depth(problem: Mapping[str, Any]) -> tuple[int, bool]:
 
 def _param(loc: Sequence[str | int]) -> str:
     """("body", "messages", 0, "role") -> "messages.0.role"."""
+    return ".".join(map(str, _parts(loc)))
+
+
+def _parts(loc: Sequence[str | int]) -> list[str | int]:
+    """Without where it was sent, and without the types that pydantic has tried."""
     where = list(loc[1:]) if loc[0] in ("body", "path", "query") else list(loc)
     above = len(_down_to_union(where))
+    where = where[:-1] if where[-1:] == [KEY] else where
     where[above:] = [part for part in where[above:] if not (isinstance(part, str) and TYPE_NAME.search(part))]
-    return ".".join(map(str, where))
+    return where
 
 
 def _down_to_union(loc: Sequence[str | int]) -> Sequence[str | int]:
@@ -164,11 +179,13 @@ def _sentence(problem: Mapping[str, Any], path: str) -> str:
     param = _param(problem["loc"])
     if problem["type"] == "extra_forbidden":
         # Only short names are searched for: a long one is no misspelt field.
-        if param in NO_EFFECT:
-            return f"{param} is not supported; leave it out."
         fields = [*REQUESTS.get(path, GenerateRequest).model_fields] if problem["loc"][0] == "body" else ["version"]
+        if known := _known(problem["loc"], path):
+            return known.refusal(param, fields)
         close = difflib.get_close_matches(param, fields, n=1) if len(param) <= MAX_VALUE and "." not in param else []
         return f"There is no field {_short(param)}" + (f"; did you mean {close[0]!r}?" if close else ".")
+    if problem["loc"][-1] == KEY:
+        return f"{_short(param, quote=False)} is no id of a token, a whole number from 0 on."
     if problem["type"] == "string_unicode":
         return f"{_short(param, quote=False)} holds half of a surrogate pair, which is no character."
     if problem["type"] == "missing":

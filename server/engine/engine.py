@@ -30,6 +30,7 @@ from server.engine.sequence import (
 )
 from server.engine.tasks import EngineTask, TaskFuture, TaskQueue
 from server.errors import DeadlineExceeded, EngineDown, GenerationFailed, PromptTooLong, QueueFull, ServerError
+from server.tokenizer import Decode
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -65,7 +66,8 @@ class Engine:
         scheduler: Scheduler,
         *,
         eos: frozenset[int],
-        decode: Callable[..., str],
+        decode: Decode,
+        decode_all: Decode | None = None,
         queue_limit: int = 256,
         stall_s: float = 300.0,
         deadline_s: float = 600.0,
@@ -81,7 +83,12 @@ class Engine:
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._tasks = TaskQueue()
         self._outputs = OutputProcessor(
-            scheduler, eos=eos, decode=decode, on_dequeued=self._dequeued, on_request_end=self._request_ended
+            scheduler,
+            eos=eos,
+            decode=decode,
+            decode_all=decode_all,
+            on_dequeued=self._dequeued,
+            on_request_end=self._request_ended,
         )
         self._lock = threading.Lock()  # guards _queued, _down and _draining
         self._queued = 0  # sequences submitted and not yet admitted

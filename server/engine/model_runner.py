@@ -244,7 +244,8 @@ class ModelRunner:
         """Made before the forward pass: later its uploads would queue behind it."""
         if self._sampler is None or sequences != self._sampled:
             params = [sequence.sampling_params for sequence in sequences]
-            self._sampler, self._sampled = Sampler(params, self.vocab_size, self.device), sequences
+            ends = [sequence.end_token_ids for sequence in sequences]
+            self._sampler, self._sampled = Sampler(params, self.vocab_size, self.device, ends), sequences
 
     def _sample(self, chunks: list[ScheduledChunk], logits: Tensor) -> SamplerOutput | None:
         if not chunks:

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterable
+from functools import cache
 
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import (
@@ -20,8 +21,9 @@ from server.engine.sequence import (
     Timing,
     TokenEvent,
 )
+from server.engine.text_builder import Decoders, TextBuilder
 from server.errors import GenerationFailed, NotFinite, ServerError
-from server.tokenizer import Detokenizer
+from server.tokenizer import Decode
 
 log = logging.getLogger(__name__)
 
@@ -34,15 +36,18 @@ class OutputProcessor:
         scheduler: Scheduler,
         *,
         eos: frozenset[int],
-        decode: Callable[..., str],
+        decode: Decode,
+        decode_all: Decode | None = None,
         on_dequeued: Callable[[int], None],
         on_request_end: Callable[[str], None] = lambda request_id: None,
     ) -> None:
-        """`on_dequeued` is called with the number of sequences that left the queue (admitted, finished or failed),
-        `on_request_end` with the id of a request that has no sequence left."""
+        """`decode`: the text of token ids, `decode_all`: with special tokens; None: there are none. `on_dequeued` is
+        called with the number of sequences that left the queue (admitted, finished or failed), `on_request_end` with
+        the id of a request that has no sequence left."""
+        every = decode_all or decode
         self._scheduler = scheduler
         self._eos = eos
-        self._decode = decode
+        self._decoders = Decoders(decode, every, cache(lambda token: decode([token]) != every([token])))
         self._on_dequeued = on_dequeued
         self._on_request_end = on_request_end
         self._states: dict[Sequence, SequenceState] = {}
@@ -64,7 +69,7 @@ class OutputProcessor:
         finish at once. `counted`: they count against the queue's limit; `first`: they wait before all others."""
         sequences = list(sequences)
         for sequence in sequences:
-            self._states[sequence] = SequenceState(sequence, on_event, submitted, counted, self._eos, self._decode)
+            self._states[sequence] = SequenceState(sequence, on_event, submitted, counted, self._eos, self._decoders)
             self._left[sequence.request_id] = self._left.get(sequence.request_id, 0) + 1
         wanted = [one for one in sequences if one.is_scored or one.sampling_params.max_new_tokens]
         self._scheduler.add(wanted, first=first)
@@ -202,8 +207,8 @@ class OutputProcessor:
 
 
 class SequenceState:
-    """One sequence's text and times: collects its tokens until the end-of-text token, a stop string, the length or a
-    cancellation."""
+    """One sequence's tokens, text and times, until an end-of-text token, a stop string, the length or a
+    cancellation ends it."""
 
     def __init__(
         self,
@@ -212,7 +217,7 @@ class SequenceState:
         submitted: float,
         counted: bool,
         eos: frozenset[int],
-        decode: Callable[..., str],
+        decoders: Decoders,
     ) -> None:
         """`counted`: the sequence counts against the queue's limit while it waits."""
         sampling = sequence.sampling_params
@@ -222,12 +227,10 @@ class SequenceState:
         self.admitted: float | None = None  # when its first step ran, or it left the queue in another way
         self._submitted = submitted
         self._first: float | None = None
-        self._stop_strings = sampling.stop
-        self._stop_token_ids = (frozenset() if sampling.ignore_eos else eos) | set(sampling.stop_token_ids)
-        self._detokenizer = Detokenizer(decode, sequence.prompt_token_ids)
+        sequence.end_token_ids = (frozenset() if sampling.ignore_eos else eos) | set(sampling.stop_token_ids)
+        self._text = TextBuilder(decoders, sequence.prompt_token_ids, sampling)
         self._token_ids: list[int] = []
         self._tokens: list[SampledToken] = []
-        self._text = ""
         self._sent = 0  # characters of the text that token events have sent
 
     def accept(self, token: SampledToken) -> FinishReason | None:
@@ -237,21 +240,22 @@ class SequenceState:
         self._token_ids.append(token.token_id)
         if sampling.logprobs is not None or self.sequence.trace:
             self._tokens.append(token)
-        if token.token_id in self._stop_token_ids:
+        if token.token_id in self.sequence.end_token_ids:
+            self._text.end(token.token_id)
             return "stop"
-        self._detokenizer.push(token.token_id)
-        if self._stop_strings and self._decode_and_check_stop():
+        self._text.push(token.token_id)
+        if sampling.stop and self._read_and_check_stop():
             return "stop"
         return "length" if len(self._token_ids) >= sampling.max_new_tokens else None
 
     def finish(self, reason: FinishReason) -> Finished:
         """The sequence's last event."""
-        if self._decode_and_check_stop(final=True) and reason == "length":
+        if self._read_and_check_stop(final=True) and reason == "length":
             reason = "stop"
         return Finished(
             sequence=self.sequence,
             token_ids=tuple(self._token_ids),
-            text=self._text,
+            text=self._text.text,
             finish_reason=reason,
             steered_tokens=sum(self.sequence.steered),
             timing=self._timing(),
@@ -260,25 +264,15 @@ class SequenceState:
 
     def token_event(self, token: SampledToken, *, last: bool) -> TokenEvent:
         """What the token that was accepted adds to the text that is certain."""
-        if not self._stop_strings and not last:
-            self._decode_and_check_stop()
-        certain = len(self._text) - (0 if last else _held_back(self._stop_strings, self._text))
-        text, self._sent = self._text[self._sent : certain], max(self._sent, certain)
+        if not self.sequence.sampling_params.stop and not last:
+            self._read_and_check_stop()
+        certain = len(self._text.text) if last else self._text.certain
+        text, self._sent = self._text.text[self._sent : certain], max(self._sent, certain)
         return TokenEvent(self.sequence, len(self._token_ids) - 1, token, text)
 
-    def _decode_and_check_stop(self, *, final: bool = False) -> bool:
-        """Decodes what is new; cuts the text before the first stop string, and says whether there is one."""
-        piece = self._detokenizer.read(final=final)
-        if not self._stop_strings:
-            self._text += piece
-            return False
-        # A stop string may have begun in earlier pieces.
-        start = max(0, len(self._text) - max(map(len, self._stop_strings)) + 1)
-        self._text += piece
-        found = [at for stop in self._stop_strings if (at := self._text.find(stop, start)) >= 0]
-        if found:
-            self._text = self._text[: min(found)]
-        return bool(found)
+    def _read_and_check_stop(self, *, final: bool = False) -> bool:
+        """Takes in the text that has become certain; returns whether a stop string has ended it."""
+        return self._text.read(final=final, stops=len(self._token_ids) >= self.sequence.sampling_params.min_tokens)
 
     def _timing(self) -> Timing:
         now = time.monotonic()
@@ -287,12 +281,3 @@ class SequenceState:
             return round(((now if moment is None else moment) - self._submitted) * 1000, 3)
 
         return Timing(queue_ms=since(self.admitted), ttft_ms=since(self._first), total_ms=since(now))
-
-
-def _held_back(stop: tuple[str, ...], text: str) -> int:
-    """How many characters at the end of the text may be the beginning of a stop string."""
-    longest = max(map(len, stop), default=0)
-    for length in range(min(longest - 1, len(text)), 0, -1):
-        if any(one.startswith(text[-length:]) for one in stop):
-            return length
-    return 0

@@ -1,15 +1,28 @@
 """Sample one token for every row of a batch at once, each row by its own parameters.
 
-What is sampled for a row depends on nothing but its own logits, parameters, seed and step: the random number is a hash
-of (seed, choice, step), and a parameter that is off for a row leaves that row's numbers as they were, even where a
-neighbour switches it on.
+What is sampled for a row depends on nothing but its own logits, tokens, parameters, seed and step: the random number is
+a hash of (seed, choice, step), and a parameter that is off for a row leaves that row's numbers as they were, even where
+a neighbour switches it on.
+
+Parameters act in this order; the first five are in vLLM's, the last ones in that of transformers' `generate`:
+
+1. `min_tokens`: before so many tokens the logits of those that end the text are -inf
+2. `logit_bias`: added to the logits
+3. `repetition_penalty` (Keskar et al. 2019, arXiv 1909.05858): the logits of tokens in the prompt or the text are
+   divided by it, those below 0 multiplied
+4. `frequency_penalty` (OpenAI's API reference): as often as a token is in the text, it is taken from its logit
+5. `presence_penalty` (the same): once
+6. `temperature`, `top_k`, `top_p` and `min_p`, one after the other
+
+Log-probabilities are the model's own, before all of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from server.engine.sequence import SamplingParams
@@ -35,7 +48,15 @@ class SamplerOutput:
 class Sampler:
     """The sampling parameters of the rows of a batch, on the device; made anew for other rows."""
 
-    def __init__(self, params: Sequence[SamplingParams], vocab: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        params: Sequence[SamplingParams],
+        vocab: int,
+        device: torch.device,
+        end_token_ids: Sequence[Collection[int]] = (),
+    ) -> None:
+        """`end_token_ids`: of each row the tokens that end its text, for `min_tokens`."""
+
         def column(values: Sequence[float]) -> Tensor:
             return upload(np.array(values, dtype=np.float32), device)[:, None]
 
@@ -44,7 +65,17 @@ class Sampler:
         self._samples = any(one.temperature >= GREEDY_BELOW for one in params)
         self._temperature = column([max(one.temperature, GREEDY_BELOW) for one in params])
         self._greedy = upload(np.array([one.temperature < GREEDY_BELOW for one in params]), device)
-        self._penalty = column([one.repetition_penalty for one in params])
+        self._endings = _Entries(
+            [(row, token) for row, ends in enumerate(end_token_ids) if params[row].min_tokens for token in ends]
+        )
+        self._endings_until = np.array([params[row].min_tokens for row in self._endings.rows], dtype=np.int64)
+        biases = [(row, token, bias) for row, one in enumerate(params) for token, bias in one.logit_bias]
+        self._biased = _Entries([(row, token) for row, token, _ in biases])
+        self._bias = np.array([bias for _, _, bias in biases], dtype=np.float32)
+        self._repetition = np.array([one.repetition_penalty for one in params], dtype=np.float32)
+        self._frequency = np.array([one.frequency_penalty for one in params], dtype=np.float32)
+        self._presence = np.array([one.presence_penalty for one in params], dtype=np.float32)
+        self._adjusts = any(one.is_penalised or one.logit_bias or one.min_tokens for one in params)
         self._top_k = upload(np.array([min(one.top_k or vocab, vocab) for one in params]), device)
         self._top_p = column([one.top_p for one in params])
         self._min_p = column([one.min_p for one in params])
@@ -52,24 +83,39 @@ class Sampler:
 
     def sample(self, logits: Tensor, token_ids: Sequence[Sequence[int]], steps: Sequence[int]) -> SamplerOutput:
         """logits [rows, vocab] of any float type -> one token a row. `token_ids`: what each row has had, prompt
-        included; `steps`: how many tokens have been sampled for it. Parameters act in the order of transformers'
-        `generate`: repetition penalty, temperature, top_k, top_p, min_p."""
+        included; `steps`: how many tokens have been sampled for it, which are the last of them."""
         raw = logits.float()
-        scores = self._penalise(raw, token_ids)
+        scores = self._adjusted(raw, token_ids, steps)
         tokens = scores.argmax(dim=-1)
         if self._samples:
             tokens = torch.where(self._greedy, tokens, self._sample(scores, steps))
         return self._described(raw, tokens)
 
-    def _penalise(self, raw: Tensor, token_ids: Sequence[Sequence[int]]) -> Tensor:
-        penalised = [row for row, one in enumerate(self._params) if one.repetition_penalty != 1]
-        if not penalised:
+    def _adjusted(self, raw: Tensor, token_ids: Sequence[Sequence[int]], steps: Sequence[int]) -> Tensor:
+        """After the first five rules. Only the logits that a rule is about are looked at."""
+        if not self._adjusts:
             return raw
-        seen = torch.zeros(raw.shape, dtype=torch.bool)
-        for row in penalised:
-            seen[row, torch.tensor(token_ids[row])] = True
-        seen = upload(seen.numpy(), self._device)
-        return torch.where(seen, torch.where(raw < 0, raw * self._penalty, raw / self._penalty), raw)
+        scores = raw.clone()
+        due = np.array(steps)[self._endings.rows] < self._endings_until
+        if due.any():
+            at = self._endings.only(due).on(self._device)
+            scores.index_put_(at, torch.full((), -torch.inf, device=self._device))
+        if len(self._biased):
+            at = self._biased.on(self._device)
+            scores.index_put_(at, scores[at] + upload(self._bias, self._device))
+        if rows := np.flatnonzero(self._repetition != 1).tolist():
+            seen, _ = _count(rows, [token_ids[row] for row in rows], scores.shape[-1])
+            at, penalty = seen.on(self._device), upload(self._repetition[seen.rows], self._device)
+            found = scores[at]
+            scores.index_put_(at, torch.where(found < 0, found * penalty, found / penalty))
+        if rows := np.flatnonzero((self._frequency != 0) | (self._presence != 0)).tolist():
+            texts = [token_ids[row][len(token_ids[row]) - steps[row] :] for row in rows]
+            seen, counts = _count(rows, texts, scores.shape[-1])
+            if len(seen):
+                at, frequency = seen.on(self._device), upload(self._frequency[seen.rows] * counts, self._device)
+                presence = upload(self._presence[seen.rows], self._device)
+                scores.index_put_(at, scores[at] - frequency - presence)
+        return scores
 
     def _sample(self, scores: Tensor, steps: Sequence[int]) -> Tensor:
         scores = self._restrict(scores / self._temperature)
@@ -110,6 +156,38 @@ class Sampler:
             return SamplerOutput(tokens, finite, chosen, None, None)
         top = logprobs.topk(most, dim=-1)
         return SamplerOutput(tokens, finite, chosen, top.indices, top.values)
+
+
+class _Entries:
+    """Some places in [rows, vocab], each once."""
+
+    def __init__(self, places: Sequence[tuple[int, int]] | NDArray[np.int64]) -> None:
+        """places: (row, token) [N]."""
+        self._places = np.array(places, dtype=np.int64).reshape(-1, 2)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        return self._places[:, 0]
+
+    def only(self, chosen: NDArray[np.bool_]) -> "_Entries":
+        return _Entries(self._places[chosen])
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Rows and tokens [N], to index with."""
+        rows, tokens = upload(np.ascontiguousarray(self._places.T), device)
+        return rows, tokens
+
+
+def _count(rows: Sequence[int], texts: Sequence[Sequence[int]], vocab: int) -> tuple[_Entries, NDArray[np.float32]]:
+    """The different tokens of each row's text, and how often each is there."""
+    tokens = np.concatenate([np.array(text, dtype=np.int64) for text in texts])
+    keys, counts = np.unique(
+        np.repeat(np.array(rows), [len(text) for text in texts]) * vocab + tokens, return_counts=True
+    )
+    return _Entries(np.stack(np.divmod(keys, vocab), axis=-1)), counts.astype(np.float32)
 
 
 def uniforms(keys: Tensor, steps: Tensor) -> Tensor:

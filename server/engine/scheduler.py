@@ -260,4 +260,4 @@ def _targets(leader: Sequence) -> dict[Sequence, int]:
 
 def _can_run_ahead(sequence: Sequence) -> bool:
     sampling = sequence.sampling_params
-    return sampling.repetition_penalty == 1 and sampling.logprobs is None and not sequence.trace
+    return not sampling.is_penalised and sampling.logprobs is None and not sequence.trace

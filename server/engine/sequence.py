@@ -17,20 +17,32 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are sampled for one sequence. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off."""
+    """How tokens are sampled for one sequence, and where its text ends. temperature 0 is greedy; top_k 0, top_p 1,
+    min_p 0, repetition_penalty 1, presence_penalty 0 and frequency_penalty 0 are off."""
 
     max_new_tokens: int = 128
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    repetition_penalty: float = 1.0  # over the prompt and what has been generated
+    presence_penalty: float = 0.0  # this one and the next over what has been generated
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # token ids, each once, and what is added to their logits
+    min_tokens: int = 0  # before so many nothing but max_new_tokens ends the text
     seed: int = 0
     choice: int = 0  # the index among the `n` choices: a stream of random numbers of its own under one seed
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False  # what has ended the text is its last part
+    skip_special_tokens: bool = True
     ignore_eos: bool = False
     logprobs: int | None = None
+
+    @property
+    def is_penalised(self) -> bool:
+        """Whether a token's probability depends on the tokens before it in another way than through the model."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,7 @@ class Sequence:
     continuation: tuple[int, ...] | None = None  # scored instead of generated: "teacher forcing"
     # Set by the engine
     token_ids: list[int] = field(init=False)  # the prompt and what has been sampled, or is given, after it
+    end_token_ids: frozenset[int] = field(default=frozenset(), init=False)  # with each of which its text ends
     # Scheduled in the same steps. A plain sequence: (itself,); a pair's leader: (itself, follower); a follower: ().
     lockstep: tuple["Sequence", ...] = field(init=False, repr=False)
     num_computed_tokens: int = field(default=0, init=False)

@@ -1,6 +1,7 @@
 """On a CUDA device: decoding steps are captured in graphs, and say what the plain model says on the CPU."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -56,7 +57,8 @@ def test_columns_that_come_while_graphs_exist_act() -> None:
 
 def test_nothing_waits_for_the_device_until_two_steps_have_been_begun() -> None:
     desk = Desk(tiny("llama").to("cuda"), graphs=True)
-    params = SamplingParams(max_new_tokens=30, temperature=1.0, top_p=0.9, min_p=0.01, seed=3)
+    rules: dict[str, Any] = {"top_p": 0.9, "min_p": 0.01, "seed": 3, "logit_bias": ((9, 1.0),)}
+    params = SamplingParams(max_new_tokens=30, temperature=1.0, min_tokens=30, stop_token_ids=(4,), **rules)
     desk.add(*(sequence((5, 6, 7 + index), sampling_params=params) for index in range(3)))
     for _ in range(5):
         desk.step()

@@ -1,11 +1,17 @@
 """Every row is drawn by its own rules, and by nothing else."""
 
+from collections import Counter
+from typing import Any
+
 import pytest
 import torch
 from transformers import (
+    LogitsProcessor,
     LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -22,19 +28,57 @@ RULES = [
     SamplingParams(temperature=1.0, min_p=0.2),
     SamplingParams(temperature=0.9, top_k=20, top_p=0.8, min_p=0.05, repetition_penalty=1.8),
     SamplingParams(temperature=2.0),
+    SamplingParams(presence_penalty=1.7),
+    SamplingParams(frequency_penalty=0.9),
+    SamplingParams(presence_penalty=-0.6, frequency_penalty=-0.4, temperature=1.2),
+    SamplingParams(logit_bias=((3, 4.0), (8, -100.0), (30, -2.5))),
+    SamplingParams(min_tokens=3),
+    SamplingParams(
+        min_tokens=9,
+        logit_bias=((0, 5.0), (12, 5.0)),
+        repetition_penalty=1.4,
+        frequency_penalty=0.5,
+        presence_penalty=0.3,
+        temperature=1.1,
+        top_k=30,
+        top_p=0.95,
+        min_p=0.01,
+    ),
 ]
-PROMPTS = [[1, 2, 3], [4], [5, 5], [1, 9, 30, 31], [0]]
+# What each row has had; the last `STEPS` tokens of it have been sampled.
+PROMPTS = [[1, 2, 3], [4], [5, 5], [1, 9, 30, 31], [0], *[[1, 9, 9, 9, 30, 31, 30, 12] for _ in range(6)]]
+STEPS = [0, 0, 0, 0, 0, 5, 5, 5, 5, 2, 6]
+ENDS = [frozenset({0, 12, 40})] * len(RULES)
 
 
 def logits(rows: int, seed: int = 0) -> torch.Tensor:
     return 3 * torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed))
 
 
-def processed(rule: SamplingParams, prompt: list[int], scores: torch.Tensor) -> torch.Tensor:
+class OpenAIPenalties(LogitsProcessor):
+    """The formula of OpenAI's API reference, in float64: mu[j] - c[j] * frequency - (c[j] > 0) * presence."""
+
+    def __init__(self, rule: SamplingParams, generated: list[int]) -> None:
+        self._rule, self._counts = rule, Counter(generated)
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        scores = scores.double()
+        for token, count in self._counts.items():
+            scores[:, token] -= count * self._rule.frequency_penalty + (count > 0) * self._rule.presence_penalty
+        return scores
+
+
+def processed(rule: SamplingParams, prompt: list[int], scores: torch.Tensor, step: int = 0) -> torch.Tensor:
     """The distribution that transformers' own processors make, in the order of its generate()."""
     chain = LogitsProcessorList()
+    if rule.min_tokens:
+        ends = sorted(ENDS[0])
+        chain.append(MinNewTokensLengthLogitsProcessor(len(prompt) - step, rule.min_tokens, ends, device="cpu"))
+    if rule.logit_bias:
+        chain.append(SequenceBiasLogitsProcessor({(token,): bias for token, bias in rule.logit_bias}))
     if rule.repetition_penalty != 1:
         chain.append(RepetitionPenaltyLogitsProcessor(rule.repetition_penalty))
+    chain.append(OpenAIPenalties(rule, prompt[len(prompt) - step :]))
     chain.append(TemperatureLogitsWarper(rule.temperature))
     if rule.top_k:
         chain.append(TopKLogitsWarper(rule.top_k))
@@ -49,31 +93,85 @@ def processed(rule: SamplingParams, prompt: list[int], scores: torch.Tensor) -> 
 @pytest.mark.parametrize("index", range(len(RULES)))
 def test_a_row_is_drawn_from_the_distribution_that_transformers_makes(index: int) -> None:
     draws, scores = 4000, logits(len(RULES))
-    expected = processed(RULES[index], PROMPTS[index], scores[index])
+    expected = processed(RULES[index], PROMPTS[index], scores[index], STEPS[index])
     rules = [
         SamplingParams(**{**vars(rule), "choice": choice})
         for choice in range(draws)
         for rule in (RULES[index], RULES[0])
     ]
     prompts = [PROMPTS[index], PROMPTS[0]] * draws
-    drawn = (
-        Sampler(rules, VOCAB, CPU).sample(scores[[index, 0]].repeat(draws, 1), prompts, [0] * len(rules)).tokens[::2]
-    )
+    steps = [STEPS[index], STEPS[0]] * draws
+    sampler = Sampler(rules, VOCAB, CPU, ENDS[:1] * len(rules))
+    drawn = sampler.sample(scores[[index, 0]].repeat(draws, 1), prompts, steps).tokens[::2]
     seen = torch.bincount(drawn, minlength=VOCAB) / draws
     assert not seen[expected == 0].any()
     assert (seen - expected).abs().max() < 0.03
 
 
 def test_a_draw_does_not_depend_on_the_neighbours_nor_on_their_steps() -> None:
-    together = Sampler(RULES, VOCAB, CPU)
-    alone = [Sampler([rule], VOCAB, CPU) for rule in RULES]
+    together = Sampler(RULES, VOCAB, CPU, ENDS)
+    alone = [Sampler([rule], VOCAB, CPU, ENDS[:1]) for rule in RULES]
+    texts = [list(prompt) for prompt in PROMPTS]
     for step in range(50):
-        scores, steps = logits(len(RULES), seed=step), [step + 3 * i for i in range(len(RULES))]
-        tokens = together.sample(scores, PROMPTS, steps).tokens.tolist()
+        scores, steps = logits(len(RULES), seed=step), [step + own for own in STEPS]
+        tokens = together.sample(scores, texts, steps).tokens.tolist()
         assert tokens == [
-            int(one.sample(scores[i : i + 1], PROMPTS[i : i + 1], steps[i : i + 1]).tokens)
-            for i, one in enumerate(alone)
+            int(one.sample(scores[i : i + 1], texts[i : i + 1], steps[i : i + 1]).tokens) for i, one in enumerate(alone)
         ]
+        for text, token in zip(texts, tokens, strict=True):
+            text.append(token)
+
+
+def test_a_row_that_asks_for_nothing_keeps_its_token_whatever_its_neighbours_ask() -> None:
+    plain = SamplingParams(temperature=1.4, seed=3)
+    scores, steps = logits(1).repeat(len(RULES) + 1, 1), [0, *STEPS]
+    alone = Sampler([plain], VOCAB, CPU).sample(scores[:1], [[2]], [0])
+    beside = Sampler([plain, *RULES], VOCAB, CPU, [frozenset(), *ENDS]).sample(scores, [[2], *PROMPTS], steps)
+    assert beside.tokens[0] == alone.tokens[0]
+
+
+def test_log_probabilities_are_those_of_the_model_whatever_is_asked_of_the_draw() -> None:
+    rules = [SamplingParams(**{**vars(rule), "logprobs": 2}) for rule in RULES]
+    scores = logits(len(rules))
+    drawn = Sampler(rules, VOCAB, CPU, ENDS).sample(scores, PROMPTS, STEPS)
+    assert drawn.logprobs is not None
+    expected = scores.log_softmax(-1).gather(1, drawn.tokens[:, None])[:, 0]
+    assert torch.equal(drawn.logprobs, expected)
+
+
+def test_a_frequency_penalty_counts_and_a_presence_penalty_does_not() -> None:
+    """Two tokens, of which the likelier one has been sampled three times, and is in the prompt as well."""
+    scores = torch.full((1, VOCAB), -50.0)
+    scores[0, 7], scores[0, 8] = 3.0, 0.5
+    text = [7, 7, 7, 7, 7, 7]
+
+    def greedy(**rules: float) -> int:
+        sampler = Sampler([SamplingParams(temperature=0, **rules)], VOCAB, CPU)  # type: ignore[arg-type]
+        return int(sampler.sample(scores, [text], [3]).tokens)
+
+    assert greedy(frequency_penalty=0.8) == 7
+    assert greedy(frequency_penalty=0.9) == 8
+    assert greedy(presence_penalty=2.0) == 7
+    assert greedy(presence_penalty=2.0, frequency_penalty=0.2) == 8
+
+
+def test_a_bias_bans_and_forces_tokens() -> None:
+    scores = logits(2)
+    best = int(scores[0].argmax())
+    rules = [
+        SamplingParams(temperature=0, logit_bias=((best, -100.0),)),
+        SamplingParams(logit_bias=((17, 100.0),)),
+    ]
+    tokens = Sampler(rules, VOCAB, CPU).sample(scores, [[0], [0]], [0, 0]).tokens.tolist()
+    assert tokens == [int(scores[0].topk(2).indices[1]), 17]
+
+
+def test_before_min_tokens_no_row_ends_and_then_it_may() -> None:
+    rule, ends = SamplingParams(temperature=0, min_tokens=4), frozenset({5, 6})
+    scores = torch.zeros(1, VOCAB)
+    scores[0, 5], scores[0, 6], scores[0, 7] = 9.0, 8.0, 7.0
+    sampler = Sampler([rule], VOCAB, CPU, [ends])
+    assert [int(sampler.sample(scores, [[0] * (step + 1)], [step]).tokens) for step in range(6)] == [7] * 4 + [5] * 2
 
 
 def test_temperature_zero_is_greedy_beside_rows_that_are_not() -> None:
@@ -111,7 +209,7 @@ def test_splitmix64_is_the_published_one() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_logits_that_are_no_numbers_give_a_token_all_the_same(value: float) -> None:
-    drawn = Sampler(RULES, VOCAB, CPU).sample(torch.full((5, VOCAB), value), PROMPTS, [0] * 5)
+    drawn = Sampler(RULES, VOCAB, CPU, ENDS).sample(torch.full((len(RULES), VOCAB), value), PROMPTS, STEPS)
     assert ((drawn.tokens >= 0) & (drawn.tokens < VOCAB)).all()
     assert not drawn.finite.any()
 
@@ -121,10 +219,5 @@ def test_a_row_with_one_logit_that_is_no_number_is_marked_and_no_other(value: fl
     scores = logits(len(RULES))
     scores[2, 7] = value
     scores[3, 7] = -float("inf")
-    assert Sampler(RULES, VOCAB, CPU).sample(scores, PROMPTS, [0] * 5).finite.tolist() == [
-        True,
-        True,
-        False,
-        True,
-        True,
-    ]
+    finite = Sampler(RULES, VOCAB, CPU, ENDS).sample(scores, PROMPTS, STEPS).finite.tolist()
+    assert finite == [row != 2 for row in range(len(RULES))]

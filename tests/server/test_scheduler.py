@@ -1,7 +1,9 @@
 """Which tokens are computed when, and that every row comes to its end."""
 
 import random
+from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -203,11 +205,24 @@ def test_a_step_can_be_foreseen_as_long_as_nothing_else_is_due() -> None:
 
 
 def test_what_is_to_be_known_of_a_token_is_waited_for() -> None:
-    for rules in ({"logprobs": 0}, {"repetition_penalty": 1.1}, {"trace": True}):
+    for rules in (
+        {"logprobs": 0},
+        {"repetition_penalty": 1.1},
+        {"presence_penalty": 0.5},
+        {"frequency_penalty": -0.5},
+        {"trace": True},
+    ):
         scheduler = build()
         more = {name: rules.pop(name) for name in list(rules) if name == "trace"}
         scheduler.add([Sequence("a", 0, (1, 2, 3), SamplingParams(max_new_tokens=9, **rules), **more)])
         assert not scheduler.schedule_ahead(scheduler.schedule())
+
+
+@pytest.mark.parametrize("rules", [{"min_tokens": 5}, {"logit_bias": ((1, 2.0),)}, {"stop_token_ids": (1,)}])
+def test_what_depends_on_the_number_of_tokens_only_is_not_waited_for(rules: dict[str, Any]) -> None:
+    scheduler = build()
+    scheduler.add([Sequence("a", 0, (1, 2, 3), SamplingParams(max_new_tokens=9, **rules))])
+    assert scheduler.schedule_ahead(scheduler.schedule())
 
 
 def test_a_step_is_foreseen_also_where_a_sequence_needs_another_block() -> None:

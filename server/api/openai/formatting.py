@@ -25,7 +25,7 @@ from server.api.openai.schemas import (
     TopLogprob,
     Usage,
 )
-from server.engine.sequence import Finished, TokenLogprob
+from server.engine.sequence import Finished, Sequence, TokenLogprob
 from server.formatting import finite, steering, token_trace, trace
 from server.schemas import TokenTraceBody
 from server.tokenizer import Codec, TextOffsets
@@ -90,7 +90,7 @@ class CompletionFormatter:
         for index, text in enumerate(arm.texts):
             before, logprobs = prompts[index // self.request.n] if prompts else ("", None)
             if text.sequence.sampling_params.logprobs is not None:
-                offsets = TextOffsets(self.codec, text.sequence.prompt_token_ids)
+                offsets = _offsets(self.codec, text.sequence)
                 own = completion_logprobs(self.codec, _logprobs(text), _shifted(offsets, len(before)))
                 logprobs = own if logprobs is None else _joined(logprobs, own)
             choices.append(
@@ -117,7 +117,7 @@ class CompletionFormatter:
         logprobs, one, index = None, chunk.event.token.logprob, chunk.index
         if one is not None:
             if index not in self._offsets:
-                self._offsets[index] = TextOffsets(self.codec, chunk.event.sequence.prompt_token_ids)
+                self._offsets[index] = _offsets(self.codec, chunk.event.sequence)
             offset = _shifted(self._offsets[index], self._prompts.get(index, 0))
             logprobs = completion_logprobs(self.codec, [one], offset)
         traced = _trace(self.codec, chunk)
@@ -249,6 +249,10 @@ def _joined(first: CompletionLogprobs, second: CompletionLogprobs) -> Completion
         top_logprobs=first.top_logprobs + second.top_logprobs,
         text_offset=first.text_offset + second.text_offset,
     )
+
+
+def _offsets(codec: Codec, sequence: Sequence) -> TextOffsets:
+    return TextOffsets(codec, sequence.prompt_token_ids, special=not sequence.sampling_params.skip_special_tokens)
 
 
 def _shifted(offsets: TextOffsets, characters: int) -> Callable[[int], int]:

@@ -1,10 +1,9 @@
 """Request and response bodies of the OpenAI routes.
 
-A field of OpenAI's that has no effect here is accepted with a value that asks for nothing (`NO_EFFECT`). Any other
-field that is not listed is an error that names it.
+A field that is not listed is accepted where its value asks for nothing (`server/fields.py`), and an error that names it
+otherwise.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
@@ -12,9 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from server.engine.sequence import FinishReason, PositionsName
 from server.errors import InvalidField
+from server.fields import MESSAGE_FIELDS, PART_FIELDS, STREAM_FIELDS
 from server.schemas import (
     MAX_NEW_TOKENS,
     Attributes,
+    LenientRequest,
     Prompt,
     SamplingFields,
     SteeringBody,
@@ -23,25 +24,6 @@ from server.schemas import (
 )
 from server.types import STEERED, Arm, CheckpointRef, GenerateParams
 
-# Fields that clients send although they ask for nothing: with these values they change nothing.
-NO_EFFECT: Mapping[str, tuple[object, ...]] = {
-    "annotations": ([],),
-    "best_of": (1,),
-    "frequency_penalty": (0,),
-    "functions": ([],),
-    "logit_bias": ({},),
-    "metadata": ({},),
-    "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
-    "presence_penalty": (0,),
-    "response_format": ({"type": "text"},),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    "suffix": ("",),
-    "tool_calls": ([],),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-}
 Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
@@ -59,29 +41,30 @@ class SteeringOptions(StrictRequest):
     trace: bool = Field(False, description="per token and attribute: gate, multiplier x gate, norm, cosine")
 
 
-class StreamOptions(StrictRequest):
-    """What a stream says besides the text."""
+class StreamOptions(LenientRequest):
+    """What a stream says besides the text; without a stream it has no effect."""
+
+    known_fields = STREAM_FIELDS
 
     include_usage: bool = Field(False, description="a last chunk with the numbers of tokens")
 
 
-class TextContentPart(StrictRequest):
+class TextContentPart(LenientRequest):
     """A part of a message."""
+
+    known_fields = PART_FIELDS
 
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(StrictRequest):
+class ChatMessage(LenientRequest):
     """One turn of a conversation."""
+
+    known_fields = MESSAGE_FIELDS
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextContentPart] = Field("", description="may be absent in the assistant's turns only")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_no_effect(cls, given: Any) -> Any:
-        return _without_no_effect(given)
 
     @model_validator(mode="after")
     def _has_content(self) -> Self:
@@ -98,13 +81,7 @@ class ChatMessage(StrictRequest):
 class _OpenAIRequest(SamplingFields):
     model: str = Field(min_length=1, description="the base model: unsteered; a checkpoint: its default multipliers")
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="not used")
     steering: SteeringOptions | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_no_effect(cls, given: Any) -> Any:
-        return _without_no_effect(given)
 
     @property
     def usage_is_streamed(self) -> bool:
@@ -125,8 +102,6 @@ class _OpenAIRequest(SamplingFields):
         return (CheckpointRef(options.checkpoint, options.attributes, param="steering."),)
 
     def _params(self, base: str, max_new_tokens: int, logprobs: int | None, **prompt: Any) -> GenerateParams:
-        if self.stream_options is not None and not self.stream:
-            raise InvalidField("'stream_options' are for streams only.", param="stream_options")
         options = self.steering or SteeringOptions.model_construct()
         return GenerateParams(
             **prompt,
@@ -190,24 +165,18 @@ class ChatCompletionRequest(_OpenAIRequest):
 
     def to_params(self, base: str) -> GenerateParams:
         """For the service; `base`: the name of the base model. Raises InvalidField."""
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise InvalidField("Send either 'max_tokens' or 'max_completion_tokens', not both.", param="max_tokens")
-        if self.top_logprobs is not None and not self.logprobs:
+        given = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(given) > 1:
+            raise InvalidField(
+                f"'max_tokens' is {self.max_tokens} and 'max_completion_tokens', its newer name, "
+                f"{self.max_completion_tokens}; send one of them.",
+                param="max_tokens",
+            )
+        if self.top_logprobs and not self.logprobs:
             raise InvalidField("'top_logprobs' needs 'logprobs': true.", param="top_logprobs")
         most = self.max_tokens or self.max_completion_tokens or MAX_NEW_TOKENS
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         return self._params(base, most, logprobs, messages=tuple(message.to_template() for message in self.messages))
-
-
-def _without_no_effect(given: Any) -> Any:
-    """Without the fields that ask for nothing; a null counts as absent, because some clients send every field."""
-    if not isinstance(given, dict):
-        return given
-    return {
-        name: value
-        for name, value in given.items()
-        if value is not None and not any(value == neutral for neutral in NO_EFFECT.get(name, ()))
-    }
 
 
 # --- responses ---
