@@ -63,11 +63,22 @@ class _RunningRequest:
 class Service:
     """What the server can do, for any front end."""
 
-    def __init__(self, settings: Settings, codec: Codec, engine: Engine, registry: Registry, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        codec: Codec,
+        engine: Engine,
+        registry: Registry,
+        metrics: Metrics,
+        *,
+        adapter: str | None = None,
+    ) -> None:
+        """`adapter`: the LoRA adapter that was merged into the model's weights."""
         self.settings = settings
         self.model = settings.served_name
         self.created = int(time.time())
         self.codec = codec
+        self.adapter = adapter
         self.engine = engine
         self.registry = registry
         self.metrics = metrics

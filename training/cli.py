@@ -322,11 +322,13 @@ def import_features(
     """
     with o.one_sentence():
         sites = o.parse_sites(layer, site)
+    trust_remote_code: o.TrustRemoteCode = False,
         from training.activations.features import GroupBy, Shape, read_features
         from training.activations.store import save_activations
 
         by = GroupBy(groups) if groups in list(GroupBy) else Path(groups)
-        found = read_features(prefix, Shape.of(model, revision), sites, attribute, by, seed=seed)
+        shape = Shape.of(model, revision, trust_remote_code=trust_remote_code)
+        found = read_features(prefix, shape, sites, attribute, by, seed=seed)
         save_activations(found, out)
         count = len(set(found.groups))
         typer.echo(f"{len(found)} activations of {count} groups at {', '.join(map(str, sites))} in {out}")

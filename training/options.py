@@ -95,6 +95,14 @@ MaybePool = Annotated[Pool | None, typer.Option(help=f"{_POOLS}; default: the me
 Rows = Annotated[int, typer.Option("--rows", min=1, help="Rows of a batch.")]
 Seed = Annotated[int, typer.Option(help="Of the splits, the fit and the sampling.")]
 Revision = Annotated[str | None, typer.Option(help="Revision of the model.")]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        envvar="MATSTEER_TRUST_REMOTE_CODE",
+        help="Run the Python code that comes with the model; without it a model that needs its own is refused.",
+    ),
+]
 CheckpointFolder = Annotated[Path, typer.Option(help="Folder of a checkpoint, with or without its version.")]
 
 
@@ -106,12 +114,22 @@ class ModelOptions(OptionGroup):
     revision: Revision = None
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
+    trust_remote_code: TrustRemoteCode = False
 
     def load(self) -> "Base":
         """Raises TrainingError."""
+        return self._load(self.dtype)
+
+    def _load(self, dtype: str) -> "Base":
         from training.models import load_base
 
-        return load_base(self.model, revision=self.revision, device=self.device, dtype=self.dtype)
+        return load_base(
+            self.model,
+            revision=self.revision,
+            device=self.device,
+            dtype=dtype,
+            trust_remote_code=self.trust_remote_code,
+        )
 
 
 @dataclass(frozen=True)
@@ -122,10 +140,11 @@ class BakedModelOptions(ModelOptions):
 
     def load(self) -> "Base":
         """Raises TrainingError."""
-        from training.models import load_base, stored_dtype
+        from training.models import stored_dtype
 
-        dtype = stored_dtype(self.model, self.revision) if self.dtype == "auto" else self.dtype
-        return load_base(self.model, revision=self.revision, device=self.device, dtype=dtype)
+        if self.dtype != "auto":
+            return self._load(self.dtype)
+        return self._load(stored_dtype(self.model, self.revision, trust_remote_code=self.trust_remote_code))
 
 
 @dataclass(frozen=True)
