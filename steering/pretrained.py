@@ -185,7 +185,7 @@ def _check_model_folder(id: str, folder: Path) -> None:
         if any(_matching(folder, ("*.gguf",))):
             _refuse(id, "it holds GGUF files, which are not read; name a folder of Hugging Face's format (safetensors)")
         inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
-        _refuse(id, f"there is no {CONFIG} in it" + (f"; did you mean {folder / inside[0]}?" if inside else ""))
+        _refuse(id, f"there is no {CONFIG} in it" + (f", but in {folder / inside[0]}" if inside else ""))
     config = _json_object(id, folder / CONFIG)
     if "model_type" not in config:
         _refuse(id, f"its {CONFIG} has no model_type, so that nothing says which architecture it is")
@@ -279,7 +279,7 @@ def _open_tokenizer(id: str, revision: str | None, trust_remote_code: bool) -> A
     try:
         tokenizer = AutoTokenizer.from_pretrained(id, **_where(id, revision), trust_remote_code=trust_remote_code)
     except Exception as error:
-        _refuse_as(id, error, "its tokenizer: ")
+        _refuse_as(id, error, "its tokenizer cannot be opened: ")
     return tokenizer
 
 
@@ -291,16 +291,22 @@ def _open_weights(id: str, config: Any, device: torch.device, options: Mapping[s
     quantized = getattr(config, "quantization_config", None)
     try:
         opened: Any = AutoModelForCausalLM.from_pretrained(
-            id, use_safetensors=True, output_loading_info=True, **options
+            id, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
         model, found = opened
         model = (model if getattr(model, "hf_device_map", None) else model.to(device)).eval().requires_grad_(False)
     except Exception as error:
         _refuse_as(id, error, f"its weights are quantized ({_method(quantized)}): " if quantized else "")
+    for name, stored, wanted in sorted(found["mismatched_keys"]):
+        _refuse(id, f"{name} is {_shape(stored)} in its files and {_shape(wanted)} by its {CONFIG}")
     if missing := sorted(found["missing_keys"]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         _refuse(id, f"its files lack weights that the architecture has ({missing[0]}{more}); random ones are no use")
     return model
+
+
+def _shape(shape: Any) -> str:
+    return " x ".join(map(str, shape))
 
 
 def _method(quantized: Any) -> str:
@@ -339,7 +345,8 @@ def _refuse_as(id: str, error: Exception, what: str = "") -> NoReturn:
     log.debug("the model %s could not be opened", id, exc_info=error)
     if "trust_remote_code" in str(error):
         _refuse(id, f"it comes with code of its own, which is run only with {TRUST}; read that code first", error)
-    _refuse(id, what + _first_line(error), error)
+    named = isinstance(error, OSError | ValueError | ImportError | RuntimeError)  # others say little by themselves
+    _refuse(id, what + ("" if named else f"{type(error).__name__} ") + _first_line(error), error)
 
 
 def _refuse(id: str, why: str, cause: Exception | None = None) -> NoReturn:

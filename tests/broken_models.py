@@ -111,7 +111,7 @@ BROKEN = {
     "another file": Broken(lambda _: None, "it is a file, not a model's folder", "config.json"),
     "gguf in a folder": Broken(only_gguf, "it holds GGUF files, which are not read"),
     "no config": Broken(lambda folder: (folder / "config.json").unlink(), r"there is no config\.json in it\."),
-    "config further down": Broken(moved_down, r"there is no config\.json in it; did you mean .*inside\?"),
+    "config further down": Broken(moved_down, r"there is no config\.json in it, but in .*inside\."),
     "config is a pointer": Broken(write("config.json", POINTER), r"config\.json is a Git LFS pointer.*git lfs pull"),
     "config is no JSON": Broken(write("config.json", "{"), r"config\.json is not valid JSON"),
     "config is a list": Broken(write("config.json", "[]"), r"config\.json must hold a JSON object, not a list"),
@@ -121,14 +121,16 @@ BROKEN = {
     "no language model": Broken(config(model_type="wav2vec2"), "its type, wav2vec2, is no causal language model"),
     "no tokenizer": Broken(without_tokenizer, r"there is no tokenizer in it; copy tokenizer\.json"),
     "tokenizer is a pointer": Broken(write("tokenizer.json", POINTER), r"tokenizer\.json is a Git LFS pointer"),
-    "tokenizer is broken": Broken(write("tokenizer.json", "{}"), "its tokenizer: "),
+    "tokenizer is broken": Broken(write("tokenizer.json", "{}"), "its tokenizer cannot be opened: KeyError"),
     "weights are a pointer": Broken(write("model.safetensors", POINTER), r"model\.safetensors is a Git LFS pointer"),
     "weights are cut off": Broken(cut_off, r"model\.safetensors is broken or was cut off \(.*\); copy or download it"),
     "weights are pickled": Broken(pickled, r"its weights are pickled \(pytorch_model\.bin\), and pickles can run code"),
     "no weights": Broken(lambda folder: (folder / "model.safetensors").unlink(), "there are no weights in it"),
     "a shard is lost": Broken(shard_lost, r"model-00001-of-00002\.safetensors is missing, which model.*index\.json"),
     "a layer is lost": Broken(without_a_layer, r"its files lack weights .*model\.layers\.2\.\S+ and \d+ more"),
-    "another width": Broken(config(intermediate_size=48), "cannot be loaded: .*"),
+    "another width": Broken(
+        config(intermediate_size=48), r"model\.layers\.0\.mlp\.\w+\.weight is 16 x 32 in its files and 16 x 48 by"
+    ),
     "quantized": Broken(config(quantization_config=GPTQ), r"its weights are quantized \(gptq\): "),
     "own code": Broken(
         config(model_type="mystery", auto_map=CODE), "code of its own, which is run only with --trust-re"

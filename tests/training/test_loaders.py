@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from training.data import LOADERS, Sample, Split, load_data, split_samples
+from training.data import LOADERS, Sample, Split, Turn, load_data, split_samples
 from training.data.sources import DataSpec, draw
 from training.errors import DataError
 
@@ -352,6 +352,22 @@ def test_data_sets_that_were_saved_to_disk_keep_their_splits(hub: Path) -> None:
     Dataset.from_list([{"text": " ", "toxicity_human": 1.0}]).save_to_disk(hub / "broken")
     with pytest.raises(DataError, match=r"broken:all\[0\]: \"text\" must be a non-empty string"):
         load_data([f"toxigen={hub}/broken"])
+
+
+def test_rows_of_the_plain_form_leave_fields_out_with_nulls_where_they_were_saved(hub: Path) -> None:
+    from datasets import Dataset
+
+    turns = [{"role": "user", "content": "Sky?", "name": None}, {"role": "assistant", "content": "Blue.", "name": None}]
+    rows = [{"messages": turns, "text": None, "label": True, "group": None}] * 2
+    Dataset.from_list(rows).save_to_disk(hub / "chats")
+    sample, _ = load_data([f"x={hub}/chats"])
+    assert (sample.turns, sample.completion, sample.group) == ((Turn("user", "Sky?"),), "Blue.", "Sky?")
+    Dataset.from_list([{"text": "a", "label": None, "extra": 1}]).save_to_disk(hub / "other")
+    with pytest.raises(DataError, match=r'other:all\[0\]: there is no field "extra"'):
+        load_data([f"x={hub}/other"])
+    Dataset.from_list([{"text": "a", "label": None}]).save_to_disk(hub / "unlabelled")
+    with pytest.raises(DataError, match=r'unlabelled:all\[0\]: "label" must be true, false, 1 or 0, got None'):
+        load_data([f"x={hub}/unlabelled"])
 
 
 @pytest.mark.parametrize("place", ["hub:", "hub:a/b/c/d", "hub:a//b"])

@@ -6,7 +6,7 @@ A new data set is one function and one entry of `LOADERS`.
 import ast
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from training.data.rows import (
@@ -20,6 +20,7 @@ from training.data.rows import (
     raw_field,
     split_field,
     text_field,
+    without_blanks,
 )
 from training.data.samples import Sample, Split, Turn, question_sample
 from training.errors import DataError
@@ -46,8 +47,7 @@ def jsonl(row: Row, attribute: str) -> Iterator[Sample]:
     stay together.
     """
     check_fields(row, FIELDS)
-    if row.is_text:  # an empty cell is a field that the row has not got
-        row = replace(row, fields={name: cell for name, cell in row.fields.items() if cell or name == "label"})
+    row = without_blanks(row, but="label")
     prompt, completion, turns = _jsonl_texts(row)
     label = label_field(row)
     group = row.fields.get("group", prompt or completion)
@@ -95,6 +95,7 @@ def _messages(row: Row) -> list[Turn]:
         where = f"{row.where}: messages[{number}]"
         if not isinstance(message, dict):
             raise DataError(f"{where} must be an object with role and content, got {message!r}.")
+        message = without_blanks(Row(message, where, kind=row.kind), but="content").fields
         check_fields(Row(message, where), ("role", "content"))
         role = message.get("role")
         if role not in ROLES:

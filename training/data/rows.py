@@ -13,7 +13,8 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from io import StringIO
 from math import isfinite
 from pathlib import Path
@@ -83,6 +84,14 @@ def collect(
     return found
 
 
+class RowKind(StrEnum):
+    """What a row was read from, which decides how it says that it has not got a field."""
+
+    JSON = "json"  # by leaving it out
+    TABLE = "table"  # with an empty cell; every field is text
+    ARROW = "arrow"  # with a null
+
+
 @dataclass(frozen=True)
 class Row:
     """One row of a data set. `split` is the part of the data set that it was published in, where that is known."""
@@ -90,8 +99,11 @@ class Row:
     fields: Mapping[str, Any]
     where: str
     split: Split | None = None
-    is_text: bool = False
-    """A row of a table, whose fields are all text."""
+    kind: RowKind = RowKind.JSON
+
+    @property
+    def is_text(self) -> bool:
+        return self.kind is RowKind.TABLE
 
 
 def read_rows(path: Path, problems: Problems) -> Iterator[Row]:
@@ -111,7 +123,7 @@ def read_rows(path: Path, problems: Problems) -> Iterator[Row]:
             else:
                 found = _json_lines(file, path, problems)
             for fields, where in found:
-                yield Row(fields, where, part, is_text=kind in TABLES)
+                yield Row(fields, where, part, RowKind.TABLE if kind in TABLES else RowKind.JSON)
     except UnicodeDecodeError:
         raise DataError(f"{path} is not UTF-8 text.") from None
     except (gzip.BadGzipFile, EOFError, zlib.error):
@@ -292,6 +304,14 @@ def check_fields(row: Row, known: Sequence[str]) -> None:
             close = difflib.get_close_matches(name.lower(), known, n=1)
             hint = f'did you mean "{close[0]}"?' if close else f"there are {', '.join(known)}."
             raise DataError(f'{row.where}: there is no field "{name}"; {hint}')
+
+
+def without_blanks(row: Row, *, but: str) -> Row:
+    """The row with the fields alone that it has, and the field `but`, which it has to have."""
+    if row.kind is RowKind.JSON:
+        return row
+    blank = "" if row.kind is RowKind.TABLE else None
+    return replace(row, fields={name: value for name, value in row.fields.items() if value != blank or name == but})
 
 
 def check_near_misses(row: Row, optional: Sequence[str], known: Sequence[str]) -> None:

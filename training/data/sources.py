@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from training.data.loaders import LOADERS, Loader
-from training.data.rows import Problems, Row, collect, content_hash, data_format, is_whole, read_rows, split_named
+from training.data.rows import (
+    Problems,
+    Row,
+    RowKind,
+    collect,
+    content_hash,
+    data_format,
+    is_whole,
+    read_rows,
+    split_named,
+)
 from training.data.samples import Sample
 from training.errors import DataError
 
@@ -194,7 +204,7 @@ def _rows(loaded: Any, name: str) -> Iterator[Row]:
     parts = loaded.items() if isinstance(loaded, dict) else [(str(loaded.split or "all"), loaded)]
     for split, rows in parts:
         for index, fields in enumerate(rows):
-            yield Row(fields, f"{name}:{split}[{index}]", split_named(split))
+            yield Row(fields, f"{name}:{split}[{index}]", split_named(split), RowKind.ARROW)
 
 
 def _datasets() -> Any:
