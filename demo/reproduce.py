@@ -26,7 +26,7 @@ from steering.types import Column, Site
 from training.activations import Pool
 from training.activations.extraction import extract_under
 from training.activations.store import Activations
-from training.data.samples import Sample, Split
+from training.data.samples import Form, Sample, Split
 from training.data.sources import load_data
 from training.data.splits import split_samples
 from training.evaluation.evaluator import Evaluator, GateMeans, gate_means
@@ -153,7 +153,7 @@ def main() -> None:
     activations = extract_under(args.work, base.model, base.tokenizer, samples, sites, pool=Pool(settings["pool"]))
     sampling = Sampling(max_new_tokens=40, samples=args.samples)
     prompts = load_prompts(args.data / "prompts.jsonl")
-    evaluator = Evaluator(judge, prompts, sampling, max_rows=512)
+    evaluator = Evaluator(judge, prompts, sampling, max_rows=512, form=Form.PLAIN)
     world = World(base, samples, activations, evaluator)
 
     rows = [*reference_rows(world, shipped), *compare(world, recipes(config, places), Split.TEST, say)]

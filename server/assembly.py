@@ -87,7 +87,8 @@ def _build_service(settings: Settings, loaded: LoadedModel) -> Service:
         deadline_s=settings.deadline_s,
     )
     registry = Registry(settings.checkpoints, bank, fits, engine.call)
-    return Service(settings, codec, engine, registry, Metrics(engine, registry))
+    adapter = str(loaded.adapter) if loaded.adapter else None
+    return Service(settings, codec, engine, registry, Metrics(engine, registry), adapter=adapter)
 
 
 def _activate(registry: Registry, settings: Settings) -> str:

@@ -66,6 +66,9 @@ def serve(
     device: Device = None,
     dtype: Dtype = None,
     model_name: Annotated[str | None, typer.Option(help="The name that clients see.")] = None,
+    trust_remote_code: Annotated[
+        bool | None, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the model, at most; 0: all cores.")] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Texts generated together.")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens of one forward pass.")] = None,

@@ -33,6 +33,10 @@ class Settings(BaseSettings):
     model: str = Field(default="", description="Hugging Face id or folder; empty: the embedded demo model")
     model_name: str = Field(default="", description="the name clients see; empty: made from the model's id or folder")
     revision: str | None = Field(default=None, description="revision of a Hugging Face id")
+    trust_remote_code: bool = Field(
+        default=False,
+        description="run Python code that comes with the model; unset: a model that needs its own is refused",
+    )
     checkpoints: Path = Field(default_factory=lambda: _shipped("checkpoints"), description="folder of checkpoints")
     checkpoint: str | None = Field(default=None, description="NAME or NAME@VERSION active at the start")
     host: str = "127.0.0.1"

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from server.attention.backend import NAME
@@ -21,6 +20,8 @@ from server.errors import StartupError
 from server.threads import usable_cores
 from steer_ops.layers import exchange_layers
 from steering.bank import ColumnBank
+from steering.errors import ModelError
+from steering.pretrained import Adapter, open_pretrained
 
 log = logging.getLogger(__name__)
 WEIGHTS_SHARE = 0.8  # of a device's free memory, at most, where there are several devices
@@ -45,6 +46,7 @@ class LoadedModel:
     eos: frozenset[int]
     context: int | None  # tokens that a sequence may have; None: no limit is known
     vocab: int  # rows of the input embedding
+    adapter: Adapter | None = None  # the LoRA adapter that was merged into the weights
 
 
 def load_model(settings: Settings) -> LoadedModel:
@@ -56,33 +58,25 @@ def load_model(settings: Settings) -> LoadedModel:
             f"There is no demo model at {path}: an installed package does not carry it, a clone of the repository "
             "does. Choose a model with --model ID_OR_PATH (or MATSTEER_MODEL)."
         )
-    if not local and (Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1):
-        raise StartupError(f"There is no model folder {path!r} (--model or MATSTEER_MODEL).")
     device = _device(settings.device)
     _set_threads(settings.threads, device)
     if settings.log_level in ("warning", "error"):
         hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    options: dict[str, Any] = {"local_files_only": local, "revision": settings.revision or "main"}
     try:
-        config = AutoConfig.from_pretrained(path, **options)
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            # Only safetensors: a server has no reason to unpickle anything.
+        opened = open_pretrained(
             path,
+            revision=settings.revision,
+            device=device,
             dtype=_dtype(settings.dtype, device),
-            use_safetensors=True,
-            **_placement(settings.device, device),
-            **options,
+            placement=_placement(settings.device, device),
+            trust_remote_code=settings.trust_remote_code,
         )
-    except Exception as error:  # transformers raises dozens of kinds, with pages of text
-        log.debug("the model could not be loaded", exc_info=error)
-        raise StartupError(f"The model {path!r} cannot be loaded: {_first_sentence(error)}") from error
-    if getattr(config, "is_encoder_decoder", False):
-        raise StartupError(f"The model {path!r} is an encoder-decoder; only decoder-only models can be served.")
+    except ModelError as error:
+        raise StartupError(str(error)) from error
+    model, tokenizer = opened.model, opened.tokenizer
     placed = getattr(model, "hf_device_map", {})
     if {"cpu", "disk"} & set(placed.values()) and device.type == "cuda":
         raise StartupError(f"The model {path!r} does not fit the {torch.cuda.device_count()} CUDA devices there are.")
-    model = (model if placed else model.to(device)).eval().requires_grad_(False)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -90,6 +84,7 @@ def load_model(settings: Settings) -> LoadedModel:
         eos=_eos(model, tokenizer),
         context=_context(model, settings.max_context),
         vocab=model.get_input_embeddings().weight.shape[0],
+        adapter=opened.adapter,
     )
 
 
@@ -137,11 +132,6 @@ def _context(model: Any, wanted: int | None) -> int | None:
     own = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     limits = [limit for limit in (own, wanted) if isinstance(limit, int) and limit > 0]
     return min(limits, default=None)
-
-
-def _first_sentence(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 # --- self-check -----------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from server.engine.sequence import PositionsName
 from server.errors import (
@@ -57,6 +57,12 @@ class LoadedCheckpoint:
     def positions(self) -> PositionsName:
         name: PositionsName = self.checkpoint.config.positions.value
         return name
+
+    @property
+    def form(self) -> Literal["chat", "plain"] | None:
+        """What it was trained on: "chat", "plain" text, or None where its folder does not say."""
+        known: dict[object, Literal["chat", "plain"]] = {"chat": "chat", "plain": "plain"}
+        return known.get(str(self.checkpoint.config.training.get("form")))
 
     @property
     def defaults(self) -> dict[str, float]:

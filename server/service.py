@@ -2,6 +2,7 @@
 no tensors."""
 
 import asyncio
+import logging
 import secrets
 import time
 import weakref
@@ -44,6 +45,8 @@ from server.types import (
 from steering.types import SequenceSteering
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
+FORMS = {"chat": "conversations (messages)", "plain": "plain text (prompt)"}
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,25 @@ class _RunningRequest:
 class Service:
     """What the server can do, for any front end."""
 
-    def __init__(self, settings: Settings, codec: Codec, engine: Engine, registry: Registry, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        codec: Codec,
+        engine: Engine,
+        registry: Registry,
+        metrics: Metrics,
+        *,
+        adapter: str | None = None,
+    ) -> None:
+        """`adapter`: the LoRA adapter that was merged into the model's weights."""
         self.settings = settings
+        self.adapter = adapter
         self.model = settings.served_name
         self.created = int(time.time())
         self.codec = codec
         self.engine = engine
         self.registry = registry
+        self._remarked: weakref.WeakSet[LoadedCheckpoint] = weakref.WeakSet()
         self.metrics = metrics
 
     async def generate(self, params: GenerateParams) -> GenerateResult:
@@ -103,7 +118,7 @@ class Service:
         texts = await asyncio.to_thread(self._encode_pairs, params)
         lease = CheckpointLease(self.registry)
         try:
-            arm = await asyncio.to_thread(self._resolve, params.checkpoints, params.positions, lease)
+            arm = await asyncio.to_thread(self._resolve, params.checkpoints, params.positions, lease, "plain")
             logprobs = await self._until(deadline, self.engine.score(texts, arm.steering_params))
         finally:
             lease.close()
@@ -246,10 +261,15 @@ class Service:
         ]
 
     def _resolve_arms(self, params: GenerateParams, lease: CheckpointLease) -> tuple[_ArmSteering, ...]:
-        return tuple(self._resolve(arm.checkpoints, params.positions, lease) for arm in params.arms)
+        form = "chat" if params.messages else "plain" if all(isinstance(one, str) for one in params.prompts) else None
+        return tuple(self._resolve(arm.checkpoints, params.positions, lease, form) for arm in params.arms)
 
     def _resolve(
-        self, refs: abc.Sequence[CheckpointRef], positions: PositionsName | None, lease: CheckpointLease
+        self,
+        refs: abc.Sequence[CheckpointRef],
+        positions: PositionsName | None,
+        lease: CheckpointLease,
+        form: str | None,
     ) -> _ArmSteering:
         """Finds the checkpoints, loads those that are not loaded yet, and checks the multipliers. Blocks.
 
@@ -265,6 +285,9 @@ class Service:
         columns = [
             (loaded.handle, loaded.multipliers(ref.attributes, f"{ref.param}attributes")) for ref, loaded in found
         ]
+        for (_, loaded), (_, multipliers) in zip(found, columns, strict=True):
+            if form and any(multipliers):
+                self._remark(loaded, form)
         applied = [
             AppliedCheckpoint(
                 loaded.name,
@@ -276,6 +299,16 @@ class Service:
         ]
         chosen = _positions(positions, [loaded for _, loaded in found])
         return _ArmSteering(SteeringParams(SequenceSteering.of(columns), chosen), tuple(applied))
+
+    def _remark(self, loaded: LoadedCheckpoint, form: str) -> None:
+        """Logs, once for a checkpoint, that requests have another form than what it was trained on."""
+        if loaded.form in (None, form) or loaded in self._remarked:
+            return
+        self._remarked.add(loaded)
+        log.warning(
+            "checkpoint %s was trained on %s, and a request steers %s with it: it may steer less there (said once)",
+            loaded.label, FORMS[loaded.form], FORMS[form],
+        )  # fmt: skip
 
     @staticmethod
     def _find(ref: CheckpointRef, lease: CheckpointLease) -> LoadedCheckpoint | None:

@@ -4,6 +4,8 @@ SteeringError
 ├── ColumnError              a column, handle, multiplier or token map that cannot be used (also a ValueError)
 ├── HookError                a forward pass that does not fit what the bank was filled for
 ├── UnsupportedArchitecture  a model whose layers or modules were not found
+├── ModelError               a model folder or hub id that cannot be opened
+├── TextError                a text or conversation that cannot become tokens (also a ValueError)
 ├── FormatError              a foreign file that cannot be read, or a checkpoint that a foreign format cannot hold
 └── CheckpointError          a checkpoint folder that cannot be trusted or written
     ├── CheckpointMismatch   a sound checkpoint, made for another base model
@@ -25,6 +27,14 @@ class HookError(SteeringError):
 
 class UnsupportedArchitecture(SteeringError):
     """A model whose layers or modules were not found; the message names what was looked for."""
+
+
+class ModelError(SteeringError):
+    """A model folder or hub id that cannot be opened; the message is a sentence that says why and what to do."""
+
+
+class TextError(SteeringError, ValueError):
+    """A text or conversation that cannot become tokens."""
 
 
 class FormatError(SteeringError):

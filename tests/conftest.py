@@ -7,6 +7,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch reads it; also f
 import pytest
 import torch
 
+pytest_plugins = ["tests.broken_models"]
+
 
 @pytest.fixture(autouse=True)
 def same_start() -> None:

@@ -148,6 +148,7 @@ def train(
             version=version,
             overwrite=overwrite,
             seed=texts.seed,
+            chat=texts.chat,
             work=work,
             max_rows=rows,
             evaluated=evaluate,
@@ -205,7 +206,14 @@ def evaluate(
         evaluator = replace(measured.at(loaded.config.positions.value).evaluator(texts.seed), max_rows=rows)
         if not texts.specs and measured.judge is None:
             raise DataError("Without a judge, --data is needed: the answers to choose from.")
-        samples = split_as_trained(load_data(texts.specs), folder, seed=texts.seed) if texts.specs else []
+        samples = []
+        if texts.specs:
+            samples = split_as_trained(load_data(texts.specs, chat=texts.chat), folder, seed=texts.seed)
+            trained = loaded.config.training.get("form")
+            if trained not in (None, samples[0].form):
+                o.say(f"note: the checkpoint was trained on {trained} data, and these are {samples[0].form} (--chat).")
+        elif texts.chat:
+            raise DataError("--chat says how --data are read, and no data were given.")
         if strange := sorted({sample.attribute for sample in samples} - set(loaded.attributes)):
             o.say(
                 f"note: the checkpoint does not steer {', '.join(strange)}; it steers {', '.join(loaded.attributes)}."
@@ -272,7 +280,7 @@ def sweep(
         evaluator = measured.evaluator(texts.seed)
         evaluator = replace(evaluator, max_rows=max(rows, evaluator.max_rows))
         recipe = how.recipe(texts.seed)
-        samples = read_samples(specs, recipe, texts.seed)
+        samples = read_samples(specs, recipe, texts.seed, chat=texts.chat)
         evaluator.check(samples, Split.DEV, sorted({sample.attribute for sample in samples}) if alone else ())
         loaded, shown = base.load(), o.shows_progress()
         activations = extract_under(
@@ -314,6 +322,7 @@ def import_features(
     ] = "answers",
     seed: o.Seed = 0,
     revision: o.Revision = None,
+    trust_remote_code: o.TrustRemoteCode = False,
 ) -> None:
     """Turn features of honest_llama or MAT-Steer into the activations that `extract` writes.
 
@@ -326,7 +335,8 @@ def import_features(
         from training.activations.store import save_activations
 
         by = GroupBy(groups) if groups in list(GroupBy) else Path(groups)
-        found = read_features(prefix, Shape.of(model, revision), sites, attribute, by, seed=seed)
+        shape = Shape.of(model, revision, trust_remote_code=trust_remote_code)
+        found = read_features(prefix, shape, sites, attribute, by, seed=seed)
         save_activations(found, out)
         count = len(set(found.groups))
         typer.echo(f"{len(found)} activations of {count} groups at {', '.join(map(str, sites))} in {out}")

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from steering.types import Column, attribute_names
+from training.data.samples import Form
 from training.evaluation.evaluator import GateMeans
 from training.evaluation.report import markdown
 from training.evaluation.results import Evaluation
@@ -30,7 +31,7 @@ def render_card(
         f"---\nbase_model: {base_model}\ntags: [activation-steering, {method}]\n---\n",
         f"# {name}, version {version}\n",
         f"Steers **{', '.join(attributes)}** of `{base_model}` at `{sites}`. Method: {title}. "
-        f"Steered positions: {positions}.\n",
+        f"Steered positions: {positions}.{_form(training)}\n",
         _data(training),
         "## Hyperparameters\n",
         _table(["setting", "value"], [[key, value] for key, value in training["hyperparameters"].items()]),
@@ -38,10 +39,19 @@ def render_card(
         _vectors(columns),
         _gates(gates),
         _evaluation(evaluation),
-        _usage(name, version, columns),
+        _usage(name, version, columns, chat=training.get("form") == Form.CHAT),
         _limits(base_model, sites),
     ]  # fmt: skip
     return "\n".join(part for part in parts if part)
+
+
+def _form(training: Mapping[str, Any]) -> str:
+    """In words; nothing where it is not known, as for imported features."""
+    forms = {
+        Form.CHAT: " Trained on conversations, as the model's chat template renders them: steer chats with it.",
+        Form.PLAIN: " Trained on plain text, without a chat template: steer texts that are continued with it.",
+    }
+    return forms[Form(training["form"])] if "form" in training else ""
 
 
 def _data(training: Mapping[str, Any]) -> str:
@@ -101,7 +111,8 @@ def _evaluation(evaluation: Evaluation | None) -> str:
     return f"## Evaluation\n\n{how} Percent, with 95 % intervals.\n\n{markdown(evaluation)}\nSettings: {settings}.\n"
 
 
-def _usage(name: str, version: str, columns: Sequence[Column]) -> str:
+def _usage(name: str, version: str, columns: Sequence[Column], *, chat: bool) -> str:
+    asked = '"messages": [{"role": "user", "content": "..."}]' if chat else '"prompt": "..."'
     defaults = ", ".join(
         f'"{c.attribute}": {c.default_multiplier:g}' for c in {c.attribute: c for c in columns}.values()
     )
@@ -109,7 +120,7 @@ def _usage(name: str, version: str, columns: Sequence[Column]) -> str:
         "## How to use\n\n"
         "```bash\n"
         "curl -s localhost:8000/generate -H 'content-type: application/json' -d '{\n"
-        f'  "prompt": "...", "checkpoint": "{name}@{version}",\n'
+        f'  {asked}, "checkpoint": "{name}@{version}",\n'
         f'  "attributes": {{{defaults}}}, "baseline": true}}\'\n'
         "```\n\n"
         "A multiplier of 0 leaves an attribute alone, a negative one steers away from it.\n"

@@ -1,9 +1,10 @@
-"""Loading the base model, or its config alone, with errors that a user can act on."""
+"""The base model on the device that was chosen, or its config alone; opened by `steering.pretrained`."""
 
 import sys
 from dataclasses import dataclass
 from typing import Any
 
+from steering.errors import ModelError
 from training.distributed import launched, own_device
 from training.errors import TrainingError
 
@@ -20,12 +21,20 @@ class Base:
     revision: str | None
 
 
-def load_base(id: str, *, revision: str | None = None, device: str = "auto", dtype: str = "auto") -> Base:
+def load_base(
+    id: str,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> Base:
     """Load a Hugging Face id or folder. `device` "auto" is CUDA where there is one, and of several processes each takes
     a device of its own; `dtype` "auto" is the stored one, but float32 on a CPU. Raises TrainingError."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
+
+    from steering.pretrained import open_pretrained
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -45,12 +54,10 @@ def load_base(id: str, *, revision: str | None = None, device: str = "auto", dty
     if place.type == "cuda" and not torch.cuda.is_available():
         raise TrainingError(f"device is {device!r}, but there is no CUDA device.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(id, revision=revision)
-        model: Any = AutoModelForCausalLM.from_pretrained(id, revision=revision, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise TrainingError(f"The model {id!r} cannot be loaded: {reason[0]}") from None
-    return Base(model.to(place).eval(), tokenizer, id, revision)
+        opened = open_pretrained(id, revision=revision, device=place, dtype=dtype, trust_remote_code=trust_remote_code)
+    except ModelError as error:
+        raise TrainingError(str(error)) from error
+    return Base(opened.model, opened.tokenizer, id, revision)
 
 
 def _own(device: str) -> str:
@@ -62,17 +69,17 @@ def _own(device: str) -> str:
     return own
 
 
-def load_config(id: str, revision: str | None = None) -> Any:
+def load_config(id: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Any:
     """The config of a Hugging Face id or folder. Raises TrainingError."""
-    from transformers import AutoConfig
+    from steering.pretrained import open_config
 
     try:
-        return AutoConfig.from_pretrained(id, revision=revision or "main")
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise TrainingError(f"The config of {id!r} cannot be loaded: {reason[0]}") from None
+        return open_config(id, revision=revision, trust_remote_code=trust_remote_code)
+    except ModelError as error:
+        raise TrainingError(str(error)) from error
 
 
-def stored_dtype(id: str, revision: str | None = None) -> str:
+def stored_dtype(id: str, revision: str | None = None, *, trust_remote_code: bool = False) -> str:
     """The dtype of a model's weights, as in "bfloat16"; float32 where its config does not say. Raises TrainingError."""
-    return str(load_config(id, revision).dtype or "float32").removeprefix("torch.")
+    config = load_config(id, revision, trust_remote_code=trust_remote_code)
+    return str(config.dtype or "float32").removeprefix("torch.")

@@ -95,6 +95,14 @@ MaybePool = Annotated[Pool | None, typer.Option(help=f"{_POOLS}; default: the me
 Rows = Annotated[int, typer.Option("--rows", min=1, help="Rows of a batch.")]
 Seed = Annotated[int, typer.Option(help="Of the splits, the fit and the sampling.")]
 Revision = Annotated[str | None, typer.Option(help="Revision of the model.")]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        envvar="MATSTEER_TRUST_REMOTE_CODE",
+        help="Run the Python code that comes with the model; without it a model that needs its own is refused.",
+    ),
+]
 CheckpointFolder = Annotated[Path, typer.Option(help="Folder of a checkpoint, with or without its version.")]
 
 
@@ -106,12 +114,22 @@ class ModelOptions(OptionGroup):
     revision: Revision = None
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
+    trust_remote_code: TrustRemoteCode = False
 
     def load(self) -> "Base":
         """Raises TrainingError."""
+        return self._load(self.dtype)
+
+    def _load(self, dtype: str) -> "Base":
         from training.models import load_base
 
-        return load_base(self.model, revision=self.revision, device=self.device, dtype=self.dtype)
+        return load_base(
+            self.model,
+            revision=self.revision,
+            device=self.device,
+            dtype=dtype,
+            trust_remote_code=self.trust_remote_code,
+        )
 
 
 @dataclass(frozen=True)
@@ -122,10 +140,11 @@ class BakedModelOptions(ModelOptions):
 
     def load(self) -> "Base":
         """Raises TrainingError."""
-        from training.models import load_base, stored_dtype
+        from training.models import stored_dtype
 
-        dtype = stored_dtype(self.model, self.revision) if self.dtype == "auto" else self.dtype
-        return load_base(self.model, revision=self.revision, device=self.device, dtype=dtype)
+        if self.dtype != "auto":
+            return self._load(self.dtype)
+        return self._load(stored_dtype(self.model, self.revision, trust_remote_code=self.trust_remote_code))
 
 
 @dataclass(frozen=True)
@@ -144,6 +163,14 @@ class DataOptions(OptionGroup):
         None
     )
     seed: Seed = 0
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat",
+            help="Prompts are a user's turns in the model's chat template, completions its answers; rows of messages "
+            "are so anyway.",
+        ),
+    ] = False
 
     @property
     def specs(self) -> tuple[str, ...]:
@@ -155,6 +182,8 @@ class DataOptions(OptionGroup):
         if method is not None and method.fitted_on and (self.specs or activations):
             unused = "--data" if self.specs else "--activations"
             raise DataError(f"--method {method.name} is fitted on {method.fitted_on} alone: give no {unused}.")
+        if self.chat and not self.specs:
+            raise DataError("--chat says how --data are read, and no data were given.")
         if not (self.specs or activations or (method and method.fitted_on)):
             raise DataError("No data was given: name at least one --data NAME=PATH.")
         return self.specs
@@ -163,7 +192,7 @@ class DataOptions(OptionGroup):
         """The samples with their splits. Raises DataError."""
         from training.data import load_data, split_samples
 
-        return split_samples(load_data(self.fitted_on()), seed=self.seed)
+        return split_samples(load_data(self.fitted_on(), chat=self.chat), seed=self.seed)
 
 
 @dataclass(frozen=True)
@@ -189,15 +218,27 @@ class EvaluationOptions(OptionGroup):
         int | None, typer.Option(min=1, help="At most so many prompts, or questions of each attribute.")
     ] = None
     positions: Annotated[str | None, typer.Option(help="generated, prompt or all: the steered tokens.")] = "generated"
+    chat_prompts: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat-prompts/--plain-prompts",
+            help="The judge's prompts as a user's turns in the model's chat template, or as they are; default: as "
+            "turns, where the model has a template.",
+        ),
+    ] = None
 
     def evaluator(self, seed: int) -> "Evaluator":
         """Raises TrainingError."""
         from steering.types import Positions
+        from training.data.samples import Form
         from training.evaluation.evaluator import Evaluator
         from training.evaluation.generation import Sampling, load_judge, load_prompts
 
         if (self.judge is None) != (self.prompts is None):
             raise TrainingError("--judge and --prompts belong together: give both or neither.")
+        if self.chat_prompts is not None and self.prompts is None:
+            chosen = "--chat-prompts" if self.chat_prompts else "--plain-prompts"
+            raise TrainingError(f"{chosen} is for the prompts of a --judge, and there is none.")
         if self.positions not in list(Positions):
             raise TrainingError(f"--positions must be one of {', '.join(Positions)}, got {self.positions!r}.")
         return Evaluator(
@@ -206,6 +247,7 @@ class EvaluationOptions(OptionGroup):
             sampling=Sampling(self.temperature, self.max_new_tokens, self.samples, seed),
             limit=self.limit,
             positions=Positions(self.positions),
+            form=None if self.chat_prompts is None else Form.CHAT if self.chat_prompts else Form.PLAIN,
         )
 
 

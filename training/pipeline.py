@@ -22,7 +22,14 @@ from steering.errors import NotFound
 from steering.types import Column, Positions, Site
 from training.activations import Pool
 from training.activations.extraction import extract_under
-from training.activations.store import Activations, describe_stored, open_stored, split_as_stored, stored_samples
+from training.activations.store import (
+    Activations,
+    describe_stored,
+    open_stored,
+    split_as_stored,
+    stored_form,
+    stored_samples,
+)
 from training.data.samples import Sample, Split
 from training.data.sources import DataSpec, load_data
 from training.data.splits import FRACTIONS, SPLITS, dump_splits, split_samples
@@ -55,6 +62,8 @@ class TrainingRun:
     """None: the next of v1, v2, ..."""
     overwrite: bool = False
     seed: int = 0
+    chat: bool = False
+    """Prompts of the data become turns of a user."""
     work: Path | None = None
     """None: OUT/.work."""
     max_rows: int = 64
@@ -118,12 +127,12 @@ def train(
     return write_checkpoint(base, samples, activations, columns, evaluation, run, name, version), evaluation
 
 
-def read_samples(data: Sequence[str], recipe: Recipe, seed: int) -> list[Sample]:
+def read_samples(data: Sequence[str], recipe: Recipe, seed: int, *, chat: bool = False) -> list[Sample]:
     """The samples of every NAME=PATH with their splits, or the recipe's pair of prompts. Raises DataError, also where
     train lacks a side of an attribute, which every method but those two compares."""
     if own := recipe.config.own_samples():
         return own
-    samples = split_samples(load_data(data), seed=seed)
+    samples = split_samples(load_data(data, chat=chat), seed=seed)
     if recipe.method.contrastive and (sentence := next(missing_sides(samples, [Split.TRAIN]), None)):
         raise DataError(sentence)
     return samples
@@ -131,7 +140,10 @@ def read_samples(data: Sequence[str], recipe: Recipe, seed: int) -> list[Sample]
 
 def prepare_data(run: TrainingRun) -> list[Sample]:
     """The samples; where activations were given, without their texts. Raises DataError."""
-    samples = stored_samples(run.activations) if run.activations else read_samples(run.data, run.recipe, run.seed)
+    if run.activations:
+        samples = stored_samples(run.activations)
+    else:
+        samples = read_samples(run.data, run.recipe, run.seed, chat=run.chat)
     known = dict.fromkeys(sample.attribute for sample in samples)
     for name in (*run.recipe.strengths, *run.recipe.defaults, *run.recipe.places):
         if name and name not in known:
@@ -148,7 +160,16 @@ def texts_for(samples: Sequence[Sample], run: TrainingRun) -> Sequence[Sample]:
     """The samples with their texts; where activations were given, those of the data beside them, if any."""
     if run.activations is None:
         return samples
-    return split_as_stored(load_data(run.data), samples, seed=run.seed) if run.data else []
+    if not run.data:
+        return []
+    texts = load_data(run.data, chat=run.chat)
+    stored = stored_form(run.activations)
+    if stored not in (None, texts[0].form):
+        raise DataError(
+            f"{run.activations} was extracted from {stored} data, and --data are {texts[0].form}: with --chat, prompts "
+            "become turns of a user."
+        )
+    return split_as_stored(texts, samples, seed=run.seed)
 
 
 def activations_for(base: Base, samples: Sequence[Sample], run: TrainingRun) -> Activations:
@@ -206,6 +227,7 @@ def write_checkpoint(
     given = [describe_stored(run.activations)] if run.activations else []
     shares = {} if run.activations else {"fractions": list(FRACTIONS), "seed": run.seed}
     training: dict[str, Any] = {
+        **({"form": activations.source["form"]} if "form" in activations.source else {}),
         "data": [*given, *(DataSpec.parse(spec).describe() for spec in run.data)],
         "splits": {**shares, "counts": count_samples(samples)},
         "hyperparameters": {"pool": activations.pool.value, **run.recipe.as_dict()},

@@ -11,12 +11,12 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from server.config import Settings
+from server.config import Settings, load_settings
 from server.errors import BadRequest, UnknownCheckpoint, UnusableCheckpoint
 from server.terminal import terminal
 from steering import checkpoint as folders
 from steering.checkpoint import Checkpoint
-from steering.errors import CheckpointError, FormatError, NotFound, SteeringError
+from steering.errors import CheckpointError, FormatError, ModelError, NotFound, SteeringError
 from steering.formats import Format, Hints, detect, read_foreign, write_foreign
 from steering.formats.card import render
 from steering.sites import site_module, site_width, text_config
@@ -167,12 +167,18 @@ def export_folder(root: Path, reference: str, out: Path, format: str, attributes
 
 def skeleton(id: str, revision: str | None = None) -> Any:
     """A model without its weights, made from its config alone. Raises BadRequest."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    from steering.pretrained import open_config
+
+    trust = load_settings().trust_remote_code
     try:
-        config = AutoConfig.from_pretrained(id, revision=revision or "main")
+        config = open_config(id, revision=revision, trust_remote_code=trust)
+    except ModelError as error:
+        raise BadRequest(str(error)) from error
+    try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)  # type: ignore[no-untyped-call]
     except Exception as error:  # transformers raises dozens of kinds, with pages of text
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BadRequest(f"The model {id!r} cannot be made from its config: {reason}") from error

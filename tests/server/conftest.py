@@ -99,7 +99,7 @@ def columns(width: int, *, seed: int, strength: float = 3.0) -> list[Column]:
     return [column("kind", Gate.SIGMOID), column("true", Gate.SIGMOID), column("fair", Gate.CONSTANT)]
 
 
-def write(root: Path, name: str, version: str, info: BaseModelInfo, made: list[Column]) -> Path:
+def write(root: Path, name: str, version: str, info: BaseModelInfo, made: list[Column], **training: Any) -> Path:
     folder = root / name / version
     save(
         folder,
@@ -110,7 +110,7 @@ def write(root: Path, name: str, version: str, info: BaseModelInfo, made: list[C
         columns=made,
         normalize=True,
         positions=Positions.GENERATED,
-        training={"seed": 1},
+        training={"seed": 1, **training},
         evaluation={"kind": 0.9},
         card=f"# {name}\n",
     )

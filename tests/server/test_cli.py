@@ -9,11 +9,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
 from server.cli import app
+from server.config import Settings
+from server.errors import StartupError
+from server.loading import load_model
 from steering.checkpoint import base_model_info
+from tests.broken_models import RAN
 from tests.server.conftest import columns, write
 from tests.server.test_listener import free_port
 
@@ -148,6 +153,33 @@ def test_what_cannot_start_says_why_in_one_sentence(arguments: list[str], messag
     assert result.exit_code == 1
     assert result.output.startswith(f"matsteer: {message}")
     assert len(result.output.splitlines()) == 1
+
+
+def test_serve_and_generate_run_a_folders_code_where_it_is_trusted_alone(
+    model_with_code: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(settings: Settings) -> None:
+        raise StartupError(f"opened a {type(load_model(settings).model).__name__}")
+
+    monkeypatch.setattr("server.app.create_app", opened)
+    serve = ["serve", "--model", str(model_with_code), "--port", str(free_port()), "--device", "cpu"]
+    for arguments in (serve, ["generate", "Q:", "--model", str(model_with_code)]):
+        result = runner.invoke(app, arguments, input="y\n" * 9)
+        assert result.exit_code == 1
+        assert "which is run only with --trust-remote-code" in result.output
+        assert not Path(RAN).exists()
+    assert "opened a MysteryModel" in runner.invoke(app, [*serve, "--trust-remote-code"]).output
+    assert Path(RAN).exists()
+
+
+def test_an_import_reads_a_config_without_running_the_code_beside_it(model_with_code: Path, tmp_path: Path) -> None:
+    torch.save({1: torch.ones(16)}, tmp_path / "x.pt")
+    arguments = ["checkpoints", "import", str(tmp_path / "x.pt"), "--model", str(model_with_code), "--out", "mine"]
+    for trusted in (False, True):
+        environment = {"MATSTEER_TRUST_REMOTE_CODE": "true"} if trusted else {}
+        result = runner.invoke(app, [*arguments, "--site", "residual"], input="y\n" * 9, env=environment)
+        assert ("which is run only with --trust-remote-code" in result.output) is not trusted
+        assert Path(RAN).exists() is trusted
 
 
 def test_an_unknown_attribute_is_one_sentence(model_folder: Path, checkpoints: Path) -> None:

@@ -100,7 +100,7 @@ def test_a_file_of_mat_steer_becomes_a_gated_checkpoint(model_folder: Path, tmp_
     [
         ({1: torch.ones(WIDTH + 1)}, [], "holds vectors of 33 numbers, but 1.residual of "),
         ({7: torch.ones(WIDTH)}, [], "there is no layer 7"),
-        ({1: torch.ones(WIDTH)}, ["--model", "/no/model"], "The model '/no/model' cannot be made from its config"),
+        ({1: torch.ones(WIDTH)}, ["--model", "/no/model"], "There is no model folder '/no/model'"),
         ({1: torch.ones(WIDTH)}, ["--out", "bad name"], "The name of a checkpoint is letters"),
         ({1: torch.ones(WIDTH)}, ["--format", "gguf"], "is not a sound GGUF file"),
     ],

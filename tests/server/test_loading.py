@@ -6,11 +6,32 @@ from pathlib import Path
 import pytest
 
 from server import loading
+from server.config import Settings, load_settings
 from server.engine.model_runner import ModelRunner
 from server.errors import StartupError
-from server.loading import choose_block_size, num_kv_cache_blocks
+from server.loading import choose_block_size, load_model, num_kv_cache_blocks
+from tests.broken_models import RAN
 from tests.server.conftest import tiny_llama
 from tests.server.desk import Desk
+
+
+def test_what_is_no_usable_model_ends_the_start_with_one_sentence(broken_model: tuple[str, str]) -> None:
+    id, said = broken_model
+    with pytest.raises(StartupError, match=said) as caught:
+        load_model(Settings(model=id, device="cpu", threads=1))
+    assert "\n" not in caught.value.message
+
+
+def test_code_of_a_folder_runs_where_it_is_trusted_alone(
+    model_with_code: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"model": str(model_with_code), "device": "cpu", "threads": 1}
+    with pytest.raises(StartupError, match="only with --trust-remote-code"):
+        load_model(load_settings(**options))
+    assert not Path(RAN).exists()
+    monkeypatch.setenv("MATSTEER_TRUST_REMOTE_CODE", "true")
+    assert type(load_model(load_settings(**options)).model).__name__ == "MysteryModel"
+
 
 STEP = {"max_num_seqs": 4, "max_num_batched_tokens": 64}
 

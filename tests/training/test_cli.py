@@ -60,7 +60,7 @@ def test_train_writes_a_checkpoint_that_loads(here: Path, method: str) -> None:
     assert {row["split"]: row["positive"] for row in config.training["splits"]["counts"]} == {
         "train": 8, "dev": 2, "test": 10,
     }  # fmt: skip
-    assert set(config.training) == {"data", "splits", "hyperparameters", "gates", "seed", "libraries"}
+    assert set(config.training) == {"form", "data", "splits", "hyperparameters", "gates", "seed", "libraries"}
     libraries = {"python", "numpy", "safetensors", "scikit-learn", "torch", "transformers"}
     assert set(config.training["libraries"]) == libraries
     assert config.training["libraries"]["torch"] == torch.__version__

@@ -1,12 +1,15 @@
 """Broken data is named by file and line; no question is ever on two sides of a split."""
 
+import gzip
+import json
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.data import Sample, Split, check_leaks, load_data, split_samples
+from training.data import Form, Sample, Split, Turn, check_leaks, load_data, split_samples
+from training.data.samples import question_sample
 from training.data.splits import SPLITS, dump_splits, group_id, read_splits, split_as_trained
 from training.errors import DataError
 
@@ -34,8 +37,19 @@ def test_rows_become_samples(tmp_path: Path) -> None:
     ("line", "complaint"),
     [
         ('{"prompt": "Q', "not valid JSON"),
+        ('{"text": "a", "label": ' + "1" * 5000 + "}", "not valid JSON (Exceeds the limit"),
         ("[1]", "expected a JSON object, got list"),
-        ('{"label": 1}', 'needs "prompt" and "completion", or "text"'),
+        ('{"promt": "Q", "completion": " a", "label": true}', 'there is no field "promt"; did you mean "prompt"?'),
+        ('{"text": "a", "Label": true}', 'there is no field "Label"; did you mean "label"?'),
+        ('{"text": "a", "label": 1, "splits": "dev"}', 'there is no field "splits"; did you mean "split"?'),
+        ('{"text": "a", "label": 1, "weight": 2}', 'there is no field "weight"; there are text, prompt, completion'),
+        ('{"text": "a", "label": 1, "label": 0}', '"label" is there twice'),
+        ('{"text": "a", "completion": "b", "label": 1}', '"text" and "completion" are two ways to say one thing'),
+        ('{"text": "a", "prompt": "b", "label": 1}', '"prompt" goes with "completion", not with "text"'),
+        ('{"text": "a \\ud83d", "label": 1}', '"text" holds half of a surrogate pair'),
+        ('{"text": "a", "label": 1, "group": "\\udc00"}', '"group" holds half of a surrogate pair'),
+        ('{"text": "a", "label": "true"}', "got 'true'"),
+        ('{"label": 1}', 'needs "prompt" and "completion", or "text", or "messages"'),
         ('{"text": "", "label": 1}', '"text" must be a non-empty string'),
         ('{"prompt": 3, "completion": "a", "label": 1}', '"prompt" must be a string, got 3'),
         ('{"prompt": "a", "completion": " ", "label": 1}', '"completion" must be a non-empty string'),
@@ -66,6 +80,160 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="not UTF-8"):
         load_data([f"x={tmp_path / 'binary.jsonl'}"])
+    (tmp_path / "latin.jsonl").write_bytes('{"text": "café", "label": 1}'.encode("latin-1"))
+    with pytest.raises(DataError, match=r"latin\.jsonl is not UTF-8 text"):
+        load_data([f"x={tmp_path / 'latin.jsonl'}"])
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.json", "data.csv", "data.tsv", "data.jsonl.gz", "data.txt"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a Git LFS pointer.*run `git lfs pull`"),
+        (b"PAR1\x15\x04", "is a parquet file.*write it as JSON lines"),
+        (b"PK\x03\x04", "is a zip archive or a spreadsheet"),
+        ('{"text": "a", "label": 1}'.encode("utf-16"), "is UTF-16, not UTF-8 text"),
+        (
+            gzip.compress(b'{"text": "a"}')[:-8],
+            "is compressed: give it a name that ends in .gz|is not a whole gzip file",
+        ),
+    ],
+)
+def test_files_of_another_kind_are_said_to_be_what_they_are(
+    tmp_path: Path, name: str, content: bytes, said: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"{name} ({said})"):
+        load_data([f"x={tmp_path / name}"])
+
+
+PLAIN = [
+    Sample("truthfulness", "Q: Sky? A:", " Blue", True, "Q: Sky? A:", None),
+    Sample("civility", "", 'It is "so".', False, "7", Split.DEV),
+]
+
+
+@pytest.mark.parametrize(("name", "comma"), [("data.csv", ","), ("data.tsv", "\t")])
+@pytest.mark.parametrize("yes", ["true", "TRUE", "True", "1", " true "])
+@pytest.mark.parametrize("no", ["false", "False", "0"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_tables_say_true_and_false_in_words(
+    tmp_path: Path, name: str, comma: str, yes: str, no: str, end: str, mark: str
+) -> None:
+    rows = [
+        ["prompt", "completion", "text", "label", "attribute", "group", "split"],
+        ["Q: Sky? A:", " Blue", "", yes, "", "", ""],
+        ["", "", '"It is ""so""."', no, "civility", "7", "dev"],
+    ]
+    (tmp_path / name).write_bytes((mark + "".join(comma.join(row) + end for row in rows)).encode())
+    assert load_data([f"truthfulness={tmp_path / name}"]) == PLAIN
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("text,label\na,yes\n", ":2: \"label\" must be true, false, 1 or 0, got 'yes'"),
+        ("text,label\na,2\n", ":2: \"label\" must be true, false, 1 or 0, got '2'"),
+        ("text,label\na,1.0\n", ":2: \"label\" must be true, false, 1 or 0, got '1.0'"),
+        ("text,label\na,\n", ":2: \"label\" must be true, false, 1 or 0, got ''"),
+        ("text,split,label\na,valid,1\n", ":2: \"split\" must be train, dev or test, got 'valid'"),
+        ("text,lable\na,1\n", ':2: there is no field "lable"; did you mean "label"?'),
+        (",text,label\n0,a,1\n", ':2: there is no field ""; there are text'),
+        ("text,label,label\na,1,0\n", ':1: the header names "label" twice'),
+        ("messages,label\nhello,1\n", ':2: "messages" must be a list'),
+        ("text,label\n", "holds no samples"),
+        ("", "holds no samples"),
+    ],
+)
+def test_what_a_table_does_not_say_in_these_words_is_named(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "data.csv").write_text(content)
+    with pytest.raises(DataError) as caught:
+        load_data([f"x={tmp_path / 'data.csv'}"])
+    assert said in str(caught.value)
+
+
+def test_one_object_over_several_lines_is_a_row(tmp_path: Path) -> None:
+    (tmp_path / "one.json").write_text(json.dumps({"text": "a", "label": True}, indent=2))
+    assert [sample.text for sample in load_data([f"x={tmp_path / 'one.json'}"])] == ["a"]
+    (tmp_path / "one.json").write_text(json.dumps({"data": [{"text": "a", "label": True}]}, indent=2))
+    with pytest.raises(DataError, match=r'one\.json:1: there is no field "data"'):
+        load_data([f"x={tmp_path / 'one.json'}"])
+
+
+def test_names_that_are_no_text_are_refused() -> None:
+    with pytest.raises(DataError, match="the terminal's own encoding"):
+        load_data(["x\udcff=data.jsonl"])
+
+
+def chat(*turns: tuple[str, str], **fields: object) -> str:
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return json.dumps({"messages": messages, "label": True} | fields)
+
+
+ASKED, ANSWERED = ("user", "Sky?"), ("assistant", " Blue.")
+
+
+def test_conversations_are_samples_whose_answer_is_the_last_turn(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        chat(ASKED, ANSWERED),
+        chat(("system", "Be brief."), ASKED, ANSWERED, ("user", "Sea?"), ("assistant", "Blue"), label=0, split="dev"),
+    )
+    first, second = load_data([f"x={path}"])
+    assert first == Sample("x", "Sky?", "Blue.", True, "Sky?", None, (Turn(*ASKED),))
+    assert first.form is Form.CHAT
+    assert second.turns == (Turn("system", "Be brief."), Turn(*ASKED), Turn(*ANSWERED), Turn("user", "Sea?"))
+    assert (second.completion, second.label, second.split) == ("Blue", False, Split.DEV)
+    assert second.group == second.prompt == "system: Be brief.\nuser: Sky?\nassistant:  Blue.\nuser: Sea?"
+
+
+@pytest.mark.parametrize(
+    ("messages", "complaint"),
+    [
+        ("Sky?", '"messages" must be a list'),
+        ([{"role": "assistant", "content": "Blue"}], '"messages" must be a list of a user\'s turn'),
+        ([{"role": "user", "content": "a"}] * 2, 'the last of "messages" must be the assistant'),
+        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}], "which is not empty"),
+        ([{"role": "user", "content": "a"}, "b"], "messages[1] must be an object with role and content, got 'b'"),
+        ([{"role": "nurse", "content": "a"}, {}], 'messages[0]: "role" must be one of system, developer, user'),
+        ([{"role": "user", "content": ["a"]}, {}], "messages[0]: \"content\" must be a string, got ['a']"),
+        ([{"role": "user", "contents": "a"}, {}], 'there is no field "contents"; did you mean "content"?'),
+        ([{"role": "user", "content": "\ud83d"}, {}], '"messages" holds half of a surrogate pair'),
+    ],
+)
+def test_a_broken_conversation_is_named(tmp_path: Path, messages: object, complaint: str) -> None:
+    path = write(tmp_path, json.dumps({"messages": messages, "label": 1}))
+    with pytest.raises(DataError) as caught:
+        load_data([f"x={path}"])
+    assert str(caught.value).startswith(f"{path}:1: ")
+    assert complaint in str(caught.value)
+
+
+def test_prompts_become_turns_of_a_user_where_that_is_asked(tmp_path: Path) -> None:
+    path = write(tmp_path, '{"prompt": "Sky?", "completion": " Blue.", "label": true}')
+    (sample,) = load_data([f"x={path}"], chat=True)
+    assert (sample.turns, sample.completion) == ((Turn("user", "Sky?"),), "Blue.")
+    (row,) = load_data([f"x={write(tmp_path, chat(ASKED, ANSWERED))}"])
+    assert sample == row, "two ways to write one conversation"
+
+
+def test_a_known_data_sets_question_is_asked_without_what_plain_text_needs_around_it() -> None:
+    sample = question_sample("x", " Sky? ", "Blue. ", True, group="g").as_chat()
+    assert (sample.turns, sample.completion) == ((Turn("user", "Sky?"),), "Blue.")
+
+
+def test_what_has_no_prompt_is_no_conversation(tmp_path: Path) -> None:
+    path = write(tmp_path, '{"text": "The sky is blue.", "label": true}')
+    with pytest.raises(DataError, match=r"data\.jsonl:1: --chat makes the prompt a user's turn, and this text has no"):
+        load_data([f"x={path}"], chat=True)
+
+
+def test_conversations_beside_plain_texts_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, chat(ASKED, ANSWERED), '{"prompt": "Sea?", "completion": " Blue.", "label": true}')
+    with pytest.raises(DataError, match="with --chat the prompts become turns of a user too"):
+        load_data([f"x={path}"])
+    assert {sample.form for sample in load_data([f"x={path}"], chat=True)} == {Form.CHAT}
 
 
 def test_all_broken_rows_of_a_file_are_reported_at_once(tmp_path: Path) -> None:

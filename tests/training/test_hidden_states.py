@@ -51,7 +51,7 @@ def one_by_one(model: Any, row: Encoded, pool: Pool) -> torch.Tensor:
 def check(model: Any, pool: Pool) -> None:
     assert worth_sharing(model, rows())
     seen: set[int] = set()
-    for batch, states in shared_states(model, rows(), [SITE], pool, 0, max_rows=7, max_tokens=1000):
+    for batch, states in shared_states(model, rows(), [SITE], pool, max_rows=7, max_tokens=1000):
         seen |= set(batch)
         expected = torch.cat([one_by_one(model, rows()[index], pool) for index in batch])
         torch.testing.assert_close(states[SITE], expected, rtol=1e-4, atol=1e-5)
@@ -79,7 +79,7 @@ def test_a_prompt_runs_once() -> None:
         tokens += args[0].numel()
 
     handle = model.model.embed_tokens.register_forward_pre_hook(count)
-    for _ in shared_states(model, rows(), [SITE], Pool.LAST, 0, max_rows=64, max_tokens=1000):
+    for _ in shared_states(model, rows(), [SITE], Pool.LAST, max_rows=64, max_tokens=1000):
         pass
     handle.remove()
     # Each prompt but its last token, then that and the answers, padded to the longest of their batch.

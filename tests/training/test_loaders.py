@@ -1,5 +1,6 @@
 """Published data sets in their own schemas become samples; what is broken in them is named."""
 
+import csv
 import gzip
 import json
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from training.data import LOADERS, Sample, Split, load_data, split_samples
+from training.data import LOADERS, Sample, Split, Turn, load_data, split_samples
 from training.data.sources import DataSpec, draw
 from training.errors import DataError
 
@@ -106,6 +107,19 @@ def test_bbq_gives_all_three_answers_and_keeps_a_template_together() -> None:
     assert {sample.group for sample in samples} == {"Age 1", "Age 2", "Religion 1"}
 
 
+def test_bbq_reads_a_table_as_it_reads_json(tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (DATA / "bbq/Age.jsonl").read_text().splitlines()]
+    names = ["category", "question_index", "context", "question", "ans0", "ans1", "ans2", "label"]
+    with (tmp_path / "bbq.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, names, extrasaction="ignore")
+        table.writeheader()
+        table.writerows(rows)
+    assert load_data([f"bbq={tmp_path}/bbq.csv"]) == load_data([f"bbq={DATA}/bbq/Age.jsonl"])
+    (tmp_path / "bbq.csv").write_text((tmp_path / "bbq.csv").read_text().rstrip()[:-1] + "3\n")
+    with pytest.raises(DataError, match="\"label\" must be 0, 1 or 2, got '3'"):
+        load_data([f"bbq={tmp_path}/bbq.csv"])
+
+
 def test_helpsteer_gives_an_attribute_for_each_score(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl.gz"
     path.write_bytes(gzip.compress((DATA / "helpsteer.jsonl").read_bytes()))
@@ -189,6 +203,16 @@ PAIR = json.loads((DATA / "caa/generate_dataset.json").read_text())[0]
         ("truthfulqa", QUESTION | {"mc2_targets": {"a": 2}}, '"mc2_targets" must give 0 or 1 to every answer'),
         ("truthfulqa", QUESTION | {"mc2_targets": [1]}, '"mc2_targets" must give 0 or 1 to every answer'),
         ("truthfulqa", {"question": "Q?", "correct_answers": "a"}, '"correct_answers" must be a list of strings'),
+        (
+            "truthfulqa",
+            QUESTION | {"mc2_targets": {"choices": ["a"], "labels": [1, 0]}},
+            '"mc2_targets" must give 0 or',
+        ),
+        ("truthfulqa", QUESTION | {"mc2_targets": {"choices": "ab", "labels": [1, 0]}}, '"mc2_targets" must give 0 or'),
+        ("truthfulqa", {"question": "Q?", "correct_answer": ["a"]}, 'there is no "Correct Answers"'),
+        ("toxigen", {"txt": "a", "toxicity_human": 1}, 'there is no "text" (is "txt" meant?)'),
+        ("toxigen", {"text": "a", "toxicity_human": 1, "toxicity_al": 5}, '"toxicity_al"; did you mean "toxicity_ai"?'),
+        ("toxigen", {"text": "\ud83d", "toxicity_human": 1}, '"text" holds half of a surrogate pair'),
         ("toxigen", {"text": "a"}, 'there is no "toxicity_human"'),
         ("toxigen", {"text": "a", "toxicity_human": "6"}, "\"toxicity_human\" must be a number from 1 to 5, got '6'"),
         ("toxigen", {"text": "a", "toxicity_human": "", "toxicity_ai": 1}, '"toxicity_human" must be a number'),
@@ -198,6 +222,8 @@ PAIR = json.loads((DATA / "caa/generate_dataset.json").read_text())[0]
         ("toxigen", {"text": "b' '", "toxicity_human": 1}, '"text" must not be empty'),
         ("bbq", SCENE | {"label": 3}, '"label" must be 0, 1 or 2, got 3'),
         ("bbq", SCENE | {"label": None}, '"label" must be 0, 1 or 2, got None'),
+        ("bbq", SCENE | {"label": "1"}, "\"label\" must be 0, 1 or 2, got '1'"),
+        ("bbq", SCENE | {"question_index": None}, '"question_index" must be a number or a name, got None'),
         ("bbq", SCENE | {"ans1": ""}, '"ans1" must be a non-empty string'),
         ("bbq", {k: v for k, v in SCENE.items() if k != "question_index"}, 'there is no "question_index"'),
         ("helpsteer", RATED | {"coherence": 5}, '"coherence" must be a number from 0 to 4, got 5'),
@@ -205,6 +231,8 @@ PAIR = json.loads((DATA / "caa/generate_dataset.json").read_text())[0]
         ("helpsteer", RATED | {"response": None}, '"response" must be a non-empty string, got None'),
         ("paradetox", {"toxic": "a", "neutral1": ""}, "there is no neutral sentence"),
         ("paradetox", {"toxic": "a", "neutral1": " "}, '"neutral1" must be a non-empty string'),
+        ("paradetox", {"toxic": "a", "neutral1": "b", "neutral2": 0}, '"neutral2" must be a non-empty string, got 0'),
+        ("paradetox", {"toxic": "a", "neutral1": "b", "neutral_2": "c"}, '"neutral_2"; did you mean "neutral2"?'),
         ("paradetox", {"toxic": "", "neutral1": "a"}, '"toxic" must be a non-empty string'),
         ("caa", PAIR | {"answer_not_matching_behavior": " (A)"}, "both answers are '(A)'"),
         ("caa", PAIR | {"answer_matching_behavior": 1}, '"answer_matching_behavior" must be a non-empty string'),
@@ -324,6 +352,22 @@ def test_data_sets_that_were_saved_to_disk_keep_their_splits(hub: Path) -> None:
     Dataset.from_list([{"text": " ", "toxicity_human": 1.0}]).save_to_disk(hub / "broken")
     with pytest.raises(DataError, match=r"broken:all\[0\]: \"text\" must be a non-empty string"):
         load_data([f"toxigen={hub}/broken"])
+
+
+def test_rows_of_the_plain_form_leave_fields_out_with_nulls_where_they_were_saved(hub: Path) -> None:
+    from datasets import Dataset
+
+    turns = [{"role": "user", "content": "Sky?", "name": None}, {"role": "assistant", "content": "Blue.", "name": None}]
+    rows = [{"messages": turns, "text": None, "label": True, "group": None}] * 2
+    Dataset.from_list(rows).save_to_disk(hub / "chats")
+    sample, _ = load_data([f"x={hub}/chats"])
+    assert (sample.turns, sample.completion, sample.group) == ((Turn("user", "Sky?"),), "Blue.", "Sky?")
+    Dataset.from_list([{"text": "a", "label": None, "extra": 1}]).save_to_disk(hub / "other")
+    with pytest.raises(DataError, match=r'other:all\[0\]: there is no field "extra"'):
+        load_data([f"x={hub}/other"])
+    Dataset.from_list([{"text": "a", "label": None}]).save_to_disk(hub / "unlabelled")
+    with pytest.raises(DataError, match=r'unlabelled:all\[0\]: "label" must be true, false, 1 or 0, got None'):
+        load_data([f"x={hub}/unlabelled"])
 
 
 @pytest.mark.parametrize("place", ["hub:", "hub:a/b/c/d", "hub:a//b"])

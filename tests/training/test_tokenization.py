@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from tests.training.helpers import make_tokenizer
 from training.activations.tokenization import batches, encode, encode_prompt, pad_left, pad_right
+from training.data import Turn
+from training.errors import DataError
 
 
 @pytest.mark.parametrize("begin", [None, "<|begin|>"])
@@ -64,8 +66,15 @@ class Slow:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
 
-    def __call__(self, text: str, **_: Any) -> Any:
-        return {"input_ids": self.tokenizer(text)["input_ids"]}
+    def __call__(self, text: str, *, add_special_tokens: bool = True, **_: Any) -> Any:
+        return {"input_ids": self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]}
+
+    @property
+    def chat_template(self) -> Any:
+        return self.tokenizer.chat_template
+
+    def apply_chat_template(self, *given: Any, **options: Any) -> Any:
+        return self.tokenizer.apply_chat_template(*given, **options)
 
 
 @pytest.mark.parametrize("prompt", ["Q: What colour is the sky? A:", ""])
@@ -92,9 +101,52 @@ def test_batches_hold_every_row_once_within_the_limits(lengths: list[int], rows:
 
 
 def test_padding_goes_to_the_named_side() -> None:
-    ids, mask = pad_right([(1, 2, 3), (4,)], 0, "cpu")
-    assert ids.tolist() == [[1, 2, 3], [4, 0, 0]]
-    assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
-    ids, mask = pad_left([(1, 2, 3), (4,)], 0, "cpu")
-    assert ids.tolist() == [[1, 2, 3], [0, 0, 4]]
-    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+    ids, mask = pad_right([(1, 2, 3), (4,), (5, 6)], "cpu")
+    assert ids.tolist() == [[1, 2, 3], [4, 4, 4], [5, 6, 6]], "a row's own token, which has an embedding"
+    assert mask.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
+    ids, mask = pad_left([(1, 2, 3), (4,), (5, 6)], "cpu")
+    assert ids.tolist() == [[1, 2, 3], [4, 4, 4], [5, 5, 6]]
+    assert mask.tolist() == [[1, 1, 1], [0, 0, 1], [0, 1, 1]]
+
+
+def test_a_prompt_that_begins_with_the_beginning_of_text_token_does_not_get_it_again() -> None:
+    tokenizer = make_tokenizer("<|begin|>")
+    for prompt in ("Q: What? A:", ""):
+        assert encode(tokenizer, f"<|begin|>{prompt}", " Moo") == encode(tokenizer, prompt, " Moo")
+        assert encode(Slow(tokenizer), f"<|begin|>{prompt}", " Moo") == encode(tokenizer, prompt, " Moo")
+    assert encode_prompt(tokenizer, "<|begin|>Q: What? A:") == encode_prompt(tokenizer, "Q: What? A:")
+
+
+CHATML = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role }}|{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant|{% endif %}"
+)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_conversation_is_read_as_it_is_served(fast: bool) -> None:
+    """The oracle is transformers' own way from messages to ids."""
+    tokenizer = make_tokenizer("<|begin|>")
+    tokenizer.chat_template = CHATML
+    turns = [Turn("system", "Be brief."), Turn("user", "What do cows say?")]
+    messages = [turn._asdict() for turn in turns]
+    asked = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    reader = tokenizer if fast else Slow(tokenizer)
+    assert list(encode_prompt(reader, "unused", turns)) == asked
+    encoded = encode(reader, "unused", "Moo, you silly", turns)
+    assert tokenizer.decode(encoded.targets) == "Moo, you silly"
+    assert list(encoded.ids[: encoded.start + 1]) == asked
+    assert encoded.ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_a_conversation_without_a_template_is_named(tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=r"The text 'Moo\?' cannot be read by the model: .* has no chat template"):
+        encode(tokenizer, "", "Moo", [Turn("user", "Moo?")])
+
+
+def test_half_a_surrogate_pair_is_one_sentence(tokenizer: Any) -> None:
+    for reader in (tokenizer, Slow(tokenizer)):
+        with pytest.raises(DataError, match="half of a surrogate pair"):
+            encode(reader, "Q: \ud83d", " Moo")
+        with pytest.raises(DataError, match="half of a surrogate pair"):
+            encode_prompt(reader, "Q: \ud83d")

@@ -35,7 +35,7 @@ from training.activations.store import (
     write_manifest,
     write_shard,
 )
-from training.activations.tokenization import Encoded, batches, encode, pad_right, pad_token
+from training.activations.tokenization import Encoded, batches, check_ids, encode, pad_right
 from training.data.samples import Sample
 from training.distributed import Processes, joined
 from training.errors import ActivationError, DataError
@@ -61,7 +61,6 @@ class ExtractionJob:
     """Up to the last token whose activations count."""
     sites: tuple[Site, ...]
     pool: Pool
-    pad_id: int
     max_rows: int
     max_tokens: int
     plan: dict[str, Any]
@@ -96,7 +95,6 @@ class ExtractionJob:
             encoded=encoded,
             sites=tuple(dict.fromkeys(sites)),
             pool=pool,
-            pad_id=pad_token(tokenizer),
             max_rows=max_rows,
             max_tokens=max_tokens,
             plan=plan,
@@ -110,8 +108,10 @@ class ExtractionJob:
 
     @property
     def source(self) -> dict[str, Any]:
-        """The plan, the model's number of attention heads, and a hash of what is known of the samples."""
-        return {**self.plan, "heads": head_count(self.model), "data": samples_hash(self.samples)}
+        """The plan, the model's number of attention heads, the form of the texts, and a hash of what is known of the
+        samples."""
+        known = {"heads": head_count(self.model), "form": self.samples[0].form.value}
+        return {**self.plan, **known, "data": samples_hash(self.samples)}
 
     @property
     def order(self) -> list[int]:
@@ -149,11 +149,11 @@ class ExtractionJob:
         """Batches of rows of similar length, by their indices, with what is kept of them at each site."""
         limits = {"max_rows": self.max_rows, "max_tokens": self.max_tokens}
         if self.sharing:
-            yield from shared_states(self.model, rows, self.sites, self.pool, self.pad_id, **limits)
+            yield from shared_states(self.model, rows, self.sites, self.pool, **limits)
             return
         for batch in batches([len(row.ids) for row in rows], **limits):
             part = [rows[i] for i in batch]
-            ids, mask = pad_right([row.ids for row in part], self.pad_id, self.device)
+            ids, mask = pad_right([row.ids for row in part], self.device)
             take = PooledPositions.of(part, self.pool, self.device).take
             yield (
                 batch,
@@ -178,7 +178,8 @@ def _copies(counts: Sequence[int], targets: Sequence[Tensor]) -> tuple[Tensor, T
 
 def _encode(model: Any, tokenizer: Any, samples: Sequence[Sample]) -> list[Encoded]:
     limit = getattr(model.config, "max_position_embeddings", None) or 1 << 30
-    encoded = [encode(tokenizer, sample.prompt, sample.completion) for sample in samples]
+    encoded = [encode(tokenizer, sample.prompt, sample.completion, sample.turns) for sample in samples]
+    check_ids(model, tokenizer, (row.ids for row in encoded))
     long = sum(len(row.ids) > limit for row in encoded)
     if long:
         log.warning("%d samples are longer than %d tokens: the beginnings of their prompts are dropped.", long, limit)

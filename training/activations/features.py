@@ -46,9 +46,9 @@ class Shape:
     heads_width: int
 
     @classmethod
-    def of(cls, id: str, revision: str | None = None) -> "Shape":
+    def of(cls, id: str, revision: str | None = None, *, trust_remote_code: bool = False) -> "Shape":
         """Read from a Hugging Face id or folder; no weights are loaded. Raises TrainingError."""
-        config = load_config(id, revision).get_text_config(decoder=True)
+        config = load_config(id, revision, trust_remote_code=trust_remote_code).get_text_config(decoder=True)
         heads, width = config.num_attention_heads, getattr(config, "head_dim", None)
         heads_width = heads * width if width else config.hidden_size
         return cls(id, config.num_hidden_layers, config.hidden_size, heads, heads_width)

@@ -125,7 +125,6 @@ def shared_states(
     rows: Sequence[Encoded],
     sites: Sequence[Site],
     pool: Pool,
-    pad_id: int,
     *,
     max_rows: int,
     max_tokens: int,
@@ -140,7 +139,7 @@ def shared_states(
         for batch in _tight_batches(batches(lengths, max_rows=max_rows, max_tokens=max_tokens), answers):
             places = torch.tensor([owner[i][0] for i in batch], device=model.device)
             part = [answers[i] for i in batch]
-            tokens, mask = pad_right([answer.ids for answer in part], pad_id, model.device)
+            tokens, mask = pad_right([answer.ids for answer in part], model.device)
             states = read_hidden_states(
                 model,
                 sites,

@@ -242,6 +242,12 @@ def stored_samples(folder: Path) -> list[Sample]:
     return _manifest_samples(read_manifest(folder))
 
 
+def stored_form(folder: Path) -> str | None:
+    """The form of the texts, plain or chat; None where that is not known. Raises ActivationError."""
+    form: str | None = read_manifest(folder)["plan"].get("form")
+    return form
+
+
 def _manifest_samples(manifest: Mapping[str, Any]) -> list[Sample]:
     return [
         Sample(row["attribute"], "", "", row["label"], row["group"], row["split"] and Split(row["split"]))

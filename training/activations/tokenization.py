@@ -1,11 +1,18 @@
 """Tokenised samples and the positions that produce their answer; batches and padding."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from steering.errors import TextError
+from steering.text import check_characters, doubled, render_chat
+from steering.text import encode as encode_text
+from training.data.samples import Turn
+from training.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -30,34 +37,77 @@ class Encoded:
         return Encoded(self.ids[cut:], max(0, self.start - cut), self.end - cut) if cut else self
 
 
-def encode(tokenizer: Any, prompt: str, completion: str) -> Encoded:
-    """Tokenise the whole text at once, with the special tokens of the tokenizer's own rule.
+def encode(tokenizer: Any, prompt: str, completion: str, turns: Sequence[Turn] = ()) -> Encoded:
+    """Tokenise the whole text at once, with the special tokens of the tokenizer's own rule. `turns` stand in place of
+    the prompt as the chat template renders them, with the special tokens that it writes.
 
-    A token that holds characters of both belongs to the completion: it is predicted from the token before it.
+    A token that holds characters of both belongs to the completion: it is predicted from the token before it. Raises
+    DataError for turns that cannot be rendered, and for half of a surrogate pair.
     """
+    prompt = _rendered(tokenizer, turns) if turns else prompt
     text = prompt + completion
     if getattr(tokenizer, "is_fast", False):
-        encoding = tokenizer(text, return_offsets_mapping=True, verbose=False)
-        ids, spans = encoding["input_ids"], encoding["offset_mapping"]
+        ids, spans = _with_spans(tokenizer, text, special=not turns)
         written = [i for i, (begin, stop) in enumerate(spans) if stop > begin]
         first = next((i for i in written if spans[i][1] > len(prompt)), len(ids))
         last = written[-1] if written else len(ids) - 1
     else:
-        ids = tokenizer(text, verbose=False)["input_ids"]
-        alone = tokenizer(prompt, verbose=False)["input_ids"] if prompt else []
+        ids = _ids(tokenizer, text, special=not turns)
+        alone = _ids(tokenizer, prompt, special=not turns) if prompt else []
         first = next((i for i, (a, b) in enumerate(zip(ids, alone, strict=False)) if a != b), min(len(ids), len(alone)))
         last = len(ids) - 1
     return Encoded(tuple(ids), max(first - 1, 0), last)
 
 
-def encode_prompt(tokenizer: Any, prompt: str) -> tuple[int, ...]:
-    """Token ids to continue from: the tokenizer's own special tokens before the text, but none after it."""
+def encode_prompt(tokenizer: Any, prompt: str, turns: Sequence[Turn] = ()) -> tuple[int, ...]:
+    """Token ids to continue from: the tokenizer's own special tokens before the text, but none after it; `turns` as in
+    `encode`. Raises DataError as it does."""
+    prompt = _rendered(tokenizer, turns) if turns else prompt
     if not getattr(tokenizer, "is_fast", False):
-        return tuple(tokenizer(prompt, verbose=False)["input_ids"])
-    encoding = tokenizer(prompt, return_offsets_mapping=True, verbose=False)
-    ids, spans = encoding["input_ids"], encoding["offset_mapping"]
+        return tuple(_ids(tokenizer, prompt, special=not turns))
+    ids, spans = _with_spans(tokenizer, prompt, special=not turns)
     last = max((i for i, (begin, stop) in enumerate(spans) if stop > begin), default=len(ids) - 1)
     return tuple(ids[: last + 1])
+
+
+def _ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+    with _named(text):
+        return encode_text(tokenizer, text, add_special_tokens=special)
+
+
+def _with_spans(tokenizer: Any, text: str, *, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
+    """The ids that `steering.text.encode` gives, and the characters of the text that each stands for."""
+    with _named(text):
+        check_characters(text)
+    encoding = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+    ids, spans = list(encoding["input_ids"]), list(encoding["offset_mapping"])
+    skipped = doubled(tokenizer, text, ids) if special else 0
+    return ids[skipped:], spans[skipped:]
+
+
+def _rendered(tokenizer: Any, turns: Sequence[Turn]) -> str:
+    with _named(turns[-1].content):
+        return render_chat(tokenizer, [turn._asdict() for turn in turns])
+
+
+@contextmanager
+def _named(text: str) -> Iterator[None]:
+    """A TextError inside becomes a DataError that quotes the text."""
+    try:
+        yield
+    except TextError as error:
+        raise DataError(f"The text {text[:80]!r} cannot be read by the model: {error}.") from None
+
+
+def check_ids(model: Any, tokenizer: Any, rows: Iterable[Sequence[int]]) -> None:
+    """Raises DataError for a token without an embedding, such as one that was added to the tokenizer alone."""
+    count = model.get_input_embeddings().weight.shape[0]
+    for ids in rows:
+        if (token := max(ids, default=0)) >= count:
+            raise DataError(
+                f"The text {tokenizer.decode(ids)[:80]!r} holds {tokenizer.convert_ids_to_tokens(token)!r}, which is "
+                f"token {token}, and the model has embeddings for the tokens below {count} alone."
+            )
 
 
 def batches(lengths: Sequence[int], *, max_rows: int, max_tokens: int) -> Iterator[list[int]]:
@@ -72,23 +122,19 @@ def batches(lengths: Sequence[int], *, max_rows: int, max_tokens: int) -> Iterat
         yield batch
 
 
-def pad_right(rows: Sequence[Sequence[int]], pad_id: int, device: Any) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, both int64 [rows, longest]."""
+def pad_right(rows: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, both int64 [rows, longest].
+
+    A row is filled up with its own last token: the padding is masked, but a masked position is still computed, and a
+    pad token may have no embedding, or one that is not finite.
+    """
     width = max(len(row) for row in rows)
-    ids = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows], device=device)
+    ids = torch.tensor([[*row, *list(row[-1:]) * (width - len(row))] for row in rows], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
     return ids, mask
 
 
-def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: Any) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, both int64 [rows, longest], pads first."""
-    ids, mask = pad_right([row[::-1] for row in rows], pad_id, device)
+def pad_left(rows: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, both int64 [rows, longest], a row's padding, its own first token, in front."""
+    ids, mask = pad_right([row[::-1] for row in rows], device)
     return ids.flip(1), mask.flip(1)
-
-
-def pad_token(tokenizer: Any) -> int:
-    """Any valid id does for padding, since padded positions are masked."""
-    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if candidate is not None:
-            return int(candidate)
-    return 0

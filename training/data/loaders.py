@@ -7,9 +7,22 @@ import ast
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from training.data.rows import Row, list_field, number_field, raw_field, split_field, text_field
-from training.data.samples import Sample, Split, question_sample
+from training.data.rows import (
+    Row,
+    check_fields,
+    check_near_misses,
+    choice_field,
+    label_field,
+    list_field,
+    number_field,
+    raw_field,
+    split_field,
+    text_field,
+    without_blanks,
+)
+from training.data.samples import Sample, Split, Turn, question_sample
 from training.errors import DataError
 
 TOXIGEN_TOXIC = 5.5
@@ -19,38 +32,78 @@ HELPSTEER_SCORES = ("helpfulness", "correctness", "coherence", "complexity", "ve
 HELPSTEER_POSITIVE = 3
 HELPSTEER_PER_SIDE = 500
 PARADETOX_NEUTRAL = ("neutral1", "neutral2", "neutral3")
+FIELDS = ("text", "prompt", "completion", "messages", "label", "attribute", "group", "split")
+"""Of the plain form."""
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def jsonl(row: Row, attribute: str) -> Iterator[Sample]:
-    """The plain form: `{"text" | "prompt" + "completion", "label", "attribute"?, "group"?, "split"?}`, a sample a row.
+    """The plain form, a sample a row: `{"text" | "prompt" + "completion" | "messages", "label"}` and, where they are
+    wanted, `"attribute"`, `"group"`, `"split"`. Any other field is refused.
 
     `attribute` is for rows that name none.
 
     A row without `group` gets its prompt as the group (its text, where there is no prompt): answers to one question
     stay together.
     """
-    prompt, completion = _jsonl_texts(row)
-    label = row.fields.get("label")
-    if not isinstance(label, int) or label not in (0, 1):
-        raise DataError(f'{row.where}: "label" must be true, false, 1 or 0, got {label!r}.')
+    check_fields(row, FIELDS)
+    row = without_blanks(row, but="label")
+    prompt, completion, turns = _jsonl_texts(row)
+    label = label_field(row)
     group = row.fields.get("group", prompt or completion)
     if isinstance(group, int) and not isinstance(group, bool):
         group = str(group)
     if not isinstance(group, str) or not group:
         raise DataError(f'{row.where}: "group" must be a non-empty string or an integer, got {group!r}.')
     name = text_field(row, "attribute", attribute)
-    yield Sample(name, prompt, completion, bool(label), group, split_field(row))
+    yield Sample(name, prompt, completion, label, group, split_field(row), turns)
 
 
-def _jsonl_texts(row: Row) -> tuple[str, str]:
-    if "completion" in row.fields:
+def _jsonl_texts(row: Row) -> tuple[str, str, tuple[Turn, ...]]:
+    """Prompt, completion, and the turns of a conversation."""
+    forms = [name for name in ("text", "completion", "messages") if name in row.fields]
+    if len(forms) > 1:
+        raise DataError(f'{row.where}: "{forms[0]}" and "{forms[1]}" are two ways to say one thing: give one.')
+    if not forms:
+        raise DataError(f'{row.where}: a row needs "prompt" and "completion", or "text", or "messages".')
+    if forms == ["completion"]:
         prompt = row.fields.get("prompt", "")
         if not isinstance(prompt, str):
             raise DataError(f'{row.where}: "prompt" must be a string, got {prompt!r}.')
-        return prompt, text_field(row, "completion")
-    if "text" in row.fields:
-        return "", text_field(row, "text")
-    raise DataError(f'{row.where}: a row needs "prompt" and "completion", or "text".')
+        return prompt, text_field(row, "completion"), ()
+    if "prompt" in row.fields:
+        raise DataError(f'{row.where}: "prompt" goes with "completion", not with "{forms[0]}".')
+    if forms == ["text"]:
+        return "", text_field(row, "text"), ()
+    *turns, answer = _messages(row)
+    if answer.role != "assistant" or not answer.content.strip():
+        raise DataError(f'{row.where}: the last of "messages" must be the assistant\'s answer, which is not empty.')
+    # What answers one question has one prompt, whichever way it is written.
+    shown = turns[0].content if [turn.role for turn in turns] == ["user"] else "\n".join(map(": ".join, turns))
+    return shown, answer.content.lstrip(), tuple(turns)
+
+
+def _messages(row: Row) -> list[Turn]:
+    """The turns of `messages`, two or more. Raises DataError."""
+    messages = row.fields["messages"]
+    if not isinstance(messages, list) or len(messages) < 2:
+        raise DataError(
+            f'{row.where}: "messages" must be a list of a user\'s turn, perhaps more, and the answer, got {messages!r}.'
+        )
+    found = []
+    for number, message in enumerate(messages):
+        where = f"{row.where}: messages[{number}]"
+        if not isinstance(message, dict):
+            raise DataError(f"{where} must be an object with role and content, got {message!r}.")
+        message = without_blanks(Row(message, where, kind=row.kind), but="content").fields
+        check_fields(Row(message, where), ("role", "content"))
+        role = message.get("role")
+        if role not in ROLES:
+            raise DataError(f'{where}: "role" must be one of {", ".join(ROLES)}, got {role!r}.')
+        if not isinstance(content := message.get("content"), str):
+            raise DataError(f'{where}: "content" must be a string, got {content!r}.')
+        found.append(Turn(role, content))
+    return found
 
 
 def truthfulqa(row: Row, attribute: str) -> Iterator[Sample]:
@@ -84,10 +137,13 @@ def _truthfulqa_answers(row: Row) -> tuple[list[str], list[str]]:
 def _truthfulqa_targets(row: Row) -> tuple[list[str], list[str]]:
     """`{answer: 0 or 1}`, or the hub's `{"choices": [...], "labels": [...]}`."""
     targets = raw_field(row, "mc2_targets")
+    pairs: list[tuple[Any, Any]] = []
     if isinstance(targets, dict) and set(targets) == {"choices", "labels"}:
-        pairs = list(zip(targets["choices"], targets["labels"], strict=False))
-    else:
-        pairs = list(targets.items()) if isinstance(targets, dict) else []
+        choices, labels = targets["choices"], targets["labels"]
+        if isinstance(choices, list) and isinstance(labels, list) and len(choices) == len(labels):
+            pairs = list(zip(choices, labels, strict=True))
+    elif isinstance(targets, dict):
+        pairs = list(targets.items())
     if not pairs or any(not isinstance(text, str) or label not in (0, 1) for text, label in pairs):
         raise DataError(f'{row.where}: "mc2_targets" must give 0 or 1 to every answer, got {targets!r}.')
     return [text for text, label in pairs if label], [text for text, label in pairs if not label]
@@ -105,6 +161,7 @@ def toxigen(row: Row, attribute: str) -> Iterator[Sample]:
 
     Without `toxicity_ai`, `toxicity_human` counts twice.
     """
+    check_near_misses(row, ("toxicity_ai",), ("text", "toxicity_human"))
     text = _toxigen_text(text_field(row, "text"), row.where).strip()
     human = number_field(row, "toxicity_human", 1, 5)
     machine = number_field(row, "toxicity_ai", 1, 5) if "toxicity_ai" in row.fields else human
@@ -134,10 +191,11 @@ def bbq(row: Row, attribute: str) -> Iterator[Sample]:
     without the sentence that settles it, asked both ways round, so that any of them gives the others away.
     """
     question = f"{text_field(row, 'context').strip()} {text_field(row, 'question').strip()}"
-    group = f"{text_field(row, 'category')} {raw_field(row, 'question_index')}"
-    right = raw_field(row, "label")
-    if isinstance(right, bool) or right not in (0, 1, 2):
-        raise DataError(f'{row.where}: "label" must be 0, 1 or 2, got {right!r}.')
+    index = raw_field(row, "question_index")
+    if isinstance(index, bool) or not isinstance(index, int | str) or index == "":
+        raise DataError(f'{row.where}: "question_index" must be a number or a name, got {index!r}.')
+    group = f"{text_field(row, 'category')} {index}"
+    right = choice_field(row, "label", 3)
     answers = [text_field(row, f"ans{number}") for number in range(3)]
     for number, answer in enumerate(answers):
         yield question_sample(attribute, question, answer, number == right, group=group)
@@ -159,7 +217,9 @@ def paradetox(row: Row, attribute: str) -> Iterator[Sample]:
     The sentences by themselves, the neutral ones positive; the toxic one names the group.
     """
     toxic = text_field(row, "toxic").strip()
-    neutral = dict.fromkeys(text_field(row, name).strip() for name in PARADETOX_NEUTRAL if row.fields.get(name))
+    check_near_misses(row, PARADETOX_NEUTRAL, ("toxic", *PARADETOX_NEUTRAL))
+    given = [name for name in PARADETOX_NEUTRAL if row.fields.get(name) not in (None, "")]
+    neutral = dict.fromkeys(text_field(row, name).strip() for name in given)
     if not neutral:
         raise DataError(f"{row.where}: there is no neutral sentence.")
     yield Sample(attribute, "", toxic, False, group=toxic)

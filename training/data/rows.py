@@ -5,14 +5,16 @@ collected and raised as one DataError.
 """
 
 import csv
+import difflib
 import gzip
 import hashlib
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from io import StringIO
 from math import isfinite
 from pathlib import Path
@@ -27,6 +29,18 @@ Item = TypeVar("Item")
 Found = TypeVar("Found")
 
 FORMATS = (".csv", ".tsv", ".json", ".jsonl")
+TABLES = (".csv", ".tsv")
+
+# How files begin that are no text that is read here.
+BEGINNINGS = {
+    b"version https://git-lfs": "is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository",
+    b"PAR1": "is a parquet file, which is not read: write it as JSON lines, as pandas' to_json(lines=True) does",
+    b"PK\x03\x04": "is a zip archive or a spreadsheet, which is not read: write it as csv or JSON lines",
+    b"\xff\xfe": "is UTF-16, not UTF-8 text: save it as UTF-8",
+    b"\xfe\xff": "is UTF-16, not UTF-8 text: save it as UTF-8",
+}
+GZIP = b"\x1f\x8b"
+LABELS = {"true": True, "1": True, "false": False, "0": False}
 
 
 class Problems:
@@ -70,6 +84,14 @@ def collect(
     return found
 
 
+class RowKind(StrEnum):
+    """What a row was read from, which decides how it says that it has not got a field."""
+
+    JSON = "json"  # by leaving it out
+    TABLE = "table"  # with an empty cell; every field is text
+    ARROW = "arrow"  # with a null
+
+
 @dataclass(frozen=True)
 class Row:
     """One row of a data set. `split` is the part of the data set that it was published in, where that is known."""
@@ -77,6 +99,11 @@ class Row:
     fields: Mapping[str, Any]
     where: str
     split: Split | None = None
+    kind: RowKind = RowKind.JSON
+
+    @property
+    def is_text(self) -> bool:
+        return self.kind is RowKind.TABLE
 
 
 def read_rows(path: Path, problems: Problems) -> Iterator[Row]:
@@ -87,15 +114,16 @@ def read_rows(path: Path, problems: Problems) -> Iterator[Row]:
     kind = data_format(path)
     part = split_named(path.name)
     try:
+        _check_beginning(path)
         with _open(path) as file:
-            if kind in (".csv", ".tsv"):
+            if kind in TABLES:
                 found = _table(file, path, problems, "," if kind == ".csv" else "\t")
             elif kind == ".json":
                 found = _json(file, path, problems)
             else:
                 found = _json_lines(file, path, problems)
             for fields, where in found:
-                yield Row(fields, where, part)
+                yield Row(fields, where, part, RowKind.TABLE if kind in TABLES else RowKind.JSON)
     except UnicodeDecodeError:
         raise DataError(f"{path} is not UTF-8 text.") from None
     except (gzip.BadGzipFile, EOFError, zlib.error):
@@ -126,6 +154,17 @@ def content_hash(rows: Iterable[Mapping[str, Any]]) -> str:
     return digest.hexdigest()
 
 
+def _check_beginning(path: Path) -> None:
+    """Raises DataError for a file that is no text."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    for beginning, what in BEGINNINGS.items():
+        if head.startswith(beginning):
+            raise DataError(f"{path} {what}.")
+    if head.startswith(GZIP) and path.suffix != ".gz":
+        raise DataError(f"{path} is compressed: give it a name that ends in .gz.")
+
+
 def _open(path: Path) -> TextIO:
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
@@ -146,6 +185,8 @@ def _table(file: TextIO, path: Path, problems: Problems, delimiter: str) -> Iter
             continue
         if not header:
             header = cells
+            if twice := sorted({name for name in header if header.count(name) > 1}):
+                raise DataError(f"{where}: the header names {_quoted(twice)} twice.")
         elif len(cells) == len(header):
             yield dict(zip(header, cells, strict=True)), where
         elif cells:
@@ -157,14 +198,18 @@ def _json_lines(file: Iterable[str], path: Path, problems: Problems) -> Iterator
         where = f"{path}:{number}"
         with problems.caught():
             if line.strip():
-                yield _object(_parsed(line, path, number - 1), where), where
+                yield _object(_parsed(line, path, number - 1, unique=True), where), where
 
 
 def _json(file: TextIO, path: Path, problems: Problems) -> Iterator[tuple[dict[str, Any], str]]:
-    """A list of objects; a file that starts otherwise holds one object a line."""
+    """A list of objects, or one; a file that starts otherwise holds one object a line."""
     text = file.read()
     if not text.lstrip().startswith("["):
-        yield from _json_lines(StringIO(text), path, problems)
+        if _is_one_object(text):
+            with problems.caught():
+                yield _object(_parsed(text, path, 0, unique=True), f"{path}:1"), f"{path}:1"
+        else:
+            yield from _json_lines(StringIO(text), path, problems)
         return
     _parsed(text, path, 0)
     between, decoder = re.compile(r"[\s,]*"), json.JSONDecoder()
@@ -175,18 +220,42 @@ def _json(file: TextIO, path: Path, problems: Problems) -> Iterator[tuple[dict[s
         if text[place] == "]":
             return
         line, counted = line + text.count("\n", counted, place), place
-        value, place = decoder.raw_decode(text, place)
+        begin, (_, place) = place, decoder.raw_decode(text, place)
         with problems.caught():
+            value = _parsed(text[begin:place], path, line - 1, unique=True)
             yield _object(value, f"{path}:{line}"), f"{path}:{line}"
 
 
-def _parsed(text: str, path: Path, before: int) -> Any:
-    """`before`: the lines of the file before the text."""
+def _is_one_object(text: str) -> bool:
     try:
-        return json.loads(text)
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+class _Twice(ValueError):
+    """A JSON object names a field twice, and all but the last one would be lost."""
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Twice(_quoted(sorted({name for name in names if names.count(name) > 1})))
+    return found
+
+
+def _parsed(text: str, path: Path, before: int, *, unique: bool = False) -> Any:
+    """`before`: the lines of the file before the text. `unique`: no object may name a field twice."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique if unique else None)
     except json.JSONDecodeError as error:
         where = f"{path}:{before + error.lineno}"
         raise DataError(f"{where}: not valid JSON ({error.msg} at column {error.colno}).") from None
+    except _Twice as error:
+        raise DataError(f"{path}:{before + 1}: {error} is there twice.") from None
+    except ValueError as error:  # numbers with thousands of digits
+        raise DataError(f"{path}:{before + 1}: not valid JSON ({str(error).partition(':')[0]}).") from None
     except RecursionError:
         raise DataError(f"{path}:{before + 1}: not valid JSON (nested too deeply).") from None
 
@@ -194,13 +263,72 @@ def _parsed(text: str, path: Path, before: int) -> Any:
 def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{where}: expected a JSON object, got {type(value).__name__}.")
+    for name, item in value.items():
+        if not all(map(is_whole, _strings([name, item]))):
+            raise DataError(
+                f"{where}: {json.dumps(name)} holds half of a surrogate pair (as in \\ud83d), which is no character."
+            )
     return value
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in a value of JSON."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+def is_whole(text: str) -> bool:
+    """Whether there is no half of a surrogate pair in it, which JSON can write and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(json.dumps(name, ensure_ascii=False) for name in names)
+
+
+def check_fields(row: Row, known: Sequence[str]) -> None:
+    """Raises DataError for a field that is not known: what it says would be lost."""
+    for name in map(str, row.fields):
+        if name not in known:
+            close = difflib.get_close_matches(name.lower(), known, n=1)
+            hint = f'did you mean "{close[0]}"?' if close else f"there are {', '.join(known)}."
+            raise DataError(f'{row.where}: there is no field "{name}"; {hint}')
+
+
+def without_blanks(row: Row, *, but: str) -> Row:
+    """The row with the fields alone that it has, and the field `but`, which it has to have."""
+    if row.kind is RowKind.JSON:
+        return row
+    blank = "" if row.kind is RowKind.TABLE else None
+    return replace(row, fields={name: value for name, value in row.fields.items() if value != blank or name == but})
+
+
+def check_near_misses(row: Row, optional: Sequence[str], known: Sequence[str]) -> None:
+    """Raises DataError for a field that reads like an optional one that is missing; rows may have any others."""
+    for name in [name for name in optional if name not in row.fields]:
+        others = [str(other) for other in row.fields if other not in known]
+        if close := difflib.get_close_matches(name, others, n=1, cutoff=0.85):
+            raise DataError(f'{row.where}: there is no field "{close[0]}"; did you mean "{name}"?')
 
 
 def raw_field(row: Row, name: str) -> Any:
     """Raises DataError where the row has no such field."""
     if name not in row.fields:
-        raise DataError(f'{row.where}: there is no "{name}"; there are {", ".join(map(str, row.fields))}.')
+        there = list(map(str, row.fields))
+        close = difflib.get_close_matches(name, there, n=1)
+        meant = f' (is "{close[0]}" meant?)' if close else ""
+        raise DataError(f'{row.where}: there is no "{name}"{meant}; there are {", ".join(there)}.')
     return row.fields[name]
 
 
@@ -212,6 +340,28 @@ def text_field(row: Row, name: str, default: str | None = None) -> str:
     if not isinstance(value, str) or not value.strip():
         raise DataError(f'{row.where}: "{name}" must be a non-empty string, got {value!r}.')
     return value
+
+
+def label_field(row: Row) -> bool:
+    """True or false: in JSON also 1 and 0, in a table these words in any case. Raises DataError."""
+    value = row.fields.get("label")
+    if row.is_text and isinstance(value, str) and value.strip().lower() in LABELS:
+        return LABELS[value.strip().lower()]
+    if row.is_text or not isinstance(value, int) or value not in (0, 1):
+        raise DataError(f'{row.where}: "label" must be true, false, 1 or 0, got {value!r}.')
+    return bool(value)
+
+
+def choice_field(row: Row, name: str, count: int) -> int:
+    """A whole number from 0 to `count` - 1, in a table as text. Raises DataError."""
+    value = raw_field(row, name)
+    choices = list(range(count))
+    if row.is_text and isinstance(value, str) and value.strip() in map(str, choices):
+        return int(value)
+    if isinstance(value, bool) or value not in choices:
+        listed = f"{', '.join(map(str, choices[:-1]))} or {choices[-1]}"
+        raise DataError(f'{row.where}: "{name}" must be {listed}, got {value!r}.')
+    return int(value)
 
 
 def number_field(row: Row, name: str, low: float, high: float) -> float:

@@ -1,7 +1,10 @@
 """The one record type that every data set becomes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import NamedTuple
+
+from training.errors import DataError
 
 
 class Split(StrEnum):
@@ -10,9 +13,26 @@ class Split(StrEnum):
     TEST = "test"
 
 
+class Form(StrEnum):
+    """How a text reaches the model."""
+
+    PLAIN = "plain"
+    CHAT = "chat"
+
+
+class Turn(NamedTuple):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
 @dataclass(frozen=True)
 class Sample:
     """One labelled text: `prompt` followed, character for character, by `completion`.
+
+    With `turns` it is a conversation: the model's chat template renders them up to where the next answer begins, and
+    `completion` is that answer; `prompt` then only shows the turns, for people and for telling prompts apart.
 
     `label` is True on the side to steer towards. `group` is the unit of splitting (a question or fact id): samples of
     one group never land in different splits. `split` is the data set's own choice, which wins over the seeded one.
@@ -24,6 +44,24 @@ class Sample:
     label: bool
     group: str
     split: Split | None = None
+    turns: tuple[Turn, ...] = ()
+    question: str = field(default="", compare=False)
+    """What a person would say in a conversation, where `prompt` has more around it."""
+
+    @property
+    def form(self) -> Form:
+        return Form.CHAT if self.turns else Form.PLAIN
+
+    def as_chat(self) -> "Sample":
+        """The sample as a conversation: its prompt is what the user says. Spaces before the answer are for plain text.
+
+        Raises DataError where there is no prompt."""
+        if self.turns:
+            return self
+        said = self.question or self.prompt
+        if not said.strip():
+            raise DataError("--chat makes the prompt a user's turn, and this text has no prompt")
+        return replace(self, turns=(Turn("user", said),), completion=self.completion.lstrip())
 
     @property
     def text(self) -> str:
@@ -35,4 +73,5 @@ def question_sample(
 ) -> Sample:
     """`Q: {question} A: {answer}`, the form of arXiv 2502.12446. The space belongs to the answer: most tokenizers begin
     a word with it, and a prompt that ends in one would be continued by tokens that the model has hardly seen there."""
-    return Sample(attribute, f"Q: {question.strip()} A:", f" {answer.strip()}", label, group, split)
+    question, answer = question.strip(), answer.strip()
+    return Sample(attribute, f"Q: {question} A:", f" {answer}", label, group, split, question=question)

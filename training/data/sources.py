@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from training.data.loaders import LOADERS, Loader
-from training.data.rows import Problems, Row, collect, content_hash, data_format, read_rows, split_named
+from training.data.rows import (
+    Problems,
+    Row,
+    RowKind,
+    collect,
+    content_hash,
+    data_format,
+    is_whole,
+    read_rows,
+    split_named,
+)
 from training.data.samples import Sample
 from training.errors import DataError
 
@@ -42,6 +52,8 @@ class DataSpec:
     def parse(cls, text: str) -> "DataSpec":
         """NAME is an attribute, or a loader that knows its own attributes. Raises DataError."""
         name, found, rest = (part.strip() for part in text.partition("="))
+        if not is_whole(text):
+            raise DataError(f"Data must be given in the terminal's own encoding, got {text!r}.")
         if not (found and name and rest):
             raise DataError(f"Data must be given as {FORM}, got {text!r}.")
         prefix, _, place = rest.partition(":")
@@ -192,7 +204,7 @@ def _rows(loaded: Any, name: str) -> Iterator[Row]:
     parts = loaded.items() if isinstance(loaded, dict) else [(str(loaded.split or "all"), loaded)]
     for split, rows in parts:
         for index, fields in enumerate(rows):
-            yield Row(fields, f"{name}:{split}[{index}]", split_named(split))
+            yield Row(fields, f"{name}:{split}[{index}]", split_named(split), RowKind.ARROW)
 
 
 def _datasets() -> Any:
@@ -203,29 +215,42 @@ def _datasets() -> Any:
     return datasets
 
 
-def load_data(specs: Iterable[str]) -> list[Sample]:
-    """Samples of every "NAME=PATH" (see `DataSpec.parse`), in order.
+def load_data(specs: Iterable[str], *, chat: bool = False) -> list[Sample]:
+    """Samples of every "NAME=PATH" (see `DataSpec.parse`), in order. `chat`: prompts become turns of a user.
 
     A text that has both labels of an attribute says nothing about it and is left out, with a warning. Raises DataError
-    for a malformed spec, and one for all that is broken in a file.
+    for a malformed spec, one for all that is broken in a file, and for conversations beside plain texts.
     """
-    samples = [sample for spec in specs for sample in load_spec(DataSpec.parse(spec))]
+    samples = [sample for spec in specs for sample in load_spec(DataSpec.parse(spec), chat=chat)]
     if not samples:
         raise DataError("No data was given: name at least one NAME=PATH.")
+    if len({sample.form for sample in samples}) > 1:
+        raise DataError(
+            "Some of the data are conversations (messages) and some are plain texts: with --chat the prompts become "
+            "turns of a user too."
+        )
     return _without_contradictions(samples)
 
 
-def load_spec(spec: DataSpec) -> list[Sample]:
+def load_spec(spec: DataSpec, *, chat: bool = False) -> list[Sample]:
     """Raises DataError where the source is broken or empty."""
     loader = LOADERS[spec.loader]
 
     def convert(row: Row) -> Iterable[Sample]:
-        return [sample for attribute in spec.attributes for sample in loader.samples(row, attribute)]
+        found = [sample for attribute in spec.attributes for sample in loader.samples(row, attribute)]
+        return [_as_chat(sample, row.where) for sample in found] if chat else found
 
     samples = collect(spec.place, spec.source.rows, convert)
     if not samples:
         raise DataError(f"{spec.place} holds no samples.")
     return samples if loader.per_side is None else draw(samples, loader.per_side)
+
+
+def _as_chat(sample: Sample, where: str) -> Sample:
+    try:
+        return sample.as_chat()
+    except DataError as error:
+        raise DataError(f"{where}: {error}.") from None
 
 
 def draw(samples: Sequence[Sample], per_side: int) -> list[Sample]:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from steering.hook import steered
 from steering.types import Column, Positions
-from training.activations.tokenization import Encoded, batches, encode, pad_right, pad_token
-from training.data.samples import Sample
+from training.activations.tokenization import Encoded, batches, check_ids, encode, pad_right
+from training.data.samples import Sample, Turn
 from training.errors import DataError
 from training.evaluation.results import Arm, ArmResult, Estimate, Evaluation, bootstrap, wilson
 from training.progress import progress_bar
@@ -29,7 +29,6 @@ def log_likelihoods(
     columns: Sequence[Column] = (),
     multipliers: Sequence[Sequence[float]] | None = None,
     positions: Positions = Positions.GENERATED,
-    pad_id: int = 0,
     max_rows: int = 64,
     max_tokens: int = 8192,
 ) -> list[Tensor]:
@@ -43,7 +42,7 @@ def log_likelihoods(
     budget = max(1, min(max_tokens, _MAX_LOGITS // vocabulary))
     for batch in batches([len(row.ids) for row in rows], max_rows=max_rows, max_tokens=budget):
         part = [rows[index] for index in batch]
-        ids, mask = pad_right([row.ids for row in part], pad_id, model.device)
+        ids, mask = pad_right([row.ids for row in part], model.device)
         context: Any = nullcontext()
         if columns and multipliers is not None:
             strengths = torch.tensor([list(multipliers[index]) for index in batch], device=model.device)
@@ -83,6 +82,8 @@ class Question:
     prompt: str
     completions: tuple[str, ...]
     labels: tuple[bool, ...]
+    turns: tuple[Turn, ...] = ()
+    """Of a conversation, in place of the prompt."""
 
 
 def questions(samples: Sequence[Sample]) -> list[Question]:
@@ -90,12 +91,13 @@ def questions(samples: Sequence[Sample]) -> list[Question]:
 
     Raises DataError where that is nowhere so.
     """
-    together: dict[tuple[str, str, str], dict[str, bool]] = {}
+    together: dict[tuple[str, str, str, tuple[Turn, ...]], dict[str, bool]] = {}
     for sample in samples:
-        together.setdefault((sample.attribute, sample.group, sample.prompt), {})[sample.completion] = sample.label
+        key = (sample.attribute, sample.group, sample.prompt, sample.turns)
+        together.setdefault(key, {})[sample.completion] = sample.label
     found = [
-        Question(attribute, prompt, tuple(answers), tuple(answers.values()))
-        for (attribute, _, prompt), answers in together.items()
+        Question(attribute, prompt, tuple(answers), tuple(answers.values()), turns)
+        for (attribute, _, prompt, turns), answers in together.items()
         if len(set(answers.values())) == 2
     ]
     if not found:
@@ -123,7 +125,10 @@ def evaluate_choices(
     - `mc1_per_token`: the same by log-likelihood per token;
     - `mc2`: the positives' share of the completions' probabilities (bootstrap interval).
     """
-    rows = [encode(tokenizer, question.prompt, text) for question in asked for text in question.completions]
+    rows = [
+        encode(tokenizer, question.prompt, text, question.turns) for question in asked for text in question.completions
+    ]
+    check_ids(model, tokenizer, (row.ids for row in rows))
     limit = getattr(model.config, "max_position_embeddings", None) or 1 << 30
     rows = [row.clipped(limit) for row in rows]
     results = []
@@ -136,7 +141,6 @@ def evaluate_choices(
                 columns=columns,
                 multipliers=[strengths] * len(rows) if any(strengths) else None,
                 positions=positions,
-                pad_id=pad_token(tokenizer),
                 max_rows=max_rows,
             )
             results.append(ArmResult(arm.name, dict(arm.attributes), _choice_metrics(asked, scores)))

@@ -9,7 +9,7 @@ from steering import checkpoint as checkpoints
 from steering.operators import gate_codes, gate_values
 from steering.types import Column, Gate, Positions
 from training.activations.store import Activations
-from training.data.samples import Sample, Split
+from training.data.samples import Form, Sample, Split
 from training.errors import DataError
 from training.evaluation.choices import Question, evaluate_choices, questions
 from training.evaluation.generation import Continuation, Judge, Prompt, Sampling, evaluate_generations, prompts_of
@@ -26,6 +26,8 @@ class Evaluator:
     """At most so many prompts, the first ones, or so many questions of each attribute, drawn by a fixed seed."""
     positions: Positions = Positions.GENERATED
     max_rows: int = 128
+    form: Form | None = None
+    """Of what the judge's answers are generated to; None: chat, where the model has a template for it."""
 
     def __post_init__(self) -> None:
         if (self.judge is None) != (not self.prompts):
@@ -65,6 +67,7 @@ class Evaluator:
                 columns,
                 arms,
                 self.sampling,
+                form=self.form_for(base),
                 positions=self.positions,
                 max_rows=self.max_rows,
                 progress=progress,
@@ -81,6 +84,10 @@ class Evaluator:
             progress=progress,
         )
         return evaluation, []
+
+    def form_for(self, base: Base) -> Form:
+        """As it was chosen, else as the model has it."""
+        return self.form or (Form.CHAT if getattr(base.tokenizer, "chat_template", None) else Form.PLAIN)
 
 
 def _drawn(asked: Sequence[Question], limit: int | None) -> list[Question]:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from steering.hook import steered
 from steering.types import Column, Positions
-from training.activations.tokenization import Encoded, encode_prompt, pad_left, pad_token
-from training.data.rows import Row, collect, read_rows, split_field, text_field
-from training.data.samples import Split
+from training.activations.tokenization import Encoded, check_ids, encode_prompt, pad_left
+from training.data.rows import Row, check_fields, collect, read_rows, split_field, text_field
+from training.data.samples import Form, Split, Turn
 from training.errors import DataError, TrainingError
 from training.evaluation.choices import log_likelihoods
 from training.evaluation.results import Arm, ArmResult, Estimate, Evaluation, wilson
@@ -26,6 +26,10 @@ from training.progress import progress_bar
 
 Judge = Callable[[str, str], Mapping[str, bool | None]]
 """(prompt, generated text) -> metric -> does it hold; None where the metric does not apply."""
+
+
+FIELDS = ("prompt", "split", "group", "attribute", "completion", "label")
+"""Of a file of prompts, which may be a training file: all but the first two say nothing here."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ def load_prompts(path: Path) -> list[Prompt]:
     """JSON lines of `{"prompt", "split"?}`. Raises DataError with file and line."""
 
     def convert(row: Row) -> list[Prompt]:
+        check_fields(row, FIELDS)
         return [Prompt(text_field(row, "prompt"), split_field(row))]
 
     prompts = collect(str(path), partial(read_rows, path), convert)
@@ -128,16 +133,21 @@ def generate(
     arms: Sequence[Arm],
     sampling: Sampling,
     *,
+    form: Form = Form.PLAIN,
     positions: Positions = Positions.GENERATED,
     max_rows: int = 128,
     progress: bool = False,
 ) -> list[Continuation]:
     """Continue every prompt `sampling.samples` times in every arm; ordered by arm, prompt, sample.
 
+    `form`: `chat` answers each prompt as a user's turn in the model's chat template. Raises DataError.
+
     Sample k of a prompt uses the same random numbers in every arm and whatever the batch, so that arms differ by
     steering alone. With `generated` positions all rows of a prompt share one prefill.
     """
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    chat = form is Form.CHAT
+    encoded = [encode_prompt(tokenizer, prompt, [Turn("user", prompt)] if chat else ()) for prompt in prompts]
+    check_ids(model, tokenizer, encoded)
     limit = (getattr(model.config, "max_position_embeddings", None) or 1 << 30) - sampling.max_new_tokens
     for prompt, ids in zip(prompts, encoded, strict=True):
         if not 0 < len(ids) <= limit:
@@ -148,7 +158,7 @@ def generate(
     strengths = torch.tensor([arm.multipliers(columns) for arm in arms]).view(len(arms), len(columns))
     seeded = torch.Generator().manual_seed(sampling.seed)
     noise = torch.rand(len(prompts), sampling.samples, sampling.max_new_tokens, generator=seeded, dtype=torch.float64)
-    batch = _Decoder(model, columns, positions, sampling, pad_token(tokenizer), end_tokens(model, tokenizer))
+    batch = _Decoder(model, columns, positions, sampling, end_tokens(model, tokenizer))
     results: list[tuple[_SequenceId, Continuation]] = []
     per_prompt = len(arms) * sampling.samples
     with progress_bar("generate", per_prompt * len(prompts), "texts", shown=progress) as advance:
@@ -159,7 +169,7 @@ def generate(
                 strengths[[row.arm for row in rows]],
                 torch.stack([noise[row.prompt, row.sample] for row in rows]),
             )
-            costs = _base_costs(model, [encoded[row.prompt] for row in rows], tokens, batch.pad_id, max_rows)
+            costs = _base_costs(model, [encoded[row.prompt] for row in rows], tokens, max_rows)
             for row, ids, nll in zip(rows, tokens, costs, strict=True):
                 finished = ids[-1] in batch.ends
                 text = tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=True)
@@ -179,6 +189,7 @@ def evaluate_generations(
     arms: Sequence[Arm],
     sampling: Sampling,
     *,
+    form: Form = Form.PLAIN,
     positions: Positions = Positions.GENERATED,
     max_rows: int = 128,
     progress: bool = False,
@@ -188,8 +199,9 @@ def evaluate_generations(
     if not prompts:
         raise DataError("There are no prompts to evaluate.")
     texts = generate(
-        model, tokenizer, prompts, columns, arms, sampling, positions=positions, max_rows=max_rows, progress=progress
-    )
+        model, tokenizer, prompts, columns, arms, sampling, form=form, positions=positions, max_rows=max_rows,
+        progress=progress,
+    )  # fmt: skip
     results: list[ArmResult] = []
     for index, arm in enumerate(arms):
         size = len(texts) // len(arms)
@@ -205,7 +217,7 @@ def evaluate_generations(
                 perplexity / first if first else None,
             )
         )
-    settings = {"prompts": len(prompts), "positions": positions.value, **asdict(sampling)}
+    settings = {"prompts": len(prompts), "form": form.value, "positions": positions.value, **asdict(sampling)}
     return Evaluation("generation", tuple(results), settings), texts
 
 
@@ -242,14 +254,13 @@ class _Decoder:
     columns: Sequence[Column]
     positions: Positions
     sampling: Sampling
-    pad_id: int
     ends: frozenset[int]
 
     def run(self, prompts: Sequence[tuple[int, ...]], strengths: Tensor, noise: Tensor) -> list[tuple[int, ...]]:
         """Prompts [P], strengths [P * n, columns] and noise [P * n, steps], the rows of a prompt side by side."""
         device = self.model.device
         copies = len(strengths) // len(prompts)
-        ids, mask = pad_left(prompts, self.pad_id, device)
+        ids, mask = pad_left(prompts, device)
         shared = self.positions is Positions.GENERATED
         cache: Any = None
         if shared and ids.shape[1] > 1:
@@ -314,10 +325,10 @@ class _Decoder:
 
 
 def _base_costs(
-    model: Any, prompts: Sequence[tuple[int, ...]], answers: Sequence[tuple[int, ...]], pad_id: int, max_rows: int
+    model: Any, prompts: Sequence[tuple[int, ...]], answers: Sequence[tuple[int, ...]], max_rows: int
 ) -> list[float]:
     rows = [Encoded(p + a, len(p) - 1, len(p) + len(a) - 1) for p, a in zip(prompts, answers, strict=True)]
-    return [-float(scores.sum()) for scores in log_likelihoods(model, rows, pad_id=pad_id, max_rows=max_rows)]
+    return [-float(scores.sum()) for scores in log_likelihoods(model, rows, max_rows=max_rows)]
 
 
 def _prompt_batches(encoded: Sequence[tuple[int, ...]], size: int) -> Iterator[list[int]]:

@@ -216,6 +216,7 @@ class Sweep:
             "sampling": asdict(self.evaluator.sampling),
             "limit": self.evaluator.limit,
             "positions": self.evaluator.positions.value,
+            "form": self.evaluator.form_for(self.base).value,
             "split": self.split.value,
         }
         return content_key(content)

@@ -72,8 +72,16 @@ def _head(kind: str, model: str, request: Request) -> dict[str, Any]:
 
 
 def _base_model(service: Service) -> ModelBody:
-    return ModelBody(id=service.model, created=service.created, root=service.model, attributes={})
+    return ModelBody(
+        id=service.model, created=service.created, root=service.model, adapter=service.adapter, attributes={}
+    )
 
 
 def _checkpoint_model(name: str, loaded: LoadedCheckpoint, service: Service) -> ModelBody:
-    return ModelBody(id=name, created=loaded.created, root=service.model, attributes=loaded.defaults)
+    return ModelBody(
+        id=name,
+        created=loaded.created,
+        root=service.model,
+        adapter=service.adapter,
+        attributes=loaded.defaults,
+    )

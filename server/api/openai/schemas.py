@@ -283,6 +283,7 @@ class ModelBody(BaseModel):
     created: int = Field(description="when it was loaded, Unix time in seconds")
     owned_by: Literal["mat-steer"] = "mat-steer"
     root: str = Field(description="the base model")
+    adapter: str | None = Field(description="the LoRA adapter that was merged into the base model's weights")
     attributes: dict[str, float] = Field(description="default multipliers; none for the base model")
 
 

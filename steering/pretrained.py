@@ -1,0 +1,358 @@
+"""A causal language model and its tokenizer, opened from a folder or the Hugging Face hub: one way for `server` and
+`training`, which may not import each other and both import `steering`.
+
+Whatever hinders it is one ModelError, a sentence. A folder is looked at before anything is loaded. Only safetensors are
+read, since pickles can run code. Code that comes with a model runs only with `trust_remote_code`, and nobody is asked.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from steering.errors import ModelError
+
+log = logging.getLogger(__name__)
+
+CONFIG = "config.json"
+ADAPTER = "adapter_config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+# What tokenizers are made of, as they are named by the libraries that write them.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken", "*.model", "tekken.json")
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
+LFS = b"version https://git-lfs.github.com/spec/"
+TRUST = "--trust-remote-code (or MATSTEER_TRUST_REMOTE_CODE=true)"
+MERGED = ("LORA",)  # kinds of adapters that are a change of weights, which can be added to them
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter, and the base model that its `adapter_config.json` names."""
+
+    id: str
+    base: str
+    base_revision: str | None = None
+
+    def __str__(self) -> str:
+        """For clients: of folders the last name alone."""
+        adapter, base = (Path(id).name if Path(id).is_dir() else id for id in (self.id, self.base))
+        return f"{adapter} (LoRA, merged into {base})"
+
+
+@dataclass(frozen=True, eq=False)
+class Pretrained:
+    """A model in evaluation mode, its weights frozen, and its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+    adapter: Adapter | None = None
+    """What was merged into the weights."""
+
+
+def open_pretrained(
+    id: str,
+    *,
+    revision: str | None = None,
+    device: torch.device,
+    dtype: torch.dtype | str = "auto",
+    placement: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> Pretrained:
+    """Open a Hugging Face id or folder on `device`, or with a `placement` (`device_map`, `max_memory`) on several.
+
+    `dtype` "auto" is the stored one. A folder or id of a LoRA adapter alone is its base model with the adapter merged
+    into the weights, which needs the package peft. Raises ModelError.
+    """
+    adapter = _adapter(id, revision)
+    if adapter is None:
+        config = _open_config(id, revision, trust_remote_code)
+        _check_architecture(id, config, trust_remote_code)
+        tokenizer = _open_tokenizer(id, revision, trust_remote_code)
+        options = {"dtype": dtype, **(placement or {}), **_where(id, revision), "trust_remote_code": trust_remote_code}
+        return Pretrained(_open_weights(id, config, device, options), tokenizer)
+    peft = _peft(adapter)
+    try:
+        base = open_pretrained(
+            adapter.base, revision=adapter.base_revision, device=device, dtype=dtype, placement=placement,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+    except ModelError as error:
+        _refuse(id, f"it is a LoRA adapter, and this is wrong with its base model: {error}", error)
+    model = _merged(peft, base.model, id, revision)
+    own = Path(id).is_dir() and any(_matching(Path(id), TOKENIZERS))
+    tokenizer = _open_tokenizer(id, revision, trust_remote_code) if own else base.tokenizer
+    log.info("merged the LoRA adapter %s into the weights of %s", id, adapter.base)
+    return Pretrained(model, tokenizer, adapter)
+
+
+def open_config(id: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The config of a Hugging Face id or folder; of an adapter's, that of its base model. Raises ModelError."""
+    if (adapter := _adapter(id, revision)) is not None:
+        return open_config(adapter.base, revision=adapter.base_revision, trust_remote_code=trust_remote_code)
+    return _open_config(id, revision, trust_remote_code)
+
+
+# --- what a folder holds --------------------------------------------------------------------------
+
+
+def _adapter(id: str, revision: str | None) -> Adapter | None:
+    """The adapter that this is, where it is one. Raises ModelError as `_look_at` does, and for one of an adapter."""
+    found = _look_at(id, revision)
+    if found is None:
+        return None
+    base = Path(found.base)
+    if found.base == id or ((base / ADAPTER).is_file() and not (base / CONFIG).is_file()):
+        _refuse(id, f"its base model {found.base!r} is an adapter itself; merge that one into its own base model first")
+    return found
+
+
+def _look_at(id: str, revision: str | None) -> Adapter | None:
+    """The adapter that this is, where it is one. Raises ModelError for a folder that holds no model, for files that are
+    not what they are called, and for an adapter beside other weights."""
+    folder = Path(id)
+    if not id:
+        raise ModelError("No model is named: give a Hugging Face id or a folder.")
+    if folder.is_dir():
+        _check_files(id, folder)
+        config, adapter = (path if (path := folder / name).is_file() else None for name in (CONFIG, ADAPTER))
+    elif folder.is_file():
+        _refuse(id, _what_a_file_is(folder))
+    elif folder.is_absolute() or id.startswith((".", "~")) or id.count("/") > 1:
+        raise ModelError(f"There is no model folder {id!r}.")
+    else:
+        adapter = _hub_file(id, ADAPTER, revision)
+        config = _hub_file(id, CONFIG, revision) if adapter else None
+    if adapter is None:
+        if folder.is_dir():
+            _check_model_folder(id, folder)
+        return None
+    if config is not None:
+        _refuse(
+            id,
+            f"a LoRA adapter ({ADAPTER}) lies beside the weights of a model, and which of them is meant is not clear; "
+            "move the adapter's files into a folder of their own and name that, or delete them",
+        )
+    said = _json_object(id, adapter)
+    base = said.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        _refuse(id, f"{ADAPTER} does not name the adapter's base model (base_model_name_or_path)")
+    if (kind := said.get("peft_type")) not in MERGED:
+        _refuse(id, f"it is an adapter of the type {kind}; only {', '.join(MERGED)} can be merged into weights")
+    if folder.is_dir() and not (folder / ADAPTER_WEIGHTS).is_file():
+        _refuse(id, f"the adapter's weights, {ADAPTER_WEIGHTS}, are missing (pickles are not read)")
+    return Adapter(id, base, said.get("revision"))
+
+
+def _hub_file(id: str, name: str, revision: str | None) -> Path | None:
+    """A file of the hub; None where there is none, or the hub cannot be asked."""
+    from transformers.utils.hub import cached_file
+
+    try:
+        found = cached_file(
+            id, name, revision=revision or "main",
+            _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )  # fmt: skip
+    except (OSError, ValueError):  # opening the config says what is wrong
+        return None
+    return Path(found) if found else None
+
+
+def _check_files(id: str, folder: Path) -> None:
+    """Files that are not what they are called. Raises ModelError."""
+    if not any(folder.iterdir()):
+        _refuse(id, "the folder is empty")
+    for path in _matching(folder, SMALL_FILES):
+        try:
+            with path.open("rb") as file:
+                head = file.read(len(LFS))
+        except OSError as error:
+            _refuse(id, f"{path.name} cannot be read ({error.strerror})")
+        if head == LFS:
+            _refuse(id, f"{path.name} is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
+
+
+def _check_model_folder(id: str, folder: Path) -> None:
+    """Raises ModelError where config, weights or tokenizer are missing or broken."""
+    if not (folder / CONFIG).is_file():
+        if any(_matching(folder, ("*.gguf",))):
+            _refuse(id, "it holds GGUF files, which are not read; name a folder of Hugging Face's format (safetensors)")
+        inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+        _refuse(id, f"there is no {CONFIG} in it" + (f", but in {folder / inside[0]}" if inside else ""))
+    config = _json_object(id, folder / CONFIG)
+    if "model_type" not in config:
+        _refuse(id, f"its {CONFIG} has no model_type, so that nothing says which architecture it is")
+
+
+def _check_weights(id: str, folder: Path) -> None:
+    """Raises ModelError where weights are missing, pickled or cut off."""
+    names = [WEIGHTS] if (folder / WEIGHTS).is_file() else []
+    if not names and (folder / INDEX).is_file():
+        shards = _json_object(id, folder / INDEX).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            _refuse(id, f"{INDEX} does not say in which files the weights are (weight_map)")
+        names = sorted(set(shards.values()))
+    if not names:
+        if pickled := sorted(path.name for path in _matching(folder, PICKLES)):
+            _refuse(
+                id,
+                f"its weights are pickled ({pickled[0]}), and pickles can run code when they are read; have "
+                "transformers write them as safetensors (save_pretrained), or take a revision that has them",
+            )
+        _refuse(id, f"there are no weights in it (neither {WEIGHTS} nor {INDEX})")
+    for name in names:
+        if not (folder / name).is_file():
+            _refuse(id, f"{name} is missing, which {INDEX} names")
+        try:
+            with safe_open(folder / name, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            _refuse(id, f"{name} is broken or was cut off ({_first_line(error)}); copy or download it again")
+
+
+def _check_tokenizer(id: str, folder: Path) -> None:
+    """Raises ModelError where the files of a tokenizer are missing."""
+    if not any(_matching(folder, TOKENIZERS)):
+        _refuse(
+            id, "there is no tokenizer in it; copy tokenizer.json and tokenizer_config.json of its base model there"
+        )
+
+
+def _what_a_file_is(path: Path) -> str:
+    if path.suffix == ".gguf":
+        return "it is a GGUF file, which is not read; name a folder of Hugging Face's format (safetensors)"
+    if path.suffix == ".safetensors":
+        return f"it is a file of weights; name the folder that it lies in, {path.parent}"
+    return "it is a file, not a model's folder"
+
+
+def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
+
+
+def _json_object(id: str, path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        _refuse(id, f"{path.name} is not valid JSON ({_first_line(error)})")
+    if not isinstance(found, dict):
+        _refuse(id, f"{path.name} must hold a JSON object, not a {type(found).__name__}")
+    return found
+
+
+# --- what transformers and peft make of it --------------------------------------------------------
+
+
+def _open_config(id: str, revision: str | None, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(id, **_where(id, revision), trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises dozens of kinds, with pages of text
+        _refuse_as(id, error)
+    return config
+
+
+def _check_architecture(id: str, config: Any, trust_remote_code: bool) -> None:
+    """Raises ModelError for a model that is no causal language model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if getattr(config, "is_encoder_decoder", False):
+        _refuse(id, "it is an encoder-decoder; only decoder-only models can be steered")
+    own = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not own:
+        _refuse(id, f"its type, {config.model_type}, is no causal language model of transformers")
+
+
+def _open_tokenizer(id: str, revision: str | None, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    if Path(id).is_dir():
+        _check_tokenizer(id, Path(id))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(id, **_where(id, revision), trust_remote_code=trust_remote_code)
+    except Exception as error:
+        _refuse_as(id, error, "its tokenizer cannot be opened: ")
+    return tokenizer
+
+
+def _open_weights(id: str, config: Any, device: torch.device, options: Mapping[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    if Path(id).is_dir():
+        _check_weights(id, Path(id))
+    quantized = getattr(config, "quantization_config", None)
+    try:
+        opened: Any = AutoModelForCausalLM.from_pretrained(
+            id, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+        model, found = opened
+        model = (model if getattr(model, "hf_device_map", None) else model.to(device)).eval().requires_grad_(False)
+    except Exception as error:
+        _refuse_as(id, error, f"its weights are quantized ({_method(quantized)}): " if quantized else "")
+    for name, stored, wanted in sorted(found["mismatched_keys"]):
+        _refuse(id, f"{name} is {_shape(stored)} in its files and {_shape(wanted)} by its {CONFIG}")
+    if missing := sorted(found["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        _refuse(id, f"its files lack weights that the architecture has ({missing[0]}{more}); random ones are no use")
+    return model
+
+
+def _shape(shape: Any) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _method(quantized: Any) -> str:
+    found = quantized.get("quant_method") if isinstance(quantized, dict) else getattr(quantized, "quant_method", None)
+    return str(getattr(found, "value", found))
+
+
+def _peft(adapter: Adapter) -> Any:
+    try:
+        import peft
+    except ImportError:
+        _refuse(
+            adapter.id,
+            f"it is a LoRA adapter for {adapter.base}, and merging it needs the package peft (extra `lora`): "
+            "pip install peft",
+        )
+    return peft
+
+
+def _merged(peft: Any, model: Any, id: str, revision: str | None) -> Any:
+    """The model with the adapter's changes in its weights."""
+    options = {} if Path(id).is_dir() else {"revision": revision or "main"}
+    try:
+        merged = peft.PeftModel.from_pretrained(model, id, use_safetensors=True, **options).merge_and_unload()
+        return merged.eval().requires_grad_(False)
+    except Exception as error:
+        _refuse_as(id, error, "the adapter cannot be merged: ")
+
+
+def _where(id: str, revision: str | None) -> dict[str, Any]:
+    return {"local_files_only": True} if Path(id).is_dir() else {"revision": revision or "main"}
+
+
+def _refuse_as(id: str, error: Exception, what: str = "") -> NoReturn:
+    """Another library's error as one sentence; all of it goes to the log at level debug."""
+    log.debug("the model %s could not be opened", id, exc_info=error)
+    if "trust_remote_code" in str(error):
+        _refuse(id, f"it comes with code of its own, which is run only with {TRUST}; read that code first", error)
+    named = isinstance(error, OSError | ValueError | ImportError | RuntimeError)  # others say little by themselves
+    _refuse(id, what + ("" if named else f"{type(error).__name__} ") + _first_line(error), error)
+
+
+def _refuse(id: str, why: str, cause: Exception | None = None) -> NoReturn:
+    raise ModelError(f"The model {id!r} cannot be loaded: {why.rstrip('.')}.") from cause
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -1,0 +1,130 @@
+"""A model opens, or a sentence says what is wrong with it and what to do; its own code never runs unasked."""
+
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from steering.errors import ModelError
+from steering.pretrained import open_config, open_pretrained
+from tests.broken_models import RAN, adapter, change_json
+
+CPU = torch.device("cpu")
+PEFTS_OWN = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+
+def test_a_folder_opens_frozen_and_in_evaluation_mode(sound_model: Path) -> None:
+    opened = open_pretrained(str(sound_model), device=CPU)
+    assert not opened.model.training
+    assert not any(weight.requires_grad for weight in opened.model.parameters())
+    assert opened.tokenizer("Q: What").input_ids
+    assert opened.adapter is None
+    assert open_pretrained(str(sound_model), device=CPU, dtype=torch.bfloat16).model.dtype is torch.bfloat16
+    assert open_config(str(sound_model)).model_type == "llama"
+
+
+def test_what_is_no_usable_model_is_one_sentence(broken_model: tuple[str, str]) -> None:
+    id, said = broken_model
+    with pytest.raises(ModelError, match=said) as caught:
+        open_pretrained(id, device=CPU)
+    assert str(caught.value).startswith(f"The model {id!r} cannot be loaded: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("id", ["/no/such/folder", "./nowhere", "~/nowhere", "a/b/c", ""])
+def test_a_folder_that_is_not_there_is_named(id: str) -> None:
+    with pytest.raises(ModelError, match=r"There is no model folder|No model is named"):
+        open_pretrained(id, device=CPU)
+
+
+def test_code_of_the_folder_does_not_run_unasked_whatever_is_answered(model_with_code: Path) -> None:
+    for opens in (lambda id: open_pretrained(id, device=CPU), open_config):
+        with pytest.raises(ModelError, match=r"only with --trust-remote-code \(or MATSTEER_TRUST_REMOTE_CODE=true\)"):
+            opens(str(model_with_code))
+    assert not Path(RAN).exists()
+    assert sys.stdin.read() == "y\n" * 9, "nobody was asked"
+
+
+def test_code_of_the_folder_runs_where_it_is_trusted(model_with_code: Path) -> None:
+    opened = open_pretrained(str(model_with_code), device=CPU, trust_remote_code=True)
+    assert type(opened.model).__name__ == "MysteryModel"
+    assert Path(RAN).exists()
+
+
+def test_code_beside_an_architecture_that_is_known_stays_unused(model_with_code: Path) -> None:
+    change_json(model_with_code / "config.json", model_type="llama")
+    change_json(model_with_code / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokens.Mystery", None]})
+    (model_with_code / "tokens.py").write_text((model_with_code / "modeling_mystery.py").read_text())
+    assert type(open_pretrained(str(model_with_code), device=CPU).model).__name__ == "LlamaForCausalLM"
+    assert not Path(RAN).exists()
+
+
+def test_an_adapter_without_peft_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    adapter()(tmp_path)
+    said = (
+        r"it is a LoRA adapter for org/base, and merging it needs the package peft \(extra `lora`\): pip install peft"
+    )
+    with pytest.raises(ModelError, match=said):
+        open_pretrained(str(tmp_path), device=CPU)
+
+
+@pytest.fixture
+def lora(sound_model: Path, tmp_path: Path) -> tuple[Path, Any]:
+    """A folder with an adapter that changes what the model says, and the model with it."""
+    peft = pytest.importorskip("peft")
+    base = open_pretrained(str(sound_model), device=CPU).model
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(base, settings).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    change_json(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path=str(sound_model))
+    return tmp_path / "adapter", model
+
+
+@PEFTS_OWN
+@torch.no_grad()
+def test_an_adapter_is_merged_into_its_base_model(
+    lora: tuple[Path, Any],
+    sound_model: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder, adapted = lora
+    ids = torch.arange(1, 20)[None]
+    with caplog.at_level(logging.INFO, "steering.pretrained"):
+        opened = open_pretrained(str(folder), device=CPU)
+    assert type(opened.model).__name__ == "LlamaForCausalLM"
+    assert caplog.messages == [f"merged the LoRA adapter {folder} into the weights of {sound_model}"]
+    assert str(opened.adapter) == "adapter (LoRA, merged into model)"
+    torch.testing.assert_close(opened.model(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
+    plain = open_pretrained(str(sound_model), device=CPU).model(ids).logits
+    assert float((opened.model(ids).logits - plain).abs().max()) > 0.1
+    assert open_config(str(folder)).model_type == "llama"
+
+
+@PEFTS_OWN
+def test_what_is_wrong_with_an_adapter_or_its_base_is_said(lora: tuple[Path, Any]) -> None:
+    folder, _ = lora
+    (folder / "adapter_model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ModelError, match=r"adapter' cannot be loaded: the adapter cannot be merged: "):
+        open_pretrained(str(folder), device=CPU)
+    change_json(folder / "adapter_config.json", base_model_name_or_path="/gone")
+    with pytest.raises(ModelError, match="this is wrong with its base model: There is no model folder '/gone'"):
+        open_pretrained(str(folder), device=CPU)
+    change_json(folder / "adapter_config.json", base_model_name_or_path=str(folder))
+    with pytest.raises(ModelError, match="is an adapter itself; merge that one into its own base model first"):
+        open_pretrained(str(folder), device=CPU)
+
+
+@PEFTS_OWN
+def test_an_adapter_with_its_own_tokenizer_brings_it(lora: tuple[Path, Any], sound_model: Path) -> None:
+    folder, _ = lora
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(sound_model / name, folder)
+    change_json(folder / "tokenizer_config.json", chat_template="{{ messages[0].content }}")
+    assert open_pretrained(str(folder), device=CPU).tokenizer.chat_template == "{{ messages[0].content }}"
+    assert json.loads((sound_model / "tokenizer_config.json").read_text()).get("chat_template") is None
