@@ -1,0 +1,80 @@
+"""From text to token ids: one way for all packages.
+
+A tokenizer of transformers is taken, and nothing of transformers imported.
+
+The special tokens that a tokenizer puts before a text (a beginning-of-text token, mostly) are put there once: a text
+that begins with the first of them, because a chat template has written it, gets none again. What a tokenizer puts after
+a text (an end-of-text token, with a few) is left out, because every text here is gone on with, or scored to its last
+own token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+PROBE = "a"  # any text: what a tokenizer puts before it shows what it puts before every text
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """`ids`: the special tokens that were put before the text, `added` of them, then the text's own."""
+
+    ids: tuple[int, ...]
+    added: int
+    ends: tuple[int, ...] | None  # by token: how many characters of the text end with it; None: a slow tokenizer
+
+
+def special_tokens_before(tokenizer: Any) -> tuple[int, ...]:
+    """The ids that a tokenizer puts before every text; empty where it puts none."""
+    own = _ids(tokenizer, PROBE, special=False)
+    whole = _ids(tokenizer, PROBE, special=True)
+    for start in range(len(whole) - len(own) + 1):
+        if whole[start : start + len(own)] == own:
+            return tuple(whole[:start])
+    return ()
+
+
+def tokenize(tokenizer: Any, text: str, *, add_special_tokens: bool | None = None) -> TokenizedText:
+    """The ids of a text.
+
+    `add_special_tokens`: True: the tokenizer's own come before it, whatever it begins with; False: none do; None: they
+    do, unless the text begins with the first of them.
+    """
+    fast = bool(getattr(tokenizer, "is_fast", False))
+    options = {"return_offsets_mapping": True} if fast else {}
+    encoding = tokenizer(text, add_special_tokens=False, verbose=False, **options)
+    own = list(encoding["input_ids"])
+    before = () if add_special_tokens is False else special_tokens_before(tokenizer)
+    if add_special_tokens is None and before and own[:1] == [before[0]]:
+        before = ()
+    ends = (*(0 for _ in before), *(end for _, end in encoding["offset_mapping"])) if fast else None
+    return TokenizedText((*before, *own), len(before), ends)
+
+
+def tokenize_pair(
+    tokenizer: Any, prompt: str, continuation: str, *, add_special_tokens: bool | None = None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids of a prompt and of what follows it, from one tokenization of the whole text, as a model sees it.
+
+    A token that holds characters of both belongs to the continuation: it is predicted from the token before it. Either
+    may be empty: the continuation where it adds no token, the prompt where its only token goes on into the
+    continuation.
+    """
+    whole = tokenize(tokenizer, prompt + continuation, add_special_tokens=add_special_tokens)
+    if whole.ends is not None:
+        places = range(whole.added, len(whole.ids))
+        first = next((place for place in places if whole.ends[place] > len(prompt)), len(whole.ids))
+    else:
+        alone = tokenize(tokenizer, prompt, add_special_tokens=add_special_tokens).ids
+        first = _common(whole.ids, alone)
+    return whole.ids[:first], whole.ids[first:]
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many ids both begin with."""
+    shorter = min(len(one), len(other))
+    return next((place for place in range(shorter) if one[place] != other[place]), shorter)
+
+
+def _ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
