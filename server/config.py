@@ -35,6 +35,9 @@ class Settings(BaseSettings):
     revision: str | None = Field(default=None, description="revision of a Hugging Face id")
     checkpoints: Path = Field(default_factory=lambda: _shipped("checkpoints"), description="folder of checkpoints")
     checkpoint: str | None = Field(default=None, description="NAME or NAME@VERSION active at the start")
+    chat_template: Path | None = Field(
+        default=None, description="file with a chat template (Jinja); unset: the tokenizer's own"
+    )
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
     device: Device = "auto"

@@ -48,6 +48,7 @@ def _environment(root: Path) -> dict[str, str]:
         ["serve"],
         ["generate"],
         ["compare"],
+        ["chat"],
         ["bench"],
         ["checkpoints", "list"],
         ["checkpoints", "show"],

@@ -6,7 +6,7 @@ field that is not listed is an error that names it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -15,10 +15,13 @@ from server.errors import InvalidField
 from server.schemas import (
     MAX_NEW_TOKENS,
     Attributes,
+    ChatFields,
+    Message,
     Prompt,
     SamplingFields,
     SteeringBody,
     StrictRequest,
+    TextFields,
     TokenTraceBody,
 )
 from server.types import STEERED, Arm, CheckpointRef, GenerateParams
@@ -65,37 +68,18 @@ class StreamOptions(StrictRequest):
     include_usage: bool = Field(False, description="a last chunk with the numbers of tokens")
 
 
-class TextContentPart(StrictRequest):
-    """A part of a message."""
-
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(StrictRequest):
+class ChatMessage(Message):
     """One turn of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextContentPart] = Field("", description="may be absent in the assistant's turns only")
 
     @model_validator(mode="before")
     @classmethod
     def _drop_no_effect(cls, given: Any) -> Any:
-        return _without_no_effect(given)
-
-    @model_validator(mode="after")
-    def _has_content(self) -> Self:
-        if self.role != "assistant" and "content" not in self.model_fields_set:
-            raise ValueError(f"a message of role {self.role!r} needs content")
-        return self
-
-    def to_template(self) -> dict[str, str]:
-        """As chat templates take it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        return without_no_effect(given)
 
 
-class _OpenAIRequest(SamplingFields):
+class OpenAIRequest(SamplingFields):
+    """What the routes have in common."""
+
     model: str = Field(min_length=1, description="the base model: unsteered; a checkpoint: its default multipliers")
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="not used")
@@ -104,7 +88,7 @@ class _OpenAIRequest(SamplingFields):
     @model_validator(mode="before")
     @classmethod
     def _drop_no_effect(cls, given: Any) -> Any:
-        return _without_no_effect(given)
+        return without_no_effect(given)
 
     @property
     def usage_is_streamed(self) -> bool:
@@ -139,7 +123,7 @@ class _OpenAIRequest(SamplingFields):
         )
 
 
-class CompletionRequest(_OpenAIRequest):
+class CompletionRequest(OpenAIRequest, TextFields):
     """Continue texts."""
 
     model_config = ConfigDict(
@@ -162,10 +146,11 @@ class CompletionRequest(_OpenAIRequest):
         batch = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
         given: list[Any] = self.prompt if batch else [self.prompt]  # type: ignore[assignment]
         prompts = tuple(one if isinstance(one, str) else tuple(one) for one in given)
-        return self._params(base, self.max_tokens, self.logprobs, prompts=prompts, single=not batch, echo=self.echo)
+        text = {"prompts": prompts, "single": not batch, "add_special_tokens": self.add_special_tokens}
+        return self._params(base, self.max_tokens, self.logprobs, **text, echo=self.echo)
 
 
-class ChatCompletionRequest(_OpenAIRequest):
+class ChatCompletionRequest(OpenAIRequest, ChatFields):
     """Answer in a conversation, through the model's chat template."""
 
     model_config = ConfigDict(
@@ -196,17 +181,24 @@ class ChatCompletionRequest(_OpenAIRequest):
             raise InvalidField("'top_logprobs' needs 'logprobs': true.", param="top_logprobs")
         most = self.max_tokens or self.max_completion_tokens or MAX_NEW_TOKENS
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return self._params(base, most, logprobs, messages=tuple(message.to_template() for message in self.messages))
+        return self._params(
+            base,
+            most,
+            logprobs,
+            messages=tuple(message.to_template() for message in self.messages),
+            chat=self.chat_options(),
+            add_special_tokens=self.add_special_tokens,
+        )
 
 
-def _without_no_effect(given: Any) -> Any:
+def without_no_effect(given: Any, no_effect: Mapping[str, tuple[object, ...]] = NO_EFFECT) -> Any:
     """Without the fields that ask for nothing; a null counts as absent, because some clients send every field."""
     if not isinstance(given, dict):
         return given
     return {
         name: value
         for name, value in given.items()
-        if value is not None and not any(value == neutral for neutral in NO_EFFECT.get(name, ()))
+        if value is not None and not any(value == neutral for neutral in no_effect.get(name, ()))
     }
 
 
