@@ -91,7 +91,7 @@ class Settings(BaseSettings):
     def __init__(self, **given: Any) -> None:
         super().__init__(**_with_new_names(given))
 
-    @field_validator("api_key", "admin_key", mode="before")
+    @field_validator("api_key", "admin_key", "chat_template", mode="before")
     @classmethod
     def _empty_is_unset(cls, given: Any) -> Any:
         return given or None

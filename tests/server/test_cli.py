@@ -139,6 +139,7 @@ def test_a_multiplier_that_is_given_twice_is_refused() -> None:
         (["serve", "--port", "0"], "Bad setting port"),
         (["serve", "--model", "/no/model", "--port", str(free_port())], "There is no model folder '/no/model'"),
         (["serve", "--model", "/no/model", "--host", "no.host.invalid"], "The server cannot listen on no.host.invalid"),
+        (["serve", "--chat-template", "/no/file", "--port", str(free_port())], "The chat template '/no/file' (--chat-"),
         (["generate", "Q:", "--model", "/no/model"], "There is no model folder '/no/model'"),
         (["checkpoints", "show", "nowhere"], "There is no checkpoint 'nowhere'"),
         (["checkpoints", "show", "demo@"], "There is no checkpoint 'demo@'"),

@@ -98,10 +98,13 @@ def test_who_watches_needs_no_key(serve: Callable[..., TestClient], path: str) -
 def test_keys_come_from_the_environment_and_are_shown_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MATSTEER_API_KEY", "sesame")
     monkeypatch.setenv("MATSTEER_ADMIN_KEY", "")
+    monkeypatch.setenv("MATSTEER_CHAT_TEMPLATE", "")
     settings = Settings()
     assert settings.api_key is not None
     assert settings.api_key.get_secret_value() == "sesame"
-    assert settings.admin_key is None, "an empty variable, as compose files leave it, sets nothing"
+    assert settings.admin_key is settings.chat_template is None, (
+        "an empty variable, as compose files leave it, sets nothing"
+    )
     assert "sesame" not in repr(settings)
 
 
