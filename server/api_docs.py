@@ -9,6 +9,7 @@ from typing import Any
 
 from server import field_docs
 from server.app import bare_app
+from server.errors import ServerError, StartupError
 
 PATH = Path(__file__).parents[1] / "docs" / "api.md"
 HEAD = """# The HTTP API
@@ -16,10 +17,15 @@ HEAD = """# The HTTP API
 Written by `make api-docs` from the OpenAPI document, which a running server has at `/openapi.json` and shows at
 `/docs`.
 
-Every error is `{"error": {"type", "message", "param", "request_id"}}`, with the field at fault in `param`; the types
-and their statuses stand in `server/errors.py`. Numbers are finite. Fields that are not listed are refused by name,
-unless they ask for nothing: [fields.md](fields.md) has those of other servers.
-A server with keys asks for `Authorization: Bearer KEY`.
+Numbers are finite. Fields that are not listed are refused by name, unless they ask for nothing:
+[fields.md](fields.md) has those of other servers. A server with keys asks for `Authorization: Bearer KEY`. A slash at
+the end of a path changes nothing. Chat templates, special tokens and `/v1/responses` have a page: [chat.md](chat.md).
+
+## Errors
+
+Every error is `{"error": {"type", "code", "message", "param", "request_id"}}`, with the field at fault in `param`.
+`code` is OpenAI's word where OpenAI has one.
+
 """
 
 RANGES = (  # lower and upper limits as OpenAPI names them, with the unit
@@ -34,7 +40,7 @@ RANGES = (  # lower and upper limits as OpenAPI names them, with the unit
 def page() -> str:
     document = bare_app().openapi()
     schemas: dict[str, Any] = document["components"]["schemas"]
-    parts = [HEAD]
+    parts = [HEAD + _errors()]
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
             parts += _operation(f"{method.upper()} {path}", operation, schemas)
@@ -42,6 +48,21 @@ def page() -> str:
     for name in sorted(_named(document["paths"], schemas)):
         parts += _schema(name, schemas[name])
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _errors() -> str:
+    """Every error that a client may get, by status."""
+    rows = set()
+    kinds = [ServerError]
+    while kinds:
+        kind = kinds.pop()
+        kinds += kind.__subclasses__()
+        if kind is not StartupError:
+            status = f"{kind.status}" + (f", under /v1 {kind.openai_status}" if kind.openai_status else "")
+            rows.add((status, kind.type, kind.openai_code or kind.type))
+    table = [f"| {status} | `{name}` | `{code}` |" for status, name, code in sorted(rows)]
+    table.append("| other 4xx | the status's own name, as in `unsupported_media_type` (415) | the same |")
+    return "\n".join(["| status | `type` | `code` |", "| --- | --- | --- |", *table]) + "\n"
 
 
 def _operation(title: str, operation: Mapping[str, Any], schemas: Mapping[str, Any]) -> Iterator[str]:

@@ -17,7 +17,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api import routes
+from server.api import routes, tokens
 from server.api.exception_handlers import add_exception_handlers, error_response, to_server_error
 from server.api.openai import routes as openai
 from server.assembly import open_service
@@ -44,6 +44,7 @@ def create_app(settings: Settings) -> FastAPI:
     app = bare_app(lifespan=lifespan)
     app.state.service = service
     add_exception_handlers(app)
+    app.add_middleware(TrailingSlash)
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
     app.add_middleware(RequestMiddleware, on_end=service.metrics.request)  # the last one added is the outermost
     return app
@@ -51,8 +52,15 @@ def create_app(settings: Settings) -> FastAPI:
 
 def bare_app(**options: Any) -> FastAPI:
     """The routes without a service: enough for the OpenAPI document. /docs needs no network."""
-    app = FastAPIOffline(redoc_url=None, title="mat-steer", version=version("mat-steer"), responses=ERRORS, **options)
-    for router in (routes.generation, routes.checkpoints, openai.router, routes.operations):
+    app = FastAPIOffline(
+        redoc_url=None,
+        redirect_slashes=False,
+        title="mat-steer",
+        version=version("mat-steer"),
+        responses=ERRORS,
+        **options,
+    )
+    for router in (routes.generation, routes.checkpoints, openai.router, tokens.router, routes.operations):
         app.include_router(router)
     return app
 
@@ -87,11 +95,26 @@ class RequestMiddleware:
             log.exception("request %s failed", request_id)
             if status:  # half an answer is out; the server closes the connection
                 raise
-            await error_response(to_server_error(exception), request_id)(scope, receive, tagged)
+            response = error_response(to_server_error(exception), request_id, path=scope["path"])
+            await response(scope, receive, tagged)
         finally:
             elapsed = time.monotonic() - started
             log.info("%s %s %s %d %.1f ms", request_id, scope["method"], _path(scope), status, elapsed * 1000)
             self._on_end(getattr(scope.get("route"), "path", "other"), status, elapsed)
+
+
+class TrailingSlash:
+    """A path with a slash at its end means the same without: nobody is sent there with a 307, which not every client
+    follows with its body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            # In place: what the router adds to the scope is read by the layers outside. The log has the path as sent.
+            scope["path"] = scope["path"].rstrip("/") or "/"
+        await self._app(scope, receive, send)
 
 
 class BodyLimit:

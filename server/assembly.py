@@ -2,7 +2,9 @@
 
 import logging
 import time
+from pathlib import Path
 
+from server.chat import ChatTemplate
 from server.config import Settings
 from server.engine.engine import Engine
 from server.engine.model_runner import is_spread
@@ -30,7 +32,9 @@ def open_service(settings: Settings) -> Service:
     start = time.monotonic()
     if "checkpoints" in settings.model_fields_set and not settings.checkpoints.is_dir():
         raise StartupError(f"There is no checkpoints folder {str(settings.checkpoints)!r} (MATSTEER_CHECKPOINTS).")
-    service = run_in_disposable_thread(lambda: _build(settings, load_model(settings)))
+    template = _read_template(settings.chat_template)
+    service = run_in_disposable_thread(lambda: _build(settings, load_model(settings), template))
+    _tell_chat_template(service.codec.chat, settings)
     service.engine.start()
     try:
         active = _activate(service.registry, settings)
@@ -41,14 +45,44 @@ def open_service(settings: Settings) -> Service:
     return service
 
 
-def _build(settings: Settings, loaded: LoadedModel) -> Service:
+def _read_template(file: Path | None) -> str | None:
+    """Raises StartupError where the operator's chat template cannot be read."""
+    if file is None:
+        return None
     try:
-        return _build_service(settings, loaded)
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
+        raise StartupError(
+            f"The chat template {str(file)!r} (--chat-template or MATSTEER_CHAT_TEMPLATE) cannot be read: {why}."
+        ) from error
+
+
+def _tell_chat_template(template: ChatTemplate | None, settings: Settings) -> None:
+    """What the operator should know about it before somebody asks."""
+    name = f"{str(settings.chat_template)!r}" if settings.chat_template else f"of {settings.model_path!r}"
+    if template is None:
+        log.info("the model has no chat template: it takes 'prompt', not 'messages'")
+    elif template.problem:
+        log.warning("the chat template %s cannot be used, and requests with messages fail: %s", name, template.problem)
+    else:
+        if template.dropped:
+            roles = ", ".join(template.dropped)
+            log.info("the chat template %s leaves out turns of role %s: requests with them are refused", name, roles)
+        if not template.shows_tool_calls:
+            log.info("the chat template %s does not show tool calls: requests with them are refused", name)
+
+
+def _build(settings: Settings, loaded: LoadedModel, chat_template: str | None) -> Service:
+    try:
+        return _build_service(settings, loaded, chat_template)
     except UnsupportedArchitecture as error:
         raise StartupError(f"The model {settings.model_path!r} cannot be steered: {error}.") from error
 
 
-def _build_service(settings: Settings, loaded: LoadedModel) -> Service:
+def _build_service(settings: Settings, loaded: LoadedModel, chat_template: str | None) -> Service:
+    if chat_template is not None:
+        loaded.tokenizer.chat_template = chat_template
     fits = fits_model(loaded.model, settings.served_name, settings.revision)
     bank = ColumnBank(device=loaded.device, max_tokens=settings.max_num_batched_tokens)
     runner = open_runner(loaded.model, bank, settings.served_name, native=settings.native)

@@ -51,6 +51,10 @@ NewTokens = Annotated[int, typer.Option(min=1, help="Length of the answer.")]
 Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy.")]
 Seed = Annotated[int | None, typer.Option(help="For temperatures above 0.")]
 Trace = Annotated[bool, typer.Option("--trace", help="Colour each token by the attribute that moved it most.")]
+Chat = Annotated[bool, typer.Option("--chat", help="PROMPT is what a user says: through the model's chat template.")]
+ChatTemplateFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="A chat template (Jinja) instead of the model's own.")
+]
 Url = Annotated[str | None, typer.Option(envvar="MATSTEER_URL", help="Ask this server; default: load the model here.")]
 ApiKey = Annotated[str | None, typer.Option(envvar="MATSTEER_API_KEY", help="The server's key.")]
 LOCAL = "http://127.0.0.1:8000"
@@ -61,6 +65,7 @@ def serve(
     model: Model = None,
     checkpoints: Checkpoints = None,
     checkpoint: Checkpoint = None,
+    chat_template: ChatTemplateFile = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
     device: Device = None,
@@ -100,6 +105,7 @@ def generate(
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=X", help="A multiplier; repeat it.")] = None,
     baseline: Annotated[bool, typer.Option("--baseline", help="Show the unsteered text beside it.")] = False,
     trace: Trace = False,
+    chat: Chat = False,
     max_new_tokens: NewTokens = 64,
     temperature: Temperature = 0.0,
     seed: Seed = None,
@@ -116,7 +122,7 @@ def generate(
     Example: matsteer generate "Q: What colour is the sky? A:" --set truthfulness=1.5 --baseline
     """
     body = {
-        "prompt": prompt,
+        **_asked(prompt, chat=chat),
         "attributes": _multipliers(set_),
         "baseline": baseline,
         "trace": trace,
@@ -125,7 +131,7 @@ def generate(
         "seed": seed,
     }
     _show(
-        "generate", body, url, api_key,
+        "generate", prompt, body, url, api_key,
         model=model, checkpoints=checkpoints, checkpoint=checkpoint, device=device, dtype=dtype,
     )  # fmt: skip
 
@@ -140,6 +146,7 @@ def compare(
         ),
     ],
     trace: Trace = False,
+    chat: Chat = False,
     max_new_tokens: NewTokens = 64,
     temperature: Temperature = 0.0,
     seed: Seed = None,
@@ -161,7 +168,7 @@ def compare(
         for name, _, pairs in (one.partition(":") for one in arm)
     ]
     body = {
-        "prompt": prompt,
+        **_asked(prompt, chat=chat),
         "arms": [{"name": name, "attributes": attributes} for name, attributes in arms],
         "trace": trace,
         "max_new_tokens": max_new_tokens,
@@ -169,9 +176,56 @@ def compare(
         "seed": seed,
     }
     _show(
-        "compare", body, url, api_key,
+        "compare", prompt, body, url, api_key,
         model=model, checkpoints=checkpoints, checkpoint=checkpoint, device=device, dtype=dtype,
     )  # fmt: skip
+
+
+@app.command()
+def chat(
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=X", help="A multiplier; repeat it.")] = None,
+    baseline: Annotated[bool, typer.Option("--baseline", help="Also answer unsteered.")] = False,
+    system: Annotated[str | None, typer.Option(help="A system message before the conversation.")] = None,
+    max_new_tokens: NewTokens = 256,
+    temperature: Temperature = 0.0,
+    seed: Seed = None,
+    url: Url = None,
+    api_key: ApiKey = None,
+    model: Model = None,
+    checkpoints: Checkpoints = None,
+    checkpoint: Checkpoint = None,
+    chat_template: ChatTemplateFile = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """A conversation in the terminal, steered, unsteered or both: /help lists what can be changed on the way.
+
+    Example: matsteer chat --set truthfulness=1.5 --baseline
+    """
+    multipliers = _multipliers(set_)
+    with _error_as_sentence():
+        from server.terminal import terminal
+        from server.terminal.chat import Conversation, asking_here, asking_server, talk
+
+        rules = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        conversation = Conversation(rules, multipliers, system)
+        conversation.on["baseline"] = baseline
+        if url is None:
+            settings = load_settings(
+                model=model, checkpoints=checkpoints, checkpoint=checkpoint, chat_template=chat_template,
+                device=device, dtype=dtype, log_level="warning", remember=False,
+            )  # fmt: skip
+            _configure_logging(settings)
+            asking = asking_here(settings)
+        else:
+            _refuse_foreign(
+                {"model": model, "checkpoints": checkpoints, "chat_template": chat_template}
+                | {"device": device, "dtype": dtype}
+            )
+            conversation.rules = {**rules, "checkpoint": checkpoint}
+            asking = asking_server(url, api_key)
+        with asking as ask:
+            talk(conversation, ask, terminal())
 
 
 @app.command()
@@ -312,8 +366,17 @@ def export_checkpoint(
         export_folder(load_settings(checkpoints=checkpoints).checkpoints, name, out, format, multipliers)
 
 
+def _asked(prompt: str, *, chat: bool) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
+
+
 def _show(
-    route: Literal["generate", "compare"], body: dict[str, Any], url: str | None, api_key: str | None, **given: Any
+    route: Literal["generate", "compare"],
+    prompt: str,
+    body: dict[str, Any],
+    url: str | None,
+    api_key: str | None,
+    **given: Any,
 ) -> None:
     """Shows the answer of the server at `url`, or of a model that is loaded here with the `given` settings."""
     with _error_as_sentence():
@@ -325,12 +388,16 @@ def _show(
             answer = answer_here(settings, route, body)
         else:
             checkpoint = given.pop("checkpoint")
-            if foreign := [f"--{name}" for name, value in given.items() if value is not None]:
-                raise typer.BadParameter(f"{', '.join(foreign)}: the server at --url has its own")
+            _refuse_foreign(given)
             for steered in body.get("arms", [body]):
                 steered["checkpoint"] = checkpoint
             answer = ask_server(url, api_key, route, body)
-        show_arms(body["prompt"], answer)
+        show_arms(prompt, answer)
+
+
+def _refuse_foreign(given: dict[str, Any]) -> None:
+    if foreign := [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]:
+        raise typer.BadParameter(f"{', '.join(foreign)}: the server at --url has its own")
 
 
 def _positive(text: str, option: str) -> int:

@@ -38,19 +38,28 @@ Body = TypeVar("Body", bound=BaseModel)
 class ApiError(Exception):
     """An error of the server: its HTTP status, and the fields of `error` in its body."""
 
-    def __init__(self, status: int, type: str, message: str, param: str | None = None, request_id: str | None = None):
+    def __init__(
+        self,
+        status: int,
+        type: str,
+        message: str,
+        param: str | None = None,
+        request_id: str | None = None,
+        code: str | None = None,
+    ):
         super().__init__(message)
         self.status = status
         self.type = type
         self.message = message
         self.param = param
         self.request_id = request_id
+        self.code = code or type
 
     @classmethod
     def of(cls, status: int, text: str) -> "ApiError":
         try:
             error = json.loads(text)["error"]
-            return cls(status, error["type"], error["message"], error["param"], error["request_id"])
+            return cls(status, error["type"], error["message"], error["param"], error["request_id"], error.get("code"))
         except (ValueError, KeyError, TypeError):  # a proxy's page, perhaps
             return cls(status, "unknown", f"The server answered {status}: {text[:200]}")
 
@@ -131,12 +140,12 @@ class Client:
         """The same, token by token; the whole answer comes last."""
         return self._stream(_generate(prompt, fields | {"stream": True}))
 
-    def compare(self, prompt: str, arms: Sequence[Mapping[str, Any]], **fields: Any) -> CompareResponse:
-        """POST /compare."""
+    def compare(self, prompt: str | None, arms: Sequence[Mapping[str, Any]], **fields: Any) -> CompareResponse:
+        """POST /compare; `prompt` None: the field `messages` instead."""
         return self._send(_compare(prompt, arms, fields))
 
     def stream_compare(
-        self, prompt: str, arms: Sequence[Mapping[str, Any]], **fields: Any
+        self, prompt: str | None, arms: Sequence[Mapping[str, Any]], **fields: Any
     ) -> Iterator[TokenBody | CompareResponse]:
         """The same, token by token; the whole answer comes last."""
         return self._stream(_compare(prompt, arms, fields | {"stream": True}))
@@ -216,12 +225,12 @@ class AsyncClient:
         """The same, token by token; the whole answer comes last."""
         return self._stream(_generate(prompt, fields | {"stream": True}))
 
-    async def compare(self, prompt: str, arms: Sequence[Mapping[str, Any]], **fields: Any) -> CompareResponse:
-        """POST /compare."""
+    async def compare(self, prompt: str | None, arms: Sequence[Mapping[str, Any]], **fields: Any) -> CompareResponse:
+        """POST /compare; `prompt` None: the field `messages` instead."""
         return await self._send(_compare(prompt, arms, fields))
 
     def stream_compare(
-        self, prompt: str, arms: Sequence[Mapping[str, Any]], **fields: Any
+        self, prompt: str | None, arms: Sequence[Mapping[str, Any]], **fields: Any
     ) -> AsyncIterator[TokenBody | CompareResponse]:
         """The same, token by token; the whole answer comes last."""
         return self._stream(_compare(prompt, arms, fields | {"stream": True}))
@@ -277,8 +286,11 @@ def _generate(prompt: str | Sequence[str] | None, fields: Mapping[str, Any]) -> 
     return _Call("POST", "/generate", GenerateResponse, given | dict(fields))
 
 
-def _compare(prompt: str, arms: Sequence[Mapping[str, Any]], fields: Mapping[str, Any]) -> _Call[CompareResponse]:
-    return _Call("POST", "/compare", CompareResponse, {"prompt": prompt, "arms": [*map(dict, arms)]} | dict(fields))
+def _compare(
+    prompt: str | None, arms: Sequence[Mapping[str, Any]], fields: Mapping[str, Any]
+) -> _Call[CompareResponse]:
+    given = {} if prompt is None else {"prompt": prompt}
+    return _Call("POST", "/compare", CompareResponse, given | {"arms": [*map(dict, arms)]} | dict(fields))
 
 
 def _score(prompt: str, continuations: Sequence[str], fields: Mapping[str, Any]) -> _Call[ScoreResponse]:

@@ -39,6 +39,9 @@ class Settings(BaseSettings):
     )
     checkpoints: Path = Field(default_factory=lambda: _shipped("checkpoints"), description="folder of checkpoints")
     checkpoint: str | None = Field(default=None, description="NAME or NAME@VERSION active at the start")
+    chat_template: Path | None = Field(
+        default=None, description="file with a chat template (Jinja); unset: the tokenizer's own"
+    )
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
     device: Device = "auto"
@@ -92,7 +95,7 @@ class Settings(BaseSettings):
     def __init__(self, **given: Any) -> None:
         super().__init__(**_with_new_names(given))
 
-    @field_validator("api_key", "admin_key", mode="before")
+    @field_validator("api_key", "admin_key", "chat_template", mode="before")
     @classmethod
     def _empty_is_unset(cls, given: Any) -> Any:
         return given or None

@@ -1,46 +1,56 @@
 """What can go wrong, and what the client is told.
 
-Every class knows its HTTP status and its `type`, the stable word that programs match on:
+Every class knows its HTTP status, its `type`, and its `code`. Both are stable words that programs match on: `code` is
+OpenAI's word where OpenAI has one, because their clients look for it, and else the same as `type`:
 
+class                         status  type                   code
 ServerError                      500  internal_error
 ├── StartupError                  -   the process does not start (one sentence on stderr, exit status 1)
 ├── BadRequest                   400  bad_request
 │   ├── UnsupportedField         400  unsupported_field
 │   └── Refused                  4xx  the status's own name, as in unsupported_media_type
-├── Unauthorized                 401  unauthorized         (with WWW-Authenticate)
+├── Unauthorized                 401  unauthorized           invalid_api_key          with WWW-Authenticate
 ├── Forbidden                    403  forbidden
 ├── NotFound                     404  not_found
 │   ├── UnknownCheckpoint        404  unknown_checkpoint
-│   └── UnknownModel             404  model_not_found      (OpenAI's word)
+│   └── UnknownModel             404  model_not_found
 ├── MethodNotAllowed             405  method_not_allowed
 ├── UnusableCheckpoint           409  unusable_checkpoint
 │   └── WrongModel               409  wrong_model
 ├── CheckpointInUse              409  checkpoint_in_use
 ├── BodyTooLarge                 413  body_too_large
-├── PromptTooLong                413  prompt_too_long
+├── PromptTooLong                413  prompt_too_long        context_length_exceeded  400 under /v1, as OpenAI's
 ├── InvalidField                 422  invalid_field
 │   └── UnknownAttribute         422  unknown_attribute
-├── QueueFull                    429  queue_full           (with Retry-After)
-├── ClientGone                   499  client_gone          (nobody is left to read it)
+├── QueueFull                    429  queue_full             rate_limit_exceeded      with Retry-After
+├── ClientGone                   499  client_gone            (nobody is left to read it)
 ├── GenerationFailed             500  generation_failed
 │   └── NotFinite                500  not_finite
+├── ChatTemplateUnusable         501  chat_template_unusable
 ├── EngineDown                   503  engine_down
 └── DeadlineExceeded             504  deadline_exceeded
 """
 
 from http import HTTPStatus
+from typing import Self
 
 
 class ServerError(Exception):
-    """An error with an HTTP status, a type, and the request field at fault where there is one."""
+    """An error with an HTTP status, a type, a code, and the request field at fault where there is one."""
 
     status: int = 500
     type: str = "internal_error"
+    openai_code: str | None = None  # OpenAI's word for it; None: they have none
+    openai_status: int | None = None  # under /v1; None: the same as elsewhere
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
+
+    @property
+    def code(self) -> str:
+        return self.openai_code or self.type
 
     @property
     def headers(self) -> dict[str, str]:
@@ -77,6 +87,7 @@ class UnsupportedField(BadRequest):
 class Unauthorized(ServerError):
     status = 401
     type = "unauthorized"
+    openai_code = "invalid_api_key"
 
     @property
     def headers(self) -> dict[str, str]:
@@ -134,8 +145,27 @@ class BodyTooLarge(ServerError):
 
 
 class PromptTooLong(ServerError):
+    """More tokens than a text may have, or than fit. Under /v1 its status is OpenAI's."""
+
     status = 413
     type = "prompt_too_long"
+    openai_code = "context_length_exceeded"
+    openai_status = 400
+
+    @classmethod
+    def of(cls, context: int, wanted: str, what: str, *, param: str | None = None) -> Self:
+        """With the words that OpenAI's clients look for.
+
+        context: tokens that prompt and answer may have together.
+        wanted: what was sent, as in "120 tokens".
+        what: where it was sent, as in "messages".
+        """
+        return cls(
+            f"This model's maximum context length is {context} tokens. However, you requested {wanted} in the {what}: "
+            f"prompt and answer share the {context} tokens, and an answer takes at least one, so that a prompt may "
+            f"have {context - 1}.",
+            param=param,
+        )
 
 
 class InvalidField(ServerError):
@@ -150,6 +180,7 @@ class UnknownAttribute(InvalidField):
 class QueueFull(ServerError):
     status = 429
     type = "queue_full"
+    openai_code = "rate_limit_exceeded"
 
     def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
         super().__init__(message)
@@ -175,6 +206,13 @@ class NotFinite(GenerationFailed):
     """The model's output is NaN or infinite, so that there is nothing to draw from or to measure."""
 
     type = "not_finite"
+
+
+class ChatTemplateUnusable(ServerError):
+    """The server's chat template fails, or leaves out what a message says: for the operator to mend, not the client."""
+
+    status = 501
+    type = "chat_template_unusable"
 
 
 class EngineDown(ServerError):

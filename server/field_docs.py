@@ -4,15 +4,15 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from server.api.openai.responses_schemas import ResponsesRequest
 from server.api.openai.schemas import (
     ChatCompletionRequest,
     ChatMessage,
     CompletionRequest,
     StreamOptions,
-    TextContentPart,
 )
 from server.fields import BODY_FIELDS, MESSAGE_FIELDS, PART_FIELDS, STREAM_FIELDS, KnownField
-from server.schemas import GenerateRequest, LenientRequest
+from server.schemas import GenerateRequest, LenientRequest, TextContentPart
 
 PATH = Path(__file__).parents[1] / "docs" / "fields.md"
 HEAD = """# What becomes of each field
@@ -55,6 +55,7 @@ An answer ends with a token that ends it, with the first `stop` text that is com
 ROUTES: Mapping[str, type[LenientRequest]] = {
     "/v1/chat/completions": ChatCompletionRequest,
     "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponsesRequest,
     "/generate": GenerateRequest,
 }
 PARTS: Mapping[str, tuple[Mapping[str, KnownField], type[LenientRequest]]] = {

@@ -100,6 +100,15 @@ BODY_FIELDS = _fields(
     KnownField("user", OPENAI, ignored=True, note=LABEL),
     KnownField("verbosity", OPENAI, neutral=("medium",)),
     KnownField("web_search_options", OPENAI, note="`{}` asks for a search"),
+    # OpenAI's /v1/responses
+    KnownField("background", OPENAI, neutral=(False,)),
+    KnownField("context_management", OPENAI, neutral=([],)),
+    KnownField("conversation", OPENAI, note="the conversation goes into `input`"),
+    KnownField("include", OPENAI, neutral=([],)),
+    KnownField("max_tool_calls", OPENAI, note="there are no tools"),
+    KnownField("previous_response_id", OPENAI, note="no answer is stored: the conversation goes into `input`"),
+    KnownField("text", OPENAI, neutral=({}, {"format": {"type": "text"}})),
+    KnownField("truncation", OPENAI, neutral=("disabled",)),
     # vLLM's
     KnownField("add_generation_prompt", VLLM, neutral=(True,)),
     KnownField("add_special_tokens", VLLM),

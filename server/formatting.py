@@ -26,6 +26,8 @@ from server.schemas import (
     SteeringBody,
     TimingBody,
     TokenBody,
+    TokenizeBody,
+    TokenizerInfoBody,
     TokenLogprobBody,
     TokenTraceBody,
     UsageBody,
@@ -138,6 +140,28 @@ def token_trace(codec: Codec, sampled: SampledToken) -> TokenTraceBody:
 
 def finite(logprob: float) -> float:
     return max(logprob, IMPOSSIBLE)
+
+
+def tokenized(codec: Codec, ids: Sequence[int], *, names: bool) -> TokenizeBody:
+    """`names`: also each token as the vocabulary spells it."""
+    return TokenizeBody(
+        count=len(ids),
+        max_model_len=codec.context,
+        tokens=list(ids),
+        token_strs=codec.token_names(ids) if names else None,
+    )
+
+
+def tokenizer_info(codec: Codec) -> TokenizerInfoBody:
+    info = codec.describe()
+    special = {name: info.special_tokens.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    return TokenizerInfoBody(
+        tokenizer_class=info.tokenizer_class,
+        model_max_length=codec.context,
+        vocab_size=info.vocab_size,
+        chat_template=info.chat_template,
+        **special,
+    )
 
 
 def loaded(checkpoint: LoadedCheckpoint) -> LoadedBody:

@@ -7,14 +7,24 @@ one takes a tenth of the time.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationInfo, field_validator, model_validator
 
 from server.engine.sequence import FinishReason, PositionsName, SamplingParams
 from server.errors import InvalidField
-from server.fields import BODY_FIELDS, MESSAGE_FIELDS, KnownField, without_neutral
-from server.types import BASELINE, STEERED, AppliedCheckpoint, Arm, CheckpointRef, GenerateParams, ScoreParams
+from server.fields import BODY_FIELDS, MESSAGE_FIELDS, PART_FIELDS, KnownField, without_neutral
+from server.types import (
+    BASELINE,
+    STEERED,
+    AppliedCheckpoint,
+    Arm,
+    ChatOptions,
+    CheckpointRef,
+    GenerateParams,
+    ScoreParams,
+    TokenizeParams,
+)
 
 Prompt = Annotated[str, Field(min_length=1)]
 Stop = Annotated[str, Field(max_length=256)]  # an empty one ends nothing
@@ -42,13 +52,113 @@ class LenientRequest(StrictRequest):
         return without_neutral(given, cls.known_fields, cls.model_fields)
 
 
-class Message(LenientRequest):
+class TextContentPart(LenientRequest):
+    """A part of a message."""
+
+    known_fields = PART_FIELDS
+
+    type: Literal["text"]
+    text: str
+
+
+class FunctionCall(StrictRequest):
+    """Which function was called, and with what."""
+
+    name: str
+    arguments: str | dict[str, Any] = Field(description="in JSON, as a text or as it is")
+
+
+class ToolCall(StrictRequest):
+    """A call of a tool in an assistant's turn."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+    index: int | None = Field(None, description="not used; streams of OpenAI's have it")
+
+
+class ToolFields(StrictRequest):
+    """What turns have that call tools, and turns that say what came of it. They reach the chat template as they are."""
+
+    tool_calls: Annotated[list[ToolCall], Field(min_length=1, max_length=128)] | None = Field(
+        None, description="what the assistant called; `content` may be null beside it"
+    )
+    tool_call_id: str | None = Field(None, description="in a turn of role `tool`: the call that this is the answer to")
+
+    def tool_fields(self) -> dict[str, Any]:
+        """Those that were given."""
+        calls = [call.model_dump(exclude_none=True, exclude={"index"}) for call in self.tool_calls or ()]
+        given = {"tool_calls": calls or None, "tool_call_id": self.tool_call_id}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class Message(ToolFields, LenientRequest):
     """One turn of a conversation."""
 
     known_fields = MESSAGE_FIELDS
 
-    role: Literal["system", "user", "assistant", "tool"]
-    content: str
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextContentPart] | None = Field(
+        None, validate_default=True, description="a text, or parts of one; may be absent in the assistant's turns only"
+    )
+
+    @field_validator("content")
+    @classmethod
+    def _is_there(cls, content: Any, about: ValidationInfo) -> Any:
+        if content is None and (role := about.data.get("role", "assistant")) != "assistant":
+            raise ValueError(f"a message of role {role!r} needs content")
+        return content
+
+    @model_validator(mode="after")
+    def _tools_are_where_they_belong(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("only the assistant's turns have tool_calls")
+        if self.tool_call_id is not None and self.role != "tool":
+            raise ValueError("only turns of role 'tool' have a tool_call_id")
+        return self
+
+    def to_template(self) -> dict[str, Any]:
+        """As chat templates take it."""
+        content = self.content
+        if isinstance(content, list):
+            return {"role": self.role, "content": [part.model_dump() for part in content], **self.tool_fields()}
+        return {"role": self.role, "content": content, **self.tool_fields()}
+
+
+class TextFields(StrictRequest):
+    """How a text becomes tokens."""
+
+    add_special_tokens: bool | None = Field(
+        None,
+        description="whether the tokenizer's special tokens (a beginning-of-text token) come before it; absent: where "
+        "a prompt does not begin with them, and never before messages, whose template writes them",
+    )
+
+
+class ChatFields(TextFields):
+    """How messages become a text."""
+
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description='variables of the model\'s chat template, as in `{"enable_thinking": false}`'
+    )
+    add_generation_prompt: bool | None = Field(
+        None, description="whether the text ends with what begins an answer; absent: unless the last message goes on"
+    )
+    continue_final_message: bool = Field(False, description="the answer goes on where the last message ends")
+
+    def chat_options(self, *, messages: bool = True) -> ChatOptions:
+        """`messages`: whether the request has any. Raises InvalidField."""
+        if not messages:
+            for name in ChatFields.model_fields.keys() - TextFields.model_fields.keys():
+                if getattr(self, name):
+                    raise InvalidField(f"{name!r} is for 'messages', not for 'prompt'.", param=name)
+        if self.continue_final_message and self.add_generation_prompt:
+            raise InvalidField(
+                "Either the last message goes on ('continue_final_message') or an answer begins "
+                "('add_generation_prompt'), not both.",
+                param="continue_final_message",
+            )
+        return ChatOptions(self.chat_template_kwargs or {}, self.add_generation_prompt, self.continue_final_message)
 
 
 class CheckpointSteering(StrictRequest):
@@ -152,7 +262,7 @@ class SamplingFields(LenientRequest):
         )
 
 
-class _GenerateFields(SamplingFields):
+class _GenerateFields(SamplingFields, ChatFields):
     """What to generate from, and how."""
 
     prompt: Prompt | Annotated[list[Prompt], Field(min_length=1, max_length=256)] | None = Field(
@@ -173,7 +283,9 @@ class _GenerateFields(SamplingFields):
             raise InvalidField("Send exactly one of 'prompt' and 'messages'.", param="prompt")
         return GenerateParams(
             prompts=tuple(as_list(self.prompt)),
-            messages=tuple(message.model_dump() for message in self.messages or ()),
+            messages=tuple(message.to_template() for message in self.messages or ()),
+            chat=self.chat_options(messages=self.messages is not None),
+            add_special_tokens=self.add_special_tokens,
             single=not isinstance(self.prompt, list),
             arms=arms,
             reference=reference,
@@ -250,7 +362,7 @@ class CompareRequest(_GenerateFields):
         return self._params(arms, reference=0)
 
 
-class ScoreRequest(_SteeringFields):
+class ScoreRequest(_SteeringFields, TextFields):
     """Log-likelihoods of given continuations of a prompt."""
 
     model_config = ConfigDict(
@@ -273,7 +385,40 @@ class ScoreRequest(_SteeringFields):
 
     def to_params(self) -> ScoreParams:
         """For the service. Raises InvalidField."""
-        return ScoreParams(self.prompt, tuple(self.continuations), self.checkpoint_refs(), self.positions)
+        return ScoreParams(
+            self.prompt, tuple(self.continuations), self.checkpoint_refs(), self.positions, self.add_special_tokens
+        )
+
+
+class TokenizeRequest(ChatFields):
+    """The tokens of a text or of a conversation, as a request to generate from it would have them."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "Q: Is grass green? A:"}]})
+
+    model: str | None = Field(None, min_length=1, description="the base model or a checkpoint; all have one tokenizer")
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1024)] | None = None
+    return_token_strs: bool | None = Field(None, description="also each token as the vocabulary spells it")
+
+    def to_params(self) -> TokenizeParams:
+        """For the service. Raises InvalidField."""
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidField("Send exactly one of 'prompt' and 'messages'.", param="prompt")
+        return TokenizeParams(
+            prompt=self.prompt,
+            messages=tuple(message.to_template() for message in self.messages or ()),
+            chat=self.chat_options(messages=self.messages is not None),
+            add_special_tokens=self.add_special_tokens,
+        )
+
+
+class DetokenizeRequest(StrictRequest):
+    """The text of tokens, special ones included."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"tokens": [40, 41]}]})
+
+    model: str | None = Field(None, min_length=1, description="the base model or a checkpoint; all have one tokenizer")
+    tokens: list[Annotated[int, Field(ge=0, lt=2**31)]]
 
 
 class VersionRequest(StrictRequest):
@@ -473,8 +618,33 @@ class UnloadedBody(BaseModel):
     unloaded: list[str] = Field(description="name@version of what was loaded")
 
 
+class TokenizeBody(BaseModel):
+    count: int
+    max_model_len: int | None = Field(description="tokens that prompt and answer may have together")
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class DetokenizeBody(BaseModel):
+    prompt: str
+
+
+class TokenizerInfoBody(BaseModel):
+    """As vLLM has it: what a client needs to make texts for the tokenizer."""
+
+    tokenizer_class: str
+    model_max_length: int | None = Field(description="tokens that prompt and answer may have together")
+    vocab_size: int
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    chat_template: str | None = Field(description="Jinja; null: there is none that can be used")
+
+
 class ErrorDetail(BaseModel):
     type: str
+    code: str = Field(description="OpenAI's word where it has one, else the type")
     message: str
     param: str | None
     request_id: str

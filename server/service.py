@@ -41,6 +41,7 @@ from server.types import (
     ScoreParams,
     ScoreResult,
     TokenChunk,
+    TokenizeParams,
 )
 from steering.types import SequenceSteering
 
@@ -130,6 +131,23 @@ class Service:
             checkpoints=arm.checkpoints,
             positions=arm.steering_params.positions,
         )
+
+    async def tokenize(self, params: TokenizeParams, model: str | None = None) -> tuple[int, ...]:
+        """The ids that a text or a conversation becomes, as a request to generate from it would have them.
+
+        Raises InvalidField, ChatTemplateUnusable; UnknownModel where there is no such `model`.
+        """
+        await asyncio.to_thread(self.check_model, model)
+        return await asyncio.to_thread(self.codec.encode_any, params)
+
+    def check_model(self, name: str | None) -> None:
+        """Raises UnknownModel where a request names what is neither the base model nor a checkpoint. May read files."""
+        if name is None or name == self.model or self.registry.find_loaded(name):
+            return
+        folder, _, version = name.partition("@")
+        entries = self.registry.entries(folder)
+        if not any(entry.problem is None and version in ("", entry.version) for entry in entries):
+            raise UnknownModel(f"There is no model {name!r}; GET /v1/models lists those there are.", param="model")
 
     async def _submit(self, params: GenerateParams, *, stream: bool) -> _RunningRequest:
         created, deadline = int(time.time()), time.monotonic() + self.settings.deadline_s
@@ -247,16 +265,19 @@ class Service:
             self.codec.check_id(token, f"logit_bias.{token}")
 
     def _encode(self, params: GenerateParams) -> list[tuple[int, ...]]:
+        special = params.add_special_tokens
         if params.messages:
-            return [self.codec.encode_chat(params.messages, "messages")]
+            return [self.codec.encode_chat(params.messages, "messages", params.chat, add_special_tokens=special)]
         return [
-            self.codec.encode(prompt, "prompt" if params.single else f"prompt.{index}")
+            self.codec.encode(prompt, "prompt" if params.single else f"prompt.{index}", add_special_tokens=special)
             for index, prompt in enumerate(params.prompts)
         ]
 
     def _encode_pairs(self, params: ScoreParams) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         return [
-            self.codec.encode_pair(params.prompt, continuation, f"continuations.{index}")
+            self.codec.encode_pair(
+                params.prompt, continuation, f"continuations.{index}", add_special_tokens=params.add_special_tokens
+            )
             for index, continuation in enumerate(params.continuations)
         ]
 

@@ -4,7 +4,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from server.chat import ChatTemplate
 from server.errors import InvalidField, PromptTooLong
+from server.types import ChatOptions, TokenizeParams, TokenizerInfo
+from steering.text import tokenize, tokenize_pair
 
 Decode = Callable[[Sequence[int]], str]
 LONGEST_TOKEN = 64  # characters; a text with more of them for each token that fits is refused without tokenizing it
@@ -13,6 +16,7 @@ CONTEXT = 6  # ids of the prompt that are decoded, too: they tell whether the fi
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what decoders write for bytes that are no whole character
 LONGEST_RUN = 64  # ids that may wait for the end of a character; beyond, older ones are decoded no more
 LEFT = 8  # ids that are kept of such a run: a new token changes the text of the last few only
+WITH_CONTINUATION = "prompt with this continuation"
 UNSURE = 3  # replacement characters at the end that may still become a character: UTF-8 has up to four bytes
 
 
@@ -38,15 +42,26 @@ class Codec:
     """The tokenizer, with input checked: errors name the request's field. Used from several threads."""
 
     def __init__(self, tokenizer: Any, *, vocab: int, context: int | None) -> None:
+        """`vocab`: how many tokens the model knows; `context`: how many a text may have, None: no limit is known."""
         self._tokenizer = tokenizer
         self._vocab = vocab
         self._token_texts: dict[int, TokenText] = {}
         self.context = context
         # The first call may set the tokenizer up; later ones only read it.
         tokenizer("warm")
+        has_template = bool(getattr(tokenizer, "chat_template", None))
+        self.chat = ChatTemplate(tokenizer) if has_template else None
 
-    def encode(self, prompt: str | tuple[int, ...], param: str, what: str = "prompt") -> tuple[int, ...]:
-        """The prompt's ids, with the special tokens that the tokenizer adds; a prompt of ids is only checked.
+    def encode(
+        self,
+        prompt: str | tuple[int, ...],
+        param: str,
+        what: str = "prompt",
+        *,
+        add_special_tokens: bool | None = None,
+    ) -> tuple[int, ...]:
+        """The prompt's ids, with the special tokens that come before it (`steering.text.tokenize`); a prompt of ids is
+        only checked.
 
         `param`: the request's field, `what`: the prompt's name, both for errors. Raises InvalidField, PromptTooLong.
         """
@@ -54,39 +69,100 @@ class Codec:
             return self._checked(prompt, param, what)
         self._check_text(prompt, param)
         self._check_length(len(prompt), param, what)
-        return self._checked(self._tokenizer(prompt)["input_ids"], param, what)
+        return self._checked(self._ids(prompt, add_special_tokens), param, what)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], param: str) -> tuple[int, ...]:
-        """The ids of a conversation in the tokenizer's chat template, up to where the next answer begins.
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        param: str,
+        options: ChatOptions | None = None,
+        *,
+        add_special_tokens: bool | None = None,
+    ) -> tuple[int, ...]:
+        """The ids of a conversation in the tokenizer's chat template, up to where the next answer begins or goes on.
+        The template writes special tokens itself: more come only where `add_special_tokens` is True.
 
-        Raises InvalidField where there is no template, or it refuses the messages; PromptTooLong.
+        Raises InvalidField where there is no template, or it refuses the messages; ChatTemplateUnusable; PromptTooLong.
         """
-        if not getattr(self._tokenizer, "chat_template", None):
-            raise InvalidField("This model has no chat template; send 'prompt' instead of 'messages'.", param=param)
-        for index, message in enumerate(messages):
-            self._check_text(message["content"], f"{param}.{index}.content")
-        self._check_length(sum(len(message["content"]) for message in messages), param)
-        try:
-            text = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # templates are programs: they refuse by raising whatever they like
-            raise InvalidField(f"The model's chat template refuses these messages: {error}", param=param) from error
-        return self._checked(self._tokenizer(text, add_special_tokens=False)["input_ids"], param)
+        text = self._rendered(messages, param, options or ChatOptions())
+        return self._checked(self._ids(text, bool(add_special_tokens)), param, "messages")
 
-    def encode_pair(self, prompt: str, continuation: str, param: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The ids of a prompt, and those of its continuation.
+    def encode_any(self, params: TokenizeParams) -> tuple[int, ...]:
+        """The ids of a text or a conversation, of any length, as `encode` and `encode_chat` make them; of an empty text
+        what comes before every text. Raises InvalidField, ChatTemplateUnusable."""
+        if params.prompt is None:
+            text = self._rendered(params.messages, "messages", params.chat, limited=False)
+            return self._ids(text, bool(params.add_special_tokens))
+        self._check_text(params.prompt, "prompt")
+        return self._ids(params.prompt, params.add_special_tokens)
 
-        The whole text is tokenized at once, as the model would see it. A token across the border belongs to the
-        continuation. Raises InvalidField, PromptTooLong.
+    def encode_pair(
+        self, prompt: str, continuation: str, param: str, *, add_special_tokens: bool | None = None
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The ids of a prompt, and those of its continuation (`steering.text.tokenize_pair`).
+
+        Raises InvalidField, PromptTooLong.
         """
+        self._check_text(prompt, "prompt")
         self._check_text(continuation, param)
-        before = self.encode(prompt, "prompt")
-        whole = self.encode(prompt + continuation, param, "prompt with this continuation")
-        common = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
-        if not 0 < common < len(whole):
+        self._check_length(len(prompt), "prompt")
+        self._check_length(len(prompt) + len(continuation), param, WITH_CONTINUATION)
+        before, after = tokenize_pair(self._tokenizer, prompt, continuation, add_special_tokens=add_special_tokens)
+        if before:
+            self._checked(before, "prompt")
+        self._checked(before + after, param, WITH_CONTINUATION)
+        if not after:
             raise InvalidField("The continuation adds no token to the prompt.", param=param)
-        return whole[:common], whole[common:]
+        if not before:
+            raise InvalidField(
+                "The prompt and this continuation begin with one token that holds both, before which there is nothing "
+                "to predict it from.",
+                param=param,
+            )
+        return before, after
+
+    def _rendered(
+        self, messages: Sequence[Mapping[str, Any]], param: str, options: ChatOptions, *, limited: bool = True
+    ) -> str:
+        if self.chat is None:
+            raise InvalidField("This model has no chat template; send 'prompt' instead of 'messages'.", param=param)
+        length = 0
+        for index, message in enumerate(messages):
+            for text in _texts(message.get("content")):
+                self._check_text(text, f"{param}.{index}.content")
+                length += len(text)
+        if limited:
+            self._check_length(length, param, "messages")
+        rendered = self.chat.render(messages, options, param)
+        self._check_text(rendered, param)
+        if limited:
+            self._check_length(len(rendered), param, "messages")
+        return rendered
+
+    def _ids(self, text: str, add_special_tokens: bool | None) -> tuple[int, ...]:
+        return tokenize(self._tokenizer, text, add_special_tokens=add_special_tokens).ids
+
+    def check_ids(self, ids: Sequence[int], param: str) -> None:
+        """Raises InvalidField where one of them is no token of the model's."""
+        unknown = next((index for index, token in enumerate(ids) if token >= self._vocab), None)
+        if unknown is not None:
+            raise InvalidField(
+                f"There is no token {ids[unknown]}: the model knows {self._vocab} tokens.", param=f"{param}.{unknown}"
+            )
+
+    def token_names(self, ids: Sequence[int]) -> list[str]:
+        """As the vocabulary has them."""
+        return [str(name) for name in self._tokenizer.convert_ids_to_tokens(list(ids))]
+
+    def describe(self) -> TokenizerInfo:
+        """What a client needs to know to make texts for it."""
+        tokenizer = self._tokenizer
+        return TokenizerInfo(
+            tokenizer_class=type(tokenizer).__name__,
+            vocab_size=len(tokenizer),
+            special_tokens={name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+            chat_template=self.chat.source if self.chat and self.chat.problem is None else None,
+        )
 
     def check_id(self, token: int, param: str) -> None:
         """Raises InvalidField where the model has no such token; `param`: the field that names it."""
@@ -136,26 +212,30 @@ class Codec:
 
     def _check_length(self, characters: int, param: str, what: str = "prompt") -> None:
         if self.context is not None and characters > LONGEST_TOKEN * self.context:
-            raise PromptTooLong(
-                f"The {what} has {characters} characters, more than fit: prompt and answer together may have "
-                f"{self.context} tokens.",
-                param=param,
-            )
+            raise PromptTooLong.of(self.context, f"{characters} characters", what, param=param)
 
     def _checked(self, ids: Sequence[int], param: str, what: str = "prompt") -> tuple[int, ...]:
         if not ids:
-            raise InvalidField(f"The {what} has no tokens.", param=param)
+            raise InvalidField(f"The {what} {_have(what)} no tokens.", param=param)
         if max(ids) >= self._vocab:
             raise InvalidField(
-                f"The {what} has token {max(ids)}, but the model knows {self._vocab} tokens only.", param=param
-            )
-        if self.context is not None and len(ids) >= self.context:
-            raise PromptTooLong(
-                f"The {what} has {len(ids)} tokens; prompt and answer together may have {self.context}, "
-                f"so a prompt may have {self.context - 1}.",
+                f"The {what} {_have(what)} token {max(ids)}, but the model knows {self._vocab} tokens only.",
                 param=param,
             )
+        if self.context is not None and len(ids) >= self.context:
+            raise PromptTooLong.of(self.context, f"{len(ids)} tokens", what, param=param)
         return tuple(ids)
+
+
+def _have(what: str) -> str:
+    return "have" if what == "messages" else "has"
+
+
+def _texts(content: Any) -> Sequence[str]:
+    """The texts of a message's content, be it a string, a list of parts, or absent."""
+    if content is None:
+        return ()
+    return [content] if isinstance(content, str) else [part["text"] for part in content]
 
 
 class Detokenizer:

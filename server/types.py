@@ -3,6 +3,7 @@ the second, which are the engine's events (numbers and text) with what the servi
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from server.engine.scoring import Divergence
 from server.engine.sequence import Finished, PositionsName, SamplingParams, TokenEvent, TokenLogprob
@@ -30,11 +31,27 @@ STEERED, BASELINE = Arm("steered", (CheckpointRef(),)), Arm("baseline", ())
 
 
 @dataclass(frozen=True)
+class ChatOptions:
+    """How messages become a text."""
+
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # variables of the chat template
+    add_generation_prompt: bool | None = None  # None: unless the last message is continued
+    continue_final_message: bool = False
+
+    @property
+    def begins_answer(self) -> bool:
+        """Whether the text ends with what begins an answer."""
+        return not self.continue_final_message if self.add_generation_prompt is None else self.add_generation_prompt
+
+
+@dataclass(frozen=True)
 class GenerateParams:
     """A request to generate, from any route. Exactly one of `prompts` and `messages` is given."""
 
     prompts: tuple[str | tuple[int, ...], ...] = ()  # texts, or their token ids
-    messages: tuple[Mapping[str, str], ...] = ()
+    messages: tuple[Mapping[str, Any], ...] = ()
+    chat: ChatOptions = field(default_factory=ChatOptions)  # for `messages`
+    add_special_tokens: bool | None = None  # None: before a text that does not begin with them
     single: bool = True  # for errors: the prompt was not in a list
     arms: tuple[Arm, ...] = (STEERED,)  # they share prompts, seeds and sampling
     reference: int = 0  # index of the arm that the others are compared with
@@ -54,6 +71,27 @@ class ScoreParams:
     continuations: tuple[str, ...]
     checkpoints: tuple[CheckpointRef, ...] = (CheckpointRef(),)
     positions: PositionsName | None = None
+    add_special_tokens: bool | None = None  # None: where the prompt does not begin with them
+
+
+@dataclass(frozen=True)
+class TokenizeParams:
+    """A request for the ids that a text or a conversation becomes. Exactly one of both is given."""
+
+    prompt: str | None = None
+    messages: tuple[Mapping[str, Any], ...] = ()
+    chat: ChatOptions = field(default_factory=ChatOptions)
+    add_special_tokens: bool | None = None
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """A tokenizer, as far as a client needs to know it."""
+
+    tokenizer_class: str
+    vocab_size: int
+    special_tokens: Mapping[str, str]  # by transformers' names: bos_token, eos_token, ...
+    chat_template: str | None  # Jinja; None: there is none that can be used
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from server.api.openai.responses_schemas import ResponsesRequest
 from server.api.openai.schemas import ChatCompletionRequest, CompletionRequest
 from server.errors import (
     BadRequest,
@@ -24,7 +25,15 @@ from server.errors import (
     UnsupportedField,
 )
 from server.fields import KnownField, known_field
-from server.schemas import CompareRequest, GenerateRequest, LenientRequest, ScoreRequest, StrictRequest
+from server.schemas import (
+    CompareRequest,
+    DetokenizeRequest,
+    GenerateRequest,
+    LenientRequest,
+    ScoreRequest,
+    StrictRequest,
+    TokenizeRequest,
+)
 
 Body = TypeVar("Body", bound=StrictRequest)
 MAX_VALUE = 80  # characters of a client's value in a message
@@ -34,15 +43,20 @@ UNIONS = {  # fields of several types; in the location of an error pydantic adds
     "prompt": "a string or a list of strings",
     "stop": "a string or a list of strings",
     "content": "a string or a list of parts",
+    "input": "a string or a list of items",
 }
 REQUESTS: Mapping[str, type[StrictRequest]] = {  # body by route; others: GenerateRequest
     "/compare": CompareRequest,
     "/score": ScoreRequest,
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatCompletionRequest,
+    "/v1/responses": ResponsesRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
 }
 KEY = "[key]"  # in a location: it is not the value that is wrong but its name
 WRONG_TYPE = ("string_type", "list_type")
+JSON_TYPE = re.compile(r"application/([\w.-]+\+)?json")
 TYPE_NAME = re.compile(r"^str$|^constrained-|\[")  # as pydantic writes the members of a union
 
 
@@ -53,9 +67,23 @@ def add_exception_handlers(app: FastAPI) -> None:
 
 
 async def _handle(request: Request, exception: Exception) -> Response:
-    error = to_server_error(exception, method=request.method, path=request.url.path)
+    path = request.url.path
+    error = _wrong_content_type(request, exception) or to_server_error(exception, method=request.method, path=path)
     headers = exception.headers if isinstance(exception, HTTPException) else None
-    return error_response(error, request.state.request_id, headers)
+    return error_response(error, request.state.request_id, headers, path=path)
+
+
+def _wrong_content_type(request: Request, exception: Exception) -> ServerError | None:
+    """The framework hands a body that does not call itself JSON to the route as bytes, which no route takes."""
+    if not isinstance(exception, RequestValidationError):
+        return None
+    first = exception.errors()[0]
+    given = request.headers.get("content-type", "")
+    kind = given.partition(";")[0].strip().lower()
+    if tuple(first["loc"]) != ("body",) or first["type"] == "missing" or JSON_TYPE.fullmatch(kind):
+        return None
+    sent = f"not {_short(given)}" if given else "and this one has no Content-Type"
+    return Refused(f"The body must be JSON, sent with 'Content-Type: application/json', {sent}.", 415)
 
 
 def to_server_error(exception: Exception, *, method: str = "", path: str = "") -> ServerError:
@@ -88,21 +116,29 @@ def parse(kind: type[Body], body: Mapping[str, Any]) -> Body:
 
 
 def error_json(error: ServerError, request_id: str) -> str:
-    """{"error": {type, message, param, request_id}}, in ASCII, so that no text a client sent can break it."""
-    detail = {
+    """{"error": {type, code, message, param, request_id}}, in ASCII, so that no text a client sent can break it."""
+    return json.dumps({"error": error_detail(error, request_id)})
+
+
+def error_detail(error: ServerError, request_id: str) -> dict[str, str | None]:
+    """What `error` holds in a body or an event."""
+    return {
         "type": error.type,
+        "code": error.code,
         "message": _cut(error.message, MAX_MESSAGE),
         "param": None if error.param is None else _cut(error.param, MAX_PARAM),
         "request_id": request_id,
     }
-    return json.dumps({"error": detail})
 
 
-def error_response(error: ServerError, request_id: str, headers: Mapping[str, str] | None = None) -> Response:
-    """The HTTP response for an error."""
+def error_response(
+    error: ServerError, request_id: str, headers: Mapping[str, str] | None = None, *, path: str = ""
+) -> Response:
+    """The HTTP response for an error; `path`: of the request, since some have OpenAI's status under /v1."""
+    status = error.openai_status if error.openai_status is not None and path.startswith("/v1/") else error.status
     return Response(
         error_json(error, request_id),
-        status_code=error.status,
+        status_code=status,
         headers={**(headers or {}), **error.headers},
         media_type="application/json",
     )
@@ -130,7 +166,7 @@ def _invalid(problems: Sequence[Mapping[str, Any]], path: str) -> ServerError:
             return InvalidField("The request has no body; send a JSON object.")
         if first["type"] == "string_unicode":
             return InvalidField("The name of a field holds half of a surrogate pair, which is no character.")
-        return InvalidField("The body must be a JSON object, sent with 'Content-Type: application/json'.")
+        return InvalidField("The body must be a JSON object.")
     seen: dict[str, Mapping[str, Any]] = {}
     for problem in problems:
         # One sentence a field; of a field of several types the problem that went furthest into it.

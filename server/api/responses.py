@@ -46,13 +46,17 @@ def event_response(
     """`token` events, then `done` with the whole body, or `error`. Events that are ready together are sent together.
     A client that disconnects ends the stream, and with it the texts."""
     events = _events(stream, token, body, request.state.request_id)
+    return sse_response(events)
+
+
+def sse_response(events: AsyncIterator[str] | AsyncIterator[bytes]) -> StreamingResponse:
+    """Events as they are to be sent."""
     return StreamingResponse(events, media_type="text/event-stream", headers=HEADERS)
 
 
 def data_response(chunks: AsyncIterator[Sequence[str]], request: Request) -> StreamingResponse:
     """OpenAI's stream: events without names, each a chunk in JSON; then `[DONE]`, or a chunk with `error`."""
-    events = _data_events(chunks, request.state.request_id)
-    return StreamingResponse(events, media_type="text/event-stream", headers=HEADERS)
+    return sse_response(_data_events(chunks, request.state.request_id))
 
 
 def to_json(body: Callable[[T], BaseModel], result: T) -> str:

@@ -106,6 +106,15 @@ async def healthz() -> HealthBody:
     return HealthBody()
 
 
+@operations.get("/health")
+@operations.head("/health", include_in_schema=False)
+async def health(service: ServiceDep) -> HealthBody:
+    """The engine takes requests, as vLLM's route of this name says it; 503 with the reason where it does not."""
+    if trouble := service.engine.trouble:
+        raise EngineDown(f"Not ready: {trouble}.")
+    return HealthBody()
+
+
 @operations.get("/readyz")
 @operations.head("/readyz", include_in_schema=False)
 async def readyz(service: ServiceDep) -> ReadyBody:

@@ -55,7 +55,9 @@ def ask_server(
     given = {name: value for name, value in body.items() if value is not None}
     try:
         with Client(url, api_key=api_key) as client:
-            return client.generate(**given) if route == "generate" else client.compare(**given)
+            if route == "generate":
+                return client.generate(**given)
+            return client.compare(given.pop("prompt", None), **given)
     except ApiError as error:
         raise ServerError(f"The server refuses: {error.message}") from None
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:

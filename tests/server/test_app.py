@@ -17,6 +17,7 @@ from tests.server.conftest import World
 
 def test_health_and_readiness(world: World) -> None:
     assert world.client.get("/healthz").json() == {"status": "ok"}
+    assert world.client.get("/health").json() == {"status": "ok"}
     assert world.client.get("/readyz").json() == {"status": "ready", "model": "tiny", "checkpoint": "demo@2"}
 
 
@@ -24,8 +25,9 @@ def test_the_api_is_described(world: World) -> None:
     schema = world.client.get("/openapi.json").json()
     one = "/checkpoints/{name}"
     routes = {"/generate", "/compare", "/score", "/checkpoints", one, f"{one}/load", f"{one}/activate"}
-    openai = {"/v1/models", "/v1/models/{name}", "/v1/completions", "/v1/chat/completions"}
-    assert set(schema["paths"]) == {*routes, *openai, "/healthz", "/readyz", "/metrics"}
+    openai = {"/v1/models", "/v1/models/{name}", "/v1/completions", "/v1/chat/completions", "/v1/responses"}
+    tokens = {"/tokenize", "/detokenize", "/tokenizer_info"}
+    assert set(schema["paths"]) == {*routes, *openai, *tokens, "/health", "/healthz", "/readyz", "/metrics"}
     page = world.client.get("/docs").text
     sources = re.findall(r'(?:src|href)="([^"]+)"', page)
     assert any(source.endswith(".js") for source in sources)

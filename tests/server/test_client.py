@@ -82,6 +82,7 @@ def test_what_the_server_refuses_is_an_error_with_its_fields(address: str) -> No
                 refused()
             error = failure.value
             assert (error.status, error.type, error.param) == (422, "unknown_attribute", "attributes.nonsense")
+            assert error.code == "unknown_attribute"
             assert error.request_id is not None
 
     async def story() -> None:

@@ -119,6 +119,7 @@ def test_a_dead_device_makes_the_server_unready(fresh: World, monkeypatch: pytes
     ready = fresh.client.get("/readyz")
     assert (ready.status_code, ready.json()["error"]["type"]) == (503, "engine_down")
     assert "no device" in ready.json()["error"]["message"]
+    assert fresh.client.get("/health").status_code == 503
     assert fresh.client.get("/healthz").status_code == 200
 
 

@@ -80,7 +80,7 @@ def test_a_bad_body_is_refused_naming_the_field(world: World, body: dict[str, An
     )
     error = response.json()["error"]
     assert (response.status_code, error["param"]) == (status, param), error
-    assert set(error) == {"type", "message", "param", "request_id"}
+    assert set(error) == {"type", "code", "message", "param", "request_id"}
     assert error["request_id"] == "mine" == response.headers["x-request-id"]
 
 
@@ -112,15 +112,97 @@ def test_a_body_that_is_no_request_is_a_clean_error(world: World, content: bytes
     assert response.json()["error"]["message"]
 
 
-def test_a_body_of_the_wrong_type_is_told_the_right_one(world: World) -> None:
-    response = world.client.post("/generate", content=b'{"prompt": "a"}', headers={"Content-Type": "text/plain"})
-    assert response.status_code == 422
-    assert "application/json" in response.json()["error"]["message"]
+@pytest.mark.parametrize("path", ["/generate", "/score", "/v1/completions", "/v1/responses", "/tokenize"])
+@pytest.mark.parametrize(
+    "kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", None]
+)
+def test_a_body_of_the_wrong_type_is_a_415(world: World, path: str, kind: str | None) -> None:
+    headers = {} if kind is None else {"Content-Type": kind}
+    response = world.client.post(path, content=b'{"prompt": "a", "model": "tiny"}', headers=headers)
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (415, "unsupported_media_type")
+    assert "'Content-Type: application/json'" in error["message"]
+    assert kind is None or kind[:9] in error["message"]
+
+
+@pytest.mark.parametrize("kind", ["application/json", "Application/JSON; charset=utf-8", "application/problem+json"])
+def test_json_may_say_more_of_itself(world: World, kind: str) -> None:
+    body = b'{"prompt": "a", "max_new_tokens": 1}'
+    assert world.client.post("/generate", content=body, headers={"Content-Type": kind}).status_code == 200
+
+
+def test_json_that_is_no_object_is_no_wrong_type(world: World) -> None:
+    response = world.client.post("/generate", json=[1])
+    assert (response.status_code, response.json()["error"]["type"]) == (422, "invalid_field")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("GET", "/v1/models/", None),
+        ("GET", "/v1/models/tiny/", None),
+        ("GET", "/checkpoints/", None),
+        ("GET", "/checkpoints/demo/", None),
+        ("GET", "/health/", None),
+        ("GET", "/healthz//", None),
+        ("GET", "/docs/", None),
+        ("POST", "/generate/", {"prompt": "a", "max_new_tokens": 1}),
+        ("POST", "/tokenize/", {"prompt": "a"}),
+        ("POST", "/v1/completions/", {"model": "tiny", "prompt": "a", "max_tokens": 1}),
+        ("POST", "/v1/chat/completions/", {"model": "tiny", "messages": [{"role": "user", "content": "a"}]}),
+    ],
+)
+def test_a_slash_at_the_end_changes_nothing(world: World, method: str, path: str, body: object) -> None:
+    assert world.client.request(method, path, json=body, follow_redirects=False).status_code == 200
+
+
+def test_a_path_of_slashes_is_the_page(world: World) -> None:
+    assert world.client.get("//").status_code == 200
+
+
+LONG = "a b " * CONTEXT
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "what"),
+    [
+        ("/v1/completions", {"prompt": LONG}, 400, "in the prompt"),
+        ("/v1/completions", {"prompt": "a" * 65 * CONTEXT}, 400, "characters in the prompt"),
+        (
+            "/v1/completions",
+            {"prompt": [5] * CONTEXT, "stream": True},
+            400,
+            f"requested {CONTEXT} tokens in the prompt",
+        ),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": LONG}]}, 400, "in the messages"),
+        ("/v1/responses", {"input": LONG}, 400, "in the messages"),
+        ("/v1/responses", {"input": LONG, "stream": True}, 400, "in the messages"),
+        ("/generate", {"prompt": LONG}, 413, "in the prompt"),
+        ("/generate", {"messages": [{"role": "user", "content": LONG}]}, 413, "in the messages"),
+        ("/score", {"prompt": "a", "continuations": [LONG]}, 413, "in the prompt with this continuation"),
+    ],
+)
+def test_too_many_tokens_are_told_in_the_words_that_clients_know(
+    world: World, path: str, body: dict[str, Any], status: int, what: str
+) -> None:
+    model = {"model": "tiny"} if path.startswith("/v1") else {}
+    response = world.client.post(path, json={**model, **body})
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["type"]) == (
+        status,
+        "context_length_exceeded",
+        "prompt_too_long",
+    )
+    assert error["message"].startswith(
+        f"This model's maximum context length is {CONTEXT} tokens. However, you requested "
+    )
+    assert what in error["message"]
 
 
 def test_an_unknown_path_and_a_wrong_method_have_the_same_shape(world: World) -> None:
     missing = world.client.get("/nowhere")
     assert (missing.status_code, missing.json()["error"]["type"]) == (404, "not_found")
+    assert missing.json()["error"]["code"] == "not_found"
     wrong = world.client.get("/generate")
     assert (wrong.status_code, wrong.json()["error"]["type"]) == (405, "method_not_allowed")
     assert wrong.headers["allow"] == "POST"
@@ -142,4 +224,5 @@ def test_a_full_queue_is_a_429_with_retry_after(fresh: World) -> None:
     response = fresh.client.post("/generate", json={"prompt": "a"})
     assert response.status_code == 429
     assert int(response.headers["retry-after"]) >= 1
+    assert response.json()["error"]["code"] == "rate_limit_exceeded"
     assert service.registry.pins == 0

@@ -17,6 +17,10 @@ USES = [
     ("POST", "/score", {"prompt": "a", "continuations": ["b"]}),
     ("POST", "/v1/completions", {"model": "tiny", "prompt": "a"}),
     ("POST", "/v1/chat/completions", CHAT),
+    ("POST", "/v1/responses", {"model": "tiny", "input": "a", "max_output_tokens": 1}),
+    ("POST", "/tokenize", {"prompt": "a"}),
+    ("POST", "/detokenize", {"tokens": [40]}),
+    ("GET", "/tokenizer_info", None),
     ("GET", "/v1/models", None),
     ("GET", "/v1/models/tiny", None),
     ("GET", "/checkpoints", None),
@@ -27,7 +31,7 @@ CHANGES = [
     ("POST", "/checkpoints/demo/activate", {}),
     ("DELETE", "/checkpoints/other", None),
 ]
-OPEN = ["/healthz", "/readyz", "/metrics", "/", "/docs", "/openapi.json"]
+OPEN = ["/health", "/healthz", "/readyz", "/metrics", "/", "/docs", "/openapi.json"]
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +52,7 @@ def status(client: TestClient, method: str, path: str, body: object, key: str | 
     response = client.request(method, path, json=body, headers=headers)
     if response.status_code in (401, 403):
         assert response.json()["error"]["type"] == {401: "unauthorized", 403: "forbidden"}[response.status_code]
+        assert response.json()["error"]["code"] == {401: "invalid_api_key", 403: "forbidden"}[response.status_code]
         assert ("www-authenticate" in response.headers) is (response.status_code == 401)
     return response.status_code
 
@@ -93,10 +98,13 @@ def test_who_watches_needs_no_key(serve: Callable[..., TestClient], path: str) -
 def test_keys_come_from_the_environment_and_are_shown_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MATSTEER_API_KEY", "sesame")
     monkeypatch.setenv("MATSTEER_ADMIN_KEY", "")
+    monkeypatch.setenv("MATSTEER_CHAT_TEMPLATE", "")
     settings = Settings()
     assert settings.api_key is not None
     assert settings.api_key.get_secret_value() == "sesame"
-    assert settings.admin_key is None, "an empty variable, as compose files leave it, sets nothing"
+    assert settings.admin_key is settings.chat_template is None, (
+        "an empty variable, as compose files leave it, sets nothing"
+    )
     assert "sesame" not in repr(settings)
 
 

@@ -32,7 +32,7 @@ def test_models_are_the_base_and_what_is_loaded(world: World, client: openai.Ope
     assert dict(found["demo@1"])["attributes"] == {"kind": 1.0, "true": 1.0, "fair": 1.0}
     with pytest.raises(openai.NotFoundError) as failure:
         client.models.retrieve("nothing")
-    assert failure.value.code is None
+    assert failure.value.code == "model_not_found"
     assert failure.value.type == "model_not_found"
 
 
@@ -261,6 +261,15 @@ def test_what_is_wrong_is_named(
     assert str(failure.value.param).startswith(param)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_conversation_that_is_too_long_is_a_bad_request(client: openai.OpenAI, stream: bool) -> None:
+    long: Any = [{"role": "user", "content": "word " * 200}]
+    with pytest.raises(openai.BadRequestError, match="This model's maximum context length is 96 tokens") as failure:
+        client.chat.completions.create(model="tiny", messages=long, stream=stream)
+    assert failure.value.code == "context_length_exceeded"
+    assert failure.value.param == "messages"
+
+
 def test_an_assistants_turn_may_have_no_content(client: openai.OpenAI) -> None:
     body: Any = {"model": "tiny", "temperature": 0, "max_tokens": 4}
     silent: Any = [*MESSAGES, {"role": "assistant", "content": None}, *MESSAGES]
@@ -353,8 +362,9 @@ def test_a_prompt_comes_back_as_it_was_given_without_what_the_tokenizer_adds() -
 
         words = ("<s>", "a", "b", "\n")
 
-        def __call__(self, text: str) -> Any:
-            return {"input_ids": [0, *(self.words.index(one) for one in text.lower() if one in self.words)]}
+        def __call__(self, text: str, *, add_special_tokens: bool = True, **_: Any) -> Any:
+            before = [0] if add_special_tokens else []
+            return {"input_ids": [*before, *(self.words.index(one) for one in text.lower() if one in self.words)]}
 
         def decode(self, ids: list[int], *, skip_special_tokens: bool = False, **_: Any) -> str:
             return "".join(self.words[one] for one in ids if not skip_special_tokens or 0 < one < 3)

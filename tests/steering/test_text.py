@@ -1,83 +1,115 @@
-"""A text becomes the same tokens wherever it is read, and no beginning-of-text token twice."""
+"""A text becomes the same tokens wherever it comes from."""
 
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
-from steering.errors import TextError
-from steering.text import encode, render_chat
-from tests.training.helpers import END, make_tokenizer
+from steering.text import special_tokens_before, tokenize, tokenize_pair
 
-BEGIN = "<|begin|>"
-CHATML = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-PARTS = (
-    "{% for m in messages %}{{ m.role }}:{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}{% endif %}"
-    "{% endfor %}\n{% endfor %}assistant:"
-)
-TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is red? "}]
+BOS, EOS = "<s>", "</s>"
 
 
-def test_text_gets_the_special_tokens_of_the_tokenizers_own_rule() -> None:
-    tokenizer = make_tokenizer(BEGIN)
-    assert encode(tokenizer, "Q: What?") == tokenizer("Q: What?").input_ids
-    assert encode(tokenizer, "Q: What?")[0] == tokenizer.bos_token_id
-    assert encode(tokenizer, "Q: What?", add_special_tokens=False) == tokenizer("Q: What?").input_ids[1:]
-    assert encode(tokenizer, "") == [tokenizer.bos_token_id]
+def byte_level(template: str | None) -> PreTrainedTokenizerFast:
+    """Bytes and a few merges; `template`: what stands around a text, as in "<s> $A </s>"."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(["the sky is blue, the sea is blue"] * 3, trainer)
+    if template is not None:
+        bpe.post_processor = processors.TemplateProcessing(single=template, special_tokens=[(BOS, 0), (EOS, 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BOS, eos_token=EOS)
 
 
-@pytest.mark.parametrize("closed", [False, True])
-def test_a_text_that_begins_with_the_token_does_not_get_it_again(closed: bool) -> None:
-    tokenizer = make_tokenizer(BEGIN, closed=closed)
-    assert tokenizer(f"{BEGIN}Q").input_ids[:2] == [tokenizer.bos_token_id] * 2, "what a tokenizer by itself does"
-    assert encode(tokenizer, f"{BEGIN}Q: What?") == encode(tokenizer, "Q: What?")
+@pytest.fixture(scope="module")
+def plain() -> PreTrainedTokenizerFast:
+    return byte_level(None)
 
 
-def test_what_is_written_twice_is_there_twice() -> None:
-    tokenizer = make_tokenizer(BEGIN)
-    begin = tokenizer.bos_token_id
-    assert encode(tokenizer, f"{BEGIN}{BEGIN}Q")[:2] == [begin, begin]
-    assert encode(tokenizer, f"{BEGIN}{BEGIN}Q") == encode(tokenizer, f"{BEGIN}{BEGIN}Q", add_special_tokens=False)
-    plain = make_tokenizer()  # adds nothing in front
-    assert encode(plain, f"{END}{END}Q") == plain(f"{END}{END}Q").input_ids
+@pytest.fixture(scope="module")
+def beginning() -> PreTrainedTokenizerFast:
+    return byte_level(f"{BOS} $A")
 
 
-def test_a_token_in_front_counts_whatever_the_tokenizer_calls_it() -> None:
-    tokenizer = make_tokenizer(BEGIN)
-    begin = tokenizer.bos_token_id
-    tokenizer.bos_token = None
-    assert encode(tokenizer, f"{BEGIN}Q")[:2] == [begin, tokenizer("Q").input_ids[1]]
+@pytest.fixture(scope="module")
+def both() -> PreTrainedTokenizerFast:
+    return byte_level(f"{BOS} $A {EOS}")
 
 
-def test_half_a_surrogate_pair_is_named() -> None:
-    with pytest.raises(TextError, match=r"the text holds \\ud83d, half of a surrogate pair"):
-        encode(make_tokenizer(), "Q: \ud83d")
+@pytest.fixture(params=["plain", "beginning", "both"])
+def any_tokenizer(request: pytest.FixtureRequest) -> Any:
+    return request.getfixturevalue(request.param)
 
 
-def test_a_conversation_is_rendered_up_to_the_next_answer() -> None:
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = CHATML
-    assert render_chat(tokenizer, TURNS) == "<|system|>Be brief.<|end|><|user|>What is red? <|end|><|assistant|>"
+def test_what_comes_before_a_text_is_told_by_the_tokenizer(plain: Any, beginning: Any, both: Any) -> None:
+    assert special_tokens_before(plain) == ()
+    assert special_tokens_before(beginning) == (0,)
+    assert special_tokens_before(both) == (0,)
 
 
-def test_a_template_that_wants_parts_gets_parts() -> None:
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = PARTS
-    assert render_chat(tokenizer, TURNS) == "system:Be brief.user:What is red? assistant:"
+def test_a_text_gets_the_beginning_once(beginning: Any) -> None:
+    bare = tuple(beginning("the sky", add_special_tokens=False)["input_ids"])
+    assert tokenize(beginning, "the sky").ids == (0, *bare)
+    assert tokenize(beginning, f"{BOS}the sky").ids == (0, *bare)
+    assert tokenize(beginning, "").ids == (0,)
 
 
-@pytest.mark.parametrize(
-    ("template", "said"),
-    [
-        (None, "has no chat template"),
-        ("assistant:", "it leaves out what the user says"),
-        ("{{ raise_exception('no system turns') }}", "no system turns"),
-    ],
-)
-def test_a_template_that_is_missing_or_says_nothing_is_refused(template: str | None, said: str) -> None:
-    tokenizer: Any = make_tokenizer()
-    tokenizer.chat_template = template
-    with pytest.raises(TextError, match=said):
-        render_chat(tokenizer, TURNS)
+def test_add_special_tokens_says_otherwise(beginning: Any) -> None:
+    bare = tuple(beginning("the sky", add_special_tokens=False)["input_ids"])
+    assert tokenize(beginning, "the sky", add_special_tokens=False).ids == bare
+    assert tokenize(beginning, f"{BOS}the sky", add_special_tokens=False).ids == (0, *bare)
+    assert tokenize(beginning, f"{BOS}the sky", add_special_tokens=True).ids == (0, 0, *bare)
+
+
+def test_several_tokens_before_a_text_come_together_or_not_at_all() -> None:
+    two = byte_level(f"{BOS} {EOS} $A")
+    bare = tuple(two("sea", add_special_tokens=False)["input_ids"])
+    assert tokenize(two, "sea").ids == (0, 1, *bare)
+    assert tokenize(two, f"{BOS}{EOS}sea").ids == (0, 1, *bare)
+
+
+def test_a_text_that_goes_on_is_not_ended(both: Any) -> None:
+    assert both("the sky")["input_ids"][-1] == 1
+    assert 1 not in tokenize(both, "the sky").ids
+    before, after = tokenize_pair(both, "the sky", " is blue")
+    assert 1 not in before + after
+
+
+@pytest.mark.parametrize("prompt", ["the sky", "the sky ", "東", ""])
+@pytest.mark.parametrize("continuation", [" is blue", "is", "京 is", "\n", "s"])
+def test_a_pair_is_the_whole_text(any_tokenizer: Any, prompt: str, continuation: str) -> None:
+    before, after = tokenize_pair(any_tokenizer, prompt, continuation)
+    assert before + after == tokenize(any_tokenizer, prompt + continuation).ids
+    own = any_tokenizer.decode(before, skip_special_tokens=True)
+    assert prompt.startswith(own)
+    assert after, "a continuation always has tokens of its own, or the one that it shares"
+
+
+def test_a_token_across_the_border_belongs_to_the_continuation(plain: Any) -> None:
+    whole = tokenize(plain, "the sky is").ids
+    assert len(tokenize(plain, "the").ids) == 1
+    before, after = tokenize_pair(plain, "th", "e sky is")
+    assert (before, after) == ((), whole)
+    before, after = tokenize_pair(plain, "the sky i", "s")
+    assert before + after == whole
+    assert plain.decode(after) == " is"
+
+
+def test_a_slow_tokenizer_splits_where_a_fast_one_does(beginning: Any) -> None:
+    class Slow:
+        is_fast = False
+
+        def __call__(self, text: str, **options: Any) -> Any:
+            return beginning(text, **options)
+
+    for prompt, continuation in (("the sky", " is blue"), ("the", " sea"), ("", "sea")):
+        fast = tokenize_pair(beginning, prompt, continuation)
+        assert tokenize_pair(Slow(), prompt, continuation) == fast
+    assert tokenize(Slow(), f"{BOS}sea").ids == tokenize(beginning, "sea").ids

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from steering.errors import TextError
-from steering.text import check_characters, doubled, render_chat
+from steering.text import check_characters, render_chat, tokenize
 from steering.text import encode as encode_text
 from training.data.samples import Turn
 from training.errors import DataError
@@ -79,10 +79,8 @@ def _with_spans(tokenizer: Any, text: str, *, special: bool) -> tuple[list[int],
     """The ids that `steering.text.encode` gives, and the characters of the text that each stands for."""
     with _named(text):
         check_characters(text)
-    encoding = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
-    ids, spans = list(encoding["input_ids"]), list(encoding["offset_mapping"])
-    skipped = doubled(tokenizer, text, ids) if special else 0
-    return ids[skipped:], spans[skipped:]
+    found = tokenize(tokenizer, text, add_special_tokens=None if special else False)
+    return list(found.ids), list(found.spans or ())
 
 
 def _rendered(tokenizer: Any, turns: Sequence[Turn]) -> str:

@@ -1,4 +1,4 @@
-"""GET /v1/models, POST /v1/completions and /v1/chat/completions."""
+"""GET /v1/models, POST /v1/completions, /v1/chat/completions and /v1/responses."""
 
 import time
 from typing import Any
@@ -8,6 +8,8 @@ from starlette.responses import Response
 
 from server.api.deps import ServiceDep, require_api_key
 from server.api.openai.formatting import Body, ChatFormatter, CompletionFormatter, OpenAIFormatter, stream_chunks
+from server.api.openai.responses_formatting import ResponsesFormatter
+from server.api.openai.responses_schemas import ResponseBody, ResponsesRequest
 from server.api.openai.schemas import (
     ChatCompletion,
     ChatCompletionRequest,
@@ -16,7 +18,7 @@ from server.api.openai.schemas import (
     ModelBody,
     ModelList,
 )
-from server.api.responses import STREAMS, data_response, json_response
+from server.api.responses import STREAMS, data_response, json_response, sse_response
 from server.errors import UnknownModel
 from server.registry import LoadedCheckpoint
 from server.service import Service
@@ -53,6 +55,17 @@ async def chat(body: ChatCompletionRequest, request: Request, service: ServiceDe
     """Answer in a conversation."""
     formatter = ChatFormatter(body, _head("chatcmpl", body.model, request), service.codec)
     return await _respond(formatter, body, request, service)
+
+
+@router.post("/responses", response_model=ResponseBody, responses=STREAMS)
+async def responses(body: ResponsesRequest, request: Request, service: ServiceDep) -> Response:
+    """Answer a text or a conversation; nothing is stored."""
+    request_id = request.state.request_id
+    formatter = ResponsesFormatter(body, f"resp_{request_id}", int(time.time()), service.codec)
+    params = body.to_params(service.model)
+    if body.stream:
+        return sse_response(formatter.events(await service.stream(params), request_id))
+    return await json_response(request, service.generate(params), formatter.response)
 
 
 async def _respond(

@@ -5,21 +5,24 @@ otherwise.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from server.engine.sequence import FinishReason, PositionsName
 from server.errors import InvalidField
-from server.fields import MESSAGE_FIELDS, PART_FIELDS, STREAM_FIELDS
+from server.fields import STREAM_FIELDS
 from server.schemas import (
     MAX_NEW_TOKENS,
     Attributes,
+    ChatFields,
     LenientRequest,
+    Message,
     Prompt,
     SamplingFields,
     SteeringBody,
     StrictRequest,
+    TextFields,
     TokenTraceBody,
 )
 from server.types import STEERED, Arm, CheckpointRef, GenerateParams
@@ -49,36 +52,13 @@ class StreamOptions(LenientRequest):
     include_usage: bool = Field(False, description="a last chunk with the numbers of tokens")
 
 
-class TextContentPart(LenientRequest):
-    """A part of a message."""
-
-    known_fields = PART_FIELDS
-
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(LenientRequest):
+class ChatMessage(Message):
     """One turn of a conversation."""
 
-    known_fields = MESSAGE_FIELDS
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextContentPart] = Field("", description="may be absent in the assistant's turns only")
+class OpenAIRequest(SamplingFields):
+    """What the routes have in common."""
 
-    @model_validator(mode="after")
-    def _has_content(self) -> Self:
-        if self.role != "assistant" and "content" not in self.model_fields_set:
-            raise ValueError(f"a message of role {self.role!r} needs content")
-        return self
-
-    def to_template(self) -> dict[str, str]:
-        """As chat templates take it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
-
-
-class _OpenAIRequest(SamplingFields):
     model: str = Field(min_length=1, description="the base model: unsteered; a checkpoint: its default multipliers")
     stream_options: StreamOptions | None = None
     steering: SteeringOptions | None = None
@@ -114,7 +94,7 @@ class _OpenAIRequest(SamplingFields):
         )
 
 
-class CompletionRequest(_OpenAIRequest):
+class CompletionRequest(OpenAIRequest, TextFields):
     """Continue texts."""
 
     model_config = ConfigDict(
@@ -137,10 +117,11 @@ class CompletionRequest(_OpenAIRequest):
         batch = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
         given: list[Any] = self.prompt if batch else [self.prompt]  # type: ignore[assignment]
         prompts = tuple(one if isinstance(one, str) else tuple(one) for one in given)
-        return self._params(base, self.max_tokens, self.logprobs, prompts=prompts, single=not batch, echo=self.echo)
+        text = {"prompts": prompts, "single": not batch, "add_special_tokens": self.add_special_tokens}
+        return self._params(base, self.max_tokens, self.logprobs, **text, echo=self.echo)
 
 
-class ChatCompletionRequest(_OpenAIRequest):
+class ChatCompletionRequest(OpenAIRequest, ChatFields):
     """Answer in a conversation, through the model's chat template."""
 
     model_config = ConfigDict(
@@ -176,7 +157,14 @@ class ChatCompletionRequest(_OpenAIRequest):
             raise InvalidField("'top_logprobs' needs 'logprobs': true.", param="top_logprobs")
         most = self.max_tokens or self.max_completion_tokens or MAX_NEW_TOKENS
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return self._params(base, most, logprobs, messages=tuple(message.to_template() for message in self.messages))
+        return self._params(
+            base,
+            most,
+            logprobs,
+            messages=tuple(message.to_template() for message in self.messages),
+            chat=self.chat_options(),
+            add_special_tokens=self.add_special_tokens,
+        )
 
 
 # --- responses ---

@@ -1,0 +1,399 @@
+"""A conversation reaches the model through its own template, in the form that it reads, and nothing of it is lost."""
+
+import copy
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from server.app import create_app
+from server.chat import ChatTemplate
+from server.config import Settings
+from server.errors import ChatTemplateUnusable, InvalidField, StartupError
+from server.tokenizer import Codec
+from server.types import ChatOptions
+from tests.server.conftest import END, World
+
+STRINGS = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[answer]{% endif %}"
+)
+PARTS = (
+    "{% for m in messages %}[{{ m['role'] }}]{% for c in m['content'] %}{% if c['type'] == 'text' %}"
+    "{{ c['text'] }};{% endif %}{% endfor %}{% endfor %}"
+)
+EITHER = (
+    "{% for m in messages %}[{{ m.role }}]{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for c in m.content %}{{ c.text }}|{% endfor %}{% endif %}{% endfor %}"
+)
+FIRST_PART = "{% for m in messages %}[{{ m.role }}]{{ m.content[0].text }}{% endfor %}"
+NEITHER = "{% for m in messages %}[{{ m.role }}]{{ m.text }}{% endfor %}"
+TOOLS = (
+    "{% for m in messages %}[{{ m.role }}{% if m.tool_call_id %} {{ m.tool_call_id }}{% endif %}]"
+    "{% if m.content %}{{ m.content }}{% endif %}"
+    "{% for t in m.tool_calls %}<{{ t.id }} {{ t.function.name }} ARGUMENTS>{% endfor %}{% endfor %}"
+)
+TWO = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+
+
+@pytest.fixture(scope="module")
+def template(spelling: Any) -> Callable[[str], ChatTemplate]:
+    def made(source: str) -> ChatTemplate:
+        tokenizer = copy.deepcopy(spelling)
+        tokenizer.chat_template = source
+        return ChatTemplate(tokenizer)
+
+    return made
+
+
+Made = Callable[[str], ChatTemplate]
+
+
+def user(content: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": content}]
+
+
+@pytest.mark.parametrize(
+    ("source", "string", "parts"),
+    [
+        (STRINGS, "[user]sky[answer]", "[user]onetwo[answer]"),
+        (PARTS, "[user]sky;", "[user]one;two;"),
+        (EITHER, "[user]sky", "[user]one|two|"),
+        (FIRST_PART, "[user]sky", "[user]onetwo"),
+    ],
+)
+def test_a_template_gets_the_form_that_it_reads(template: Made, source: str, string: str, parts: str) -> None:
+    made = template(source)
+    assert made.problem is None
+    assert made.render(user("sky"), ChatOptions(), "messages") == string
+    assert made.render(user(TWO), ChatOptions(), "messages") == parts
+
+
+def test_each_role_has_its_own_form(template: Made) -> None:
+    mixed = (
+        "{% for m in messages %}{% if m.role == 'system' %}S:{{ m.content.strip() }} {% else %}U:"
+        "{% for c in m.content %}{{ c.text }}{% endfor %}{% endif %}{% endfor %}"
+    )
+    turns = [{"role": "system", "content": TWO}, *user("sky")]
+    assert template(mixed).render(turns, ChatOptions(), "messages") == "S:onetwo U:sky"
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        (NEITHER, "neither from a string nor from a list of parts"),
+        ("{% for m in messages %}{{ m.content }", "TemplateSyntaxError, line 1"),
+        ("{{ missing() }}", "'missing' is undefined"),
+        ("{{ messages[0].content.upper.nothing.there }}", "UndefinedError"),
+        ("a text without messages", "neither"),
+    ],
+)
+def test_a_template_that_shows_no_message_is_the_operators_fault(template: Made, source: str, why: str) -> None:
+    made = template(source)
+    assert made.problem is not None
+    assert why in made.problem
+    with pytest.raises(ChatTemplateUnusable, match="operator"):
+        made.render(user("sky"), ChatOptions(), "messages")
+
+
+def test_a_template_may_want_a_system_message_first(template: Made) -> None:
+    strict = "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}" + PARTS
+    made = template(strict)
+    assert made.problem is None
+    assert (
+        made.render([{"role": "system", "content": "be"}, *user("sky")], ChatOptions(), "m") == "[system]be;[user]sky;"
+    )
+    with pytest.raises(InvalidField, match="refuses these messages: system first"):
+        made.render(user("sky"), ChatOptions(), "messages")
+
+
+def test_an_error_of_the_template_is_the_clients_only_where_plain_turns_work(template: Made) -> None:
+    made = template(
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ broken() }}{% endif %}{{ m.content }}"
+        "{% for t in m.tool_calls %}{{ t.function.arguments | items | list | length + t.function.name }}{% endfor %}"
+        "{% endfor %}"
+    )
+    assert made.problem is None
+    with pytest.raises(ChatTemplateUnusable, match="these roles \\(user, tool\\): UndefinedError"):
+        made.render([*user("a"), {"role": "tool", "content": "b", "tool_call_id": "1"}], ChatOptions(), "messages")
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    with pytest.raises(InvalidField, match="cannot show these messages"):
+        made.render([*user("a"), {"role": "assistant", "tool_calls": [call]}], ChatOptions(), "messages")
+
+
+def test_what_a_template_leaves_out_is_refused_by_name(template: Made) -> None:
+    made = template(
+        "{% for m in messages %}{% if m.role in ('user', 'assistant') %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    assert made.dropped == ("system", "tool")
+    for role in ("system", "developer", "tool"):
+        with pytest.raises(InvalidField, match=f"leaves out what turns of role '{role}' say") as failure:
+            made.render([{"role": role, "content": "b"}, *user("a")], ChatOptions(), "messages")
+        assert failure.value.param == "messages.0.role"
+    assert made.render([{"role": "system", "content": ""}, *user("a")], ChatOptions(), "messages") == "a"
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    with pytest.raises(InvalidField) as failure:
+        made.render([*user("a"), {"role": "assistant", "tool_calls": [call]}], ChatOptions(), "messages")
+    assert failure.value.param == "messages.1.tool_calls"
+
+
+@pytest.mark.parametrize(
+    ("writes", "shown"),
+    [
+        ("{{ t.function.arguments }}", '{"x": "a\\"b"}'),
+        ("{{ t.function.arguments | tojson }}", '{"x": "a\\"b"}'),
+        ("{% for k, v in t.function.arguments | items %}{{ k }}={{ v }}{% endfor %}", 'x=a"b'),
+        (
+            "{% if t.function.arguments is string %}{{ t.function.arguments }}{% else %}"
+            "{{ t.function.arguments | tojson }}{% endif %}",
+            '{"x": "a\\"b"}',
+        ),
+    ],
+)
+def test_calls_of_tools_and_their_answers_reach_the_template(template: Made, writes: str, shown: str) -> None:
+    made = template(TOOLS.replace("ARGUMENTS", writes))
+    call = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": '{"x": "a\\"b"}'}}
+    turns = [
+        *user("sky?"),
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "blue", "tool_call_id": "call_1"},
+    ]
+    text = made.render(turns, ChatOptions(), "messages")
+    assert text == f"[user]sky?[assistant]<call_1 look {shown}>[tool call_1]blue"
+
+
+def test_a_developer_is_one_where_the_template_knows_the_word(template: Made) -> None:
+    turns = [{"role": "developer", "content": "be"}, *user("sky")]
+    assert template(STRINGS).render(turns, ChatOptions(), "m") == "[system]be[user]sky[answer]"
+    assert template(STRINGS + "{# developer #}").render(turns, ChatOptions(), "m") == "[developer]be[user]sky[answer]"
+
+
+def test_variables_of_the_template_are_set_and_others_refused(template: Made) -> None:
+    made = template(STRINGS + "{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}")
+
+    def text(**variables: Any) -> str:
+        return made.render(user("a"), ChatOptions(variables), "messages")
+
+    assert text() == "[user]a[answer]<think>"
+    assert text(enable_thinking=False) == "[user]a[answer]"
+    assert text(other=False, empty=None) == text(), "what is false asks for nothing"
+    with pytest.raises(InvalidField, match="no variable 'enable_thinkng'; did you mean 'enable_thinking'") as failure:
+        text(enable_thinkng=True)
+    assert failure.value.param == "chat_template_kwargs.enable_thinkng"
+    for name in ("tokenize", "chat_template", "messages", "add_generation_prompt"):
+        with pytest.raises(InvalidField, match="may set"):
+            text(**{name: "x"})
+
+
+def test_an_answer_begins_or_the_last_message_goes_on(template: Made) -> None:
+    ended = "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}[end]{% endfor %}"
+    made = template(ended + "{% if add_generation_prompt %}[answer]{% endif %}")
+    turns = [*user("sky?"), {"role": "assistant", "content": "It is "}]
+    begun = "[user]sky?[end][assistant]It is"
+    assert made.render(turns, ChatOptions(), "m") == f"{begun}[end][answer]"
+    assert made.render(turns, ChatOptions(add_generation_prompt=False), "m") == f"{begun}[end]"
+    assert made.render(turns, ChatOptions(continue_final_message=True), "m").rstrip() == begun
+    with pytest.raises(InvalidField) as failure:
+        made.render([*user("a"), {"role": "assistant"}], ChatOptions(continue_final_message=True), "messages")
+    assert failure.value.param == "continue_final_message"
+
+
+# --- through the server ---
+
+
+@pytest.fixture
+def served(world: World, template: Made, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Callable[..., Any]]:
+    """A chat template for the server -> what `/tokenize` makes of a conversation, as text."""
+
+    def serve(source: str) -> Callable[..., Any]:
+        monkeypatch.setattr(world.service.codec, "chat", template(source))
+
+        def text(messages: Any, **fields: Any) -> Any:
+            response = world.client.post("/tokenize", json={"messages": messages, **fields})
+            if response.status_code != 200:
+                return response.status_code, response.json()["error"]
+            return world.service.codec.decode_all(response.json()["tokens"])
+
+        return text
+
+    return serve
+
+
+def test_every_route_gives_the_template_what_it_reads(
+    world: World, served: Callable[[str], Callable[..., Any]], spelling: Any
+) -> None:
+    assert served(PARTS)(user("What colour?")) == "[user]What colour?;"
+    ids = spelling("[user]What colour?;", add_special_tokens=False)["input_ids"]
+    rules = {"temperature": 0, "ignore_eos": True}
+    expected = world.client.post(
+        "/v1/completions", json={"model": "tiny", "prompt": ids, "max_tokens": 8, **rules}
+    ).json()["choices"][0]["text"]
+    native = world.post(messages=user("What colour?"), attributes={}, max_new_tokens=8, **rules)
+    assert native["results"][0]["text"] == expected
+    body = {"model": "tiny", "messages": user([{"type": "text", "text": "What colour?"}]), "max_tokens": 8, **rules}
+    chat = world.client.post("/v1/chat/completions", json=body).json()
+    assert chat["choices"][0]["message"]["content"] == expected
+    responses = {"model": "tiny", "input": "What colour?", "max_output_tokens": 8, **rules}
+    answer = world.client.post("/v1/responses", json=responses).json()
+    assert answer["output"][0]["content"][0]["text"] == expected
+
+
+def test_a_template_that_shows_nothing_is_not_blamed_on_the_client(
+    world: World, served: Callable[[str], Callable[..., Any]]
+) -> None:
+    status, error = served(NEITHER)(user("a"))
+    assert (status, error["type"], error["code"]) == (501, "chat_template_unusable", "chat_template_unusable")
+    chat = {"model": "tiny", "messages": user("a")}
+    assert world.client.post("/v1/chat/completions", json=chat).status_code == 501
+    assert world.post(prompt="a", max_new_tokens=1)["results"]
+
+
+def test_fields_of_a_conversation_reach_the_template(served: Callable[[str], Callable[..., Any]]) -> None:
+    text = served(STRINGS + "{{ '<think>' if thinks }}")
+    turns = [*user("sky?"), {"role": "assistant", "content": "It is"}]
+    assert text(turns) == "[user]sky?[assistant]It is[answer]"
+    assert text(turns, continue_final_message=True) == "[user]sky?[assistant]It is"
+    assert text(turns, add_generation_prompt=False) == "[user]sky?[assistant]It is"
+    assert text(turns, chat_template_kwargs={"thinks": True}) == "[user]sky?[assistant]It is[answer]<think>"
+    status, error = text(turns, continue_final_message=True, add_generation_prompt=True)
+    assert (status, error["param"]) == (422, "continue_final_message")
+
+
+@pytest.mark.parametrize("field", ["chat_template_kwargs", "continue_final_message", "add_generation_prompt"])
+def test_fields_of_a_conversation_are_refused_with_a_prompt(world: World, field: str) -> None:
+    status, error = world.refused(**{"prompt": "a", field: {"x": 1} if field.endswith("kwargs") else True})
+    assert (status, error["param"]) == (422, field)
+
+
+def test_turns_with_tools_come_through_every_route(world: World, served: Callable[[str], Callable[..., Any]]) -> None:
+    text = served(TOOLS.replace("ARGUMENTS", "{{ t.function.arguments | tojson }}"))
+    call = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": '{"x": 1}'}}
+    turns = [
+        *user("sky?"),
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "blue", "tool_call_id": "call_1"},
+    ]
+    assert text(turns) == '[user]sky?[assistant]<call_1 look {"x": 1}>[tool call_1]blue'
+    chat = {"model": "tiny", "messages": turns, "max_tokens": 4, "temperature": 0}
+    expected = world.client.post("/v1/chat/completions", json=chat).json()["choices"][0]["message"]["content"]
+    items = [
+        {"role": "user", "content": "sky?"},
+        {"type": "function_call", "call_id": "call_1", "name": "look", "arguments": '{"x": 1}'},
+        {"type": "function_call_output", "call_id": "call_1", "output": "blue"},
+    ]
+    body = {"model": "tiny", "input": items, "max_output_tokens": 4, "temperature": 0}
+    answer = world.client.post("/v1/responses", json=body).json()
+    assert answer["output"][0]["content"][0]["text"] == expected
+    native = world.post(messages=turns, attributes={}, max_new_tokens=4, temperature=0)
+    assert native["results"][0]["text"] == expected
+
+
+@pytest.mark.parametrize(
+    ("turn", "param"),
+    [
+        ({"role": "user", "content": "a", "tool_calls": [{"function": {"name": "f", "arguments": ""}}]}, "messages.0"),
+        ({"role": "user", "content": "a", "tool_call_id": "1"}, "messages.0"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": 5, "arguments": ""}}]}, "messages.0.tool_calls.0."),
+        ({"role": "tool", "tool_call_id": "1"}, "messages.0.content"),
+        ({"role": "developer", "content": None}, "messages.0.content"),
+    ],
+)
+def test_a_turn_that_is_not_whole_is_refused(world: World, turn: dict[str, Any], param: str) -> None:
+    status, error = world.refused(messages=[turn])
+    assert status == 422
+    assert error["param"].startswith(param)
+
+
+def test_the_operator_gives_a_template_and_is_told_what_is_wrong_with_it(
+    settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "mine.jinja"
+    file.write_text("{% for m in messages %}<<{{ m.content }}>>{% endfor %}")
+    with TestClient(create_app(settings.model_copy(update={"chat_template": file}))) as client:
+        ids = client.post("/tokenize", json={"messages": user("sky")}).json()["tokens"]
+        assert client.post("/detokenize", json={"tokens": ids}).json()["prompt"] == "<<sky>>"
+        assert client.get("/tokenizer_info").json()["chat_template"] == file.read_text()
+    file.write_text(NEITHER)
+    with (
+        caplog.at_level(logging.WARNING, "server.assembly"),
+        TestClient(create_app(settings.model_copy(update={"chat_template": file}))) as client,
+    ):
+        assert str(file) in caplog.text
+        assert "neither from a string nor from a list of parts" in caplog.text
+        assert client.post("/tokenize", json={"messages": user("sky")}).status_code == 501
+    with pytest.raises(StartupError, match=r"gone.jinja' .*cannot be read: No such file"):
+        create_app(settings.model_copy(update={"chat_template": tmp_path / "gone.jinja"}))
+
+
+# --- special tokens ---
+
+
+@pytest.fixture
+def beginning(world: World, spelling: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The server's tokenizer puts <|end|> before every text, and its chat template writes it."""
+    from tokenizers import processors
+
+    tokenizer = copy.deepcopy(spelling)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END} $A", special_tokens=[(END, 0)]
+    )
+    tokenizer.chat_template = END + STRINGS
+    assert tokenizer("a")["input_ids"][0] == 0
+    codec = world.service.codec
+    monkeypatch.setattr(world.service, "codec", Codec(tokenizer, vocab=codec._vocab, context=codec.context))
+    return tokenizer
+
+
+TEXT = "Q: What colour is the sky?"
+
+
+@pytest.mark.parametrize(
+    ("text", "fields", "begins"),
+    [
+        (TEXT, {}, 1),
+        (END + TEXT, {}, 1),
+        (TEXT, {"add_special_tokens": False}, 0),
+        (END + TEXT, {"add_special_tokens": True}, 2),
+        (END + TEXT, {"add_special_tokens": False}, 1),
+    ],
+)
+def test_a_text_begins_once_on_every_route(
+    world: World, beginning: Any, text: str, fields: dict[str, Any], begins: int
+) -> None:
+    own = beginning(TEXT, add_special_tokens=False)["input_ids"]
+    tokens = world.client.post("/tokenize", json={"prompt": text, **fields}).json()["tokens"]
+    assert tokens == [0] * begins + own
+    generated = world.post(prompt=text, max_new_tokens=1, **fields)["results"][0]
+    assert generated["usage"]["prompt_tokens"] == begins + len(own)
+    body = {"model": "tiny", "prompt": text, "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1, **fields}
+    echoed = world.client.post("/v1/completions", json=body).json()
+    assert echoed["usage"]["prompt_tokens"] == begins + len(own)
+    assert echoed["choices"][0]["text"].startswith(text)
+    assert len(echoed["choices"][0]["logprobs"]["tokens"]) == begins + len(own) + 1
+    by_ids = world.client.post("/v1/completions", json={**body, "prompt": tokens, "add_special_tokens": None}).json()
+    assert by_ids["choices"][0]["logprobs"]["token_logprobs"] == echoed["choices"][0]["logprobs"]["token_logprobs"], (
+        "the numbers are those of the ids that /tokenize tells"
+    )
+    arms = [{"name": "a", "attributes": {}}]
+    compared = world.client.post("/compare", json={"prompt": text, "arms": arms, "max_new_tokens": 1, **fields}).json()
+    assert compared["arms"][0]["results"][0]["usage"]["prompt_tokens"] == begins + len(own)
+    score = {"prompt": text, "continuations": [" A: The sky is blue."], "attributes": {}, **fields}
+    scored = world.client.post("/score", json=score).json()["scores"][0]
+    whole = world.client.post("/v1/completions", json={**body, "prompt": text + score["continuations"][0]}).json()
+    logprobs = whole["choices"][0]["logprobs"]["token_logprobs"][:-1]
+    assert [one["logprob"] for one in scored["tokens"]] == pytest.approx(logprobs[-len(scored["tokens"]) :], rel=1e-4)
+
+
+def test_a_conversation_has_the_beginning_that_its_template_writes(world: World, beginning: Any) -> None:
+    for more, begins in (({}, 1), ({"add_special_tokens": False}, 1), ({"add_special_tokens": True}, 2)):
+        tokens = world.client.post("/tokenize", json={"messages": user("a"), **more}).json()["tokens"]
+        assert tokens[: begins + 1].count(0) == begins
+        usage = world.post(messages=user("a"), max_new_tokens=1, **more)["results"][0]["usage"]
+        assert usage["prompt_tokens"] == len(tokens)
+        body = {"model": "tiny", "messages": user("a"), "max_tokens": 1, **more}
+        assert world.client.post("/v1/chat/completions", json=body).json()["usage"]["prompt_tokens"] == len(tokens)
+    rendered = beginning.apply_chat_template(user("a"), tokenize=False, add_generation_prompt=True)
+    plain = world.post(prompt=rendered, max_new_tokens=1)["results"][0]["usage"]["prompt_tokens"]
+    assert plain == len(world.client.post("/tokenize", json={"messages": user("a")}).json()["tokens"])
