@@ -68,7 +68,7 @@ PARTS: Mapping[str, tuple[Mapping[str, KnownField], type[LenientRequest]]] = {
 def page() -> str:
     parts = [HEAD, "## The body\n", *_table(BODY_FIELDS, ROUTES)]
     for title, (known, schema) in PARTS.items():
-        parts += [f"## {title}\n", *_table(known, {"": schema})]
+        parts += [f"## {title}\n", *_table(known, {"what becomes of it": schema})]
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -86,7 +86,7 @@ def _table(known: Mapping[str, KnownField], schemas: Mapping[str, type[LenientRe
         statuses = [status(field, schema) for schema in schemas.values()]
         notes = field.note
         if field.instead and "no" in statuses:
-            notes = f"elsewhere {' or '.join(f'`{other}`' for other in field.instead)}"
+            notes = f"send {' or '.join(f'`{other}`' for other in field.instead)} instead"
         cells = (f"`{field.name}`", field.origin, *statuses, _passing(field), notes)
         yield f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in cells)}|"
     yield ""
@@ -105,5 +105,6 @@ def _passing(field: KnownField) -> str:
     if field.same_as:
         values.append(f"the value of `{field.same_as}`")
     if field.idle_without:
-        values.append(f"any without {', '.join(f'`{other}`' for other in field.idle_without)}")
+        others = ", ".join(f"`{other}`" for other in field.idle_without)
+        values.append(f"any value where nothing is asked for by {others}")
     return ", ".join(values)

@@ -89,8 +89,14 @@ BODY_FIELDS = _fields(
     KnownField("service_tier", OPENAI, ignored=True, note="there is one tier"),
     KnownField("stop", OPENAI, neutral=("", [])),
     KnownField("store", OPENAI, ignored=True, note="no answer is stored"),
-    KnownField("stream", OPENAI),
-    KnownField("stream_options", OPENAI, neutral=({}, {"include_usage": False})),
+    KnownField("stream", OPENAI, neutral=(False,)),
+    KnownField(
+        "stream_options",
+        OPENAI,
+        neutral=({}, {"include_usage": False}),
+        idle_without=("stream",),
+        note="the last event of /generate has `usage` anyway",
+    ),
     KnownField("suffix", OPENAI, neutral=("",)),
     KnownField("temperature", OPENAI),
     KnownField("tool_choice", OPENAI, neutral=("none", "auto")),
@@ -266,8 +272,8 @@ def without_neutral(given: Any, known: Mapping[str, KnownField], supported: Coll
     kept = {}
     for name, value in given.items():
         field = known.get(name, KnownField(name, ""))
-        if name in supported and field.ignored:
-            field = KnownField(name, "")
+        if name in supported:  # the schema checks what it has, also where it is idle
+            field = KnownField(name, "", field.neutral)
         if field.asks(value, given):
             kept[name] = value
     return kept

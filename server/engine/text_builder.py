@@ -65,14 +65,14 @@ class TextBuilder:
             return False
         old = len(self.text)
         self.text += self._shown.read(final=final)
-        matches = _matches(self._stop, self.text, old) if stops and self._stop else []
-        found = [_Match(end, _Place(begin), stop) for end, begin, stop in matches]
+        first = _first_match(self._stop, self.text, old) if stops and self._stop else None
+        found = [_Match(first[0], _Place(first[1]), first[2])] if first else []
         if self._whole is not None:
             found += self._whole.read(self._stop if stops else (), len(self.text), final=final)
         if not found:
             return False
-        first = min(found)
-        self.text = self.text[: first.begin.characters] + first.begin.unfinished + first.stop * self._include
+        _, begin, stop = min(found)
+        self.text = self.text[: begin.characters] + begin.unfinished + stop * self._include
         self._ended = True
         return True
 
@@ -104,6 +104,7 @@ class _WholeText:
         """`text`: what has been before the first special token, which is the same in both."""
         self._detokenizer = detokenizer
         self._text = text
+        self._searched = len(text)
         self._lengths = [len(text)]  # after each token since then
         self._shown = [_Place(len(text))]  # and where that is in the text that is shown
 
@@ -116,16 +117,17 @@ class _WholeText:
         self._detokenizer.push(token)
 
     def read(self, stops: tuple[str, ...], shown: int, *, final: bool) -> list[_Match]:
-        """`shown`: how long the text that is shown is now. Returns the stop strings that are complete by now and were
-        not before."""
-        old, before = len(self._text), self._shown[-1]
+        """`shown`: how long the text that is shown is now. Returns the stop string that is complete first of those
+        that were not before, if there is one."""
+        old, before = self._searched, self._shown[-1]
         self._text += self._detokenizer.read(final=final)
+        self._searched = len(self._text)
         self._lengths.append(len(self._text))
         self._shown.append(_Place(shown, before.unfinished if shown == before.characters else ""))
-        return [
-            _Match(self._at(end).characters, self._at(begin), stop)
-            for end, begin, stop in _matches(stops, self._text, old)
-        ]
+        if (first := _first_match(stops, self._text, old)) is None:
+            return []
+        end, begin, stop = first
+        return [_Match(self._at(end).characters, self._at(begin), stop)]
 
     def certain(self, stops: tuple[str, ...]) -> int:
         return self._at(len(self._text) - _unsure(stops, self._text)).characters
@@ -143,10 +145,11 @@ class _WholeText:
         return max(first, _Place(last.characters - behind))
 
 
-def _matches(stops: tuple[str, ...], text: str, old: int) -> list[tuple[int, int, str]]:
-    """Of each stop string where it ends and begins for the first time, so that it ends behind `old` characters."""
+def _first_match(stops: tuple[str, ...], text: str, old: int) -> tuple[int, int, str] | None:
+    """Where the stop string ends and begins that is complete first behind the first `old` characters, and which one it
+    is. Of several that end there it is the longest."""
     places = [(text.find(stop, max(0, old - len(stop) + 1)), stop) for stop in stops]
-    return [(begin + len(stop), begin, stop) for begin, stop in places if begin >= 0]
+    return min(((begin + len(stop), begin, stop) for begin, stop in places if begin >= 0), default=None)
 
 
 def _unsure(stops: tuple[str, ...], text: str) -> int:

@@ -55,7 +55,7 @@ def test_every_other_value_of_a_field_that_a_route_does_not_have_is_refused_by_n
     refused = [one for one in BODY_FIELDS.values() if one.name not in kind.model_fields and not one.ignored]
     assert len(refused) > 50
     for field in refused:
-        body = {"repetition_penalty": 1.1, "skip_special_tokens": False}  # so that nothing is idle
+        body = {"repetition_penalty": 1.1, "skip_special_tokens": False, "stream": True}  # so that nothing is idle
         with pytest.raises(UnsupportedField) as error:
             whole(route, **body, **{field.name: {"odd": [1]}})
         assert error.value.param == field.name
@@ -78,6 +78,7 @@ def test_every_other_value_of_a_field_that_a_route_does_not_have_is_refused_by_n
         {"logprobs": False},
         {"stream_options": {}},
         {"stream_options": {"include_usage": False}},
+        {"stream_options": {"include_usage": True}},
         {"function_call": "none"},
         {"priority": 0},
         {"best_of": 1},
@@ -126,6 +127,7 @@ def test_what_asks_for_nothing_is_accepted(world: World, route: str, body: dict[
         ({"spaces_between_special_tokens": False, "skip_special_tokens": False}, "spaces_between_special_tokens", ""),
         ({"cache_salt": "secret"}, "cache_salt", "not supported"),
         ({"n_predict": 5}, "n_predict", "does it here"),
+        ({"stream_options": {"everything": True}, "stream": True}, "stream_options", ""),
     ],
     ids=str,
 )
@@ -135,7 +137,8 @@ def test_what_is_not_supported_is_a_400_that_names_it(
 ) -> None:
     response = world.client.post(route, json=ROUTES[route][1] | body)
     error = response.json()["error"]
-    assert (response.status_code, error["type"], error["param"]) == (400, "unsupported_field", param)
+    assert (response.status_code, error["type"]) == (400, "unsupported_field")
+    assert error["param"].split(".")[0] == param
     assert sentence in error["message"]
 
 

@@ -130,6 +130,16 @@ def test_a_row_that_asks_for_nothing_keeps_its_token_whatever_its_neighbours_ask
     assert beside.tokens[0] == alone.tokens[0]
 
 
+def test_a_batch_that_asks_for_none_of_them_pays_for_none() -> None:
+    scores = logits(2)
+    plain = Sampler([SamplingParams(), SamplingParams(temperature=0, top_k=3)], VOCAB, CPU, ENDS[:2])
+    assert plain._adjusted(scores, [[1], [2]], [0, 0]) is scores
+    asking = Sampler([SamplingParams(), SamplingParams(logit_bias=((1, 2.0),))], VOCAB, CPU, ENDS[:2])
+    adjusted = asking._adjusted(scores, [[1], [2]], [0, 0])
+    assert torch.equal(adjusted[0], scores[0])
+    assert (adjusted - scores).nonzero().tolist() == [[1, 1]]
+
+
 def test_log_probabilities_are_those_of_the_model_whatever_is_asked_of_the_draw() -> None:
     rules = [SamplingParams(**{**vars(rule), "logprobs": 2}) for rule in RULES]
     scores = logits(len(rules))

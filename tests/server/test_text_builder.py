@@ -62,6 +62,8 @@ def ids(*words: str) -> list[int]:
         (("<|im_end|>",), ["a", "b", "<|im_end|>", "a"], "ab", "ab", 3),
         # begins with one
         (("<|im_end|>\n",), ["a", "<|im_end|>", "b", "<|im_end|>", "\n", "a"], "ab", "a<|im_end|>b", 5),
+        # begins with one, and is held back over several tokens
+        (("<|im_end|>ba\n",), ["a", "<|im_end|>", "b", "<|im_end|>", "b", "a", "\n"], "ab", "a<|im_end|>b", 7),
         # ends with one
         (("b<|im_end|>",), ["a", "<|im_end|>", "b", "<|im_end|>", "a"], "a", "a<|im_end|>", 4),
         # contains one
@@ -109,6 +111,8 @@ def test_a_stop_string_in_the_text_that_is_shown_ends_it_also_across_a_token_tha
         ({"stop": ("b<s>",)}, "a"),
         ({"stop": ("<|im_end|>",), "include_stop_str_in_output": True}, "a<|im_end|>"),
         ({"stop": ("a<|im",), "include_stop_str_in_output": True}, "a<|im"),
+        ({"stop": ("<|im_end|>", "im"), "include_stop_str_in_output": True}, "aim"),  # complete before the other one
+        ({"stop": ("|>", "<|im_end|>"), "include_stop_str_in_output": True}, "a<|im_end|>"),  # both complete at once
         ({"stop_token_ids": (3,)}, "a"),
         ({"stop_token_ids": (3,), "include_stop_str_in_output": True}, "ab"),
         ({"stop_token_ids": (3,), "stop": ("b",)}, "a"),
@@ -181,22 +185,25 @@ def first_stop(text: str, stops: Sequence[str]) -> tuple[int, str] | None:
     return None
 
 
-token_lists = st.lists(st.integers(0, len(WORDS) - 1), min_size=1, max_size=12)
-stop_lists = st.lists(
-    st.one_of(
-        st.text(alphabet="ab<|>\n ", min_size=1, max_size=4),
-        st.lists(st.sampled_from(WORDS), min_size=1, max_size=3).map("".join),
-    ),
-    min_size=1,
-    max_size=3,
-)
+@st.composite
+def texts_with_stops(draw: st.DrawFn) -> tuple[list[int], tuple[str, ...]]:
+    """Tokens, and stop strings of which many are in their text, with special tokens or without."""
+    tokens = draw(st.lists(st.integers(0, len(WORDS) - 1), min_size=1, max_size=12))
+    found = []
+    for text in (decode(tokens), decode_all(tokens)):
+        begin = draw(st.integers(0, len(text)))
+        found.append(text[begin : begin + draw(st.integers(1, 16))])
+    made = draw(st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=3).map("".join), max_size=2))
+    stops = draw(st.permutations([*found, *made]))[: draw(st.integers(1, 3))]
+    return tokens, tuple(filter(None, stops)) or ("ab",)
 
 
-@given(token_lists, stop_lists, st.booleans(), st.booleans())
+@given(texts_with_stops(), st.booleans(), st.booleans())
 def test_a_streamed_text_is_the_whole_one_and_ends_before_its_first_stop_string(
-    tokens: list[int], stops: list[str], include: bool, skip: bool
+    text_with_stops: tuple[list[int], tuple[str, ...]], include: bool, skip: bool
 ) -> None:
-    rules: Any = {"stop": tuple(stops), "include_stop_str_in_output": include, "skip_special_tokens": skip}
+    tokens, stops = text_with_stops
+    rules: Any = {"stop": stops, "include_stop_str_in_output": include, "skip_special_tokens": skip}
     text, reason, pieces, taken = run(tokens, eos=frozenset(), **rules)
     assert "".join(pieces) == text, "nothing is taken back, nothing is missing"
     shown = decode(tokens[:taken]) if skip else decode_all(tokens[:taken])
@@ -207,7 +214,7 @@ def test_a_streamed_text_is_the_whole_one_and_ends_before_its_first_stop_string(
         return
     assert not any(stop in decode_all(tokens[: taken - 1]) for stop in stops), "it has not ended too late"
     assert not skip or not any(stop in decode(tokens[: taken - 1]) for stop in stops)
-    ended = next((stop for stop in stops if text.endswith(stop)), "") if include else ""
+    ended = max((stop for stop in stops if include and text.endswith(stop)), key=len, default="")
     body = text.removesuffix(ended)
     assert shown.startswith(body)
     if not include:
@@ -218,9 +225,10 @@ def test_a_streamed_text_is_the_whole_one_and_ends_before_its_first_stop_string(
         assert text == whole[: found[0]] + (found[1] if include else "")
 
 
-@given(token_lists, stop_lists, st.booleans(), st.integers(0, 12))
-def test_with_min_tokens_too(tokens: list[int], stops: list[str], include: bool, least: int) -> None:
-    rules: Any = {"stop": tuple(stops), "include_stop_str_in_output": include, "min_tokens": least}
+@given(texts_with_stops(), st.booleans(), st.integers(0, 12))
+def test_with_min_tokens_too(text_with_stops: tuple[list[int], tuple[str, ...]], include: bool, least: int) -> None:
+    tokens, stops = text_with_stops
+    rules: Any = {"stop": stops, "include_stop_str_in_output": include, "min_tokens": least}
     text, reason, pieces, taken = run(tokens, eos=frozenset(), **rules)
     assert "".join(pieces) == text
     assert taken >= min(least, len(tokens))
