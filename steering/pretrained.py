@@ -38,6 +38,8 @@ class Adapter:
 
     id: str
     base: str
+    folder: Path
+    """Where its files are."""
     base_revision: str | None = None
 
     def __str__(self) -> str:
@@ -85,9 +87,9 @@ def open_pretrained(
         )  # fmt: skip
     except ModelError as error:
         _refuse(id, f"it is a LoRA adapter, and this is wrong with its base model: {error}", error)
-    model = _merged(peft, base.model, id, revision)
-    own = Path(id).is_dir() and any(_matching(Path(id), TOKENIZERS))
-    tokenizer = _open_tokenizer(id, revision, trust_remote_code) if own else base.tokenizer
+    model = _merged(peft, base.model, adapter)
+    own = any(_matching(adapter.folder, TOKENIZERS))
+    tokenizer = _open_tokenizer(str(adapter.folder), None, trust_remote_code) if own else base.tokenizer
     log.info("merged the LoRA adapter %s into the weights of %s", id, adapter.base)
     return Pretrained(model, tokenizer, adapter)
 
@@ -104,11 +106,14 @@ def open_config(id: str, *, revision: str | None = None, trust_remote_code: bool
 
 def _adapter(id: str, revision: str | None) -> Adapter | None:
     """The adapter that this is, where it is one. Raises ModelError as `_look_at` does, and for one of an adapter."""
-    found = _look_at(id, revision)
+    try:
+        found = _look_at(id, revision)
+    except OSError as error:  # no permission, a name that is too long
+        _refuse(id, f"{error.filename or id} cannot be read ({error.strerror})", error)
     if found is None:
         return None
     base = Path(found.base)
-    if found.base == id or ((base / ADAPTER).is_file() and not (base / CONFIG).is_file()):
+    if found.base == id or ((base / ADAPTER).is_file() and not _matching(base, (WEIGHTS, INDEX))):
         _refuse(id, f"its base model {found.base!r} is an adapter itself; merge that one into its own base model first")
     return found
 
@@ -121,19 +126,20 @@ def _look_at(id: str, revision: str | None) -> Adapter | None:
         raise ModelError("No model is named: give a Hugging Face id or a folder.")
     if folder.is_dir():
         _check_files(id, folder)
-        config, adapter = (path if (path := folder / name).is_file() else None for name in (CONFIG, ADAPTER))
+        adapter = path if (path := folder / ADAPTER).is_file() else None
+        beside = bool(_matching(folder, (WEIGHTS, INDEX, *PICKLES)))
     elif folder.is_file():
         _refuse(id, _what_a_file_is(folder))
     elif folder.is_absolute() or id.startswith((".", "~")) or id.count("/") > 1:
         raise ModelError(f"There is no model folder {id!r}.")
     else:
         adapter = _hub_file(id, ADAPTER, revision)
-        config = _hub_file(id, CONFIG, revision) if adapter else None
+        beside = adapter is not None and _hub_file(id, CONFIG, revision) is not None
     if adapter is None:
         if folder.is_dir():
             _check_model_folder(id, folder)
         return None
-    if config is not None:
+    if beside:
         _refuse(
             id,
             f"a LoRA adapter ({ADAPTER}) lies beside the weights of a model, and which of them is meant is not clear; "
@@ -145,9 +151,11 @@ def _look_at(id: str, revision: str | None) -> Adapter | None:
         _refuse(id, f"{ADAPTER} does not name the adapter's base model (base_model_name_or_path)")
     if (kind := said.get("peft_type")) not in MERGED:
         _refuse(id, f"it is an adapter of the type {kind}; only {', '.join(MERGED)} can be merged into weights")
-    if folder.is_dir() and not (folder / ADAPTER_WEIGHTS).is_file():
+    if not folder.is_dir() and (weights := _hub_file(id, ADAPTER_WEIGHTS, revision)):
+        folder = weights.parent
+    if not (folder / ADAPTER_WEIGHTS).is_file():
         _refuse(id, f"the adapter's weights, {ADAPTER_WEIGHTS}, are missing (pickles are not read)")
-    return Adapter(id, base, said.get("revision"))
+    return Adapter(id, base, folder, said.get("revision"))
 
 
 def _hub_file(id: str, name: str, revision: str | None) -> Path | None:
@@ -180,7 +188,7 @@ def _check_files(id: str, folder: Path) -> None:
 
 
 def _check_model_folder(id: str, folder: Path) -> None:
-    """Raises ModelError where config, weights or tokenizer are missing or broken."""
+    """Raises ModelError where the config is missing or broken."""
     if not (folder / CONFIG).is_file():
         if any(_matching(folder, ("*.gguf",))):
             _refuse(id, "it holds GGUF files, which are not read; name a folder of Hugging Face's format (safetensors)")
@@ -326,14 +334,13 @@ def _peft(adapter: Adapter) -> Any:
     return peft
 
 
-def _merged(peft: Any, model: Any, id: str, revision: str | None) -> Any:
+def _merged(peft: Any, model: Any, adapter: Adapter) -> Any:
     """The model with the adapter's changes in its weights."""
-    options = {} if Path(id).is_dir() else {"revision": revision or "main"}
     try:
-        merged = peft.PeftModel.from_pretrained(model, id, use_safetensors=True, **options).merge_and_unload()
+        merged = peft.PeftModel.from_pretrained(model, str(adapter.folder)).merge_and_unload()
         return merged.eval().requires_grad_(False)
     except Exception as error:
-        _refuse_as(id, error, "the adapter cannot be merged: ")
+        _refuse_as(adapter.id, error, "the adapter cannot be merged: ")
 
 
 def _where(id: str, revision: str | None) -> dict[str, Any]:

@@ -155,8 +155,9 @@ class DataOptions(OptionGroup):
         list[str] | None,
         typer.Option(
             metavar="NAME=PATH",
-            help="An attribute and its JSON lines of prompt, completion, label; or a known data set, as in "
-            "truthfulqa=PATH, truthfulness=truthfulqa:PATH or truthfulqa=hub:ID (docs/data.md). Repeat for more.",
+            help="An attribute and its JSON lines of prompt, completion, label, or of messages, label; or a known data "
+            "set, as in truthfulqa=PATH, truthfulness=truthfulqa:PATH or truthfulqa=hub:ID (docs/data.md). Repeat for "
+            "more.",
         ),
     ] = None
     more: Annotated[list[str] | None, typer.Argument(metavar="[NAME=PATH]...", help="More data, as after --data.")] = (

@@ -55,7 +55,7 @@ def test_requests_of_the_other_form_are_remarked_on_once(forms: Settings, caplog
 
 
 def test_a_merged_adapter_is_named_in_the_list_of_models(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapter = Adapter("org/my-lora", settings.model)
+    adapter = Adapter("org/my-lora", settings.model, Path())
     monkeypatch.setattr(assembly, "load_model", lambda settings: replace(load_model(settings), adapter=adapter))
     with TestClient(create_app(settings)) as client:
         models = client.get("/v1/models").json()["data"]

@@ -42,6 +42,11 @@ def test_a_folder_that_is_not_there_is_named(id: str) -> None:
         open_pretrained(id, device=CPU)
 
 
+def test_a_name_that_no_file_system_takes_is_one_sentence() -> None:
+    with pytest.raises(ModelError, match=r"a{300}' cannot be loaded: a{300} cannot be read \(File name too long\)\."):
+        open_pretrained("a" * 300, device=CPU)
+
+
 def test_code_of_the_folder_does_not_run_unasked_whatever_is_answered(model_with_code: Path) -> None:
     for opens in (lambda id: open_pretrained(id, device=CPU), open_config):
         with pytest.raises(ModelError, match=r"only with --trust-remote-code \(or MATSTEER_TRUST_REMOTE_CODE=true\)"):
@@ -67,6 +72,7 @@ def test_code_beside_an_architecture_that_is_known_stays_unused(model_with_code:
 def test_an_adapter_without_peft_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     adapter()(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')  # as some tools copy it there
     said = (
         r"it is a LoRA adapter for org/base, and merging it needs the package peft \(extra `lora`\): pip install peft"
     )
@@ -104,6 +110,27 @@ def test_an_adapter_is_merged_into_its_base_model(
     plain = open_pretrained(str(sound_model), device=CPU).model(ids).logits
     assert float((opened.model(ids).logits - plain).abs().max()) > 0.1
     assert open_config(str(folder)).model_type == "llama"
+
+
+@PEFTS_OWN
+@torch.no_grad()
+def test_an_adapter_of_the_hub_is_merged_too_unless_it_is_pickled(
+    lora: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, adapted = lora
+    monkeypatch.setattr(
+        "steering.pretrained._hub_file", lambda _, name, __: path if (path := folder / name).is_file() else None
+    )
+    opened = open_pretrained("me/my-lora", device=CPU)
+    assert str(opened.adapter) == "me/my-lora (LoRA, merged into model)"
+    ids = torch.arange(1, 20)[None]
+    torch.testing.assert_close(opened.model(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(ModelError, match=r"'me/my-lora' cannot be loaded: the adapter's weights, .* \(pickles are not"):
+        open_pretrained("me/my-lora", device=CPU)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="lies beside the weights of a model"):
+        open_pretrained("me/my-lora", device=CPU)
 
 
 @PEFTS_OWN

@@ -12,8 +12,9 @@ from steering import checkpoint as checkpoints
 from tests.training.helpers import make_llama, make_tokenizer
 from training.cli import app
 
+BEGIN = "<|begin|>"
 TEMPLATE = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 
@@ -27,7 +28,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that chats, and one that does not; the same data as conversations, as prompts, and rendered already."""
     folder = tmp_path_factory.mktemp("world")
     for name, template in (("model", TEMPLATE), ("plain-model", None)):
-        tokenizer = make_tokenizer()
+        tokenizer = make_tokenizer(BEGIN)
         tokenizer.chat_template = template
         make_llama().save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -38,7 +39,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             turns = [{"role": "user", "content": f"What is {n}?"}, {"role": "assistant", "content": answer}]
             rows["messages"].append({"messages": turns, **known})
             rows["prompts"].append({"prompt": f"What is {n}?", "completion": f" {answer}", **known})
-            asked = f"user: What is {n}?<|end|>assistant: "
+            asked = f"{BEGIN}user: What is {n}?<|end|>assistant: "
             rows["rendered"].append({"prompt": asked, "completion": answer, **known})
     for name, found in rows.items():
         dump(folder / f"{name}.jsonl", found)
@@ -153,7 +154,7 @@ def test_judged_answers_go_through_the_template_where_there_is_one(
     assert stored["settings"]["form"] == form
     assert stored["arms"][0]["metrics"]["asked plainly"]["value"] == 1, "the judge sees the prompt as it was written"
     asked = "user: Where is {}?<|end|>assistant: " if form == "chat" else "Where is {}?"
-    assert set(read) == {asked.format(n) for n in range(6)}
+    assert set(read) == {BEGIN + asked.format(n) for n in range(6)}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import Tensor
 from steering.hook import steered
 from steering.types import Column, Positions
 from training.activations.tokenization import Encoded, batches, check_ids, encode, pad_right
-from training.data.samples import Sample, Turn
+from training.data.samples import Form, Sample, Turn
 from training.errors import DataError
 from training.evaluation.results import Arm, ArmResult, Estimate, Evaluation, bootstrap, wilson
 from training.progress import progress_bar
@@ -145,7 +145,9 @@ def evaluate_choices(
             )
             results.append(ArmResult(arm.name, dict(arm.attributes), _choice_metrics(asked, scores)))
             advance(len(rows))
-    return Evaluation("choice", tuple(results), {"questions": len(asked), "positions": positions.value})
+    form = Form.CHAT if any(question.turns for question in asked) else Form.PLAIN
+    settings = {"questions": len(asked), "form": form.value, "positions": positions.value}
+    return Evaluation("choice", tuple(results), settings)
 
 
 def _choice_metrics(asked: Sequence[Question], scores: Sequence[Tensor]) -> dict[str, Estimate]:
