@@ -21,6 +21,7 @@ from server.errors import StartupError
 from server.threads import usable_cores
 from steer_ops.layers import exchange_layers
 from steering.bank import ColumnBank
+from steering.files import model_folder_problem
 
 log = logging.getLogger(__name__)
 WEIGHTS_SHARE = 0.8  # of a device's free memory, at most, where there are several devices
@@ -53,11 +54,13 @@ def load_model(settings: Settings) -> LoadedModel:
     local = Path(path).is_dir()
     if not local and not settings.model:
         raise StartupError(
-            f"There is no demo model at {path}: an installed package does not carry it, a clone of the repository "
-            "does. Choose a model with --model ID_OR_PATH (or MATSTEER_MODEL)."
+            f"There is no demo model at {path}, where a clone of the repository and a wheel have it. Choose a model "
+            "with --model ID_OR_PATH (or MATSTEER_MODEL)."
         )
     if not local and (Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1):
         raise StartupError(f"There is no model folder {path!r} (--model or MATSTEER_MODEL).")
+    if local and (problem := model_folder_problem(Path(path))):
+        raise StartupError(f"The model {path!r} cannot be loaded: {problem}.")
     device = _device(settings.device)
     _set_threads(settings.threads, device)
     if settings.log_level in ("warning", "error"):

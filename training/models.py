@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from training.distributed import launched, own_device
@@ -27,6 +28,8 @@ def load_base(id: str, *, revision: str | None = None, device: str = "auto", dty
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    from steering.files import model_folder_problem
+
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
@@ -44,6 +47,8 @@ def load_base(id: str, *, revision: str | None = None, device: str = "auto", dty
         raise TrainingError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}.") from None
     if place.type == "cuda" and not torch.cuda.is_available():
         raise TrainingError(f"device is {device!r}, but there is no CUDA device.")
+    if Path(id).is_dir() and (problem := model_folder_problem(Path(id))):
+        raise TrainingError(f"The model {id!r} cannot be loaded: {problem}.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(id, revision=revision)
         model: Any = AutoModelForCausalLM.from_pretrained(id, revision=revision, dtype=dtype)
