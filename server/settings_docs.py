@@ -62,7 +62,7 @@ def _values(annotation: Any, metadata: list[Any]) -> str:
     kind = next((part for part in choices if part is not type(None)), annotation)
     name = {int: "whole number", float: "number", bool: "`true` or `false`", Path: "folder"}.get(kind, "text")
     limits = [
-        f"{word} {getattr(limit, part):,g}"
+        f"{word} {getattr(limit, part):,}"
         for limit in metadata
         for kind_, part, word in ((Ge, "ge", "from"), (Gt, "gt", "above"), (Le, "le", "to"), (Lt, "lt", "below"))
         if isinstance(limit, kind_)
