@@ -17,8 +17,10 @@ RUN /opt/matsteer/bin/pip install --no-cache-dir --index-url "https://download.p
 COPY pyproject.toml README.md LICENSE ./
 COPY server ./server
 COPY steering ./steering
+COPY steer_ops ./steer_ops
 COPY training ./training
 COPY demo ./demo
+COPY checkpoints/demo ./checkpoints/demo
 RUN /opt/matsteer/bin/pip install --no-cache-dir --constraint constraints.txt .
 
 FROM ${BASE}

@@ -1,4 +1,4 @@
-# Every target works on a machine that has Python >= 3.11 and make, and nothing else.
+# Every target works on a machine that has Python >= 3.11 and make; pip brings the rest.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,7 +23,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(INSTALLED): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
-	$(PIP_INSTALL) --editable .
+	$(PIP_INSTALL) --editable '.[plots]'
 	@touch $@
 
 $(DEV_INSTALLED): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
@@ -75,8 +75,9 @@ reproduce: demo-data $(DEV_INSTALLED)  ## every table and plot of docs/results a
 readme: $(DEV_INSTALLED)  ## write the server's answers to the README's request into the README
 	$(BIN)/python -m demo.readme
 
-api-docs: $(INSTALLED)  ## write docs/api.md and docs/fields.md from the code
+api-docs: $(INSTALLED)  ## write docs/api.md, docs/fields.md and docs/settings.md from the code
 	$(BIN)/python -m server.api_docs
+	$(BIN)/python -m server.settings_docs
 
 fuzz: $(DEV_INSTALLED)  ## many more requests of the OpenAPI document than `make test` sends
 	FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/server/test_fuzz.py --timeout 0

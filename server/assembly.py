@@ -13,7 +13,7 @@ from server.engine.scoring import LOGITS_BUDGET
 from server.errors import ServerError, StartupError
 from server.loading import LoadedModel, choose_block_size, load_model, num_kv_cache_blocks, open_runner, text_limit
 from server.metrics import Metrics
-from server.registry import LoadedCheckpoint, Registry, fits_model
+from server.registry import LoadedCheckpoint, Registry, fits_model, why_none_is_active
 from server.registry_state import read_state, write_state
 from server.service import Service
 from server.threads import run_in_disposable_thread
@@ -136,6 +136,8 @@ def _activate(registry: Registry, settings: Settings) -> str:
         active: LoadedCheckpoint | None = registry.activate(settings.checkpoint)
     else:
         active = restored or registry.activate_default()
+    if active is None:
+        log.warning("%s The folder is %s.", why_none_is_active(registry.entries()), root)
     if settings.remember:
         registry.on_change = lambda: write_state(root, registry.state(model))
     return active.label if active else "none"

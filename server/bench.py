@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from server.errors import ServerError
+from server.proxies import with_proxy_hint
 from server.terminal import terminal
 
 TEXT = (
@@ -162,6 +163,8 @@ async def send(http: httpx.AsyncClient, body: Mapping[str, Any]) -> Outcome:
                 last = now
     except (httpx.HTTPError, ValueError, KeyError, RuntimeError) as error:
         outcome.error = f"{type(error).__name__}: {error}"
+        if isinstance(error, httpx.TransportError) or "<html" in outcome.error.lower():
+            outcome.error = with_proxy_hint(outcome.error, str(http.base_url))
     outcome.total = time.perf_counter() - start
     return outcome
 
@@ -216,7 +219,11 @@ async def measure(
     """A run for each number of clients, or one at a rate. Raises ServerError."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout, limits=limits) as http:
+    try:
+        client = httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout, limits=limits)
+    except (httpx.InvalidURL, ValueError, ImportError) as error:  # ImportError: a proxy of SOCKS
+        raise ServerError(f"There is no server of OpenAI's API at {url}: {with_proxy_hint(str(error), url)}") from None
+    async with client as http:
         try:
             if not work.model:
                 work = replace(work, model=await _first_model(http))
@@ -226,7 +233,8 @@ async def measure(
                 return [await open_loop(http, work.bodies(), rate, work.seed)]
             return [await closed_loop(http, work.bodies(), count) for count in clients]
         except (httpx.HTTPError, ValueError, LookupError) as error:
-            raise ServerError(f"There is no server of OpenAI's API at {url}: {error!r}.") from None
+            said = with_proxy_hint(repr(error), url)
+            raise ServerError(f"There is no server of OpenAI's API at {url}: {said}") from None
 
 
 async def _first_model(http: httpx.AsyncClient) -> str:

@@ -4,14 +4,14 @@ import asyncio
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
 
-from server.config import Settings, load_settings
+from server.config import Settings, default_text, load_settings, unknown_variables
 from server.errors import ServerError
 
 # Other packages add commands under this entry-point group: each entry is a typer app whose commands are merged here.
@@ -36,17 +36,22 @@ class _Commands(TyperGroup):
         return added
 
 
-app = typer.Typer(
-    cls=_Commands, no_args_is_help=True, add_completion=False, help="Steer a language model while it writes."
-)
+app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False)
 folders = typer.Typer(no_args_is_help=True, help="Work with checkpoint folders.")
 app.add_typer(folders, name="checkpoints")
 
-Model = Annotated[str | None, typer.Option(help="Hugging Face id or folder; default: the embedded demo model.")]
-Checkpoints = Annotated[Path | None, typer.Option(help="Folder of checkpoints.")]
-Checkpoint = Annotated[str | None, typer.Option(help="NAME or NAME@VERSION; default: the obvious one.")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
+
+def _setting(name: str, *declarations: str) -> Any:
+    """The option of a setting, with its description and its default."""
+    about = Settings.model_fields[name].description or ""
+    return typer.Option(*declarations, help=f"{about[:1].upper()}{about[1:]}.", show_default=default_text(name))
+
+
+Model = Annotated[str | None, _setting("model")]
+Checkpoints = Annotated[Path | None, _setting("checkpoints")]
+Checkpoint = Annotated[str | None, _setting("checkpoint")]
+Device = Annotated[str | None, _setting("device")]
+Dtype = Annotated[str | None, _setting("dtype")]
 NewTokens = Annotated[int, typer.Option(min=1, help="Length of the answer.")]
 Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy.")]
 Seed = Annotated[int | None, typer.Option(help="For temperatures above 0.")]
@@ -58,6 +63,25 @@ ChatTemplateFile = Annotated[
 Url = Annotated[str | None, typer.Option(envvar="MATSTEER_URL", help="Ask this server; default: load the model here.")]
 ApiKey = Annotated[str | None, typer.Option(envvar="MATSTEER_API_KEY", help="The server's key.")]
 LOCAL = "http://127.0.0.1:8000"
+LAYERS_END = 9999  # far more than a model has
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from platform import python_version
+
+        versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+        typer.echo(f"mat-steer {version('mat-steer')} (Python {python_version()}, {versions})")
+        raise typer.Exit
+
+
+@app.callback()
+def _every_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Steer a language model while it writes."""
 
 
 @app.command()
@@ -66,24 +90,23 @@ def serve(
     checkpoints: Checkpoints = None,
     checkpoint: Checkpoint = None,
     chat_template: ChatTemplateFile = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    host: Annotated[str | None, _setting("host")] = None,
+    port: Annotated[int | None, _setting("port")] = None,
     device: Device = None,
     dtype: Dtype = None,
-    model_name: Annotated[str | None, typer.Option(help="The name that clients see.")] = None,
-    trust_remote_code: Annotated[
-        bool | None, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of the model, at most; 0: all cores.")] = None,
-    max_num_seqs: Annotated[int | None, typer.Option(help="Texts generated together.")] = None,
-    max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens of one forward pass.")] = None,
-    max_context: Annotated[int | None, typer.Option(help="Tokens of prompt and answer together.")] = None,
-    queue_limit: Annotated[int | None, typer.Option(help="Texts that may wait; beyond: 429.")] = None,
-    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    model_name: Annotated[str | None, _setting("model_name")] = None,
+    trust_remote_code: Annotated[bool | None, _setting("trust_remote_code", "--trust-remote-code")] = None,
+    threads: Annotated[int | None, _setting("threads")] = None,
+    max_num_seqs: Annotated[int | None, _setting("max_num_seqs")] = None,
+    max_num_batched_tokens: Annotated[int | None, _setting("max_num_batched_tokens")] = None,
+    max_context: Annotated[int | None, _setting("max_context")] = None,
+    queue_limit: Annotated[int | None, _setting("queue_limit")] = None,
+    log_level: Annotated[str | None, _setting("log_level")] = None,
     max_batch_rows: Annotated[int | None, typer.Option(help="Old name of --max-num-seqs.", hidden=True)] = None,
     step_tokens: Annotated[int | None, typer.Option(help="Old name of --max-num-batched-tokens.", hidden=True)] = None,
 ) -> None:
-    """Serve a steered model over HTTP. Every setting can also be given as MATSTEER_NAME in the environment.
+    """Serve a steered model over HTTP. Every setting can be given as MATSTEER_NAME in the environment: docs/settings.md
+    lists them all.
 
     Example: matsteer serve --model Qwen/Qwen2.5-0.5B --checkpoints checkpoints --port 8000
     """
@@ -119,7 +142,8 @@ def generate(
 ) -> None:
     """One generation in the terminal; without --set with the checkpoint's default multipliers.
 
-    Example: matsteer generate "Q: What colour is the sky? A:" --set truthfulness=1.5 --baseline
+    Example: matsteer generate "Q: What colour is the sky? A:" --set truthfulness=1.5 --baseline --temperature 1
+    --seed 1
     """
     body = {
         **_asked(prompt, chat=chat),
@@ -161,7 +185,7 @@ def compare(
     """Several answers to one prompt side by side, each compared with the first.
 
     Example: matsteer compare "Q: What colour is the sky? A:" --arm plain --arm honest:truthfulness=1 --arm
-    rude:truthfulness=1,civility=-0.5
+    rude:truthfulness=1,civility=-0.5 --temperature 1 --seed 1
     """
     arms = [
         (name, _multipliers([pair for pair in pairs.split(",") if pair]) or {})
@@ -313,15 +337,25 @@ def import_checkpoint(
     model: Annotated[str, typer.Option(help="Hugging Face id or folder of its model; only the config is read.")],
     out: Annotated[Path, typer.Option(help="checkpoints/NAME; the version becomes a folder in it.")],
     format: Annotated[
-        Literal["auto", "mat", "gguf", "pyvene", "safetensors"], typer.Option(help="auto: by the content.")
+        Literal["auto", "mat", "gguf", "pyvene", "safetensors", "tensors"], typer.Option(help="auto: by the content.")
     ] = "auto",
-    layer: Annotated[int | None, typer.Option(min=0, help="Where the file does not say; counted from 0.")] = None,
+    layer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="L[,L..]",
+            help="Blocks, counted from 0, as 14, 3,5 or 10-20: where the file does not say, or those to take of it.",
+        ),
+    ] = None,
     site: Annotated[
         Literal["attn_output", "attn_heads", "mlp_output", "residual"] | None,
         typer.Option(help="Where the file does not say."),
     ] = None,
     attribute: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Where the file does not say; repeat it, in their order.")
+    ] = None,
+    counting: Annotated[
+        Literal["blocks", "hidden_states"] | None,
+        typer.Option(help="What numbers in the file count; hidden_states has the embedding at 0. Default: as named."),
     ] = None,
     positions: Annotated[
         Literal["generated", "prompt", "all"] | None, typer.Option(help="Default: as the other tool steers.")
@@ -330,18 +364,22 @@ def import_checkpoint(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace that version.")] = False,
     revision: Annotated[str | None, typer.Option(help="Revision of the model.")] = None,
 ) -> None:
-    """Make a checkpoint of MAT-Steer's .pt, a GGUF control vector, a pyvene folder or a safetensors file.
+    """Make a checkpoint of MAT-Steer's .pt, a GGUF control vector, a pyvene folder, or of tensors (.pt, .npy, .npz,
+    .safetensors, JSON): one vector, a stack of layers, or a dict of layers.
 
-    Example: matsteer checkpoints import honesty.gguf --model mistralai/Mistral-7B-v0.1 --out checkpoints/honesty
+    Example: matsteer checkpoints import honesty.pt --model mistralai/Mistral-7B-v0.1 --layer 14 --site residual
+    --attribute honesty --out checkpoints/honesty
     """
     with _error_as_sentence():
+        layers = _layers(layer)
         from server.terminal.checkpoints import ImportOptions, import_file
 
         import_file(
             ImportOptions(
-                source, model, out, format, layer, site, tuple(attribute or ()), version, positions, revision, overwrite
+                source, model, out, format, layers, site, tuple(attribute or ()), version, positions, revision,
+                overwrite, counting,
             )
-        )
+        )  # fmt: skip
 
 
 @folders.command("export")
@@ -410,6 +448,20 @@ def _positive(text: str, option: str) -> int:
     return number
 
 
+def _layers(text: str | None) -> tuple[int, ...]:
+    """Of "14", "3,5" or "10-20"."""
+    found: list[int] = []
+    for part in text.split(",") if text is not None else ():
+        first, dash, last = part.strip().partition("-")
+        if not (first.isdecimal() and (last.isdecimal() if dash else True)):
+            raise typer.BadParameter(f"--layer takes numbers from 0 on, as in 14, 3,5 or 10-20, not {text!r}")
+        low, high = int(first), int(last or first)
+        if low > high or high > LAYERS_END:
+            raise typer.BadParameter(f"--layer takes ranges LEAST-MOST, as in 10-20, not {part.strip()!r}")
+        found += range(low, high + 1)
+    return tuple(dict.fromkeys(found))
+
+
 def _range(text: str, option: str) -> tuple[int, int]:
     least, _, most = text.partition("-")
     span = _positive(least, option), _positive(most or least, option)
@@ -439,6 +491,8 @@ def _configure_logging(settings: Settings) -> None:
     import logging
 
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for sentence in unknown_variables():
+        logging.getLogger(__name__).warning(sentence)
 
 
 @contextmanager

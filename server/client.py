@@ -7,17 +7,20 @@
         print(answer.results[0].text, answer.baseline[0].text)
 
 Every method takes the fields of its route by keyword (`docs/api.md`) and returns the body of its answer. What the
-server refuses is raised as `ApiError`, what does not reach it as httpx's own exceptions.
+server refuses is raised as `ApiError`, what does not reach it as httpx's own exceptions; where a proxy of the
+environment stood between, a note of the exception says so.
 """
 
 import json
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Self, TypeVar
 
 import httpx
 from pydantic import BaseModel
 
+from server.proxies import proxy_hint, with_proxy_hint
 from server.schemas import (
     TOKEN_BODY,
     CheckpointListBody,
@@ -56,12 +59,13 @@ class ApiError(Exception):
         self.code = code or type
 
     @classmethod
-    def of(cls, status: int, text: str) -> "ApiError":
+    def of(cls, status: int, text: str, url: str = "") -> "ApiError":
+        """Of the body of an answer from `url`."""
         try:
             error = json.loads(text)["error"]
             return cls(status, error["type"], error["message"], error["param"], error["request_id"], error.get("code"))
         except (ValueError, KeyError, TypeError):  # a proxy's page, perhaps
-            return cls(status, "unknown", f"The server answered {status}: {text[:200]}")
+            return cls(status, "unknown", with_proxy_hint(f"The server answered {status}: {text[:200]}", url))
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ class _Call(Generic[Body]):
 
     def read(self, response: httpx.Response) -> Body:
         if response.is_error:
-            raise ApiError.of(response.status_code, response.text)
+            raise ApiError.of(response.status_code, response.text, str(response.url))
         return self.answer.model_validate_json(response.content)
 
 
@@ -179,13 +183,15 @@ class Client:
         return self._send(_Call("GET", "/readyz", ReadyBody))
 
     def _send(self, call: _Call[Body]) -> Body:
-        return call.read(self._http.request(**call.request()))
+        with _proxy_named(self._http):
+            return call.read(self._http.request(**call.request()))
 
     def _stream(self, call: _Call[Body]) -> Iterator[TokenBody | Body]:
         events = _Events(call.answer)
-        with self._http.stream(**call.request()) as response:
+        with _proxy_named(self._http), self._http.stream(**call.request()) as response:
             if response.is_error:
-                raise ApiError.of(response.status_code, response.read().decode(errors="replace"))
+                text = response.read().decode(errors="replace")
+                raise ApiError.of(response.status_code, text, str(response.url))
             for line in response.iter_lines():
                 if (item := events.line(line)) is not None:
                     yield item
@@ -264,17 +270,31 @@ class AsyncClient:
         return await self._send(_Call("GET", "/readyz", ReadyBody))
 
     async def _send(self, call: _Call[Body]) -> Body:
-        return call.read(await self._http.request(**call.request()))
+        with _proxy_named(self._http):
+            return call.read(await self._http.request(**call.request()))
 
     async def _stream(self, call: _Call[Body]) -> AsyncIterator[TokenBody | Body]:
         events = _Events(call.answer)
-        async with self._http.stream(**call.request()) as response:
-            if response.is_error:
-                raise ApiError.of(response.status_code, (await response.aread()).decode(errors="replace"))
-            async for line in response.aiter_lines():
-                if (item := events.line(line)) is not None:
-                    yield item
+        with _proxy_named(self._http):
+            async with self._http.stream(**call.request()) as response:
+                if response.is_error:
+                    text = (await response.aread()).decode(errors="replace")
+                    raise ApiError.of(response.status_code, text, str(response.url))
+                async for line in response.aiter_lines():
+                    if (item := events.line(line)) is not None:
+                        yield item
         events.end()
+
+
+@contextmanager
+def _proxy_named(http: httpx.Client | httpx.AsyncClient) -> Iterator[None]:
+    """Adds to what httpx raises that a proxy of the environment stood between."""
+    try:
+        yield
+    except httpx.TransportError as error:
+        if http.trust_env and (hint := proxy_hint(str(http.base_url))):
+            error.add_note(hint)
+        raise
 
 
 def _headers(api_key: str | None) -> dict[str, str]:

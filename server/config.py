@@ -1,11 +1,13 @@
 """Settings: defaults, then `MATSTEER_*` from the environment, then the command line. Frozen once made."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from server.errors import StartupError
@@ -16,13 +18,26 @@ OLD_NAMES = {  # accepted in place of the new ones: as keywords, in the environm
     "step_tokens": "max_num_batched_tokens",
     "cache_mib": "kv_cache_mib",
 }
+# Variables that are read elsewhere: by commands that ask a server, and by docker-compose.yml.
+OTHER_VARIABLES = frozenset({"url", "torch", "publish", "checkpoints_dir"})
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 
 
-def _shipped(name: str) -> Path:
-    """A folder of the repository: beside this package in a clone, else under the working directory."""
-    clone = Path(__file__).resolve().parents[1] / name
-    return clone if clone.exists() else Path.cwd() / name
+def _installed(name: str) -> Path:
+    """A place beside this package: in a clone the repository's, in an installed wheel the site-packages'."""
+    return Path(__file__).resolve().parents[1] / name
+
+
+def _demo_model() -> Path:
+    return _installed("demo/model")
+
+
+def _checkpoints_folder() -> Path:
+    """`checkpoints` of the clone. For a wheel: of the working directory, where it holds any, else the demo's own."""
+    clone, here, demo = _installed("checkpoints"), Path.cwd() / "checkpoints", _installed("demo/checkpoints")
+    if clone.exists():
+        return clone
+    return here if any(here.glob("*/*/config.json")) or not demo.exists() else demo
 
 
 class Settings(BaseSettings):
@@ -37,15 +52,23 @@ class Settings(BaseSettings):
         default=False,
         description="run Python code that comes with the model; unset: a model that needs its own is refused",
     )
-    checkpoints: Path = Field(default_factory=lambda: _shipped("checkpoints"), description="folder of checkpoints")
-    checkpoint: str | None = Field(default=None, description="NAME or NAME@VERSION active at the start")
+    checkpoints: Path = Field(
+        default_factory=_checkpoints_folder,
+        description="folder of checkpoints; unset: `checkpoints`, or in a wheel the demo's",
+    )
+    checkpoint: str | None = Field(
+        default=None,
+        description="NAME or NAME@VERSION active at the start; unset: the last run's, or `demo`, or the only one",
+    )
     chat_template: Path | None = Field(
         default=None, description="file with a chat template (Jinja); unset: the tokenizer's own"
     )
-    host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=1, le=65535)
-    device: Device = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 and :: are all that there are")
+    port: int = Field(default=8000, ge=1, le=65535, description="port to listen on")
+    device: Device = Field(default="auto", description="auto, cpu, cuda or cuda:N; auto: CUDA where there is one")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="of weights and activations; auto: bfloat16 on a GPU, float32 on a CPU"
+    )
     threads: int = Field(default=0, ge=0, le=1024, description="CPU threads of the model, at most; 0: all cores")
     native: bool = Field(default=True, description="compile kernels for this CPU, where there is a C++ compiler")
     max_num_seqs: int = Field(default=32, ge=2, le=4096, description="texts generated together")
@@ -74,7 +97,7 @@ class Settings(BaseSettings):
     max_request_rows: int = Field(default=256, ge=1, description="texts one request may ask for: prompts x n x arms")
     max_body_bytes: int = Field(default=4 * 2**20, ge=1, description="size of a request's body; beyond: 413")
     max_context: int | None = Field(
-        default=None, ge=2, description="tokens a sequence may have; default: the model's own limit"
+        default=None, ge=2, description="tokens of prompt and answer together; unset: the model's own limit"
     )
     deadline_s: float = Field(default=600.0, gt=0, description="a request that takes longer ends with a 504")
     api_key: SecretStr | None = Field(
@@ -90,7 +113,9 @@ class Settings(BaseSettings):
     drain_s: float = Field(
         default=30.0, ge=0, le=86400, description="running requests get this long to finish at a shutdown; then: 503"
     )
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="the least important messages that are logged"
+    )
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**_with_new_names(given))
@@ -118,7 +143,7 @@ class Settings(BaseSettings):
     @property
     def model_path(self) -> str:
         """The folder or Hugging Face id to load."""
-        return self.model or str(_shipped("demo/model"))
+        return self.model or str(_demo_model())
 
     @property
     def served_name(self) -> str:
@@ -142,6 +167,33 @@ def load_settings(**given: Any) -> Settings:
         return Settings(**given)
     except ValidationError as error:
         raise StartupError(_sentence(error, given)) from None
+
+
+def default_text(name: str) -> str:
+    """A setting's default as people write it; "unset" where it is made of other things."""
+    value = Settings.model_fields[name].default
+    if value is None or value == "" or value is PydanticUndefined:
+        return "unset"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def unknown_variables() -> list[str]:
+    """A sentence for each variable of the environment that looks like a setting and is none."""
+    known = {*Settings.model_fields, *OLD_NAMES, *OTHER_VARIABLES}
+    sentences = []
+    for variable in sorted(os.environ):
+        name = variable.upper().removeprefix(PREFIX).lower()
+        if not variable.upper().startswith(PREFIX) or name in known:
+            continue
+        sentences.append(f"{variable} is in the environment, but no setting has that name.{_nearest(name, known)}")
+    return sentences
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = get_close_matches(name, sorted(known), n=1)
+    return f" Is {_variable(near[0])} meant?" if near else ""
 
 
 def _with_new_names(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,6 +244,6 @@ def _sentence(error: ValidationError, given: Mapping[str, Any]) -> str:
         return f"Bad settings: {message}."
     name = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
-        return f"There is no setting called {name!r}."
+        return f"There is no setting called {name!r}.{_nearest(name, Settings.model_fields)}"
     name = old_names.get(name, name)
     return f"Bad setting {name} ({_variable(name)}): {first['input']!r}: {message}."

@@ -55,8 +55,8 @@ def load_model(settings: Settings) -> LoadedModel:
     local = Path(path).is_dir()
     if not local and not settings.model:
         raise StartupError(
-            f"There is no demo model at {path}: an installed package does not carry it, a clone of the repository "
-            "does. Choose a model with --model ID_OR_PATH (or MATSTEER_MODEL)."
+            f"There is no demo model at {path}, where a clone of the repository and a wheel have it. Choose a model "
+            "with --model ID_OR_PATH (or MATSTEER_MODEL)."
         )
     device = _device(settings.device)
     _set_threads(settings.threads, device)

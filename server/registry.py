@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,6 +120,23 @@ def fits_model(model: Any, name: str, revision: str | None) -> Callable[[Checkpo
             raise CheckpointMismatch(str(error)) from error
 
     return fits
+
+
+def why_none_is_active(entries: Sequence[CheckpointEntry]) -> str:
+    """What to do about it: the sentence for the log and for GET /checkpoints."""
+    names = list(dict.fromkeys(entry.name for entry in entries if not entry.problem))
+    if names:
+        return (
+            f"No checkpoint is active, so requests that name none are not steered. There are {', '.join(names)}: "
+            f"POST /checkpoints/{names[0]}/activate makes one active, and so does --checkpoint {names[0]} "
+            "(MATSTEER_CHECKPOINT) at the start."
+        )
+    if entries:
+        return "No checkpoint is active, so nothing is steered: none of those in the folder can be used on this model."
+    return (
+        "There is no checkpoint, so nothing is steered: `matsteer train` and `matsteer checkpoints import` make one, "
+        "and --checkpoints (MATSTEER_CHECKPOINTS) names its folder."
+    )
 
 
 class Registry:

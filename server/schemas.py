@@ -307,7 +307,7 @@ class GenerateRequest(_GenerateFields, _SteeringFields):
                     "prompt": "Q: What colour is the sky? A:",
                     "attributes": {"truthfulness": 1.0},
                     "max_new_tokens": 24,
-                    "temperature": 0,
+                    "seed": 1,
                     "baseline": True,
                 }
             ]
@@ -599,6 +599,7 @@ class CheckpointDetailBody(CheckpointBody):
 class CheckpointListBody(BaseModel):
     active: str | None = Field(description="name@version of what requests get that name none")
     checkpoints: list[CheckpointBody]
+    note: str | None = Field(None, description="where none is active: why, and what activates one")
 
 
 class CheckpointVersionsBody(BaseModel):
@@ -661,4 +662,5 @@ class HealthBody(BaseModel):
 class ReadyBody(BaseModel):
     status: Literal["ready"] = "ready"
     model: str
-    checkpoint: str | None
+    checkpoint: str | None = Field(description="the active one, name@version")
+    note: str | None = Field(None, description="where none is active: that nothing is steered unless a request says")

@@ -27,6 +27,7 @@ from steering.checkpoint_config import (
 )
 from steering.checkpoint_tensors import check_widths, pack, unpack
 from steering.errors import CheckpointError, CheckpointMismatch, ColumnError, NotFound
+from steering.files import mistaken_for
 from steering.sites import hidden_size, layers, site_width
 from steering.types import Column, Positions, multipliers_of
 
@@ -129,6 +130,8 @@ def load(folder: Path) -> Checkpoint:
     config = _read_config(folder)
     data = _read(folder, TENSORS)
     if hashlib.sha256(data).hexdigest() != config.sha256:
+        if what := mistaken_for(folder / TENSORS):
+            raise CheckpointError(f"{folder / TENSORS} is {what}")
         raise CheckpointError(f"{folder / TENSORS} is not the file that config.json describes: its sha256 differs")
     try:
         tensors = safetensors.torch.load(data)

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from steering.errors import ModelError
+from steering.files import mistaken_for
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +28,6 @@ PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 # What tokenizers are made of, as they are named by the libraries that write them.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken", "*.model", "tekken.json")
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
-LFS = b"version https://git-lfs.github.com/spec/"
 TRUST = "--trust-remote-code (or MATSTEER_TRUST_REMOTE_CODE=true)"
 MERGED = ("LORA",)  # kinds of adapters that are a change of weights, which can be added to them
 
@@ -179,12 +179,12 @@ def _check_files(id: str, folder: Path) -> None:
         _refuse(id, "the folder is empty")
     for path in _matching(folder, SMALL_FILES):
         try:
-            with path.open("rb") as file:
-                head = file.read(len(LFS))
+            with path.open("rb"):
+                pass
         except OSError as error:
             _refuse(id, f"{path.name} cannot be read ({error.strerror})")
-        if head == LFS:
-            _refuse(id, f"{path.name} is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
+        if what := mistaken_for(path):
+            _refuse(id, f"{path.name} is {what}")
 
 
 def _check_model_folder(id: str, folder: Path) -> None:

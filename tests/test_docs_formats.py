@@ -49,6 +49,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    torch.save(torch.ones(WIDTH), tmp_path / "refusal.pt")
     (tmp_path / "iti-folder").mkdir()
     (tmp_path / "iti-folder/config.json").write_text(
         '{"representations": [[14, "attention_output", "pos", 1]], "intervention_types": '
@@ -71,7 +72,7 @@ def test_every_command_and_the_python_example_work_as_they_stand(here: Path) -> 
         result = CliRunner().invoke(app, words)
         assert result.exit_code == 0, (words, result.output)
     made = [(name, version) for name, version, _ in list_checkpoints(here / "checkpoints")]
-    assert made == [("honesty", "v1"), ("iti", "v1"), ("mat", "v1")]
+    assert made == [("honesty", "v1"), ("iti", "v1"), ("mat", "v1"), ("refusal", "v1")]
     for name in ("stronger.gguf", "iti-copy/config.json", "mat.safetensors", "models/honest-llama/config.json"):
         assert (here / name).is_file()
     (code,) = blocks("python")

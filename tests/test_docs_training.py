@@ -89,7 +89,7 @@ def test_five_commands_lead_from_texts_to_steered_answers(here: Path) -> None:
 def test_activations_are_extracted_once_and_fitted_by_themselves(here: Path) -> None:
     launched, fitted = COMMANDS[-2:]
     assert launched[:2] == ["accelerate", "launch"]
-    assert "activations at 8.residual" in run(launched[launched.index("training") + 1 :])
+    assert "activations at 8.residual" in run(launched[launched.index("matsteer") + 1 :])
     assert "truth-caa@v1 on test" in run(fitted[1:])
     assert Path("checkpoints/truth-caa/v1/config.json").is_file()
 
@@ -101,7 +101,7 @@ def test_the_page_names_settings_and_files_that_exist() -> None:
         CliRunner(env={"COLUMNS": "200"}).invoke(training.cli.app, [name, "--help"]).output
         for name in ("sweep", "train", "evaluate", "extract")
     )
-    elsewhere = {"--checkpoints", "--num_processes", "--nproc-per-node", "--num"}
+    elsewhere = {"--checkpoints", "--num_processes", "--nproc-per-node", "--num", "--no", "--no-python"}
     assert {option for option in options - elsewhere if option not in helps} == set()
     links = re.findall(r"\]\((?!http)([^)#]+)", text)
     assert links

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,9 @@ def test_the_compose_file_serves_a_gpu_by_default_and_the_demo_on_a_cpu() -> Non
         assert given == settings, "every setting comes into the container"
     copied = re.findall(r"^COPY (?:--chown=\S+ )?((?!--from)\S.*) \./", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    assert {name for names in copied for name in names.split()} == kept
+    assert {name.partition("/")[0] for names in copied for name in names.split()} == kept
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert {*packages["packages"], *packages["force-include"]} <= {name for names in copied for name in names.split()}
 
 
 def test_make_serve_makes_the_environment_installs_and_serves() -> None:

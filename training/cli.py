@@ -59,7 +59,8 @@ def extract(
     Example: matsteer extract --model Qwen/Qwen2.5-0.5B --data truthfulness=facts.jsonl --layer 10,12
     --site attn_output --out runs/activations
 
-    On several GPUs or machines: accelerate launch -m training extract ...; on CPUs: torchrun -m training extract ...
+    On several GPUs or machines: accelerate launch --no_python matsteer extract ...; on CPUs:
+    torchrun --no-python matsteer extract ...
     """
     with o.one_sentence():
         sites = o.parse_sites(layer, site)

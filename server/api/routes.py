@@ -11,6 +11,7 @@ from server.api.deps import ServiceDep, require_admin_key, require_api_key
 from server.api.responses import STREAMS, event_response, json_response
 from server.errors import EngineDown, UnknownCheckpoint
 from server.formatting import Formatter
+from server.registry import why_none_is_active
 from server.schemas import (
     CheckpointListBody,
     CheckpointVersionsBody,
@@ -28,6 +29,7 @@ from server.schemas import (
 )
 from server.web import home
 
+NONE_IS_ACTIVE = "No checkpoint is active: requests that name none are not steered. GET /checkpoints tells more."
 READS, CHANGES = [Depends(require_api_key)], [Depends(require_admin_key)]
 generation = APIRouter(tags=["generate"], dependencies=READS)
 checkpoints = APIRouter(prefix="/checkpoints", tags=["checkpoints"])
@@ -64,9 +66,12 @@ async def score(body: ScoreRequest, request: Request, service: ServiceDep) -> Re
 @checkpoints.get("", dependencies=READS, name="checkpoints")
 def list_checkpoints(service: ServiceDep) -> CheckpointListBody:
     """Every complete checkpoint folder: which are loaded, which is active, which cannot be loaded and why."""
-    active = service.registry.active
-    entries = map(formatting.checkpoint, service.registry.entries())
-    return CheckpointListBody(active=active.label if active else None, checkpoints=list(entries))
+    active, entries = service.registry.active, service.registry.entries()
+    return CheckpointListBody(
+        active=active.label if active else None,
+        checkpoints=list(map(formatting.checkpoint, entries)),
+        note=None if active else why_none_is_active(entries),
+    )
 
 
 @checkpoints.get("/{name}", dependencies=READS)
@@ -122,7 +127,9 @@ async def readyz(service: ServiceDep) -> ReadyBody:
     if trouble := service.engine.trouble:
         raise EngineDown(f"Not ready: {trouble}.")
     active = service.registry.active
-    return ReadyBody(model=service.model, checkpoint=active.label if active else None)
+    return ReadyBody(
+        model=service.model, checkpoint=active.label if active else None, note=None if active else NONE_IS_ACTIVE
+    )
 
 
 @operations.get("/metrics", response_class=PlainTextResponse)
@@ -141,5 +148,6 @@ async def root(request: Request, service: ServiceDep) -> HTMLResponse:
         checkpoint=active.label if active else None,
         attributes=active.defaults if active else {},
         address=str(request.base_url),
+        asks_for_key=service.settings.api_key is not None,
     )
     return HTMLResponse(page)

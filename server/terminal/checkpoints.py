@@ -17,9 +17,9 @@ from server.terminal import terminal
 from steering import checkpoint as folders
 from steering.checkpoint import Checkpoint
 from steering.errors import CheckpointError, FormatError, ModelError, NotFound, SteeringError
-from steering.formats import Format, Hints, detect, read_foreign, write_foreign
+from steering.formats import Counting, Format, Hints, ModelShape, detect, read_foreign, write_foreign
 from steering.formats.card import render
-from steering.sites import site_module, site_width, text_config
+from steering.sites import layers, site_module, site_width, text_config
 from steering.types import Column, Positions, SiteKind
 
 
@@ -132,13 +132,14 @@ class ImportOptions:
     model: str
     out: Path
     format: str = "auto"
-    layer: int | None = None
+    layers: tuple[int, ...] = ()
     site: str | None = None
     attributes: tuple[str, ...] = ()
     version: str | None = None
     positions: str | None = None
     revision: str | None = None
     overwrite: bool = False
+    counting: str | None = None
 
 
 def import_file(options: ImportOptions) -> None:
@@ -185,14 +186,15 @@ def skeleton(id: str, revision: str | None = None) -> Any:
 
 
 def _imported(options: ImportOptions) -> folders.Checkpoint:
-    hints = Hints(options.layer, SiteKind(options.site) if options.site else None, options.attributes)
     format = detect(options.source) if options.format == "auto" else Format(options.format)
-    foreign = read_foreign(options.source, hints, format)
     model = skeleton(options.model, options.revision)
+    foreign = read_foreign(options.source, _hints(options, model), format)
     for column in foreign.columns:
         _check_column(column, model, options)
     if foreign.model_hint not in (None, text_config(model).model_type):
         typer.echo(f"note: {options.source} was made for {foreign.model_hint}, says its model_hint")
+    for note in foreign.notes:
+        typer.echo(f"note: {note}")
     name, version = _name_and_version(options)
     positions = Positions(options.positions) if options.positions else foreign.positions
     card = render(
@@ -217,6 +219,16 @@ def _imported(options: ImportOptions) -> folders.Checkpoint:
         training={"imported": origin, **foreign.source},
         evaluation={},
         card=card,
+    )
+
+
+def _hints(options: ImportOptions, model: Any) -> Hints:
+    return Hints(
+        layers=options.layers,
+        site=SiteKind(options.site) if options.site else None,
+        attributes=options.attributes,
+        counting=Counting(options.counting) if options.counting else None,
+        model=ModelShape(type(model).__name__, len(layers(model)), site_width(model, SiteKind.ATTN_HEADS)),
     )
 
 

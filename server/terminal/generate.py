@@ -14,6 +14,7 @@ from rich.text import Text
 from server.client import ApiError, Client
 from server.config import Settings
 from server.errors import ServerError
+from server.proxies import with_proxy_hint
 from server.schemas import (
     CompareRequest,
     CompareResponse,
@@ -60,8 +61,8 @@ def ask_server(
             return client.compare(given.pop("prompt", None), **given)
     except ApiError as error:
         raise ServerError(f"The server refuses: {error.message}") from None
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-        raise ServerError(f"There is no mat-steer at {url}: {str(error).rstrip('.')}.") from None
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, ImportError) as error:  # ImportError: a proxy of SOCKS
+        raise ServerError(f"There is no mat-steer at {url}: {with_proxy_hint(str(error), url)}") from None
 
 
 def show_arms(prompt: str, answer: GenerateResponse | CompareResponse) -> None:

@@ -2,8 +2,9 @@
 
 mat          MAT-Steer's `.pt`, both ages                           read
 gguf         control vectors of repeng and llama.cpp                read, write
-pyvene       pyvene's folders; a pickled dict of layer -> vector    read, write
+pyvene       pyvene's folders                                       read, write
 safetensors  the three tensors of a checkpoint in one file          read, write
+tensors      tensors by themselves, in a stack, or by layer         read
 
 Nothing here runs code out of a pickle.
 """
@@ -14,11 +15,12 @@ from pathlib import Path
 
 from steering.checkpoint import Checkpoint
 from steering.errors import ColumnError, FormatError
-from steering.formats import control_vector, mat, plain, pyvene
-from steering.formats.foreign import Foreign, Hints
+from steering.formats import control_vector, mat, plain, pyvene, tensors
+from steering.formats.contents import Container, container_of, read_safetensors
+from steering.formats.foreign import Counting, Foreign, Hints, ModelShape, without_zeros
 from steering.formats.pickles import load_pickle
 
-__all__ = ["Foreign", "Format", "Hints", "detect", "read_foreign", "write_foreign"]
+__all__ = ["Counting", "Foreign", "Format", "Hints", "ModelShape", "detect", "read_foreign", "write_foreign"]
 
 
 class Format(StrEnum):
@@ -26,6 +28,7 @@ class Format(StrEnum):
     GGUF = "gguf"
     PYVENE = "pyvene"
     SAFETENSORS = "safetensors"
+    TENSORS = "tensors"
 
 
 Reader = Callable[[Path, Hints], Foreign]
@@ -36,6 +39,7 @@ READERS: Mapping[Format, Reader] = {
     Format.GGUF: control_vector.read,
     Format.PYVENE: pyvene.read,
     Format.SAFETENSORS: plain.read,
+    Format.TENSORS: tensors.read,
 }
 WRITERS: Mapping[Format, Writer] = {
     Format.GGUF: control_vector.write,
@@ -47,7 +51,7 @@ WRITERS: Mapping[Format, Writer] = {
 def read_foreign(path: Path, hints: Hints, format: Format | None = None) -> Foreign:
     """The columns of a foreign file or folder; without `format` its content decides. Raises FormatError."""
     try:
-        return READERS[format or detect(path)](path, hints)
+        return without_zeros(READERS[format or detect(path)](path, hints), path)
     except ColumnError as error:
         raise FormatError(f"{path} is refused: {error}") from None
 
@@ -69,18 +73,14 @@ def detect(path: Path) -> Format:
             return Format.PYVENE
         if (path / "steering.safetensors").is_file():
             raise FormatError(f"{path} is a checkpoint folder already")
-        raise FormatError(f"{path} is no folder of pyvene's: it holds no intkey_*.bin")
-    if not path.is_file():
-        raise FormatError(f"there is no file {path}")
-    with path.open("rb") as file:
-        beginning = file.read(4)
-    if beginning == b"GGUF":
-        return Format.GGUF
-    if path.suffix == ".safetensors":
-        return Format.SAFETENSORS
-    content = load_pickle(path)
-    if mat.is_mat(content):
-        return Format.MAT
-    if pyvene.is_by_layer(content):
-        return Format.PYVENE
-    raise FormatError(f"{path} holds neither MAT-Steer's state nor a dict of layer -> vector")
+        raise FormatError(f"{path} is no folder of pyvene's: it holds no intkey_*.bin; name a file in it, perhaps")
+    match container_of(path):
+        case Container.GGUF:
+            return Format.GGUF
+        case Container.SAFETENSORS:
+            names, metadata = read_safetensors(path)
+            return Format.SAFETENSORS if plain.is_plain(names, metadata) else Format.TENSORS
+        case Container.TORCH:
+            return Format.MAT if mat.is_mat(load_pickle(path)) else Format.TENSORS
+        case _:
+            return Format.TENSORS

@@ -93,7 +93,7 @@ def _library() -> ModuleType:
     try:
         import gguf
     except ModuleNotFoundError:
-        raise FormatError("GGUF files need the package gguf: pip install 'mat-steer[gguf]'") from None
+        raise FormatError("GGUF files need the package gguf: pip install 'gguf>=0.17'") from None
     library: ModuleType = gguf
     return library
 

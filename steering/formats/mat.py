@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from steering.errors import FormatError
-from steering.formats.foreign import Foreign, Hints, need_layer, need_site
+from steering.formats.foreign import Foreign, Hints, named_layers, need_layer, need_site
 from steering.formats.pickles import load_pickle, vector_of
 from steering.types import Column, Gate, Positions, Site
 
@@ -89,8 +89,10 @@ def _layer(hints: Hints, metadata: Mapping[str, Any], path: Path) -> int:
     if metadata.get("layer") is None:
         return need_layer(hints, path)
     layer: int = metadata["layer"]
-    if hints.layer not in (None, layer):
-        raise FormatError(f"{path} was trained on layer {layer}, says its metadata, not on --layer {hints.layer}")
+    if hints.layers not in ((), (layer,)):
+        raise FormatError(
+            f"{path} was trained on layer {layer}, says its metadata, not on --layer {named_layers(hints.layers)}"
+        )
     return layer
 
 

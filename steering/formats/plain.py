@@ -5,13 +5,12 @@ A file without the metadata is read too: `vectors` [C, D] alone are constant col
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,7 +18,9 @@ from steering.checkpoint import Checkpoint
 from steering.checkpoint_config import CheckpointConfig, describe, sentence
 from steering.checkpoint_tensors import PARTS, pack, unpack
 from steering.errors import CheckpointError, ColumnError, FormatError
+from steering.formats.contents import read_safetensors
 from steering.formats.foreign import Foreign, Hints, need_layer, need_site, one_attribute, refuse_place
+from steering.formats.tensors import read as read_tensors
 from steering.types import Column, Gate, Positions, Site
 
 CONFIG = "mat_steer_config"
@@ -28,13 +29,15 @@ SITE = "the tensors alone do not tell"
 
 def read(path: Path, hints: Hints) -> Foreign:
     """The columns of a file, with or without metadata. Raises FormatError."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise FormatError(f"{path} is not a safetensors file: {error}") from None
+    tensors, metadata = read_safetensors(path)
+    if CONFIG not in metadata and _is_stack(tensors, hints):
+        return read_tensors(path, hints)
     return _described(path, metadata[CONFIG], tensors, hints) if CONFIG in metadata else _bare(path, tensors, hints)
+
+
+def is_plain(names: Collection[str], metadata: Mapping[str, str]) -> bool:
+    """Whether a safetensors file is one of these."""
+    return CONFIG in metadata or ("vectors" in names and ({*names} <= {*PARTS} or bool({*PARTS[1:]} & {*names})))
 
 
 def write(path: Path, checkpoint: Checkpoint, multipliers: Sequence[float]) -> None:
@@ -53,6 +56,17 @@ def write(path: Path, checkpoint: Checkpoint, multipliers: Sequence[float]) -> N
         raise FormatError(f"{path} cannot be written: {error}") from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _is_stack(tensors: Mapping[str, Tensor], hints: Hints) -> bool:
+    """Whether `vectors` alone are those of several layers, and not of several attributes."""
+    vectors = tensors.get("vectors")
+    if set(tensors) != {"vectors"} or vectors is None or len(hints.attributes) > 1:
+        return False
+    if vectors.dim() != 2:
+        return True
+    depths = (hints.model.num_layers, hints.model.num_layers + 1) if hints.model else ()
+    return len(vectors) > 1 and (len(hints.layers) > 1 or len(vectors) in depths)
 
 
 def _described(path: Path, text: str, tensors: dict[str, Tensor], hints: Hints) -> Foreign:

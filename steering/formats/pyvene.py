@@ -22,13 +22,12 @@ from steering.formats.foreign import (
     Hints,
     constant_column,
     displacements,
-    need_site,
     one_attribute,
     refuse_place,
 )
 from steering.formats.pickles import load_pickle, vector_of
 from steering.formats.pyvene_names import COMPONENTS, KNOWN, file_of, find_file, site_of
-from steering.types import Column, Positions, Site
+from steering.types import Positions, Site
 
 CONFIG = "config.json"
 # The fields of pyvene's RepresentationConfig that matter here, in the order in which a list holds them.
@@ -47,13 +46,10 @@ ADDITION = "<class 'pyvene.models.interventions.AdditionIntervention'>"
 
 
 def read(path: Path, hints: Hints) -> Foreign:
-    """One constant column an intervention, all of one attribute. Raises FormatError.
-
-    A file in place of a folder is a dict of layer -> vector [D], the form in which differences of ITI were published.
-    """
+    """One constant column an intervention, all of one attribute. Raises FormatError."""
     attribute = one_attribute(hints, path)
     if path.is_file():
-        return Foreign(_by_layer(path, hints, attribute), "vectors", Positions.GENERATED)
+        raise FormatError(f"{path} is a file; pyvene writes folders, with a {CONFIG} and intkey_*.bin")
     refuse_place(hints, path)
     unread = {file.name for file in path.glob("intkey_*.bin")}
     columns = []
@@ -105,24 +101,6 @@ def write(path: Path, checkpoint: Checkpoint, multipliers: Sequence[float]) -> N
         os.replace(partial, path)
     except OSError as error:
         raise FormatError(f"{path} cannot be written: {error}") from None
-
-
-def is_by_layer(content: object) -> bool:
-    """Whether an unpickled file is a dict of layer -> vector."""
-    return isinstance(content, dict) and bool(content) and all(str(layer).isdecimal() for layer in content)
-
-
-def _by_layer(path: Path, hints: Hints, attribute: str) -> tuple[Column, ...]:
-    content = load_pickle(path)
-    if not is_by_layer(content):
-        raise FormatError(f"{path} must hold a dict of layer -> vector")
-    if hints.layer is not None:
-        raise FormatError(f"{path} says its layers itself: leave out --layer {hints.layer}")
-    kind = need_site(hints, path, "the published difference of ITI acts on attn_output")
-    return tuple(
-        constant_column(attribute, Site(int(layer), kind), vector_of(vector, f"layer {layer} in {path}"))
-        for layer, vector in sorted(content.items(), key=lambda item: int(item[0]))
-    )
 
 
 def _interventions(path: Path) -> list[dict[str, Any]]:

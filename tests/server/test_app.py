@@ -4,10 +4,12 @@ import html
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
 
 from server.app import create_app
 from server.config import Settings
@@ -18,7 +20,9 @@ from tests.server.conftest import World
 def test_health_and_readiness(world: World) -> None:
     assert world.client.get("/healthz").json() == {"status": "ok"}
     assert world.client.get("/health").json() == {"status": "ok"}
-    assert world.client.get("/readyz").json() == {"status": "ready", "model": "tiny", "checkpoint": "demo@2"}
+    ready = {"status": "ready", "model": "tiny", "checkpoint": "demo@2", "note": None}
+    assert world.client.get("/readyz").json() == ready
+    assert world.client.get("/checkpoints").json()["note"] is None
 
 
 def test_the_api_is_described(world: World) -> None:
@@ -38,10 +42,11 @@ def test_the_command_on_the_page_works(world: World) -> None:
     page = world.client.get("/").text
     command = re.search(r"<pre>(.*)</pre>", page, re.DOTALL)
     assert command is not None
-    _, url, _, _, _, body = shlex.split(html.unescape(command[1]))
+    _, _, url, _, _, _, body = shlex.split(html.unescape(command[1]))
     answer = world.client.post(url, json=json.loads(body))
     assert answer.status_code == 200
     assert answer.json()["baseline"] is not None
+    assert "CDN" not in page
 
 
 def test_a_request_id_is_kept_when_plain_and_made_otherwise(world: World) -> None:
@@ -86,8 +91,6 @@ def test_a_name_that_is_no_checkpoint_is_a_404(world: World, name: str) -> None:
 
 
 def test_without_a_checkpoint_the_model_is_served_unsteered(settings: Settings, tmp_path: Path) -> None:
-    from starlette.testclient import TestClient
-
     with TestClient(create_app(settings.model_copy(update={"checkpoints": tmp_path}))) as client:
         assert client.get("/readyz").json()["checkpoint"] is None
         assert client.get("/").status_code == 200
@@ -96,6 +99,44 @@ def test_without_a_checkpoint_the_model_is_served_unsteered(settings: Settings, 
         assert answer["results"][0]["steering"]["checkpoint"] is None
         refused = client.post("/generate", json={**body, "attributes": {"kind": 1}})
         assert (refused.status_code, refused.json()["error"]["param"]) == (404, "attributes")
+
+
+def test_several_checkpoints_and_none_active_is_told_with_what_activates_one(
+    settings: Settings, checkpoints: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("calm", "honest"):
+        shutil.copytree(checkpoints / "other", tmp_path / name)
+    with (
+        caplog.at_level("WARNING"),
+        TestClient(create_app(settings.model_copy(update={"checkpoints": tmp_path}))) as client,
+    ):
+        listed = client.get("/checkpoints").json()
+        assert listed["active"] is None
+        assert listed["note"] == (
+            "No checkpoint is active, so requests that name none are not steered. There are calm, honest: POST "
+            "/checkpoints/calm/activate makes one active, and so does --checkpoint calm (MATSTEER_CHECKPOINT) at the "
+            "start."
+        )
+        assert f"{listed['note']} The folder is {tmp_path}." in caplog.text
+        ready = client.get("/readyz").json()
+        assert (ready["checkpoint"], ready["status"]) == (None, "ready")
+        assert "GET /checkpoints tells more" in ready["note"]
+        assert client.post("/checkpoints/calm/activate").status_code == 200
+        assert client.get("/checkpoints").json()["note"] is None
+        assert client.get("/readyz").json()["note"] is None
+
+
+def test_no_checkpoint_at_all_and_none_that_fits_are_told(
+    settings: Settings, checkpoints: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        caplog.at_level("WARNING"),
+        TestClient(create_app(settings.model_copy(update={"checkpoints": tmp_path}))) as client,
+    ):
+        assert "There is no checkpoint, so nothing is steered" in client.get("/checkpoints").json()["note"]
+        assert "--checkpoints (MATSTEER_CHECKPOINTS) names its folder" in caplog.text
+        shutil.copytree(checkpoints / "foreign", tmp_path / "foreign")
+        assert "none of those in the folder can be used on this model" in client.get("/checkpoints").json()["note"]
 
 
 def test_a_checkpoint_is_pinned_while_it_is_used(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,10 +157,6 @@ def test_a_checkpoint_is_pinned_while_it_is_used(world: World, monkeypatch: pyte
 def test_a_checkpoint_that_appears_is_listed_and_can_be_used(
     settings: Settings, checkpoints: Path, tmp_path: Path
 ) -> None:
-    import shutil
-
-    from starlette.testclient import TestClient
-
     shutil.copytree(checkpoints / "demo" / "1", tmp_path / "demo" / "1")
     with TestClient(create_app(settings.model_copy(update={"checkpoints": tmp_path}))) as client:
         body = {"prompt": "Q:", "max_new_tokens": 2}

@@ -1,6 +1,7 @@
 """The command line."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -241,3 +242,16 @@ def test_verify_names_a_folder_that_is_incomplete(checkpoints: Path, tmp_path: P
     found = runner.invoke(app, ["checkpoints", "verify", *place])
     assert found.exit_code == 1
     assert "mine@1: incomplete, there is no config.json" in found.output
+
+
+def test_the_version_is_shown() -> None:
+    result = runner.invoke(app, ["--version"])
+    assert result.exit_code == 0
+    assert re.fullmatch(r"mat-steer \d+\.\d+\.\d+ \(Python 3\.\d+\.\S+, torch \S+, transformers \S+\)\n", result.output)
+
+
+def test_a_variable_that_is_no_setting_is_warned_of_at_the_start() -> None:
+    command = [sys.executable, "-m", "server.cli", "serve", "--model", "/no/model", "--port", str(free_port())]
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(command, cwd=root, env=os.environ | {"MATSTEER_PROT": "9000"}, capture_output=True, text=True)
+    assert "MATSTEER_PROT is in the environment, but no setting has that name. Is MATSTEER_PORT meant?" in done.stderr

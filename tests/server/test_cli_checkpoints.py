@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from starlette.testclient import TestClient
 from typer.testing import CliRunner, Result
 
+from server.app import create_app
 from server.cli import app
+from server.config import Settings
 from steering.checkpoint import base_model_info, load, save
 from steering.types import Column, Gate, Positions, Site
 
@@ -152,3 +155,76 @@ def test_every_command_shows_an_example(command: str) -> None:
     result = runner.invoke(app, ["checkpoints", command, "--help"])
     assert result.exit_code == 0
     assert f"Example: matsteer checkpoints {command}" in result.output
+
+
+VECTOR = torch.randn(WIDTH, generator=torch.Generator().manual_seed(4)) * 2
+
+
+@torch.no_grad()
+def greedy(model: Any, tokenizer: Any, prompt: str, count: int, block: int | None) -> list[int]:
+    """Greedy tokens; with `block`, a plain hook adds VECTOR to its output, from the last prompt token on."""
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    start = ids.shape[1] - 1
+
+    def add(_: object, __: object, out: Any) -> Any:
+        hidden = out[0] if isinstance(out, tuple) else out
+        hidden[:, start:] += VECTOR
+        return out
+
+    handle = None if block is None else model.model.layers[block].register_forward_hook(add)
+    try:
+        for _ in range(count):
+            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    finally:
+        if handle is not None:
+            handle.remove()
+    return ids[0, start + 1 :].tolist()
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments"),
+    [
+        (VECTOR, ["--layer", "1", "--site", "residual"]),
+        ({"blocks.2.hook_resid_pre": VECTOR}, []),
+        ({2: VECTOR}, ["--site", "residual", "--counting", "hidden_states"]),
+        ({"vector": VECTOR, "layer": 1}, ["--site", "residual"]),
+        (torch.stack([VECTOR * 9, VECTOR, VECTOR * 9]), ["--layer", "1", "--site", "residual"]),
+    ],
+)
+def test_an_imported_vector_is_served_as_plain_hooks_add_it(
+    model: Any, spelling: Any, model_folder: Path, tmp_path: Path, content: Any, arguments: list[str]
+) -> None:
+    torch.save(content, tmp_path / "v.pt")
+    root = tmp_path / "checkpoints"
+    taken = take(tmp_path / "v.pt", model_folder, root, "--attribute", "honesty", *arguments)
+    assert taken.exit_code == 0, taken.output
+    settings = Settings(model=str(model_folder), checkpoints=root, device="cpu", threads=1, remember=False)
+    body = {"prompt": "Q: What colour", "max_new_tokens": 12, "temperature": 0, "ignore_eos": True, "baseline": True}
+    with TestClient(create_app(settings)) as client:
+        answer = client.post("/generate", json=body).json()
+    steered, plain = answer["results"][0], answer["baseline"][0]
+    assert steered["steering"]["attributes"] == {"honesty": 1.0}
+    assert steered["token_ids"] == greedy(model, spelling, body["prompt"], 12, block=1)
+    assert plain["token_ids"] == greedy(model, spelling, body["prompt"], 12, block=None)
+    assert steered["token_ids"] != plain["token_ids"]
+
+
+def test_what_was_left_out_and_not_applied_is_told(model_folder: Path, tmp_path: Path) -> None:
+    stack = torch.stack([torch.zeros(WIDTH), VECTOR, VECTOR])
+    torch.save({"vectors": stack, "coeff": 4.0, "mean": VECTOR}, tmp_path / "v.pt")
+    taken = take(tmp_path / "v.pt", model_folder, tmp_path, "--site", "residual", "--attribute", "honesty")
+    assert taken.exit_code == 0, taken.output
+    assert "note: left out: mean" in taken.output
+    assert "note: kept in config.json, and not applied: coeff 4.0" in taken.output
+    assert "note: left out, because the vector is zero: honesty at 0.residual" in taken.output
+    made = load(tmp_path / "mine" / "v1")
+    assert [str(column.site) for column in made.columns] == ["1.residual", "2.residual"]
+    assert made.config.training["said"] == {"coeff": 4.0}
+
+
+@pytest.mark.parametrize("layers", ["1-x", "-1", "2-1", "", "1,,2", "0-99999999"])
+def test_layers_that_are_none_are_refused(model_folder: Path, tmp_path: Path, layers: str) -> None:
+    torch.save(VECTOR, tmp_path / "v.pt")
+    result = take(tmp_path / "v.pt", model_folder, tmp_path, "--layer", layers, "--site", "residual")
+    assert result.exit_code == 2
+    assert "--layer takes" in " ".join(result.output.replace("│", " ").split())

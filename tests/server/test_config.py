@@ -1,13 +1,17 @@
 """Bad settings end the start with one sentence that names them."""
 
+import os
+import re
 from pathlib import Path
 
 import pytest
 
 from server.assembly import open_service
-from server.config import Settings, load_settings
+from server.config import OLD_NAMES, OTHER_VARIABLES, Settings, load_settings, unknown_variables
 from server.errors import StartupError
 from server.loading import load_model
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_environment_sets_what_the_command_line_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,6 +56,8 @@ def test_a_bad_value_is_one_sentence_with_the_setting_and_the_value(
 def test_a_setting_that_does_not_exist_is_refused() -> None:
     with pytest.raises(StartupError, match="no setting called 'colour'"):
         load_settings(colour="red")
+    with pytest.raises(StartupError, match=r"no setting called 'prot'\. Is MATSTEER_PORT meant\?"):
+        load_settings(prot=9000)
 
 
 OLD = [
@@ -114,7 +120,7 @@ def test_a_model_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_missing_demo_model_says_how_to_choose_another(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("server.config._shipped", lambda name: tmp_path / name)
+    monkeypatch.setattr("server.config._demo_model", lambda: tmp_path / "demo/model")
     with pytest.raises(StartupError, match="--model ID_OR_PATH"):
         load_model(Settings())
 
@@ -153,3 +159,41 @@ def test_the_served_name_is_the_id_or_the_folder(tmp_path: Path) -> None:
     assert Settings(model=str(tmp_path / "demo")).served_name == "demo"
     assert Settings(model="org/name").served_name == "org/name"
     assert Settings(model="org/name", model_name="mine").served_name == "mine"
+
+
+def test_a_variable_that_is_no_setting_is_told_with_the_near_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.upper().startswith("MATSTEER_")]:
+        monkeypatch.delenv(name)
+    for known in ("MATSTEER_PORT", "matsteer_host", "MATSTEER_STEP_TOKENS", "MATSTEER_URL", "MATSTEER_TORCH", "STEER"):
+        monkeypatch.setenv(known, "1")
+    assert unknown_variables() == []
+    monkeypatch.setenv("MATSTEER_PROT", "9000")
+    monkeypatch.setenv("MATSTEER_MAX_SEQS", "9")
+    monkeypatch.setenv("MATSTEER_QWERTZ", "9")
+    assert unknown_variables() == [
+        "MATSTEER_MAX_SEQS is in the environment, but no setting has that name. Is MATSTEER_MAX_NUM_SEQS meant?",
+        "MATSTEER_PROT is in the environment, but no setting has that name. Is MATSTEER_PORT meant?",
+        "MATSTEER_QWERTZ is in the environment, but no setting has that name.",
+    ]
+
+
+def test_every_variable_of_the_compose_file_is_known() -> None:
+    named = set(re.findall(r"MATSTEER_([A-Z_]+)", (ROOT / "docker-compose.yml").read_text(encoding="utf-8")))
+    assert {name.lower() for name in named} <= {*Settings.model_fields, *OLD_NAMES, *OTHER_VARIABLES}
+
+
+def test_a_wheel_serves_the_checkpoints_of_the_working_folder_or_else_the_demos(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert Settings().checkpoints == ROOT / "checkpoints", "a clone serves its own"
+    packages, here = tmp_path / "site-packages", tmp_path / "here"
+    demo = packages / "demo" / "checkpoints"
+    (here / "checkpoints").mkdir(parents=True)
+    monkeypatch.setattr("server.config._installed", lambda name: packages / name)
+    monkeypatch.chdir(here)
+    assert Settings().checkpoints == here / "checkpoints", "there is nothing else"
+    demo.mkdir(parents=True)
+    assert Settings().checkpoints == demo, "a folder of this name without any checkpoint is somebody else's"
+    (here / "checkpoints" / "mine" / "v1").mkdir(parents=True)
+    (here / "checkpoints" / "mine" / "v1" / "config.json").touch()
+    assert Settings().checkpoints == here / "checkpoints"

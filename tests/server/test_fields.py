@@ -221,7 +221,7 @@ def test_the_table_says_of_each_field_what_is_true_of_it() -> None:
     assert len(rows) == len(BODY_FIELDS)
     for field in BODY_FIELDS.values():
         (line,) = (row for row in rows if row.startswith(f"| `{field.name}` | {field.origin} | "))
-        statuses = line.split(" | ")[2:5]
+        statuses = line.split(" | ")[2 : 2 + len(field_docs.ROUTES)]
         for told, schema in zip(statuses, field_docs.ROUTES.values(), strict=True):
             assert told == ("yes" if field.name in schema.model_fields else "ignored" if field.ignored else "no")
 

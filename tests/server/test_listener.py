@@ -1,6 +1,7 @@
 """How the server comes to its address, and how it ends."""
 
 import gc
+import json
 import os
 import signal
 import socket
@@ -18,7 +19,7 @@ import pytest
 from server.app import create_app
 from server.config import Settings
 from server.errors import StartupError
-from server.listener import DrainingServer, listen, run
+from server.listener import DrainingServer, address_of, listen, run
 from tests.server.conftest import World
 
 
@@ -32,8 +33,61 @@ def free_port() -> int:
 def test_an_address_that_is_taken_is_one_sentence() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(StartupError, match=rf"cannot listen on 127.0.0.1 port {port}: Address already in use\.$"):
+        with pytest.raises(
+            StartupError, match=rf"cannot listen on 127.0.0.1 port {port}: Address already in use\. "
+        ) as e:
             listen(Settings(port=port))
+    assert "another port with --port (MATSTEER_PORT); for make serve: `make serve PORT=8001`" in e.value.message
+    assert "\n" not in e.value.message
+
+
+def test_the_slower_of_two_that_start_at_once_ends_with_the_same_sentence(settings: Settings) -> None:
+    app = create_app(settings)
+    with listen(Settings(port=free_port())) as bound:
+        taken = socket.socket()  # bound and not listening yet, as while a model is loaded
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(bound.getsockname())
+        taken.listen()
+        with taken, pytest.raises(StartupError, match=r"Address already in use\. Another server has this port"):
+            run(app, bound, drain_s=1)
+    assert app.state.service.engine.trouble, "nothing of it goes on"
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"),
+    [
+        ("0.0.0.0", "http://127.0.0.1:{}"),
+        ("127.0.0.1", "http://127.0.0.1:{}"),
+        ("::", "http://[::1]:{}"),
+        ("::1", "http://[::1]:{}"),
+    ],
+)
+def test_the_address_that_is_shown_can_be_opened(host: str, shown: str) -> None:
+    port = free_port()
+    try:
+        bound = listen(Settings(host=host, port=port))
+    except StartupError as error:
+        pytest.skip(error.message)  # a machine without IPv6
+    with bound:
+        assert address_of(bound) == shown.format(port)
+
+
+@pytest.mark.parametrize("key", [None, "a secret"])
+def test_the_start_ends_with_where_to_go(
+    settings: Settings, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, key: str | None
+) -> None:
+    kept = settings.model_dump(exclude={"api_key", "admin_key"})
+    with caplog.at_level("INFO", "server.listener"), serving(Settings(**kept, api_key=key), 1) as (_, _, url):
+        (said,) = [record.getMessage() for record in caplog.records if "ready at" in record.getMessage()]
+        assert said.splitlines()[0] == f"ready at {url}"
+        assert all(f"{url}{path}" in said for path in ("/", "/docs", "/v1"))
+        command = said.splitlines()[-1].partition("try")[2].strip()
+        assert ("Authorization: Bearer $MATSTEER_API_KEY" in command) is (key is not None)
+        assert "a secret" not in said
+        environment = {"PATH": os.environ["PATH"], "NO_PROXY": "*", "MATSTEER_API_KEY": key or ""}
+        done = subprocess.run(command, shell=True, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["baseline"][0]["text"] is not None
 
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "", "x" * 300])

@@ -30,7 +30,7 @@ from tests.steering.families import HIDDEN, LAYERS, VOCABULARY, column, tiny
 
 RESIDUAL, OUTPUT = SiteKind.RESIDUAL, SiteKind.ATTN_OUTPUT
 TASKS = ("truthfulqa", "toxigen", "bbq")
-PLACE = Hints(layer=1, site=OUTPUT)
+PLACE = Hints(layers=(1,), site=OUTPUT)
 TOKENS = torch.randint(3, VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(5))
 INFO = BaseModelInfo(id="tiny", revision=None, architecture="LlamaForCausalLM", hidden_size=HIDDEN, num_layers=LAYERS)
 
@@ -135,7 +135,7 @@ def test_layer_and_names_come_from_the_metadata_beside_the_file(published, tmp_p
     ("hints", "message"),
     [
         (Hints(site=OUTPUT), "does not say its layer: name it with --layer"),
-        (Hints(layer=1), "does not say its site: name it with --site attn_heads|attn_output"),
+        (Hints(layers=(1,)), "does not say its site: name it with --site attn_heads|attn_output"),
         (replace(PLACE, attributes=("a", "b")), "holds 3 attributes, but 2 were named: a, b"),
     ],
 )
@@ -273,7 +273,7 @@ def test_a_gated_column_that_is_not_used_is_no_obstacle(tmp_path):
 
 def test_without_the_library_a_control_vector_says_what_to_install(vector, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(FormatError, match=r"pip install 'mat-steer\[gguf\]'"):
+    with pytest.raises(FormatError, match=r"pip install 'gguf>=0\.17'"):
         read_foreign(vector, Hints())
 
 
@@ -341,21 +341,24 @@ def test_bare_tensors_are_gated_where_they_have_gates(tmp_path):
     gated = read_foreign(tmp_path / "gated.safetensors", named).columns
     assert [(c.gate, c.keep_norm, c.gate_bias) for c in gated] == [(Gate.SIGMOID, True, 1.0), (Gate.SIGMOID, True, 2.0)]
     safetensors.torch.save_file({"weights": vectors}, tmp_path / "other.safetensors")
+    other = read_foreign(tmp_path / "other.safetensors", named).columns
+    assert [(c.attribute, str(c.site)) for c in other] == [("a", "1.attn_output"), ("b", "1.attn_output")]
+    safetensors.torch.save_file(tensors | {"weights": vectors + 2}, tmp_path / "more.safetensors")
     with pytest.raises(FormatError, match="must hold vectors, gate_weights, gate_biases, or vectors alone"):
-        read_foreign(tmp_path / "other.safetensors", named)
+        read_foreign(tmp_path / "more.safetensors", PLACE)
 
 
 def test_what_is_nothing_of_all_this_is_refused(tmp_path):
     made = checkpoint(tmp_path, constant(1))
     (tmp_path / "text.pt").write_text("hello")
-    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save(["a", "b"], tmp_path / "words.pt")
     (tmp_path / "empty").mkdir()
     for path, message in (
         (tmp_path / "demo" / "v1", "is a checkpoint folder already"),
         (tmp_path / "empty", "holds no intkey"),
         (tmp_path / "nowhere", "there is no file"),
         (tmp_path / "text.pt", "text.pt"),
-        (tmp_path / "list.pt", "holds neither MAT-Steer's state nor a dict of layer -> vector"),
+        (tmp_path / "words.pt", "is no list of numbers"),
     ):
         with pytest.raises(FormatError, match=message):
             read_foreign(path, PLACE)

@@ -22,6 +22,7 @@ from training.models import load_base
 
 ROOT = Path(__file__).parents[2]
 SITE = Site(1, SiteKind.ATTN_OUTPUT)
+MATSTEER = Path(sys.executable).with_name("matsteer")
 LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
 
 
@@ -35,6 +36,14 @@ def write_world(folder: Path) -> str:
     ]
     (folder / "facts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return f"truthfulness={folder / 'facts.jsonl'}"
+
+
+def run_beside_another_training(folder: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Runs the command in a folder that has a package called training, which is not ours."""
+    (folder / "training").mkdir()
+    (folder / "training/__init__.py").write_text("raise SystemExit('the training of somebody else')")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def interrupt_after_a_shard(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,12 +64,10 @@ def test_two_processes_finish_what_one_has_begun(tmp_path: Path, monkeypatch: py
     (shard,) = out.glob("shard-*.safetensors")
     written = shard.stat().st_mtime_ns
 
-    command = [sys.executable, *LAUNCH, "-m", "training", "extract", "--model", str(tmp_path / "model"), "--data", data]
-    result = subprocess.run(
-        [*command, "--layer", "1", "--site", "attn_output", "--device", "cpu", "--out", str(out)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
+    command = [sys.executable, *LAUNCH, "--no_python", str(MATSTEER), "extract", "--model", str(tmp_path / "model")]
+    result = run_beside_another_training(
+        tmp_path,
+        [*command, "--data", data, "--layer", "1", "--site", "attn_output", "--device", "cpu", "--out", str(out)],
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("1100 activations at 1.attn_output") == 1
@@ -72,6 +79,13 @@ def test_two_processes_finish_what_one_has_begun(tmp_path: Path, monkeypatch: py
     assert torch.equal(found.samples, expected.samples)
     assert torch.equal(found.labels, expected.labels)
     assert (found.splits, found.groups, found.source) == (expected.splits, expected.groups, expected.source)
+
+
+def test_torchrun_goes_through_the_command_too(tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python", str(MATSTEER)]
+    result = run_beside_another_training(tmp_path, [*launch, "extract", "--help"])
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("--no-python matsteer extract") == 2
 
 
 def test_a_folder_that_not_every_process_sees_is_an_error(

@@ -383,5 +383,5 @@ def test_a_revision_of_the_hub_is_kept() -> None:
 
 def test_without_the_extra_the_hub_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(DataError, match=r"pip install 'mat-steer\[hub\]'"):
+    with pytest.raises(DataError, match=r"pip install 'datasets>=3\.0'"):
         load_data(["truthfulqa=hub:truthfulqa/truthful_qa"])

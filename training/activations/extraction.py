@@ -4,8 +4,8 @@
 2. shards    samples of similar length, a file as soon as they are done     shard-00000.safetensors, ...
 3. manifest  written last: labels, groups and splits of the samples         manifest.json
 
-`accelerate launch -m training extract ...` (without GPUs: `torchrun --nproc-per-node 2 -m training extract ...`) starts
-several processes, on one machine or many, that divide the shards; all of them have to see the same folder.
+`accelerate launch --no_python matsteer extract ...` starts several processes, on one machine or many, that divide the
+shards (without GPUs: `torchrun --nproc-per-node 2 --no-python matsteer extract ...`). All have to see the same folder.
 """
 
 import json

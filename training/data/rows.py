@@ -113,6 +113,7 @@ def read_rows(path: Path, problems: Problems) -> Iterator[Row]:
     """
     kind = data_format(path)
     part = split_named(path.name)
+    _refuse_mistaken(path)
     try:
         _check_beginning(path)
         with _open(path) as file:
@@ -130,6 +131,17 @@ def read_rows(path: Path, problems: Problems) -> Iterator[Row]:
         raise DataError(f"{path} is not a whole gzip file.") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from None
+
+
+def _refuse_mistaken(path: Path) -> None:
+    from steering.files import EMPTY, GZIP, PARQUET, mistaken_for
+
+    what = mistaken_for(path)
+    if what in (None, EMPTY) or (what == GZIP and path.suffix == ".gz"):
+        return
+    if what == PARQUET:
+        what += ": make JSON lines of it, as with pandas.read_parquet(PATH).to_json(OUT, orient='records', lines=True)"
+    raise DataError(f"{path} is {what}.")
 
 
 def data_format(path: Path) -> str | None:

@@ -211,7 +211,7 @@ def _datasets() -> Any:
     try:
         import datasets
     except ImportError:
-        raise DataError("Data sets of the hub need the package datasets: pip install 'mat-steer[hub]'.") from None
+        raise DataError("Data sets of the hub need the package datasets: pip install 'datasets>=3.0'.") from None
     return datasets
 
 

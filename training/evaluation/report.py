@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -101,10 +102,11 @@ def plot(evaluation: Evaluation, path: Path) -> bool:
     return True
 
 
+@cache
 def can_plot() -> bool:
-    """Whether matplotlib is installed; says how to install it where it is not."""
+    """Whether matplotlib is installed; where it is not, says once how to install it."""
     if find_spec("matplotlib") is None:
-        log.warning("There is no plot, for want of matplotlib: pip install 'mat-steer[plots]'.")
+        log.warning("There are no plots, for want of matplotlib: pip install 'matplotlib>=3.9'.")
         return False
     return True
 

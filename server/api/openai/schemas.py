@@ -98,7 +98,9 @@ class CompletionRequest(OpenAIRequest, TextFields):
     """Continue texts."""
 
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"model": "demo@v1", "prompt": "Q: Is grass green? A:", "max_tokens": 24}]}
+        json_schema_extra={
+            "examples": [{"model": "demo@v1", "prompt": "Q: What colour is the sky? A:", "max_tokens": 24, "seed": 1}]
+        }
     )
 
     prompt: Prompt | Tokens | Annotated[list[Prompt | Tokens], Field(min_length=1, max_length=256)] = Field(
@@ -129,8 +131,9 @@ class ChatCompletionRequest(OpenAIRequest, ChatFields):
             "examples": [
                 {
                     "model": "demo",
-                    "messages": [{"role": "user", "content": "Is grass green?"}],
+                    "messages": [{"role": "user", "content": "What colour is the sky?"}],
                     "max_tokens": 24,
+                    "seed": 1,
                 }
             ]
         }

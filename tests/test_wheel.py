@@ -1,0 +1,70 @@
+"""The wheel alone, without the clone, serves the demo steered."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import httpx
+import pytest
+
+from demo.readme import requests, served
+
+ROOT = Path(__file__).parents[1]
+HINT = re.compile(r"pip install '([^']+)'")
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What pip would put into site-packages."""
+    pytest.importorskip("hatchling")
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder], cwd=ROOT, check=True)
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "site-packages")
+    return folder / "site-packages"
+
+
+def test_it_holds_the_packages_and_the_demo_and_nothing_else(unpacked: Path) -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    packages = {"server", "steering", "steer_ops", "training", "demo"}
+    assert {path.name for path in unpacked.iterdir()} == packages | {f"mat_steer-{version}.dist-info"}
+    for name in ("demo/model/model.safetensors", "demo/checkpoints/demo/v1/config.json", "steer_ops/cpu/library.cpp"):
+        assert (unpacked / name).is_file()
+    assert not (unpacked / "demo/data").exists()
+
+
+def test_it_serves_the_demo_steered_from_any_folder(
+    unpacked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(unpacked))
+    for name in [name for name in os.environ if name.startswith("MATSTEER_")]:
+        monkeypatch.delenv(name)
+    where = [sys.executable, "-c", "import server; print(server.__file__)"]
+    assert subprocess.run(where, capture_output=True, text=True, check=True).stdout.startswith(str(unpacked))
+    (request, *_) = requests(ROOT / "README.md")
+    with served() as url:
+        assert httpx.get(f"{url}/readyz", trust_env=False).json()["checkpoint"] == "demo@v1"
+        answer = httpx.post(url + request.path, json=request.body, timeout=60, trust_env=False).json()
+    assert answer["results"][0]["steering"]["steered_tokens"] > 0
+    assert answer["results"][0]["text"] != answer["baseline"][0]["text"]
+
+
+def test_hints_name_packages_that_pip_finds_and_the_versions_that_we_ask_for() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = {requirement for group in project["optional-dependencies"].values() for requirement in group}
+    hints = {
+        (str(file.relative_to(ROOT)), hint)
+        for folder in ("server", "steering", "steer_ops", "training", "docs")
+        for file in (ROOT / folder).rglob("*")
+        if file.suffix in (".py", ".md")
+        for hint in HINT.findall(file.read_text(encoding="utf-8"))
+    }
+    assert {file for file, _ in hints} >= {"training/evaluation/report.py", "training/data/sources.py"}
+    for file, hint in hints:
+        assert hint in extras, f"{file} names {hint}"
