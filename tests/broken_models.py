@@ -95,7 +95,7 @@ def adapter(*, beside: bool = False, weights: str = "adapter_model.safetensors",
             emptied(folder)
         content = {"peft_type": "LORA", "base_model_name_or_path": "org/base"} | said
         (folder / "adapter_config.json").write_text(json.dumps(content))
-        (folder / weights).write_bytes(b"")
+        (folder / weights).write_bytes(b"weights")
 
     return make
 
