@@ -98,6 +98,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
             "is compressed: give it a name that ends in .gz|is not a whole gzip file",
         ),
     ],
+    ids=["pointer", "parquet", "zip", "utf-16", "gzip"],
 )
 def test_files_of_another_kind_are_said_to_be_what_they_are(
     tmp_path: Path, name: str, content: bytes, said: str
