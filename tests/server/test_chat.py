@@ -261,7 +261,7 @@ def test_fields_of_a_conversation_reach_the_template(served: Callable[[str], Cal
     assert (status, error["param"]) == (422, "continue_final_message")
 
 
-@pytest.mark.parametrize("field", ["chat_template_kwargs", "continue_final_message", "add_generation_prompt"])
+@pytest.mark.parametrize("field", ["chat_template_kwargs", "continue_final_message"])
 def test_fields_of_a_conversation_are_refused_with_a_prompt(world: World, field: str) -> None:
     status, error = world.refused(**{"prompt": "a", field: {"x": 1} if field.endswith("kwargs") else True})
     assert (status, error["param"]) == (422, field)

@@ -184,7 +184,7 @@ def test_fields_that_only_label_a_request_or_ask_for_nothing_pass(client: openai
         ({"tools": [{"type": "web_search"}]}, 400, "tools", "not supported"),
         ({"text": {"format": {"type": "json_object"}}}, 400, "text", "not supported"),
         ({"truncation": "auto"}, 400, "truncation", "not supported"),
-        ({"max_tokens": 5}, 400, "max_tokens", "no field 'max_tokens'"),
+        ({"max_tokens": 5}, 400, "max_tokens", "'max_output_tokens' does it here"),
         ({"n": 2}, 422, "n", "less than or equal to 1"),
         ({"model": "gpt-4"}, 404, "model", "no model 'gpt-4'"),
         ({"max_output_tokens": 0}, 422, "max_output_tokens", "greater than or equal to 1"),

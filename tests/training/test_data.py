@@ -89,13 +89,13 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a Git LFS pointer.*run `git lfs pull`"),
-        (b"PAR1\x15\x04", "is a parquet file.*write it as JSON lines"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a Git LFS pointer.*`git lfs pull`"),
+        (b"PAR1\x15\x04", "is a Parquet table: make JSON lines of it"),
         (b"PK\x03\x04", "is a zip archive or a spreadsheet"),
         ('{"text": "a", "label": 1}'.encode("utf-16"), "is UTF-16, not UTF-8 text"),
         (
             gzip.compress(b'{"text": "a"}')[:-8],
-            "is compressed: give it a name that ends in .gz|is not a whole gzip file",
+            "is a gzip archive: give it a name that ends in .gz|is not a whole gzip file",
         ),
     ],
     ids=["pointer", "parquet", "zip", "utf-16", "gzip"],

@@ -33,13 +33,10 @@ TABLES = (".csv", ".tsv")
 
 # How files begin that are no text that is read here.
 BEGINNINGS = {
-    b"version https://git-lfs": "is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository",
-    b"PAR1": "is a parquet file, which is not read: write it as JSON lines, as pandas' to_json(lines=True) does",
     b"PK\x03\x04": "is a zip archive or a spreadsheet, which is not read: write it as csv or JSON lines",
     b"\xff\xfe": "is UTF-16, not UTF-8 text: save it as UTF-8",
     b"\xfe\xff": "is UTF-16, not UTF-8 text: save it as UTF-8",
 }
-GZIP = b"\x1f\x8b"
 LABELS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -139,6 +136,8 @@ def _refuse_mistaken(path: Path) -> None:
     what = mistaken_for(path)
     if what in (None, EMPTY) or (what == GZIP and path.suffix == ".gz"):
         return
+    if what == GZIP:
+        what = "a gzip archive: give it a name that ends in .gz"
     if what == PARQUET:
         what += ": make JSON lines of it, as with pandas.read_parquet(PATH).to_json(OUT, orient='records', lines=True)"
     raise DataError(f"{path} is {what}.")
@@ -173,8 +172,6 @@ def _check_beginning(path: Path) -> None:
     for beginning, what in BEGINNINGS.items():
         if head.startswith(beginning):
             raise DataError(f"{path} {what}.")
-    if head.startswith(GZIP) and path.suffix != ".gz":
-        raise DataError(f"{path} is compressed: give it a name that ends in .gz.")
 
 
 def _open(path: Path) -> TextIO:
