@@ -81,7 +81,7 @@ def test_a_checkpoint_that_git_lfs_has_not_fetched_says_so(tmp_path: Path) -> No
         ("facts.jsonl.gz", POINTER, r"facts\.jsonl\.gz is a Git LFS pointer"),
         ("facts.parquet", b"PAR1" + bytes(20), r"facts\.parquet is a Parquet table: make JSON lines of it"),
         ("facts.json", b"<!doctype html><p>Not found", r"facts\.json is an HTML page"),
-        ("facts.jsonl", b"\x1f\x8b" + bytes(20), "is a gzip archive: unpack it first"),
+        ("facts.jsonl", b"\x1f\x8b" + bytes(20), "is a gzip archive: give it a name that ends in .gz"),
     ],
 )
 def test_data_that_is_none_is_called_what_it_is(tmp_path: Path, name: str, data: bytes, message: str) -> None:
