@@ -107,7 +107,7 @@ def engine_texts(args: argparse.Namespace, prompts: Sequence[str], attributes: S
         answer = asyncio.run(service.generate(body.to_params()))
     finally:
         service.engine.stop()
-    return {arm.name: [list(text.tokens) for text in arm.texts] for arm in answer.arms}
+    return {arm.name: [list(text.token_ids) for text in arm.texts] for arm in answer.arms}
 
 
 class Reference:
