@@ -172,11 +172,11 @@ class BlockManager:
         return len(prefix.blocks) * self.block_size + prefix.num_tokens
 
     def num_coming(self, sequence: Sequence, others: Iterable[Sequence]) -> int:
-        """How many leading tokens will be cached once the running `others` have computed all of theirs."""
+        """How many leading tokens will be cached once those of the running `others` that are in prefill have computed
+        theirs. What the rest of them has computed is cached already, or was forgotten and will not come again."""
         self._update_block_hashes(sequence)
-        return max(
-            (min(_common(other.cache_keys, sequence.cache_keys), sequence.num_shareable) for other in others), default=0
-        )
+        common = (_common(one.cache_keys, sequence.cache_keys) for one in others if one.num_uncomputed > 1)
+        return min(max(common, default=0), sequence.num_shareable)
 
     def check(self, sequences: Iterable[Sequence]) -> None:
         """Raises AssertionError where an invariant is broken. `sequences`: all that hold blocks. Slow: for tests."""

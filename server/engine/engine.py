@@ -313,6 +313,7 @@ class Engine:
             failure = GenerationFailed("The model failed on this request's batch; try again.")
             self._outputs.fail(request_id, failure, keep=False)
         blocks.reset_prefix_cache()
+        blocks.pending_copies.clear()  # all who wanted one have failed
         try:
             self._runner.recover()
         except Exception as fatal:

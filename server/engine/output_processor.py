@@ -74,8 +74,6 @@ class OutputProcessor:
         wanted = [one for one in sequences if one.is_scored or one.sampling_params.max_new_tokens]
         self._scheduler.add(wanted, first=first)
         for sequence in sequences:
-            if sequence.is_scored and not sequence.continuation:
-                raise ValueError("a continuation to score has at least one token")
             if not sequence.is_scored and not sequence.sampling_params.max_new_tokens:
                 state = self._states[sequence]
                 self._dequeue([state])

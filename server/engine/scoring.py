@@ -95,7 +95,9 @@ def to_score(
     steering: SteeringParams,
     top: int = 0,
 ) -> Sequence:
-    """A continuation to score, beside the `top` likeliest tokens in each place."""
+    """A continuation to score, beside the `top` likeliest tokens in each place. Raises ValueError for an empty one."""
+    if not continuation:
+        raise ValueError("a continuation to score has at least one token")
     return Sequence(request_id, index, prompt, SamplingParams(logprobs=top), steering, continuation=continuation)
 
 

@@ -61,6 +61,25 @@ def test_a_failing_step_fails_only_the_requests_in_it(fresh: World, monkeypatch:
     assert fresh.client.get("/readyz").status_code == 200
 
 
+def test_a_copy_that_fails_is_not_tried_again_in_later_steps(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, copied = runner_of(fresh), []
+
+    def broken(copies: Any) -> None:
+        copied.append(list(copies))
+        if copies:
+            raise RuntimeError("out of memory")
+
+    body = {"prompt": "Q: What colour", "temperature": 0, "max_new_tokens": 6}
+    before = fresh.post(**body)["results"][0]["token_ids"]
+    monkeypatch.setattr(runner.attention, "copy", broken)
+    assert fresh.refused(**body, n=2)[0] == 500, "the second of them takes a copy of the prompt's last block"
+    assert any(copied)
+    fresh.service.engine.call(lambda: None).result(10)
+    assert not runner.blocks.pending_copies
+    assert fresh.post(**body)["results"][0]["token_ids"] == before
+    runner.blocks.check([])
+
+
 def test_a_step_that_cannot_be_begun_fails_nobody_who_has_ended_before(
     fresh: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -160,6 +160,17 @@ def test_a_row_waits_for_a_neighbour_that_computes_the_same_prompt() -> None:
     assert spans(scheduler.schedule()) == [("a", 9, 10), ("a", 10, 11)]
 
 
+def test_nobody_waits_for_what_was_computed_and_forgotten() -> None:
+    """A neighbour that decodes does not compute its prompt again, however long it goes on."""
+    scheduler = build()
+    prompt = tuple(range(10))
+    scheduler.add([sequence("a", 0, prompt, new=40)])
+    make(scheduler, scheduler.schedule())
+    scheduler.blocks.reset_prefix_cache()
+    scheduler.add([sequence("b", 0, prompt, new=1)])
+    assert spans(scheduler.schedule()) == [("a", 10, 11), ("b", 0, 10)]
+
+
 def test_a_row_does_not_wait_for_a_few_common_tokens() -> None:
     scheduler = build(max_num_batched_tokens=32)
     scheduler.add([sequence("a", tokens=(1, 2, 3, 4, 5)), sequence("b", tokens=(1, 2, 9, 9, 9))])

@@ -175,3 +175,14 @@ def test_two_texts_as_long_as_the_engine_says_can_be_compared() -> None:
     assert desk.finish(desk.engine.compare(pair)).kl_per_token == 0
     with pytest.raises(PromptTooLong):
         desk.engine.compare(ComparisonPair(PROMPT, (8,) * (new + 1), (9,), steering))
+
+
+def test_nothing_to_score_is_refused_where_it_is_asked_for(desk: Desk) -> None:
+    for ask in (
+        lambda: desk.engine.score([(PROMPT, ())], SteeringParams()),
+        lambda: desk.engine.compare(ComparisonPair(PROMPT, (8,), (), SteeringParams())),
+    ):
+        with pytest.raises(ValueError, match="at least one token"):
+            ask()
+    desk.step()
+    assert desk.finish(desk.engine.score([(PROMPT, (8,))], SteeringParams())), "the engine goes on"
