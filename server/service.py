@@ -165,7 +165,11 @@ class Service:
             except Exception:
                 release()
                 raise
-            prompt_logprobs = self._score_prompts(params, prompts, arms[0].steering_params)
+            try:
+                prompt_logprobs = self._score_prompts(params, prompts, arms[0].steering_params)
+            except Exception:  # the queue may be full for it alone: the texts must not go on for nobody
+                self.engine.cancel(sequences[0].request_id)
+                raise
         except BaseException:  # also the cancellation when the client has gone
             lease.close()
             raise
@@ -207,12 +211,15 @@ class Service:
             self.metrics.text(text)
         texts = [tuple(finished[arm :: len(request.arms)]) for arm in range(len(request.arms))]
         reference = request.params.reference
-        arms = []
-        for index, (arm, steering) in enumerate(zip(request.params.arms, request.arms, strict=True)):
-            divergences = None
-            if index != reference:
-                divergences = await self._compare(texts[index], texts[reference], request.deadline)
-            arms.append(ArmResult(arm.name, steering.checkpoints, texts[index], divergences))
+        compared = [index for index in range(len(texts)) if index != reference]
+        divergences = await asyncio.gather(
+            *(self._compare(texts[index], texts[reference], request.deadline) for index in compared)
+        )
+        of_arm = dict(zip(compared, divergences, strict=True))
+        arms = [
+            ArmResult(arm.name, steering.checkpoints, texts[index], of_arm.get(index))
+            for index, (arm, steering) in enumerate(zip(request.params.arms, request.arms, strict=True))
+        ]
         return GenerateResult(
             id=request.sequences[0].request_id,
             created=request.created,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from server.chat import ChatTemplate
 from server.errors import InvalidField, PromptTooLong
 from server.types import ChatOptions, TokenizeParams, TokenizerInfo
-from steering.text import tokenize, tokenize_pair
+from steering.text import lone_surrogate, tokenize, tokenize_pair
 
 Decode = Callable[[Sequence[int]], str]
 LONGEST_TOKEN = 64  # characters; a text with more of them for each token that fits is refused without tokenizing it
@@ -205,10 +205,8 @@ class Codec:
     @staticmethod
     def _check_text(text: str, param: str) -> None:
         """Half a surrogate pair is valid in JSON and in Python, but no tokenizer can read it."""
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise InvalidField("The text holds half of a surrogate pair, which is no character.", param=param) from None
+        if lone_surrogate(text):
+            raise InvalidField("The text holds half of a surrogate pair, which is no character.", param=param)
 
     def _check_length(self, characters: int, param: str, what: str = "prompt") -> None:
         if self.context is not None and characters > LONGEST_TOKEN * self.context:

@@ -46,7 +46,7 @@ class Prefill:
     lo: int
     hi: int
     context_len: int
-    blocks: Tensor | None  # [n] int64; None: nothing is kept
+    blocks: Tensor | None  # [n] int64, where its earlier keys lie; None: it brings all that there are
 
     @property
     def count(self) -> int:
@@ -88,9 +88,9 @@ class AttentionMetadata:
                 singles.append((lo, chunk))
                 continue
             blocks = None
+            if table is not None and chunk.start:
+                blocks = upload(np.array(table[: -(-chunk.end // block_size)], dtype=np.int64), device)
             if table is not None:
-                held = np.array(table[: -(-chunk.end // block_size)], dtype=np.int64)
-                blocks = upload(held, device)
                 written += [(table[at // block_size], at % block_size) for at in range(chunk.start, chunk.end)]
                 rows += range(lo, lo + len(chunk))
             prefills.append(Prefill(lo, len(positions), chunk.end, blocks))
@@ -118,7 +118,7 @@ class AttentionMetadata:
                 pool.write(slots, key[:, self.prefill_rows], value[:, self.prefill_rows])
         for index, prefill in enumerate(self.prefills):
             lo, hi, first = prefill.lo, prefill.hi, prefill.first_key(params.window)
-            if pool is None or prefill.blocks is None or prefill.count == prefill.context_len:
+            if pool is None or prefill.blocks is None:
                 keys, values = key[:, lo:hi], value[:, lo:hi]
                 keys, values = keys[:, first:], values[:, first:]
             else:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from server.errors import QueueFull
 from tests.server.conftest import CONTEXT, World
 
 
@@ -216,6 +217,29 @@ def test_what_nobody_foresaw_is_a_500_that_tells_nothing(fresh: World, monkeypat
     assert error["type"] == "internal_error"
     assert "codec" not in error["message"]
     assert error["request_id"] == response.headers["x-request-id"]
+
+
+def test_a_text_whose_echo_finds_the_queue_full_goes_on_for_nobody(
+    fresh: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, cancelled = fresh.service.engine, []
+    cancel = engine.cancel
+
+    def full(*asked: object) -> None:
+        raise QueueFull("full")
+
+    def noted(request_id: str) -> None:
+        cancelled.append(request_id)
+        cancel(request_id)
+
+    monkeypatch.setattr(engine, "score", full)
+    monkeypatch.setattr(engine, "cancel", noted)
+    body = {"model": "tiny", "prompt": "a b", "echo": True, "logprobs": 1, "max_tokens": 80}
+    assert fresh.client.post("/v1/completions", json=body).status_code == 429
+    assert len(cancelled) == 1
+    engine.call(lambda: None).result(10)
+    assert not engine.open_sequences
+    assert fresh.service.registry.pins == 0
 
 
 def test_a_full_queue_is_a_429_with_retry_after(fresh: World) -> None:
