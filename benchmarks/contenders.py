@@ -20,7 +20,8 @@ from benchmarks.workload import Request, columns, llama
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Event, Finished, SamplingParams, Sequence, SteeringParams
-from server.loading import choose_block_size, open_runner
+from server.loading import open_runner
+from server.memory import choose_block_size
 from steering.bank import ColumnBank
 from steering.hook import steered
 from steering.operators import steer

@@ -99,10 +99,11 @@ def serve(
     threads: Annotated[int | None, _setting("threads")] = None,
     max_num_seqs: Annotated[int | None, _setting("max_num_seqs")] = None,
     max_num_batched_tokens: Annotated[int | None, _setting("max_num_batched_tokens")] = None,
-    max_context: Annotated[int | None, _setting("max_context")] = None,
+    max_model_len: Annotated[int | None, _setting("max_model_len")] = None,
     queue_limit: Annotated[int | None, _setting("queue_limit")] = None,
     log_level: Annotated[str | None, _setting("log_level")] = None,
     max_batch_rows: Annotated[int | None, typer.Option(help="Old name of --max-num-seqs.", hidden=True)] = None,
+    max_context: Annotated[int | None, typer.Option(help="Old name of --max-model-len.", hidden=True)] = None,
     step_tokens: Annotated[int | None, typer.Option(help="Old name of --max-num-batched-tokens.", hidden=True)] = None,
 ) -> None:
     """Serve a steered model over HTTP. Every setting can be given as MATSTEER_NAME in the environment: docs/settings.md

@@ -17,6 +17,7 @@ OLD_NAMES = {  # accepted in place of the new ones: as keywords, in the environm
     "max_batch_rows": "max_num_seqs",
     "step_tokens": "max_num_batched_tokens",
     "cache_mib": "kv_cache_mib",
+    "max_context": "max_model_len",
 }
 # Variables that are read elsewhere: by commands that ask a server, and by docker-compose.yml.
 OTHER_VARIABLES = frozenset({"url", "torch", "publish", "checkpoints_dir"})
@@ -96,7 +97,7 @@ class Settings(BaseSettings):
     queue_limit: int = Field(default=256, ge=1, description="texts that may wait; beyond: 429")
     max_request_rows: int = Field(default=256, ge=1, description="texts one request may ask for: prompts x n x arms")
     max_body_bytes: int = Field(default=4 * 2**20, ge=1, description="size of a request's body; beyond: 413")
-    max_context: int | None = Field(
+    max_model_len: int | None = Field(
         default=None, ge=2, description="tokens of prompt and answer together; unset: the model's own limit"
     )
     deadline_s: float = Field(default=600.0, gt=0, description="a request that takes longer ends with a 504")

@@ -8,6 +8,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 SIGMOID, CONSTANT, LINEAR = range(3)  # kinds of gates, as kernels know them
 SMALLEST_NORM = 1e-19  # below it squares leave float32
+GATHERED = 16 * 2**20  # numbers that are copied together at most, unless one row needs more
 
 
 def paged_attention_decode(
@@ -27,6 +28,25 @@ def paged_attention_decode(
 ) -> None:
     """See `steer_ops.paged_attention_decode`. Every row is read as far as the longest one, in whole blocks, which are
     copied; so on a CPU the last bits of a row may depend on its neighbours."""
+    together = max(1, GATHERED // (block_tables.shape[1] * key_cache[0].numel()))  # rows
+    if len(query) > together:
+        for at in range(0, len(query), together):
+            part = slice(at, at + together)
+            paged_attention_decode(
+                query[part],
+                key[part],
+                value[part],
+                key_cache,
+                value_cache,
+                block_tables[part],
+                context_lens[part],
+                out[part],
+                scale=scale,
+                window=window,
+                softcap=softcap,
+                sinks=sinks,
+            )
+        return
     rows, heads, width = query.shape
     kv_heads, block_size = key_cache.shape[1:3]
     last = context_lens.long() - 1  # [R]: position of the new token

@@ -2,7 +2,8 @@
 model."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -162,6 +163,19 @@ class ModelRunner:
             # Taken even from a pass that failed, so that nothing is counted twice.
             counts = self.bank.take_counts(tokens)
         return logits, counts
+
+    @contextmanager
+    def few_layers(self) -> Iterator[None]:
+        """Passes inside end after the first layer of each kind, in models that stop at `config.num_hidden_layers`, as
+        most do: what they give means nothing, but the largest tensors have been made."""
+        config = self._model.config.get_text_config(decoder=True)
+        kinds = getattr(config, "layer_types", None) or ["the same"]
+        layers = config.num_hidden_layers
+        config.num_hidden_layers = 1 + max(kinds.index(kind) for kind in set(kinds))
+        try:
+            yield
+        finally:
+            config.num_hidden_layers = layers
 
     def recover(self) -> None:
         """After a failed step; raises when the device does not answer any more."""

@@ -21,8 +21,7 @@ from server.engine.sequence import (
 )
 from server.errors import NotFinite, ServerError
 
-# Logits held at once for scores, in numbers: 64 Mi float32 are 256 MB.
-LOGITS_BUDGET = 64 * 2**20
+LOGITS_BUDGET = 64 * 2**20  # numbers held at once for scores: 64 Mi float32 are 256 MB
 LARGEST_EXPONENT = 700.0  # math.exp overflows beyond 709
 
 
@@ -85,6 +84,11 @@ class ScoreCollector:
         if self._left:
             return None
         return self._error or sorted(self._scored, key=lambda scored: scored.sequence.index)
+
+
+def max_num_logits(vocab_size: int) -> int:
+    """For how many tokens of one pass logits are kept for scores."""
+    return max(2, LOGITS_BUDGET // vocab_size)
 
 
 def to_score(
