@@ -229,9 +229,10 @@ def test_sixty_four_clients_that_vanish_leave_nothing(fresh: World) -> None:
     ("path", "body"),
     [
         ("/v1/completions", {"prompt": ["Q: What colour is the sky?"] * 64, "echo": True, "logprobs": 1}),
+        ("/v1/completions", {"prompt": [[5]], "echo": True, "logprobs": 1, "max_tokens": 80, "ignore_eos": True}),
         ("/score", {"prompt": "Q: What colour is the sky?", "continuations": [f" {i} is" for i in range(64)]}),
     ],
-    ids=["echo", "score"],
+    ids=["echo", "echo of one token", "score"],
 )
 def test_texts_that_are_read_too_long_end_with_a_504_and_are_read_no_further(
     settings: Settings, path: str, body: dict[str, object], monkeypatch: pytest.MonkeyPatch
