@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TypeVar
 
 from server.config import Settings
@@ -212,10 +213,9 @@ class Service:
         texts = [tuple(finished[arm :: len(request.arms)]) for arm in range(len(request.arms))]
         reference = request.params.reference
         compared = [index for index in range(len(texts)) if index != reference]
-        divergences = await asyncio.gather(
-            *(self._compare(texts[index], texts[reference], request.deadline) for index in compared)
-        )
-        of_arm = dict(zip(compared, divergences, strict=True))
+        pairs = [self._pairs(texts[index], texts[reference]) for index in compared]
+        divergences = iter(await self._compare([pair for each in pairs for pair in each], request.deadline))
+        of_arm = {index: tuple(islice(divergences, len(each))) for index, each in zip(compared, pairs, strict=True)}
         arms = [
             ArmResult(arm.name, steering.checkpoints, texts[index], of_arm.get(index))
             for index, (arm, steering) in enumerate(zip(request.params.arms, request.arms, strict=True))
@@ -241,10 +241,9 @@ class Service:
             logprobs = [next(each) if len(prompt) > 1 else () for prompt in tokens]
         return tuple(map(EchoedPrompt, request.params.prompts, tokens, logprobs))
 
-    async def _compare(
-        self, texts: abc.Sequence[Finished], reference: abc.Sequence[Finished], deadline: float
-    ) -> tuple[Divergence, ...]:
-        pairs = [
+    @staticmethod
+    def _pairs(texts: abc.Sequence[Finished], reference: abc.Sequence[Finished]) -> list[ComparisonPair]:
+        return [
             ComparisonPair(
                 text.sequence.prompt_token_ids,
                 text.token_ids,
@@ -254,8 +253,16 @@ class Service:
             )
             for text, base in zip(texts, reference, strict=True)
         ]
+
+    async def _compare(self, pairs: abc.Sequence[ComparisonPair], deadline: float) -> list[Divergence]:
+        """Where one of them fails, nobody waits for the others: they end before the request's lease does."""
         futures = [self.engine.compare(pair) for pair in pairs]
-        return tuple(await asyncio.gather(*(self._until(deadline, future) for future in futures)))
+        try:
+            return await asyncio.gather(*(self._until(deadline, future) for future in futures))
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
 
     async def _until(self, deadline: float, future: "Future[T]") -> T:
         """The future's result; after the deadline it is cancelled. Raises DeadlineExceeded."""

@@ -182,12 +182,13 @@ class Engine:
         were being generated, beside the `top` likeliest in its place. Raises QueueFull, EngineDown, PromptTooLong."""
         name = f"score-{next(self._names)}"
         sequences = [to_score(name, index, *text, steering, top) for index, text in enumerate(texts)]
-        return self._scored(sequences, lambda scored: [one.logprobs for one in scored], counted=True)
+        return self._scored(name, sequences, lambda scored: [one.logprobs for one in scored], counted=True)
 
     def compare(self, pair: ComparisonPair) -> Future[Divergence]:
         """How far steering moved the model on two finished texts. It waits before all others: its request has been
         admitted already. Raises EngineDown, PromptTooLong."""
-        return self._scored(pair.sequences(f"compare-{next(self._names)}"), Divergence.of, counted=False)
+        name = f"compare-{next(self._names)}"
+        return self._scored(name, pair.sequences(name), Divergence.of, counted=False)
 
     # --- the engine's thread --------------------------------------------------------------------
 
@@ -333,8 +334,10 @@ class Engine:
                 self._queued += len(sequences)
             self._inbox.put(_Submit(tuple(sequences), on_event, time.monotonic(), counted))
 
-    def _scored(self, sequences: list[Sequence], result: Callable[[list[Scored]], T], *, counted: bool) -> Future[T]:
-        """Submits sequences whose continuations are given -> what `result` makes of their scores."""
+    def _scored(
+        self, request_id: str, sequences: list[Sequence], result: Callable[[list[Scored]], T], *, counted: bool
+    ) -> Future[T]:
+        """Submits a request's sequences, whose continuations are given -> what `result` makes of their scores."""
         blocks = self._runner.blocks
         for sequence in sequences:
             wanted = sum(blocks.blocks_for(len(one.token_ids)) for one in sequence.lockstep)
@@ -347,7 +350,7 @@ class Engine:
                         else "."
                     )
                 )
-        future: TaskFuture[T] = TaskFuture(on_cancel=lambda: self.cancel(sequences[0].request_id))
+        future: TaskFuture[T] = TaskFuture(on_cancel=lambda: self.cancel(request_id))
         collector = ScoreCollector(len(sequences))
 
         def on_event(event: Event) -> None:

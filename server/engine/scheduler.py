@@ -208,12 +208,13 @@ class PrefillBudget:
         self.num_tokens = num_tokens  # left for sequences that fit whole
         self.chunked: Sequence | None = None  # the one that does not, and is cut into chunks
         self._num_logits = num_logits
-        self._reserved = 0  # its half of the budget, to which the rest is added in the end
+        self._reserved = 0, 0  # its half of tokens and logits, to which the rest is added in the end
         self._whole: list[ScheduledChunk] = []
 
     @property
     def chunks(self) -> list[ScheduledChunk]:
-        rest = self._cut(self.chunked, self._reserved + self.num_tokens) if self.chunked else []
+        tokens, logits = self._reserved
+        rest = _cut(self.chunked, tokens + self.num_tokens, logits + self._num_logits) if self.chunked else []
         return [*self._whole, *rest]
 
     def can_take(self, leader: Sequence) -> bool:
@@ -224,28 +225,37 @@ class PrefillBudget:
         """Of the sequences in the order in which they came. Those in lockstep share what their leader gets."""
         if not leader.lockstep or not self.can_take(leader):
             return
-        chunks = self._cut(leader, self.num_tokens)
+        chunks = _cut(leader, self.num_tokens, self._num_logits)
         if [chunk.end for chunk in chunks] == list(_targets(leader).values()):
             self._whole += chunks
             self.num_tokens -= sum(map(len, chunks))
-            self._num_logits -= sum(chunk.num_logits for chunk in chunks)
+            self._num_logits -= sum(chunk.num_logits for chunk in chunks if leader.is_scored)
         elif self.chunked is None:
-            self.chunked, self._reserved = leader, (self.num_tokens + 1) // 2
-            self.num_tokens -= self._reserved
+            self.chunked = leader
+            tokens, logits = (_half(number, leader) for number in (self.num_tokens, self._num_logits))
+            self._reserved = tokens, logits * leader.is_scored
+            self.num_tokens -= self._reserved[0]
+            self._num_logits -= self._reserved[1]
 
-    def _cut(self, leader: Sequence, num_tokens: int) -> list[ScheduledChunk]:
-        """The next chunk of a sequence, or of each of those in lockstep, of so many tokens at most in all."""
-        targets = _targets(leader)
-        tokens, logits = num_tokens // len(targets), max(0, self._num_logits) // len(targets)
-        chunks = []
-        for sequence, target in targets.items():
-            start = sequence.num_computed_tokens
-            stop = min(target, start + tokens)
-            if sequence.is_scored:
-                stop = min(stop, max(start, sequence.num_prompt_tokens - 1) + logits)
-            if stop > start:
-                chunks.append(ScheduledChunk(sequence, start, stop))
-        return chunks
+
+def _half(number: int, leader: Sequence) -> int:
+    """Half of a number, but one for each of those in lockstep if there are as many."""
+    return min(number, max((number + 1) // 2, len(leader.lockstep)))
+
+
+def _cut(leader: Sequence, num_tokens: int, num_logits: int) -> list[ScheduledChunk]:
+    """The next chunk of a sequence, or of each of those in lockstep, of so many tokens and logits at most in all."""
+    targets = _targets(leader)
+    tokens, logits = num_tokens // len(targets), num_logits // len(targets)
+    chunks = []
+    for sequence, target in targets.items():
+        start = sequence.num_computed_tokens
+        stop = min(target, start + tokens)
+        if sequence.is_scored:
+            stop = min(stop, max(start, sequence.num_prompt_tokens - 1) + logits)
+        if stop > start:
+            chunks.append(ScheduledChunk(sequence, start, stop))
+    return chunks
 
 
 def _targets(leader: Sequence) -> dict[Sequence, int]:

@@ -287,6 +287,32 @@ def test_a_short_score_does_not_wait_behind_a_long_one() -> None:
     assert ("short", 0, 4) in spans(scheduler.schedule())
 
 
+def test_a_long_score_has_half_of_the_logits_of_every_step_however_many_short_ones_come() -> None:
+    scheduler = build(max_num_batched_tokens=64, max_num_seqs=8, max_num_logits=8)
+    scheduler.add([scored("long", (1,), tuple(range(64)))])
+    make(scheduler, scheduler.schedule())
+    for number in range(200):
+        scheduler.add([scored(f"short-{number}", (100 + number, i), (3, 4), index=i) for i in range(8)])
+        chunks = scheduler.schedule()
+        assert sum(chunk.num_logits for chunk in chunks if chunk.sequence.request_id == "long") >= 4
+        make(scheduler, chunks)
+        if not any(one.request_id == "long" for one in scheduler.running):
+            return
+    raise AssertionError("it never ends")
+
+
+def test_two_in_lockstep_go_on_in_the_smallest_step_however_many_others_come() -> None:
+    scheduler = build(max_num_batched_tokens=2, max_num_seqs=2)
+    scheduler.add([sequence("first")])
+    while not scheduler.idle:
+        make(scheduler, scheduler.schedule())
+    scheduler.add(pair("pair", (50,), tuple(range(60, 70))))
+    for number in range(12):
+        scheduler.add([sequence(f"again-{number}")])  # all but its last token is cached
+        make(scheduler, scheduler.schedule())
+    assert not any(one.is_scored for one in scheduler.running)
+
+
 def test_what_is_generated_and_what_is_scored_have_places_of_their_own() -> None:
     scheduler = build(max_num_seqs=2, max_num_batched_tokens=64)
     scheduler.add([scored("s", (i, 2), (3, 4), index=i) for i in range(10)])
