@@ -6,6 +6,7 @@ are made from `METHODS`.
 """
 
 import inspect
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -103,6 +104,14 @@ TrustRemoteCode = Annotated[
         help="Run the Python code that comes with the model; without it a model that needs its own is refused.",
     ),
 ]
+ChatData = Annotated[
+    bool,
+    typer.Option(
+        "--chat",
+        help="Prompts are a user's turns in the model's chat template, completions its answers; rows of messages are "
+        "so anyway.",
+    ),
+]
 CheckpointFolder = Annotated[Path, typer.Option(help="Folder of a checkpoint, with or without its version.")]
 
 
@@ -120,7 +129,7 @@ class ModelOptions(OptionGroup):
         """Raises TrainingError."""
         return self._load(self.dtype)
 
-    def _load(self, dtype: str) -> "Base":
+    def _load(self, dtype: str, **chat: Any) -> "Base":
         from training.models import load_base
 
         return load_base(
@@ -129,6 +138,26 @@ class ModelOptions(OptionGroup):
             device=self.device,
             dtype=dtype,
             trust_remote_code=self.trust_remote_code,
+            **chat,
+        )
+
+
+@dataclass(frozen=True)
+class ChatModelOptions(ModelOptions):
+    """The same, and how conversations become its texts."""
+
+    chat_template: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A chat template (Jinja) instead of the model's own.")
+    ] = None
+    chat_template_kwargs: Annotated[
+        str | None,
+        typer.Option(metavar="JSON", help="Variables of the chat template, as in '{\"enable_thinking\": false}'."),
+    ] = None
+
+    def load(self) -> "Base":
+        """Raises TrainingError."""
+        return self._load(
+            self.dtype, chat_template=self.chat_template, chat_template_kwargs=parse_object(self.chat_template_kwargs)
         )
 
 
@@ -164,14 +193,7 @@ class DataOptions(OptionGroup):
         None
     )
     seed: Seed = 0
-    chat: Annotated[
-        bool,
-        typer.Option(
-            "--chat",
-            help="Prompts are a user's turns in the model's chat template, completions its answers; rows of messages "
-            "are so anyway.",
-        ),
-    ] = False
+    chat: ChatData = False
 
     @property
     def specs(self) -> tuple[str, ...]:
@@ -210,7 +232,8 @@ class EvaluationOptions(OptionGroup):
         ),
     ] = None
     prompts: Annotated[
-        Path | None, typer.Option(help='What the judge\'s answers are generated to: JSON lines {"prompt", "split"?}.')
+        Path | None,
+        typer.Option(help='What the judged answers are generated to: JSON lines {"prompt" or "messages", "split"?}.'),
     ] = None
     temperature: Annotated[float, typer.Option(help="Of the judged generations; 0 is greedy.")] = 1.0
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Of the judged generations.")] = 64
@@ -403,6 +426,19 @@ def parse_places(items: Sequence[str] | None) -> dict[str, tuple["Site", ...]]:
                 f"--at must be NAME=LAYER.SITE, as in truthfulness=12.residual, got {item!r}: {error}."
             ) from None
     return places
+
+
+def parse_object(text: str | None) -> dict[str, Any] | None:
+    """The JSON object after --chat-template-kwargs. Raises TrainingError."""
+    try:
+        found = json.loads(text) if text is not None else None
+    except ValueError:
+        found = text
+    if not isinstance(found, dict | None):
+        raise TrainingError(
+            f"--chat-template-kwargs takes a JSON object, as in '{{\"enable_thinking\": false}}', not {text!r}."
+        )
+    return found
 
 
 # How a command speaks.
