@@ -24,7 +24,7 @@ from tests.server.conftest import CONTEXT, World
         ({"messages": [{"role": "user"}]}, 422, "messages.0.content"),
         ({"messages": [{"role": "robot", "content": "b"}]}, 422, "messages.0.role"),
         ({"prompt": "a", "max_new_tokens": 0}, 422, "max_new_tokens"),
-        ({"prompt": "a", "max_new_tokens": -1}, 422, "max_new_tokens"),
+        ({"prompt": "a", "max_new_tokens": -2}, 422, "max_new_tokens"),
         ({"prompt": "a", "max_new_tokens": 1e30}, 422, "max_new_tokens"),
         ({"prompt": "a", "max_new_tokens": 10**30}, 422, "max_new_tokens"),
         ({"prompt": "a", "max_new_tokens": "many"}, 422, "max_new_tokens"),
