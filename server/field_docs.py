@@ -88,7 +88,8 @@ def _table(known: Mapping[str, KnownField], schemas: Mapping[str, type[LenientRe
         statuses = [status(field, schema) for schema in schemas.values()]
         notes = field.note
         if field.instead and "no" in statuses:
-            notes = f"send {' or '.join(f'`{other}`' for other in field.instead)} instead"
+            elsewhere = f"send {' or '.join(f'`{other}`' for other in field.instead)} instead"
+            notes = f"{notes}; where there is none, {elsewhere}" if notes else elsewhere
         cells = (f"`{field.name}`", field.origin, *statuses, _passing(field), notes)
         yield f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in cells)}|"
     yield ""

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from steering.option_groups import with_option_groups
 from training import options as o
 from training.activations import Pool
 from training.errors import DataError, TrainingError
@@ -54,7 +55,7 @@ def show_data(
 
 
 @app.command()
-@o.with_option_groups
+@with_option_groups
 def extract(
     base: o.ChatModelOptions,
     out: Annotated[Path, typer.Option(help="Folder for the shards and, last, the manifest.")],
@@ -89,7 +90,7 @@ def extract(
 
 
 @app.command()
-@o.with_option_groups
+@with_option_groups
 def train(
     base: o.ChatModelOptions,
     out: Annotated[Path, typer.Option(help="checkpoints/NAME; the version becomes a folder in it.")],
@@ -182,7 +183,7 @@ def _refuse_unused(pool: Pool | None, specs: Sequence[str], *, chosen: bool) -> 
 
 
 @app.command()
-@o.with_option_groups
+@with_option_groups
 def evaluate(
     base: o.ChatModelOptions,
     checkpoint: o.CheckpointFolder,
@@ -240,7 +241,7 @@ def evaluate(
 
 
 @app.command()
-@o.with_option_groups
+@with_option_groups
 def sweep(
     base: o.ChatModelOptions,
     out: Annotated[Path, typer.Option(help="Folder for the results; an interrupted sweep goes on there.")],
@@ -355,7 +356,7 @@ def import_features(
 
 
 @app.command()
-@o.with_option_groups
+@with_option_groups
 def bake(
     base: o.BakedModelOptions,
     checkpoint: o.CheckpointFolder,

@@ -1,25 +1,21 @@
-"""The command line's options: dataclasses that commands share, and what is made of what was given.
-
-A command takes some of these dataclasses as parameters; `with_option_groups` puts their fields in place of them. A
-field is an option as typer reads it, `Annotated[type, typer.Option(...)]` with its default. The options of the methods
-are made from `METHODS`.
+"""The command line's options: groups of them that commands share (`steering.option_groups`), and what is made of what
+was given. The options of the methods are made from `METHODS`.
 """
 
 import inspect
-import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from functools import wraps
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
+from steering.option_groups import ChatTemplateFile, ChatTemplateKwargs, OptionGroup, option_parameter
 from training.activations import Pool
 from training.errors import DataError, TrainingError
 from training.methods import METHODS, Method, MethodConfig
@@ -39,48 +35,6 @@ _POOLS = (
     "first: the last prompt token; last: the last token of the text"
 )
 _LAYERS = typer.Option("--layer", metavar="L[,L..]", help="Layers and ranges of them, as in 8,10,12-15.")
-
-
-class OptionGroup:
-    """Base of the dataclasses whose fields are options."""
-
-    @classmethod
-    def parameters(cls) -> list[inspect.Parameter]:
-        """What stands in a command's signature for the group."""
-        return [
-            _parameter(field.name, field.type, inspect.Parameter.empty if field.default is MISSING else field.default)
-            for field in fields(cls)  # type: ignore[arg-type]
-        ]
-
-    @classmethod
-    def take(cls, given: dict[str, Any]) -> Self:
-        """The group from a command's arguments, which it is taken out of."""
-        return cls(**{parameter.name: given.pop(parameter.name) for parameter in cls.parameters()})
-
-
-def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """A typer command whose parameters that are option groups are replaced by the groups' options."""
-    signature = inspect.signature(command)
-    groups: dict[str, type[OptionGroup]] = {}
-    parameters: list[inspect.Parameter] = []
-    for name, parameter in signature.parameters.items():
-        if isinstance(parameter.annotation, type) and issubclass(parameter.annotation, OptionGroup):
-            groups[name] = parameter.annotation
-            parameters += parameter.annotation.parameters()
-        else:
-            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
-
-    @wraps(command)
-    def run(**given: Any) -> None:
-        taken = {name: group.take(given) for name, group in groups.items()}
-        command(**taken, **given)
-
-    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return run
-
-
-def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 # Options that commands take by themselves.
@@ -146,19 +100,12 @@ class ModelOptions(OptionGroup):
 class ChatModelOptions(ModelOptions):
     """The same, and how conversations become its texts."""
 
-    chat_template: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A chat template (Jinja) instead of the model's own.")
-    ] = None
-    chat_template_kwargs: Annotated[
-        str | None,
-        typer.Option(metavar="JSON", help="Variables of the chat template, as in '{\"enable_thinking\": false}'."),
-    ] = None
+    chat_template: ChatTemplateFile = None
+    chat_template_kwargs: ChatTemplateKwargs = None
 
     def load(self) -> "Base":
         """Raises TrainingError."""
-        return self._load(
-            self.dtype, chat_template=self.chat_template, chat_template_kwargs=parse_object(self.chat_template_kwargs)
-        )
+        return self._load(self.dtype, chat_template=self.chat_template, chat_template_kwargs=self.chat_template_kwargs)
 
 
 @dataclass(frozen=True)
@@ -304,8 +251,8 @@ class MethodOptions(OptionGroup):
             rich_help_panel="Method", help="Keep the activation's norm; default: the method's. Not for ablations."
         )
         return [
-            _parameter("method", Annotated[names, chosen], next(iter(names))),
-            _parameter("normalize", Annotated[bool | None, norm], None),
+            option_parameter("method", Annotated[names, chosen], next(iter(names))),
+            option_parameter("normalize", Annotated[bool | None, norm], None),
             *_preset_parameters(),
             *_setting_parameters(),
         ]
@@ -356,7 +303,9 @@ def _presets() -> dict[str, Method]:
 def _preset_parameters() -> Iterator[inspect.Parameter]:
     for name, method in _presets().items():
         help, panel = method.presets[name].help, method.panel
-        yield _parameter(name, Annotated[bool, typer.Option(_flag(name), help=help, rich_help_panel=panel)], False)
+        yield option_parameter(
+            name, Annotated[bool, typer.Option(_flag(name), help=help, rich_help_panel=panel)], False
+        )
 
 
 def _setting_parameters() -> Iterator[inspect.Parameter]:
@@ -371,7 +320,7 @@ def _setting_parameters() -> Iterator[inspect.Parameter]:
             for method, (_, spec) in zip(users, found, strict=True):
                 helps.setdefault(spec.help, []).append(method.name)
             help = " ".join(f"{', '.join(methods)}: {text}" for text, methods in helps.items())
-        yield _parameter(name, _annotation(first, field.type, help, users[0].panel), None)
+        yield option_parameter(name, _annotation(first, field.type, help, users[0].panel), None)
 
 
 def _annotation(spec: Option, type: Any, help: str, panel: str) -> Any:
@@ -426,19 +375,6 @@ def parse_places(items: Sequence[str] | None) -> dict[str, tuple["Site", ...]]:
                 f"--at must be NAME=LAYER.SITE, as in truthfulness=12.residual, got {item!r}: {error}."
             ) from None
     return places
-
-
-def parse_object(text: str | None) -> dict[str, Any] | None:
-    """The JSON object after --chat-template-kwargs. Raises TrainingError."""
-    try:
-        found = json.loads(text) if text is not None else None
-    except ValueError:
-        found = text
-    if not isinstance(found, dict | None):
-        raise TrainingError(
-            f"--chat-template-kwargs takes a JSON object, as in '{{\"enable_thinking\": false}}', not {text!r}."
-        )
-    return found
 
 
 # How a command speaks.

@@ -239,8 +239,8 @@ def test_the_card_says_which_template_it_was(here: Path) -> None:
     ("options", "model", "said"),
     [
         (["--chat-template", "gone.jinja"], "model", "The chat template 'gone.jinja' cannot be read: No such file"),
-        (["--chat-template-kwargs", "[1]"], "model", "--chat-template-kwargs takes a JSON object"),
-        (["--chat-template-kwargs", "mood=calm"], "model", "--chat-template-kwargs takes a JSON object"),
+        (["--chat-template-kwargs", "[1]"], "model", "it takes a JSON object"),
+        (["--chat-template-kwargs", "mood=calm"], "model", "it takes a JSON object"),
         (["--chat-template-kwargs", '{"mood": 1}'], "model", "The model's chat template has no variable 'mood'."),
         (["--chat-template-kwargs", '{"tokenize": true}'], "model", "'tokenize' is no variable"),
         (["--chat-template-kwargs", '{"mood": 1}'], "plain-model", "the model's tokenizer has none"),
@@ -251,7 +251,7 @@ def test_a_template_that_cannot_be_used_is_one_sentence(here: Path, options: lis
     for command in ("extract", "train", "sweep"):
         result = run(command, "--data", "tone=messages.jsonl", *options, *PLACE, "--out", "checkpoints/x", model=model)
         assert result.exit_code == 2, result.output
-        assert said in result.output
+        assert said in " ".join(result.output.replace("│", " ").split())
 
 
 def test_a_template_is_tried_once_however_many_rows_there_are(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,7 +151,7 @@ class ChatCompletionRequest(OpenAIRequest, ChatFields):
 
     def to_params(self, base: str) -> GenerateParams:
         """For the service; `base`: the name of the base model. Raises InvalidField."""
-        given = {self.max_tokens, self.max_completion_tokens} - {None}
+        given = {asked for asked in (self.max_tokens, self.max_completion_tokens) if asked is not None}
         if len(given) > 1:
             raise InvalidField(
                 f"'max_tokens' is {self.max_tokens} and 'max_completion_tokens', its newer name, "
