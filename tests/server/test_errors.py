@@ -250,3 +250,19 @@ def test_a_full_queue_is_a_429_with_retry_after(fresh: World) -> None:
     assert int(response.headers["retry-after"]) >= 1
     assert response.json()["error"]["code"] == "rate_limit_exceeded"
     assert service.registry.pins == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        (
+            {"logit_bias": [[1, 2]]},
+            'logit_bias should be an object of biases by token id, as in {"42": -100}, not [[1, 2]].',
+        ),
+        ({"attributes": [1]}, "attributes should be an object, not [1]."),
+        ({"steering": [1]}, "steering.0 should be an object, not 1."),
+    ],
+)
+def test_what_should_be_an_object_is_called_so_as_json_does(world: World, body: dict[str, Any], sentence: str) -> None:
+    _, error = world.refused(prompt="a", **body)
+    assert error["message"] == sentence
