@@ -4,7 +4,6 @@ import logging
 import time
 from pathlib import Path
 
-from server.chat import ChatTemplate
 from server.config import Settings
 from server.engine.engine import Engine
 from server.engine.model_runner import is_spread
@@ -20,7 +19,8 @@ from server.service import Service
 from server.threads import run_in_disposable_thread
 from server.tokenizer import Codec
 from steering.bank import ColumnBank
-from steering.errors import UnsupportedArchitecture
+from steering.chat_template import ChatTemplate, read_chat_template
+from steering.errors import ChatTemplateError, UnsupportedArchitecture
 
 log = logging.getLogger(__name__)
 
@@ -51,12 +51,9 @@ def _read_template(file: Path | None) -> str | None:
     if file is None:
         return None
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
-        raise StartupError(
-            f"The chat template {str(file)!r} (--chat-template or MATSTEER_CHAT_TEMPLATE) cannot be read: {why}."
-        ) from error
+        return read_chat_template(file)
+    except ChatTemplateError as error:
+        raise StartupError(f"{error.sentence} (--chat-template or MATSTEER_CHAT_TEMPLATE)") from error
 
 
 def _tell_chat_template(template: ChatTemplate | None, settings: Settings) -> None:

@@ -33,6 +33,7 @@ TokenName = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,17})$")]  # an id as
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Attributes = dict[str, float]
 MAX_NEW_TOKENS = 1_000_000  # that a request may ask for; it gets as many as the model has room for
+NewTokens = Annotated[int, Field(ge=-1, le=MAX_NEW_TOKENS)]
 
 
 class StrictRequest(BaseModel):
@@ -274,7 +275,7 @@ class _GenerateFields(SamplingFields, ChatFields):
     positions: PositionsName | None = Field(
         None, description="which tokens are steered; absent: as the checkpoint says"
     )
-    max_new_tokens: int = Field(128, ge=1, le=MAX_NEW_TOKENS)
+    max_new_tokens: NewTokens = Field(128, description="-1: as the model has room for")
     logprobs: int | None = Field(None, ge=0, le=20, description="log-probabilities of each token and k alternatives")
     trace: bool = Field(False, description="per token and attribute: gate, multiplier x gate, norm, cosine")
 
@@ -290,7 +291,7 @@ class _GenerateFields(SamplingFields, ChatFields):
             arms=arms,
             reference=reference,
             positions=self.positions,
-            sampling=self.to_sampling(self.max_new_tokens, self.logprobs),
+            sampling=self.to_sampling(new_tokens(self.max_new_tokens, "max_new_tokens"), self.logprobs),
             seed=self.seed,
             n=self.n,
             trace=self.trace,
@@ -362,8 +363,10 @@ class CompareRequest(_GenerateFields):
         return self._params(arms, reference=0)
 
 
-class ScoreRequest(_SteeringFields, TextFields):
+class ScoreRequest(_SteeringFields, TextFields, LenientRequest):
     """Log-likelihoods of given continuations of a prompt."""
+
+    known_fields = BODY_FIELDS
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -390,8 +393,10 @@ class ScoreRequest(_SteeringFields, TextFields):
         )
 
 
-class TokenizeRequest(ChatFields):
+class TokenizeRequest(ChatFields, LenientRequest):
     """The tokens of a text or of a conversation, as a request to generate from it would have them."""
+
+    known_fields = BODY_FIELDS
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "Q: Is grass green? A:"}]})
 
@@ -412,8 +417,10 @@ class TokenizeRequest(ChatFields):
         )
 
 
-class DetokenizeRequest(StrictRequest):
+class DetokenizeRequest(LenientRequest):
     """The text of tokens, special ones included."""
+
+    known_fields = BODY_FIELDS
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"tokens": [40, 41]}]})
 
@@ -425,6 +432,14 @@ class VersionRequest(StrictRequest):
     """Which version of a checkpoint."""
 
     version: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+
+
+def new_tokens(asked: int, param: str) -> int:
+    """How many tokens an answer may have; -1 asks for as many as there is room for, as it does of llama.cpp's server.
+    Raises InvalidField for 0."""
+    if not asked:
+        raise InvalidField(f"'{param}': 0 asks for nothing; -1 is as many as the model has room for.", param=param)
+    return MAX_NEW_TOKENS if asked == -1 else asked
 
 
 def as_list(value: str | list[str] | None) -> list[str]:

@@ -55,6 +55,8 @@ REQUESTS: Mapping[str, type[StrictRequest]] = {  # body by route; others: Genera
     "/detokenize": DetokenizeRequest,
 }
 KEY = "[key]"  # in a location: it is not the value that is wrong but its name
+NO_OBJECT = ("dict_type", "model_type", "model_attributes_type")
+OBJECTS = {"logit_bias": 'an object of biases by token id, as in {"42": -100}'}
 WRONG_TYPE = ("string_type", "list_type")
 JSON_TYPE = re.compile(r"application/([\w.-]+\+)?json")
 TYPE_NAME = re.compile(r"^str$|^constrained-|\[")  # as pydantic writes the members of a union
@@ -236,6 +238,8 @@ def _sentence(problem: Mapping[str, Any], path: str) -> str:
     of_several = len(problem["loc"]) > len(_down_to_union(problem["loc"]))
     if of_several and problem["type"] in WRONG_TYPE and (kinds := UNIONS.get(param.rpartition(".")[2])):
         message = f"should be {kinds}"
+    if problem["type"] in NO_OBJECT:
+        message = f"should be {OBJECTS.get(param, 'an object')}"
     return f"{_short(param, quote=False)} {message}, not {_short(problem['input'])}."
 
 
