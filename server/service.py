@@ -398,8 +398,8 @@ class Service:
         most = self.engine.max_pair_tokens
         if len(prompt) >= most:
             raise PromptTooLong(
-                f"The prompt has {len(prompt)} tokens; arms are compared two at a time, and the cache has room for two "
-                f"texts of {most} tokens, prompt and answer together.",
+                f"The prompt is too long: it has {len(prompt)} tokens; arms are compared two at a time, and the cache "
+                f"has room for two texts of {most} tokens, prompt and answer together.",
                 param="prompt",
             )
         return most - len(prompt)

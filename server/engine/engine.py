@@ -343,7 +343,8 @@ class Engine:
             wanted = sum(blocks.blocks_for(len(one.token_ids)) for one in sequence.lockstep)
             if wanted > blocks.num_blocks:
                 raise PromptTooLong(
-                    f"The text has {len(sequence.token_ids)} tokens; the cache has room for {blocks.num_tokens}"
+                    f"The prompt is too long: the text has {len(sequence.token_ids)} tokens; the cache has room for "
+                    f"{blocks.num_tokens}"
                     + (
                         f", and {len(sequence.lockstep)} such texts are read at once."
                         if len(sequence.lockstep) > 1

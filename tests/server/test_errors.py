@@ -198,6 +198,7 @@ def test_too_many_tokens_are_told_in_the_words_that_clients_know(
         f"This model's maximum context length is {CONTEXT} tokens. However, you requested "
     )
     assert what in error["message"]
+    assert "the prompt is too long" in error["message"]  # LangChain looks for this
 
 
 def test_an_unknown_path_and_a_wrong_method_have_the_same_shape(world: World) -> None:
