@@ -7,6 +7,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
 from server import formatting
+from server.api.body import BodyRoute
 from server.api.deps import ServiceDep, require_admin_key, require_api_key
 from server.api.responses import STREAMS, event_response, json_response
 from server.errors import EngineDown, UnknownCheckpoint
@@ -31,8 +32,8 @@ from server.web import home
 
 NONE_IS_ACTIVE = "No checkpoint is active: requests that name none are not steered. GET /checkpoints tells more."
 READS, CHANGES = [Depends(require_api_key)], [Depends(require_admin_key)]
-generation = APIRouter(tags=["generate"], dependencies=READS)
-checkpoints = APIRouter(prefix="/checkpoints", tags=["checkpoints"])
+generation = APIRouter(tags=["generate"], route_class=BodyRoute, dependencies=READS)
+checkpoints = APIRouter(prefix="/checkpoints", tags=["checkpoints"], route_class=BodyRoute)
 operations = APIRouter(tags=["operations"])
 
 

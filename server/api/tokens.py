@@ -3,10 +3,11 @@
 from fastapi import APIRouter, Depends
 
 from server import formatting
+from server.api.body import BodyRoute
 from server.api.deps import ServiceDep, require_api_key
 from server.schemas import DetokenizeBody, DetokenizeRequest, TokenizeBody, TokenizeRequest, TokenizerInfoBody
 
-router = APIRouter(tags=["tokens"], dependencies=[Depends(require_api_key)])
+router = APIRouter(tags=["tokens"], route_class=BodyRoute, dependencies=[Depends(require_api_key)])
 
 
 @router.post("/tokenize")
