@@ -102,7 +102,7 @@ def _build_service(settings: Settings, loaded: LoadedModel, chat_template: str |
     spread = is_spread(loaded.model)
     if spread:
         log.info("the model is spread over several devices: decoding steps are not captured in CUDA graphs")
-    blocks = runner.allocate(num_blocks, block_size, graphs=loaded.device.type == "cuda" and not spread)
+    blocks = runner.allocate(num_blocks, block_size, graphs=loaded.device.type == "cuda" and not spread, limit=limit)
     codec = Codec(loaded.tokenizer, vocab=loaded.vocab, context=min(limit or blocks.num_tokens, blocks.num_tokens))
     scheduler = Scheduler(
         blocks,
