@@ -73,7 +73,9 @@ class Settings(BaseSettings):
         default="auto", description="of weights and activations; auto: bfloat16 on a GPU, float32 on a CPU"
     )
     threads: int = Field(default=0, ge=0, le=1024, description="CPU threads of the model, at most; 0: all cores")
-    native: bool = Field(default=True, description="compile kernels for this CPU, where there is a C++ compiler")
+    native: bool = Field(
+        default=True, description="compute with kernels that a C++ compiler makes for this CPU, or Triton for this GPU"
+    )
     max_num_seqs: int = Field(default=32, ge=2, le=4096, description="texts generated together")
     max_num_batched_tokens: int = Field(
         default=512, ge=2, le=2**20, description="tokens of one forward pass: longer prompts are read in chunks"

@@ -101,7 +101,7 @@ class ModelRunner:
     blocks: BlockManager  # set by `allocate`
 
     def __init__(self, model: Any, bank: ColumnBank, *, native: bool = True) -> None:
-        """`native`: kernels that are compiled for this CPU, where it is one and they can be had."""
+        """`native`: with kernels that are compiled for this CPU or GPU, where they can be had."""
         self.bank = bank
         self.steering = Steering(model, bank, native=native)
         self.device: torch.device = bank.device
@@ -122,13 +122,26 @@ class ModelRunner:
         """Whether the host is free while the device computes."""
         return self.device.type == "cuda"
 
-    def allocate(self, num_blocks: int, block_size: int, *, graphs: bool = False) -> BlockManager:
+    def allocate(
+        self, num_blocks: int, block_size: int, *, graphs: bool = False, max_model_len: int | None = None
+    ) -> BlockManager:
         """Makes room for keys and values; returns who hands it out. `graphs`: decoding steps have static shapes, and
-        are replayed from CUDA graphs where the device has them."""
+        are replayed from CUDA graphs where the device has them. `max_model_len`: tokens of the longest text; None: as many as
+        there is room for."""
         self.blocks = BlockManager(num_blocks, block_size)
         self.attention.allocate(num_blocks + 1, block_size)  # the last one is for rows of a graph that are idle
-        options = {"block_size": block_size, "padding_block": num_blocks}
-        self._graphs = CudaGraphs(self._run, self.device, **options) if graphs else None
+        longest = min(num_blocks, self.blocks.blocks_for(max_model_len)) if max_model_len else num_blocks
+        self._graphs = (
+            CudaGraphs(
+                self._run,
+                self.device,
+                block_size=block_size,
+                padding_block=num_blocks,
+                most_blocks=longest if self.attention.by_length else None,
+            )
+            if graphs
+            else None
+        )
         return self.blocks
 
     def execute_async(self, chunks: Chunks, after: InFlightStep | None = None) -> InFlightStep:
