@@ -166,7 +166,9 @@ class Service:
                 release()
                 raise
             try:
-                prompt_logprobs = self._score_prompts(params, prompts, arms[0].steering_params)
+                prompt_logprobs = self._score_prompts(
+                    params, prompts, arms[0].steering_params, share=sequences[0].request_id
+                )
             except Exception:  # the queue may be full for it alone: the texts must not go on for nobody
                 self.engine.cancel(sequences[0].request_id)
                 raise
@@ -176,12 +178,17 @@ class Service:
         return _RunningRequest(created, deadline, params, arms, sequences, events, lease, prompt_logprobs)
 
     def _score_prompts(
-        self, params: GenerateParams, prompts: abc.Sequence[tuple[int, ...]], steering_params: SteeringParams
+        self,
+        params: GenerateParams,
+        prompts: abc.Sequence[tuple[int, ...]],
+        steering_params: SteeringParams,
+        *,
+        share: str,
     ) -> "Future[list[tuple[TokenLogprob, ...]]] | None":
         if not params.echo or params.sampling.logprobs is None:
             return None
         pairs = [(prompt[:1], prompt[1:]) for prompt in prompts if len(prompt) > 1]
-        return self.engine.score(pairs, steering_params, params.sampling.logprobs)
+        return self.engine.score(pairs, steering_params, params.sampling.logprobs, share=share)
 
     async def _items(self, request: _RunningRequest) -> ResultStream:
         async with self._cancelled_on_error(request):
@@ -213,7 +220,7 @@ class Service:
         reference = request.params.reference
         compared = [index for index in range(len(texts)) if index != reference]
         divergences = await asyncio.gather(
-            *(self._compare(texts[index], texts[reference], request.deadline) for index in compared)
+            *(self._compare(request, texts[index], texts[reference]) for index in compared)
         )
         of_arm = dict(zip(compared, divergences, strict=True))
         arms = [
@@ -242,7 +249,7 @@ class Service:
         return tuple(map(EchoedPrompt, request.params.prompts, tokens, logprobs))
 
     async def _compare(
-        self, texts: abc.Sequence[Finished], reference: abc.Sequence[Finished], deadline: float
+        self, request: _RunningRequest, texts: abc.Sequence[Finished], reference: abc.Sequence[Finished]
     ) -> tuple[Divergence, ...]:
         pairs = [
             ComparisonPair(
@@ -254,8 +261,8 @@ class Service:
             )
             for text, base in zip(texts, reference, strict=True)
         ]
-        futures = [self.engine.compare(pair) for pair in pairs]
-        return tuple(await asyncio.gather(*(self._until(deadline, future) for future in futures)))
+        futures = [self.engine.compare(pair, share=request.sequences[0].request_id) for pair in pairs]
+        return tuple(await asyncio.gather(*(self._until(request.deadline, future) for future in futures)))
 
     async def _until(self, deadline: float, future: "Future[T]") -> T:
         """The future's result; after the deadline it is cancelled. Raises DeadlineExceeded."""

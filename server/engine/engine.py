@@ -176,18 +176,24 @@ class Engine:
         return future
 
     def score(
-        self, texts: list[tuple[tuple[int, ...], tuple[int, ...]]], steering: SteeringParams, top: int = 0
+        self,
+        texts: list[tuple[tuple[int, ...], tuple[int, ...]]],
+        steering: SteeringParams,
+        top: int = 0,
+        *,
+        share: str = "",
     ) -> Future[list[tuple[TokenLogprob, ...]]]:
         """texts: prompts with their continuations -> how likely each token of each continuation is, steered as if it
-        were being generated, beside the `top` likeliest in its place. Raises QueueFull, EngineDown, PromptTooLong."""
+        were being generated, beside the `top` likeliest in its place. `share`: the request that they are a part of.
+        Raises QueueFull, EngineDown, PromptTooLong."""
         name = f"score-{next(self._names)}"
-        sequences = [to_score(name, index, *text, steering, top) for index, text in enumerate(texts)]
+        sequences = [to_score(name, index, *text, steering, top, share) for index, text in enumerate(texts)]
         return self._scored(sequences, lambda scored: [one.logprobs for one in scored], counted=True)
 
-    def compare(self, pair: ComparisonPair) -> Future[Divergence]:
-        """How far steering moved the model on two finished texts. It waits before all others: its request has been
-        admitted already. Raises EngineDown, PromptTooLong."""
-        return self._scored(pair.sequences(f"compare-{next(self._names)}"), Divergence.of, counted=False)
+    def compare(self, pair: ComparisonPair, *, share: str = "") -> Future[Divergence]:
+        """How far steering moved the model on two finished texts of the request `share`, which has been counted against
+        the queue's limit already. Raises EngineDown, PromptTooLong."""
+        return self._scored(pair.sequences(f"compare-{next(self._names)}", share), Divergence.of, counted=False)
 
     # --- the engine's thread --------------------------------------------------------------------
 
@@ -232,7 +238,7 @@ class Engine:
         match message:
             case _Submit(sequences, on_event, at, counted):
                 self._deadlines[sequences[0].request_id] = at + self._deadline_s
-                self._outputs.add(sequences, on_event, at, counted=counted, first=not counted)
+                self._outputs.add(sequences, on_event, at, counted=counted)
             case _Cancel(request_id):
                 self._outputs.cancel(request_id)
             case EngineTask():

@@ -62,17 +62,15 @@ class OutputProcessor:
     def num_scored(self) -> int:
         return sum(sequence.is_scored for sequence in list(self._states))
 
-    def add(
-        self, sequences: Iterable[Sequence], on_event: EventSink, submitted: float, *, counted: bool, first: bool
-    ) -> None:
+    def add(self, sequences: Iterable[Sequence], on_event: EventSink, submitted: float, *, counted: bool) -> None:
         """Registers sequences submitted at `submitted` (time.monotonic) and queues them; with `max_new_tokens` 0 they
-        finish at once. `counted`: they count against the queue's limit; `first`: they wait before all others."""
+        finish at once. `counted`: they count against the queue's limit."""
         sequences = list(sequences)
         for sequence in sequences:
             self._states[sequence] = SequenceState(sequence, on_event, submitted, counted, self._eos, self._decoders)
             self._left[sequence.request_id] = self._left.get(sequence.request_id, 0) + 1
         wanted = [one for one in sequences if one.is_scored or one.sampling_params.max_new_tokens]
-        self._scheduler.add(wanted, first=first)
+        self._scheduler.add(wanted)
         for sequence in sequences:
             if not sequence.is_scored and not sequence.sampling_params.max_new_tokens:
                 state = self._states[sequence]

@@ -81,6 +81,7 @@ class Sequence:
     stream: bool = False  # a TokenEvent for every token
     trace: bool = False  # a ColumnTrace for every token and column
     continuation: tuple[int, ...] | None = None  # scored instead of generated: "teacher forcing"
+    share: str = ""  # the request in whose share of the engine it is computed; empty: its own
     # Set by the engine
     token_ids: list[int] = field(init=False)  # the prompt and what has been sampled, or is given, after it
     end_token_ids: frozenset[int] = field(default=frozenset(), init=False)  # with each of which its text ends
@@ -100,6 +101,7 @@ class Sequence:
         # Nothing is asked of what follows a scored continuation's last token.
         self.token_ids = [*self.prompt_token_ids, *(self.continuation or ())[:-1]]
         self.lockstep = (self,)
+        self.share = self.share or self.request_id
 
     @property
     def num_prompt_tokens(self) -> int:
