@@ -164,6 +164,12 @@ class ScheduledChunk:
             return max(0, self.end - max(self.start, self.sequence.num_prompt_tokens - 1))
         return int(self.is_sampled)
 
+    @property
+    def num_rows(self) -> int:
+        """For how many of its tokens, the last ones, logits are computed: one at least, which says whether what was
+        computed is finite."""
+        return max(1, self.num_logits)
+
 
 def steering_mask(positions: PositionsName, start: int, stop: int, num_prompt_tokens: int) -> NDArray[np.bool_]:
     """Which of the tokens start..stop of a sequence are steered.
@@ -195,7 +201,6 @@ class SampledToken:
     """What one step sampled for one sequence."""
 
     token_id: int
-    finite: bool = True  # False: the logits were NaN or infinite, and the token means nothing
     logprob: TokenLogprob | None = None
     trace: tuple[ColumnTrace, ...] = ()
 
@@ -221,6 +226,7 @@ class StepOutput:
     steered: list[int]  # for each token whether it was steered; counted on the device, inside the steering hook
     sampled: SampledToken | None = None  # None: the chunk did not reach the end of its sequence
     scored: ScoredTokens | None = None
+    finite: bool = True  # False: the logits are NaN or infinite, and nothing that was computed means anything
 
 
 @dataclass(frozen=True)
