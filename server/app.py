@@ -7,7 +7,6 @@ import string
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from importlib.metadata import version
 from typing import Any
 from urllib.parse import quote
 
@@ -31,6 +30,7 @@ from server.config import Settings
 from server.errors import BodyTooLarge, Refused, ServerError, Unauthorized
 from server.schemas import ErrorBody
 from server.service import Service
+from server.version import own_version
 
 log = logging.getLogger("server.access")
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
@@ -64,7 +64,7 @@ def bare_app(**options: Any) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
         title="mat-steer",
-        version=version("mat-steer"),
+        version=own_version(),
         responses=ERRORS,
         **options,
     )

@@ -27,6 +27,7 @@ from server.options import (
     Sampling,
     setting,
 )
+from server.version import own_version
 from steering.option_groups import ChatTemplateFile, with_option_groups
 
 # Other packages add commands under this entry-point group: each entry is a typer app whose commands are merged here.
@@ -65,7 +66,7 @@ def _show_version(wanted: bool) -> None:
         from platform import python_version
 
         versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
-        typer.echo(f"mat-steer {version('mat-steer')} (Python {python_version()}, {versions})")
+        typer.echo(f"mat-steer {own_version()} (Python {python_version()}, {versions})")
         raise typer.Exit
 
 
