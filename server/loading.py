@@ -3,14 +3,13 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.utils import logging as hf_logging
 
 from server.attention.backend import NAME
-from server.config import Settings
 from server.engine.model_runner import ModelRunner
 from server.engine.sequence import ScheduledChunk, Sequence
 from server.errors import StartupError
@@ -19,6 +18,9 @@ from steer_ops.layers import exchange_layers
 from steering.bank import ColumnBank
 from steering.errors import ModelError
 from steering.pretrained import Adapter, open_pretrained
+
+if TYPE_CHECKING:  # an engine without a server needs no pydantic
+    from server.config import Settings
 
 log = logging.getLogger(__name__)
 WEIGHTS_SHARE = 0.8  # of a device's free memory, at most, where there are several devices
@@ -42,7 +44,7 @@ class LoadedModel:
     adapter: Adapter | None = None  # the LoRA adapter that was merged into the weights
 
 
-def load_model(settings: Settings) -> LoadedModel:
+def load_model(settings: "Settings") -> LoadedModel:
     """Raises StartupError with one sentence."""
     path = settings.model_path
     local = Path(path).is_dir()

@@ -6,15 +6,18 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
 
-from server.config import Settings
 from server.engine.model_runner import ModelRunner
 from server.engine.scoring import max_num_logits
 from server.engine.sequence import SamplingParams, ScheduledChunk, Sequence
 from server.errors import StartupError
+
+if TYPE_CHECKING:  # an engine without a server needs no pydantic
+    from server.config import Settings
 
 log = logging.getLogger(__name__)
 CGROUP = Path("/sys/fs/cgroup")
@@ -34,7 +37,7 @@ def choose_block_size(runner: ModelRunner, wanted: int | None = None) -> int:
 
 
 def num_kv_cache_blocks(
-    runner: ModelRunner, block_size: int, settings: Settings, *, max_model_len: int | None = None
+    runner: ModelRunner, block_size: int, settings: "Settings", *, max_model_len: int | None = None
 ) -> int:
     """How many blocks the KV cache has, by `kv_cache_mib`, or by what is free on a device: beyond the largest step, and
     up to `gpu_memory_utilization` of all memory on a GPU, or `cpu_kv_cache_share` of what is free on a CPU. Not more
@@ -60,7 +63,7 @@ def num_kv_cache_blocks(
     return min(blocks, 2 * settings.max_num_seqs * -(-max_model_len // block_size)) if max_model_len else blocks
 
 
-def profile_run(runner: ModelRunner, block_size: int, settings: Settings, longest: int) -> dict[torch.device, int]:
+def profile_run(runner: ModelRunner, block_size: int, settings: "Settings", longest: int) -> dict[torch.device, int]:
     """Computes the largest step that the settings allow, and returns the memory that it takes on each device beside
     weights and KV cache, in bytes: beside a token of `max_num_seqs` texts, each to be sampled from, the end of a text
     that is scored, all of `longest` tokens, `max_num_batched_tokens` together. On a CPU only up to the first layer of
@@ -89,7 +92,7 @@ def profile_run(runner: ModelRunner, block_size: int, settings: Settings, longes
     return peaks
 
 
-def _largest_step(runner: ModelRunner, settings: Settings, longest: int) -> tuple[ScheduledChunk, ...]:
+def _largest_step(runner: ModelRunner, settings: "Settings", longest: int) -> tuple[ScheduledChunk, ...]:
     most = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.1, logprobs=MOST_LOGPROBS)
     decodes = [Sequence("profile", index, (0,) * longest, most) for index in range(settings.max_num_seqs)]
     chunks = [ScheduledChunk(one, longest - 1, longest) for one in decodes]
@@ -106,7 +109,7 @@ def _largest_step(runner: ModelRunner, settings: Settings, longest: int) -> tupl
 # --- what is free, and what was taken -------------------------------------------------------------
 
 
-def _num_free_tokens(runner: ModelRunner, settings: Settings, peaks: dict[torch.device, int]) -> int:
+def _num_free_tokens(runner: ModelRunner, settings: "Settings", peaks: dict[torch.device, int]) -> int:
     """How many tokens' keys and values fit into what the cache may take of every device that has layers."""
     sizes: Counter[torch.device] = Counter()
     for shape in runner.attention.shapes.values():
@@ -114,7 +117,7 @@ def _num_free_tokens(runner: ModelRunner, settings: Settings, peaks: dict[torch.
     return min(_cache_bytes(device, settings, peaks.get(device, 0)) // size for device, size in sizes.items())
 
 
-def _cache_bytes(device: torch.device, settings: Settings, peak: int) -> int:
+def _cache_bytes(device: torch.device, settings: "Settings", peak: int) -> int:
     """What the cache may take of a device where a step takes `peak` bytes."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
