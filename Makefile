@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed
 DEV_INSTALLED := $(VENV)/.installed-dev
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: help install serve test check format demo-model demo-data demo-sweep demo-checkpoint reproduce readme api-docs fuzz test-clients bench bench-gpu clean
+.PHONY: help install serve test check format demo-model demo-data demo-sweep demo-checkpoint reproduce readme api-docs fuzz test-clients bench check-gpu clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -92,8 +92,8 @@ bench: $(INSTALLED)  ## the engine beside the alternatives on the CPU: benchmark
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.latency
 
-bench-gpu: $(INSTALLED)  ## the engine on a GPU, in one table: benchmarks/results
-	$(BIN)/python -m benchmarks.gpu --slow
+check-gpu: $(INSTALLED)  ## tests and speed on a GPU, in one table of at most 8 minutes: benchmarks/results
+	$(BIN)/python -m benchmarks.gpu --check
 
 clean:  ## remove the virtual environment, caches and runs
 	rm -rf $(VENV) runs demo/data .mypy_cache .pytest_cache .ruff_cache .hypothesis
