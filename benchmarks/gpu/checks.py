@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks.gpu.figures import Figure
@@ -14,13 +15,13 @@ from benchmarks.gpu.world import World
 
 ROOT = Path(__file__).parents[2]
 # The project's own options of pytest name plugins that need not be here.
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-o", "filterwarnings=", "--import-mode=importlib"]
+PYTEST = [sys.executable, "-m", "pytest", "-v", "-o", "addopts=", "-o", "filterwarnings=", "--import-mode=importlib"]
 PYTEST += ["-p", "no:cacheprovider", "--tb=short"]
 NO_TESTS = 5  # pytest's status where it has found none
 
 
 def tests(world: World) -> Iterator[Figure]:
-    """At the same time: they are not timed."""
+    """At the same time: they are not timed. What pytest says comes to files beside the log, test by test."""
     if importlib.util.find_spec("pytest") is None:
         raise Skipped("pytest is not installed")
     marked = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
@@ -29,18 +30,22 @@ def tests(world: World) -> Iterator[Figure]:
         "tests/steer_ops/test_triton.py": ["tests/steer_ops/test_triton.py", *world.sizes.test_options],
     }
     environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # none is needed
-    processes = {
-        name: subprocess.Popen(
-            [*PYTEST, *rest], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for name, rest in runs.items()
-    }
+    logs = {name: world.log.with_name(f"{world.log.stem}-tests-{index}.log") for index, name in enumerate(runs)}
+    with ExitStack() as stack:
+        processes = {
+            name: subprocess.Popen(
+                [*PYTEST, *rest],
+                cwd=ROOT,
+                env=environment,
+                stdout=stack.enter_context(logs[name].open("w")),
+                stderr=subprocess.STDOUT,
+            )
+            for name, rest in runs.items()
+        }
     troubles = []
     for name, process in processes.items():
-        said, _ = process.communicate()
-        print(said, flush=True)
         try:
-            yield told(name, process.returncode, said, skips=not world.cuda)
+            yield told(name, process.wait(), logs[name].read_text(), skips=not world.cuda)
         except RuntimeError as error:
             troubles.append(str(error))
     if troubles:

@@ -14,7 +14,7 @@ class Part:
 
 # Not longer than 480 s together, as they are expected to take; each may take its limit where others leave time.
 PARTS = {
-    "tests": Part("benchmarks.gpu.checks:tests", 110, "the tests that need a GPU, and those of Triton's kernels"),
+    "tests": Part("benchmarks.gpu.checks:tests", 150, "the tests that need a GPU, and those of Triton's kernels"),
     "rates": Part("benchmarks.gpu.rates:rates", 60, "what a large copy and a large product reach"),
     "decode": Part("benchmarks.gpu.generation:decode", 150, "decoding steps beside their floor"),
     "prefill": Part("benchmarks.gpu.generation:prefill", 60, "prompts in one step, beside a large product"),
@@ -26,7 +26,7 @@ PARTS = {
     "generate": Part("benchmarks.gpu.others:generate", 75, "transformers.generate"),
     "extraction": Part("benchmarks.gpu.fitting:extraction", 60, "activations of as many texts as TruthfulQA has"),
     "fit": Part("benchmarks.gpu.fitting:fit", 40, "a fit of MAT-Steer"),
-    "http": Part("benchmarks.gpu.over_http:http", 150, "clients over HTTP against the engine alone"),
+    "http": Part("benchmarks.gpu.over_http:http", 200, "clients over HTTP against the engine alone"),
     "pyvene": Part("benchmarks.gpu.others:by_pyvene", 60, "pyvene, where it is installed"),
 }
 

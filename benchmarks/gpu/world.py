@@ -28,6 +28,7 @@ class World:
         self.sizes: Sizes = SIZES[options.shape]
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.scratch: Path = options.scratch
+        self.log: Path = options.log
 
     @property
     def cuda(self) -> bool:
