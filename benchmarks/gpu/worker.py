@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.gpu.figures import Figure
 
-DUMP_S = 1.0  # for the stacks of a process that hangs to get into the log
+DUMP_S = 0.5  # for the stacks of a process that hangs to get into the log
 CLOSING_S = 5.0  # for a process that has nothing more to do
 
 
