@@ -110,7 +110,10 @@ CheckpointFolder = Annotated[Path, typer.Option(help="Folder of a checkpoint, wi
 class ModelOptions(OptionGroup):
     """The base model."""
 
-    model: Annotated[str, typer.Option(help="Hugging Face id or folder of a causal language model.")]
+    model: Annotated[
+        str,
+        typer.Option(help="Causal language model: Hugging Face id or folder, GGUF file, or a model of `matsteer get`."),
+    ]
     revision: Revision = None
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from steering.sites import site_module, site_width
 from steering.types import Site
-from training.activations import Pool
+from training.activations import SINK, Pool
 from training.activations.tokenization import Encoded
 from training.data.samples import Sample, Split
 from training.data.splits import split_samples
@@ -188,8 +188,16 @@ class Activations:
                     f"in {split or 'all splits'}; it needs both. Its rows are of {groups} "
                     f"group{'s' if groups != 1 else ''}, and a group is in one split."
                 )
-            found[name] = Contrast(values[positive], values[negative])
+            found[name] = Contrast(*self._without_sinks(values[positive], values[negative]))
         return found
+
+    def _without_sinks(self, *sides: Tensor) -> tuple[Tensor, ...]:
+        """Both sides, where every token is a row without the attention sinks among them."""
+        if self.pool is not Pool.TOKENS:
+            return sides
+        norms = [side.norm(dim=1) for side in sides]
+        most = SINK * torch.cat(norms).median()
+        return tuple(side[own <= most] for side, own in zip(sides, norms, strict=True))
 
 
 def label_rows(

@@ -258,8 +258,8 @@ def fit_mat(
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
 
     def metrics(epoch: int, terms: Sequence[Tensor]) -> EpochMetrics:
-        angles = cosines(model.vectors.detach()).tolist()
-        norms = (model.vectors.detach().norm(dim=1) * scaler.scale).tolist()
+        shifts = model.shifts.detach()
+        angles, norms = cosines(shifts).tolist(), (shifts.norm(dim=1) * scaler.scale).tolist()
         return EpochMetrics(
             epoch=epoch,
             losses=mean_losses(terms, config),
