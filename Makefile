@@ -60,7 +60,7 @@ demo-data: $(INSTALLED)  ## write the texts that steering is trained and measure
 
 DEMO_DATA := --data truthfulness=demo/data/truthfulness.jsonl --data civility=demo/data/civility.jsonl --data fairness=demo/data/fairness.jsonl
 DEMO_JUDGE := --judge demo.oracle:judge --prompts demo/data/prompts.jsonl --plain-prompts --max-new-tokens 40
-DEMO_FIT := --method mat --pool first --gate-init probe --epochs 8 --lr 0.005 --l-sparse 0.02
+DEMO_FIT := --method mat --pool first --gate-init probe --epochs 8 --lr 0.005 --l-sparse 0.02 --no-keep-best
 
 demo-sweep: demo-data  ## find on dev where to steer each attribute, and how strongly: demo/places.json
 	$(BIN)/matsteer sweep --model demo/model $(DEMO_DATA) $(DEMO_JUDGE) $(DEMO_FIT) --alone --apart --sites-each 2 --layer 4,5,6,7 \

@@ -47,7 +47,7 @@ class Settings(BaseSettings):
 
     model: str = Field(
         default="",
-        description="Hugging Face id or folder, GGUF file, or a model of `matsteer get`; empty: the embedded demo model",
+        description="Hugging Face id or folder, GGUF file, or a name of `matsteer get`; empty: the embedded demo model",
     )
     model_name: str = Field(default="", description="the name clients see; empty: made from the model's id or folder")
     revision: str | None = Field(default=None, description="revision of a Hugging Face id")

@@ -2,7 +2,8 @@
 `training`, which may not import each other and both import `steering`.
 
 Whatever hinders it is one ModelError, a sentence. A folder is looked at before anything is loaded. Safetensors and GGUF
-files are read; pickles are not, since they can run code. Code that comes with a model runs only with `trust_remote_code`, and nobody is asked.
+files are read; pickles are not, since they can run code. Code that comes with a model runs only with
+`trust_remote_code`, and nobody is asked.
 """
 
 import importlib.util

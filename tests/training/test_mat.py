@@ -251,7 +251,7 @@ def test_activations_that_cannot_be_fitted_are_refused(clouds: Clouds) -> None:
         bad(clouds, train={"a0": Contrast(a0.positive[:, :3], a0.negative)})
     with pytest.raises(FitError, match="must be the same"):
         bad(clouds, dev={"a0": a0})
-    with pytest.raises(FitError, match="need dev activations"):
+    with pytest.raises(FitError, match="patience needs dev activations"):
         fit_mat(clouds.train, SITE, replace(QUICK, patience=2))
 
 

@@ -250,6 +250,11 @@ def stored_samples(folder: Path) -> list[Sample]:
     return _manifest_samples(read_manifest(folder))
 
 
+def stored_sites(folder: Path) -> list[Site]:
+    """Where a folder's activations are from. Raises ActivationError."""
+    return [Site.parse(name) for name in read_manifest(folder)["sites"]]
+
+
 def stored_form(folder: Path) -> str | None:
     """The form of the texts, plain or chat; None where that is not known. Raises ActivationError."""
     form: str | None = read_manifest(folder)["plan"].get("form")
@@ -288,9 +293,13 @@ def describe_stored(folder: Path) -> dict[str, Any]:
 
 
 def split_as_stored(texts: Sequence[Sample], stored: Sequence[Sample], *, seed: int) -> list[Sample]:
-    """Texts in the splits of their groups' activations; groups without any are split by `seed`, with a warning."""
+    """Texts in the splits of their groups' activations. Groups without any are test where the activations have none of
+    test, as those that `train` and `sweep` extract; else they are split by `seed`, with a warning."""
     known = {sample.group: sample.split for sample in stored if sample.split is not None}
-    if others := {text.group for text in texts} - known.keys():
+    others = {text.group for text in texts} - known.keys()
+    if known and Split.TEST not in known.values():
+        known |= dict.fromkeys(others, Split.TEST)
+    elif others:
         log.warning("%d groups of the data have no stored activations: they are split by seed %d.", len(others), seed)
     return split_samples(texts, seed=seed, known=known)
 

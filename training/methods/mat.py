@@ -79,8 +79,8 @@ class MatConfig(MethodConfig):
     standardize: bool = True
     """Train in units of the activations' own spread, with centred gates; folded back into the columns. It changes what
     a step of the optimizer means, not which columns can be reached."""
-    keep_best: bool = option("Keep the epoch with the lowest dev MMD.", default=False)
-    """Instead of the last."""
+    keep_best: bool = option("Keep the epoch with the lowest dev MMD.", default=True)
+    """Instead of the last; where dev has not both sides of every attribute, the last is kept."""
     patience: int | None = option("Stop after so many epochs without a lower dev MMD.", default=None)
     seed: int = 0
 
@@ -110,6 +110,7 @@ PAPER = MatConfig(
     l_ortho=0.1,
     joint=True,
     standardize=False,
+    keep_best=False,
 )
 """The values of arXiv 2502.12446."""
 
@@ -126,7 +127,7 @@ def fit(inputs: FitInputs, config: MatConfig) -> Sequence["Column"]:
         try:
             dev = inputs.activations.contrasts(site, Split.DEV, names)
         except FitError:
-            if config.keep_best or config.patience:
+            if config.patience:
                 raise
             dev = None
         folder = inputs.folder and inputs.folder / str(site)
