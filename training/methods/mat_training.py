@@ -62,6 +62,8 @@ class SplitMetrics:
     """MMD^2 between positives and negatives steered as in the training, as a share of the unsteered one."""
     gate_positive: float
     gate_negative: float
+    gate_positive_square: float
+    """The mean of its squares, of which L_pos is made."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,15 @@ class EpochMetrics:
     train: dict[str, SplitMetrics]
     dev: dict[str, SplitMetrics] | None
 
-    @property
-    def dev_mmd(self) -> float | None:
-        return sum(side.mmd for side in self.dev.values()) / len(self.dev) if self.dev else None
+    def dev_loss(self, config: MatConfig) -> float | None:
+        """What the balanced objective makes of dev, whatever was trained with: the alignment alone is lowest for gates
+        that are as open on positives as on negatives, those of the first epoch mostly."""
+        if not self.dev:
+            return None
+        return sum(
+            side.mmd + config.l_pos * side.gate_positive_square + config.l_sparse * side.gate_negative
+            for side in self.dev.values()
+        )
 
     @property
     def closed(self) -> list[str]:
@@ -147,7 +155,9 @@ class WatchedSplit:
         kernel, count = gaussian(distances, self.rates), self.positives
         mmd = self.within + kernel[:, :, count:].mean() - 2 * kernel[:, :, :count].mean()
         own = gates[0, :, index]
-        return SplitMetrics(*torch.stack([mmd / self.unsteered, own[:count].mean(), own[count:].mean()]).tolist())
+        positive, negative = own[:count], own[count:]
+        means = [mmd / self.unsteered, positive.mean(), negative.mean(), positive.square().mean()]
+        return SplitMetrics(*torch.stack(means).tolist())
 
 
 def measure_all(model: GatedVectors, watched: Mapping[str, WatchedSplit]) -> dict[str, SplitMetrics]:
@@ -314,16 +324,16 @@ def _untrained_losses(model: GatedVectors, rows: TrainingSet, loss: Loss, config
     return [loss(model, rows.batch(index)) for index in rows.batches(config.batch, config.seed, epoch=0)]
 
 
-def _lowest_dev(history: Sequence[EpochMetrics]) -> int:
-    return min(range(len(history)), key=lambda i: history[i].dev_mmd or 0.0)
+def _lowest_dev(history: Sequence[EpochMetrics], config: MatConfig) -> int:
+    return min(range(len(history)), key=lambda i: history[i].dev_loss(config) or 0.0)
 
 
 def _best_epoch(history: Sequence[EpochMetrics], config: MatConfig) -> int:
-    return _lowest_dev(history) if config.keep_best and history[0].dev else len(history) - 1
+    return _lowest_dev(history, config) if config.keep_best and history[0].dev else len(history) - 1
 
 
 def _out_of_patience(history: Sequence[EpochMetrics], config: MatConfig) -> bool:
-    return config.patience is not None and len(history) - 1 - _lowest_dev(history) >= config.patience
+    return config.patience is not None and len(history) - 1 - _lowest_dev(history, config) >= config.patience
 
 
 def _warn_of_closed_gates(epoch: EpochMetrics, config: MatConfig) -> None:
