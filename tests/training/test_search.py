@@ -1,4 +1,4 @@
-"""`train` looks for a place on dev where none is given, says where steering does nothing, and extracts what it needs."""
+"""`train` looks for a place on dev where none is given, says where steering does nothing, extracts what it needs."""
 
 import json
 from pathlib import Path
