@@ -52,7 +52,7 @@ format: $(DEV_INSTALLED)  ## format the code
 
 real-checkpoint: real-model  ## train the checkpoint for it that is shipped: checkpoints/tone
 	$(BIN)/matsteer train --model smollm2 --chat --data cheerful=examples/tone/cheerful.jsonl --data formal=examples/tone/formal.jsonl \
-	  --at cheerful=14.residual --at formal=10.residual --strength 4 --out checkpoints/tone --version v1 --overwrite --work runs/tone
+	  --at cheerful=14.residual --at formal=10.residual --strength 4 --set formal=0 --out checkpoints/tone --version v1 --overwrite --work runs/tone
 
 demo-model: $(INSTALLED)  ## train the demo language model (about 80 minutes on 2 cores), check it, write its card
 	$(BIN)/python -m demo.build_model --out runs/demo-model
