@@ -119,7 +119,9 @@ def _activate(registry: Registry, settings: Settings) -> str:
     """Activates the checkpoint of the settings, else that of the last run, else the obvious one; there may be none."""
     for entry in registry.entries():
         if entry.problem:
-            log.warning("checkpoint %s@%s cannot be loaded: %s", entry.name, entry.version, entry.problem)
+            # A sound checkpoint for another model is nothing to worry about: a folder may hold those of several.
+            level = logging.INFO if entry.checkpoint else logging.WARNING
+            log.log(level, "checkpoint %s@%s cannot be loaded: %s", entry.name, entry.version, entry.problem)
     root, model = settings.checkpoints, settings.served_name
     restored = registry.restore(read_state(root, model)) if settings.remember else None
     if settings.checkpoint:

@@ -48,7 +48,10 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", protected_namespaces=())
 
-    model: str = Field(default="", description="Hugging Face id or folder; empty: the embedded demo model")
+    model: str = Field(
+        default="",
+        description="Hugging Face id or folder, GGUF file, or a name of `matsteer get`; empty: the embedded demo model",
+    )
     model_name: str = Field(default="", description="the name clients see; empty: made from the model's id or folder")
     revision: str | None = Field(default=None, description="revision of a Hugging Face id")
     trust_remote_code: bool = Field(
@@ -186,6 +189,8 @@ class Settings(BaseSettings):
         if self.model_name:
             return self.model_name
         path = Path(self.model_path)
+        if path.suffix == ".gguf":
+            return path.stem
         if not path.is_dir():
             return self.model_path
         path = path.resolve()

@@ -220,7 +220,9 @@ class _SteeringFields(StrictRequest):
 
     checkpoint: str | None = Field(None, description="`name` or `name@version`; absent: the active checkpoint")
     attributes: Annotated[Attributes, MANY] | None = Field(
-        None, description="multiplier per attribute; absent: the checkpoint's defaults; `{}`: unsteered; unlisted: 0"
+        None,
+        description="multiplier per attribute; absent: the checkpoint's defaults; `{}`: unsteered; unlisted: 0; "
+        "negative: the vector is subtracted, as far as its gate is open (docs/methods.md)",
     )
     steering: Annotated[list[CheckpointSteering], Items(16)] | None = Field(
         None, description="several checkpoints at once; instead of `checkpoint` and `attributes`"

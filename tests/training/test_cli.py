@@ -361,7 +361,8 @@ def test_an_attribute_can_have_a_place_of_its_own(here: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "--layer is missing"),
+        (["--method", "iti"], "--layer is missing: --method iti acts at several places"),
+        (["--layer", "auto", "--site", "roof"], "--site must be one of"),
         (["--at", "truthfulness=0.residual"], "'civility' has no place"),
         (["--at", "truthfulness=residual", "--layer", "1"], "--at must be NAME=LAYER.SITE"),
         (["--at", "beauty=0.residual", "--layer", "1"], "no attribute 'beauty'"),
