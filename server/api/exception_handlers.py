@@ -4,11 +4,11 @@ import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -216,11 +216,12 @@ def _down_to_union(loc: Sequence[str | int]) -> Sequence[str | int]:
 def _sentence(problem: Mapping[str, Any], path: str) -> str:
     param = _param(problem["loc"])
     if problem["type"] == "extra_forbidden":
-        # Only short names are searched for: a long one is no misspelt field.
-        fields = [*REQUESTS.get(path, GenerateRequest).model_fields] if problem["loc"][0] == "body" else ["version"]
+        fields = _fields_beside(problem["loc"], path)
         if known := _known(problem["loc"], path):
             return known.refusal(param, fields)
-        close = difflib.get_close_matches(param, fields, n=1) if len(param) <= MAX_VALUE and "." not in param else []
+        # Only short names are searched for: a long one is no misspelt field.
+        name = param.rpartition(".")[2]
+        close = difflib.get_close_matches(name, fields, n=1) if len(name) <= MAX_VALUE else []
         return f"There is no field {_short(param)}" + (f"; did you mean {close[0]!r}?" if close else ".")
     if problem["loc"][-1] == KEY:
         return f"{_short(param, quote=False)} is no id of a token, a whole number from 0 on."
@@ -241,6 +242,25 @@ def _sentence(problem: Mapping[str, Any], path: str) -> str:
     if problem["type"] in NO_OBJECT:
         message = f"should be {OBJECTS.get(param, 'an object')}"
     return f"{_short(param, quote=False)} {message}, not {_short(problem['input'])}."
+
+
+def _fields_beside(loc: Sequence[str | int], path: str) -> list[str]:
+    """The fields of the object that has the field at `loc`; none where it may be one of several kinds."""
+    if loc[0] != "body":
+        return ["version"]
+    kinds: list[type[BaseModel]] = [REQUESTS.get(path, GenerateRequest)]
+    for part in _parts(loc)[:-1]:
+        if isinstance(part, str):
+            kinds = [kind for one in kinds if part in one.model_fields for kind in _models(one.model_fields[part])]
+    return [*kinds[0].model_fields] if len(kinds) == 1 else []
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """Those in a type, as in list[Message] | None."""
+    annotation = getattr(annotation, "annotation", annotation)  # of a field
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [kind for part in get_args(annotation) for kind in _models(part)]
 
 
 def _short(value: object, *, quote: bool = True) -> str:
