@@ -144,11 +144,8 @@ class Codec:
 
     def check_ids(self, ids: Sequence[int], param: str) -> None:
         """Raises InvalidField where one of them is no token of the model's."""
-        unknown = next((index for index, token in enumerate(ids) if token >= self._vocab), None)
-        if unknown is not None:
-            raise InvalidField(
-                f"There is no token {ids[unknown]}: the model knows {self._vocab} tokens.", param=f"{param}.{unknown}"
-            )
+        for index, token in enumerate(ids):
+            self.check_id(token, f"{param}.{index}")
 
     def token_names(self, ids: Sequence[int]) -> list[str]:
         """As the vocabulary has them."""

@@ -121,7 +121,7 @@ def train(
     activations = activations_for(base, samples, run)
     say(f"3/5 fit: {run.recipe.method.name}")
     columns = fit_for(activations, run)
-    say("4/5 evaluate on test")
+    say("4/5 evaluate on test" if run.evaluated else "4/5 no evaluation, as asked for (--no-evaluate)")
     evaluation = evaluate_for(base, texts, columns, run, version, say)
     say(f"5/5 checkpoint: {run.out / version}")
     return write_checkpoint(base, samples, activations, columns, evaluation, run, name, version), evaluation
