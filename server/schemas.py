@@ -660,7 +660,7 @@ class TokenizerInfoBody(BaseModel):
 
 class ErrorDetail(BaseModel):
     type: str
-    code: str = Field(description="OpenAI's word where it has one, else the type")
+    code: str = Field(description="OpenAI's word for what clients act on, else the type")
     message: str
     param: str | None
     request_id: str
