@@ -33,6 +33,7 @@ from server.schemas import (
     ScoreRequest,
     StrictRequest,
     TokenizeRequest,
+    VersionRequest,
 )
 
 Body = TypeVar("Body", bound=StrictRequest)
@@ -45,7 +46,7 @@ UNIONS = {  # fields of several types; in the location of an error pydantic adds
     "content": "a string or a list of parts",
     "input": "a string or a list of items",
 }
-REQUESTS: Mapping[str, type[StrictRequest]] = {  # body by route; others: GenerateRequest
+REQUESTS: Mapping[str, type[StrictRequest]] = {  # body by route; others: as `_kind` says
     "/compare": CompareRequest,
     "/score": ScoreRequest,
     "/v1/completions": CompletionRequest,
@@ -58,6 +59,7 @@ KEY = "[key]"  # in a location: it is not the value that is wrong but its name
 NO_OBJECT = ("dict_type", "model_type", "model_attributes_type")
 OBJECTS = {"logit_bias": 'an object of biases by token id, as in {"42": -100}'}
 WRONG_TYPE = ("string_type", "list_type")
+TYPE_OF_VALUE = re.compile(r"^(Input|String|List|Dictionary) ")  # as pydantic begins its sentences
 JSON_TYPE = re.compile(r"application/([\w.-]+\+)?json")
 TYPE_NAME = re.compile(r"^str$|^constrained-|\[")  # as pydantic writes the members of a union
 
@@ -187,8 +189,12 @@ def _invalid(problems: Sequence[Mapping[str, Any]], path: str) -> ServerError:
 
 def _known(loc: Sequence[str | int], path: str) -> KnownField | None:
     """The field of other servers at fault, where the route may be asked for such."""
-    lenient = loc[0] == "body" and issubclass(REQUESTS.get(path, GenerateRequest), LenientRequest)
+    lenient = loc[0] == "body" and issubclass(_kind(path), LenientRequest)
     return known_field(_parts(loc)) if lenient else None
+
+
+def _kind(path: str) -> type[StrictRequest]:
+    return VersionRequest if path.startswith("/checkpoints/") else REQUESTS.get(path, GenerateRequest)
 
 
 def _depth(problem: Mapping[str, Any]) -> tuple[int, bool]:
@@ -235,7 +241,7 @@ def _sentence(problem: Mapping[str, Any], path: str) -> str:
         return f"{param} has too many items; at most {problem['ctx']['max_length']} are taken."
     if problem["type"] == "value_error":
         return f"{_short(param, quote=False)}: {str(problem['msg']).removeprefix('Value error, ')}."
-    message = str(problem["msg"]).removeprefix("Input ")
+    message = TYPE_OF_VALUE.sub("", str(problem["msg"]))
     of_several = len(problem["loc"]) > len(_down_to_union(problem["loc"]))
     if of_several and problem["type"] in WRONG_TYPE and (kinds := UNIONS.get(param.rpartition(".")[2])):
         message = f"should be {kinds}"
@@ -248,7 +254,7 @@ def _fields_beside(loc: Sequence[str | int], path: str) -> list[str]:
     """The fields of the object that has the field at `loc`; none where it may be one of several kinds."""
     if loc[0] != "body":
         return ["version"]
-    kinds: list[type[BaseModel]] = [REQUESTS.get(path, GenerateRequest)]
+    kinds: list[type[BaseModel]] = [_kind(path)]
     for part in _parts(loc)[:-1]:
         if isinstance(part, str):
             kinds = [kind for one in kinds if part in one.model_fields for kind in _models(one.model_fields[part])]
