@@ -1,4 +1,4 @@
-"""The native routes: generation, checkpoints, operations, and the page at /."""
+"""The native routes: generation, checkpoints, tokens, operations, and the page at /."""
 
 from typing import Annotated
 
@@ -17,6 +17,8 @@ from server.schemas import (
     CheckpointVersionsBody,
     CompareRequest,
     CompareResponse,
+    DetokenizeBody,
+    DetokenizeRequest,
     GenerateRequest,
     GenerateResponse,
     HealthBody,
@@ -24,6 +26,9 @@ from server.schemas import (
     ReadyBody,
     ScoreRequest,
     ScoreResponse,
+    TokenizeBody,
+    TokenizeRequest,
+    TokenizerInfoBody,
     UnloadedBody,
     VersionRequest,
 )
@@ -33,6 +38,7 @@ NONE_IS_ACTIVE = "No checkpoint is active: requests that name none are not steer
 READS, CHANGES = [Depends(require_api_key)], [Depends(require_admin_key)]
 generation = APIRouter(tags=["generate"], dependencies=READS)
 checkpoints = APIRouter(prefix="/checkpoints", tags=["checkpoints"])
+tokens = APIRouter(tags=["tokens"], dependencies=READS)
 operations = APIRouter(tags=["operations"])
 
 
@@ -102,6 +108,27 @@ def unload(name: str, service: ServiceDep, query: Annotated[VersionRequest, Quer
 
 
 # A HEAD is a GET whose body the server drops.
+
+
+@tokens.post("/tokenize")
+async def tokenize(body: TokenizeRequest, service: ServiceDep) -> TokenizeBody:
+    """The tokens of a text or a conversation: those that a request to generate from it would have."""
+    ids = await service.tokenize(body.to_params(), body.model)
+    return formatting.tokenized(service.codec, ids, names=bool(body.return_token_strs))
+
+
+@tokens.post("/detokenize")
+def detokenize(body: DetokenizeRequest, service: ServiceDep) -> DetokenizeBody:
+    """The text of tokens, special ones included."""
+    service.check_model(body.model)
+    service.codec.check_ids(body.tokens, "tokens")
+    return DetokenizeBody(prompt=service.codec.decode_all(body.tokens))
+
+
+@tokens.get("/tokenizer_info")
+def tokenizer_info(service: ServiceDep) -> TokenizerInfoBody:
+    """The tokenizer's special tokens and its chat template."""
+    return formatting.tokenizer_info(service.codec)
 
 
 @operations.get("/healthz")
