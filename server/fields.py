@@ -19,6 +19,7 @@ class KnownField:
     name: str
     origin: str  # whose body it belongs to
     neutral: tuple[object, ...] = ()
+    not_beside: tuple[str, ...] = ()  # unless one of these fields asks for something
     ignored: bool = False  # every value asks for nothing of this server
     idle_without: tuple[str, ...] = ()  # every value does where each of these fields asks for nothing, too
     same_as: str = ""  # the value of this field does
@@ -27,13 +28,13 @@ class KnownField:
 
     def asks(self, value: object, body: Mapping[str, Any]) -> bool:
         """Whether a value in a body asks for something."""
-        if value is None or self.ignored or any(_equal(value, neutral) for neutral in self.neutral):
+        if value is None or self.ignored:
             return False
+        if any(_equal(value, neutral) for neutral in self.neutral):
+            return _any_asks(self.not_beside, body)
         if self.same_as and _equal(value, body.get(self.same_as)):
             return False
-        return not self.idle_without or any(
-            BODY_FIELDS[other].asks(body[other], body) for other in self.idle_without if other in body
-        )
+        return not self.idle_without or _any_asks(self.idle_without, body)
 
     @property
     def passing(self) -> tuple[str, ...]:
@@ -134,7 +135,7 @@ BODY_FIELDS = _fields(
     ),
     KnownField("truncation", OPENAI, neutral=("disabled",)),
     # vLLM's
-    KnownField("add_generation_prompt", VLLM, neutral=(True,)),
+    KnownField("add_generation_prompt", VLLM, neutral=(True,), not_beside=("continue_final_message",)),
     KnownField("add_special_tokens", VLLM),
     KnownField("allowed_token_ids", VLLM, neutral=([],)),
     KnownField("bad_words", VLLM, neutral=([], "")),
@@ -263,6 +264,10 @@ STREAM_FIELDS = _fields(
 )
 
 
+def _any_asks(names: Sequence[str], body: Mapping[str, Any]) -> bool:
+    return any(BODY_FIELDS[name].asks(body[name], body) for name in names if name in body)
+
+
 def _equal(value: object, other: object) -> bool:
     """As in JSON: 1 is 1.0, and not true."""
     return isinstance(value, bool) == isinstance(other, bool) and value == other
@@ -291,7 +296,7 @@ def without_neutral(given: Any, known: Mapping[str, KnownField], supported: Coll
     for name, value in given.items():
         field = known.get(name, KnownField(name, ""))
         if name in supported:  # the schema checks what it has, also where it is idle
-            field = KnownField(name, "", field.neutral)
+            field = KnownField(name, "", field.neutral, field.not_beside)
         if field.asks(value, given):
             kept[name] = value
     return kept
