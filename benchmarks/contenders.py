@@ -69,7 +69,7 @@ class Ours:
         self.token_bytes = runner.attention.token_bytes
         size = block_size or choose_block_size(runner)
         num_blocks = max(8, 3 * rows // 2) * -(-context // size)
-        self.blocks = runner.allocate(num_blocks, size, graphs=self.bank.device.type == "cuda")
+        self.blocks = runner.allocate(num_blocks, size, graphs=self.bank.device.type == "cuda", max_model_len=context)
         handle = self.bank.add(columns(shape))
         self.unsteered = [SteeringParams()]
         self.steering = [SteeringParams(SequenceSteering.of([(handle, mix)])) for mix in mixes] or self.unsteered

@@ -90,7 +90,8 @@ def _build_service(settings: Settings, loaded: LoadedModel, chat_template: str |
     spread = is_spread(loaded.model)
     if spread:
         log.info("the model is spread over several devices: decoding steps are not captured in CUDA graphs")
-    blocks = runner.allocate(num_blocks, block_size, graphs=loaded.device.type == "cuda" and not spread)
+    graphs = loaded.device.type == "cuda" and not spread
+    blocks = runner.allocate(num_blocks, block_size, graphs=graphs, max_model_len=loaded.max_model_len)
     context = min(loaded.max_model_len or blocks.num_tokens, blocks.num_tokens)
     codec = Codec(loaded.tokenizer, vocab=loaded.vocab, context=context)
     scheduler = Scheduler(

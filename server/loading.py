@@ -137,8 +137,8 @@ def max_model_len(model: Any, wanted: int | None = None) -> int | None:
 
 
 def open_runner(model: Any, bank: ColumnBank, name: str, *, native: bool = True) -> ModelRunner:
-    """The model with the engine's attention in place of its own, and on a CPU with faster layers; checked on two texts.
-    `native`: by kernels that are compiled for it, where they can be had.
+    """The model with the engine's attention in place of its own, and with faster layers; checked on two texts.
+    `native`: by kernels that are compiled for its device, where they can be had.
 
     Raises StartupError where that is not the same model any more.
     """

@@ -27,7 +27,15 @@ FORBIDDEN = {
     "server/attention/layout.py": {"torch", "transformers"},
     **{
         f"server/engine/{name}.py": {"torch", "transformers", "server.engine.model_runner"}
-        for name in ("sequence", "block_manager", "scheduler", "output_processor", "text_builder", "tasks")
+        for name in (
+            "sequence",
+            "block_manager",
+            "scheduler",
+            "fair_queue",
+            "output_processor",
+            "text_builder",
+            "tasks",
+        )
     },
     "demo": {"server"},
 }

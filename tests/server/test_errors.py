@@ -259,7 +259,7 @@ def test_a_text_whose_echo_finds_the_queue_full_goes_on_for_nobody(
     engine, cancelled = fresh.service.engine, []
     cancel = engine.cancel
 
-    def full(*asked: object) -> None:
+    def full(*asked: object, **more: object) -> None:
         raise QueueFull("full")
 
     def noted(request_id: str) -> None:

@@ -169,7 +169,7 @@ def test_the_first_token_does_not_wait_and_no_text_waits_for_another() -> None:
     rows = [Sequence("r", index, (1, 2), SamplingParams(), stream=True) for index in range(2)]
 
     def piece(row: int, index: int) -> TokenEvent:
-        return TokenEvent(rows[row], index, SampledToken(7, True, None, ()), "a")
+        return TokenEvent(rows[row], index, SampledToken(7), "a")
 
     def finished(row: int) -> Finished:
         return Finished(rows[row], (7,), "a", "length", 0, Timing(0, 0, 0), ())

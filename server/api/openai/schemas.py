@@ -13,8 +13,11 @@ from server.engine.sequence import FinishReason, PositionsName
 from server.errors import InvalidField
 from server.fields import STREAM_FIELDS
 from server.schemas import (
+    MANY,
+    MAX_TOKENS,
     Attributes,
     ChatFields,
+    Items,
     LenientRequest,
     Message,
     NewTokens,
@@ -28,7 +31,7 @@ from server.schemas import (
 )
 from server.types import STEERED, Arm, CheckpointRef, GenerateParams
 
-Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Items(MAX_TOKENS, least=1)]
 
 
 class SteeringOptions(StrictRequest):
@@ -38,7 +41,7 @@ class SteeringOptions(StrictRequest):
         None,
         description="`name` or `name@version`, where `model` is the base model; absent: the model's, else the active",
     )
-    attributes: Attributes | None = Field(
+    attributes: Annotated[Attributes, MANY] | None = Field(
         None, description="multiplier per attribute; absent: the checkpoint's defaults; `{}`: unsteered; unlisted: 0"
     )
     positions: PositionsName | None = Field(None, description="absent: as the checkpoint says")
@@ -104,7 +107,7 @@ class CompletionRequest(OpenAIRequest, TextFields):
         }
     )
 
-    prompt: Prompt | Tokens | Annotated[list[Prompt | Tokens], Field(min_length=1, max_length=256)] = Field(
+    prompt: Prompt | Tokens | Annotated[list[Prompt | Tokens], Items(256, least=1)] = Field(
         description="a text or its token ids, or a list of such: a batch"
     )
     max_tokens: NewTokens = Field(
@@ -143,7 +146,7 @@ class ChatCompletionRequest(OpenAIRequest, ChatFields):
         }
     )
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1024)]
+    messages: Annotated[list[ChatMessage], Items(1024, least=1)]
     max_tokens: NewTokens | None = Field(None, description="absent or -1: as the model has room for")
     max_completion_tokens: NewTokens | None = Field(None, description="the newer name of `max_tokens`")
     logprobs: bool = False
