@@ -582,7 +582,7 @@ class GenerateResponse(BaseModel):
     model: str
     created: int = Field(description="Unix time in seconds")
     results: list[ResultBody] = Field(description="prompts in order, each with its `n` texts")
-    baseline: list[ResultBody] | None = Field(description="the unsteered twins of `results`, in the same order")
+    baseline: list[ResultBody] | None = Field(description="the same without steering, in the order of `results`")
     comparison: ComparisonBody | list[ComparisonBody] | None = Field(
         description="an object for one result, a list in the order of `results` for several; null without `baseline`"
     )

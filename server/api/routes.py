@@ -45,7 +45,7 @@ operations = APIRouter(tags=["operations"])
 
 @generation.post("/generate", response_model=GenerateResponse, responses=STREAMS)
 async def generate(body: GenerateRequest, request: Request, service: ServiceDep) -> Response:
-    """Generate, steered by the attribute multipliers of this request; `baseline` adds the unsteered twin."""
+    """Generate, steered by the attribute multipliers of this request; `baseline` adds the unsteered answer."""
     formatter, params = Formatter(service.codec), body.to_params()
     if body.stream:
         return event_response(await service.stream(params), formatter.token, formatter.generate_response, request)
