@@ -16,7 +16,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api import routes, tokens
+from server.api import routes
 from server.api.deps import credentials_of, require_api_key
 from server.api.exception_handlers import (
     REQUEST_ID,
@@ -68,7 +68,7 @@ def bare_app(**options: Any) -> FastAPI:
         responses=ERRORS,
         **options,
     )
-    for router in (routes.generation, routes.checkpoints, openai.router, tokens.router, routes.operations):
+    for router in (routes.generation, routes.checkpoints, openai.router, routes.tokens, routes.operations):
         app.include_router(router)
     return app
 

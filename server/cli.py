@@ -76,6 +76,8 @@ def _every_command(
     ] = False,
 ) -> None:
     """Steer a language model while it writes."""
+    for sentence in unknown_variables():
+        typer.echo(f"warning: {sentence}", err=True)
 
 
 @app.command()
@@ -447,8 +449,6 @@ def _configure_logging(settings: Settings) -> None:
     import logging
 
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for sentence in unknown_variables():
-        logging.getLogger(__name__).warning(sentence)
 
 
 @contextmanager

@@ -584,7 +584,7 @@ class GenerateResponse(BaseModel):
     model: str
     created: int = Field(description="Unix time in seconds")
     results: list[ResultBody] = Field(description="prompts in order, each with its `n` texts")
-    baseline: list[ResultBody] | None = Field(description="the unsteered twins of `results`, in the same order")
+    baseline: list[ResultBody] | None = Field(description="the same without steering, in the order of `results`")
     comparison: ComparisonBody | list[ComparisonBody] | None = Field(
         description="an object for one result, a list in the order of `results` for several; null without `baseline`"
     )
@@ -708,7 +708,7 @@ class TokenizerInfoBody(BaseModel):
 
 class ErrorDetail(BaseModel):
     type: str
-    code: str = Field(description="OpenAI's word where it has one, else the type")
+    code: str = Field(description="OpenAI's word for what clients act on, else the type")
     message: str
     param: str | None
     request_id: str

@@ -309,8 +309,7 @@ class Service:
 
     def _check_ids(self, sampling: SamplingParams) -> None:
         """Raises InvalidField where tokens are named that the model does not have."""
-        for index, token in enumerate(sampling.stop_token_ids):
-            self.codec.check_id(token, f"stop_token_ids.{index}")
+        self.codec.check_ids(sampling.stop_token_ids, "stop_token_ids")
         for token, _ in sampling.logit_bias:
             self.codec.check_id(token, f"logit_bias.{token}")
 

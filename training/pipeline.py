@@ -134,7 +134,7 @@ def train(
         run = _placed(base, texts, activations, run, say)
     say(f"3/5 fit: {run.recipe.method.name}")
     columns = fit_for(activations, run)
-    say("4/5 evaluate on dev, then on test")
+    say("4/5 evaluate on dev, then on test" if run.evaluated else "4/5 no evaluation, as asked for (--no-evaluate)")
     _tell_of_no_effect(base, texts, columns, run, say)
     evaluation = evaluate_for(base, texts, columns, run, version, say)
     say(f"5/5 checkpoint: {run.out / version}")

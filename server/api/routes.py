@@ -1,4 +1,4 @@
-"""The native routes: generation, checkpoints, operations, and the page at /."""
+"""The native routes: generation, checkpoints, tokens, operations, and the page at /."""
 
 from typing import Annotated
 
@@ -18,6 +18,8 @@ from server.schemas import (
     CheckpointVersionsBody,
     CompareRequest,
     CompareResponse,
+    DetokenizeBody,
+    DetokenizeRequest,
     GenerateRequest,
     GenerateResponse,
     HealthBody,
@@ -25,6 +27,9 @@ from server.schemas import (
     ReadyBody,
     ScoreRequest,
     ScoreResponse,
+    TokenizeBody,
+    TokenizeRequest,
+    TokenizerInfoBody,
     UnloadedBody,
     VersionRequest,
 )
@@ -34,12 +39,13 @@ NONE_IS_ACTIVE = "No checkpoint is active: requests that name none are not steer
 READS, CHANGES = [Depends(require_api_key)], [Depends(require_admin_key)]
 generation = APIRouter(tags=["generate"], route_class=BodyRoute, dependencies=READS)
 checkpoints = APIRouter(prefix="/checkpoints", tags=["checkpoints"], route_class=BodyRoute)
+tokens = APIRouter(tags=["tokens"], route_class=BodyRoute, dependencies=READS)
 operations = APIRouter(tags=["operations"])
 
 
 @generation.post("/generate", response_model=GenerateResponse, responses=STREAMS)
 async def generate(body: GenerateRequest, request: Request, service: ServiceDep) -> Response:
-    """Generate, steered by the attribute multipliers of this request; `baseline` adds the unsteered twin."""
+    """Generate, steered by the attribute multipliers of this request; `baseline` adds the unsteered answer."""
     formatter, params = Formatter(service.codec), body.to_params()
     if body.stream:
         return event_response(await service.stream(params), formatter.token, formatter.generate_response, request)
@@ -106,9 +112,26 @@ async def unload(name: str, service: ServiceDep, query: Annotated[VersionRequest
     return UnloadedBody(unloaded=await service.unload(name, query.version))
 
 
+@tokens.post("/tokenize")
+async def tokenize(body: TokenizeRequest, service: ServiceDep) -> TokenizeBody:
+    """The tokens of a text or a conversation: those that a request to generate from it would have."""
+    ids = await service.tokenize(body.to_params(), body.model)
+    return formatting.tokenized(service.codec, ids, names=bool(body.return_token_strs))
+
+
+@tokens.post("/detokenize")
+async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> DetokenizeBody:
+    """The text of tokens, special ones included."""
+    return DetokenizeBody(prompt=await service.detokenize(body.tokens, body.model))
+
+
+@tokens.get("/tokenizer_info")
+def tokenizer_info(service: ServiceDep) -> TokenizerInfoBody:
+    """The tokenizer's special tokens and its chat template."""
+    return formatting.tokenizer_info(service.codec)
+
+
 # A HEAD is a GET whose body the server drops.
-
-
 @operations.get("/healthz")
 @operations.head("/healthz", include_in_schema=False)
 async def healthz() -> HealthBody:
