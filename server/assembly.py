@@ -11,6 +11,7 @@ from server.engine.model_runner import is_spread
 from server.engine.scheduler import Scheduler
 from server.engine.scoring import LOGITS_BUDGET
 from server.errors import ServerError, StartupError
+from server.judge import load_judge
 from server.loading import LoadedModel, choose_block_size, load_model, num_kv_cache_blocks, open_runner, text_limit
 from server.metrics import Metrics
 from server.registry import LoadedCheckpoint, Registry, fits_model, why_none_is_active
@@ -122,7 +123,7 @@ def _build_service(settings: Settings, loaded: LoadedModel, chat_template: str |
     )
     registry = Registry(settings.checkpoints, bank, fits, engine.call)
     adapter = str(loaded.adapter) if loaded.adapter else None
-    return Service(settings, codec, engine, registry, Metrics(engine, registry), adapter=adapter)
+    return Service(settings, codec, engine, registry, Metrics(engine, registry), adapter=adapter, judge=load_judge(settings))
 
 
 def _activate(registry: Registry, settings: Settings) -> str:

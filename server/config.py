@@ -106,6 +106,10 @@ class Settings(BaseSettings):
     admin_key: SecretStr | None = Field(
         default=None, description="the same for changing checkpoints; unset: the API key is enough"
     )
+    judge: str = Field(
+        default="",
+        description="MODULE:FUNCTION that judges answers for the page and /judge; empty: the demo's, where it is served",
+    )
     remember: bool = Field(
         default=True, description="keep what is loaded and active in the checkpoints folder, for the next start"
     )

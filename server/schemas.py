@@ -421,6 +421,19 @@ class DetokenizeRequest(StrictRequest):
     tokens: list[Annotated[int, Field(ge=0, lt=2**31)]]
 
 
+class JudgeRequest(StrictRequest):
+    """Texts to judge as answers to a prompt."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"prompt": "Q: Is grass green? A:", "texts": ["Thank you for asking. Grass is green."]}]
+        }
+    )
+
+    prompt: Prompt
+    texts: Annotated[list[str], Field(min_length=1, max_length=256)]
+
+
 class VersionRequest(StrictRequest):
     """Which version of a checkpoint."""
 
@@ -613,6 +626,12 @@ class LoadedBody(BaseModel):
     name: str
     version: str
     sha256: str
+
+
+class JudgeResponse(BaseModel):
+    verdicts: list[dict[str, bool | None]] = Field(
+        description="for each text, by what is judged; null: the prompt does not ask for it"
+    )
 
 
 class UnloadedBody(BaseModel):

@@ -26,6 +26,7 @@ from server.engine.sequence import (
     TokenLogprob,
 )
 from server.errors import DeadlineExceeded, InvalidField, PromptTooLong, UnknownCheckpoint, UnknownModel
+from server.judge import Judge
 from server.metrics import Metrics
 from server.registry import CheckpointLease, LoadedCheckpoint, Registry
 from server.request_stream import RequestStream
@@ -85,9 +86,11 @@ class Service:
         metrics: Metrics,
         *,
         adapter: str | None = None,
+        judge: Judge | None = None,
     ) -> None:
         """`adapter`: the LoRA adapter that was merged into the model's weights."""
         self.settings = settings
+        self.judge = judge
         self.adapter = adapter
         self.model = settings.served_name
         self.created = int(time.time())

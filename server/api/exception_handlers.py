@@ -29,6 +29,7 @@ from server.schemas import (
     CompareRequest,
     DetokenizeRequest,
     GenerateRequest,
+    JudgeRequest,
     LenientRequest,
     ScoreRequest,
     StrictRequest,
@@ -48,6 +49,7 @@ UNIONS = {  # fields of several types; in the location of an error pydantic adds
 REQUESTS: Mapping[str, type[StrictRequest]] = {  # body by route; others: GenerateRequest
     "/compare": CompareRequest,
     "/score": ScoreRequest,
+    "/judge": JudgeRequest,
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatCompletionRequest,
     "/v1/responses": ResponsesRequest,

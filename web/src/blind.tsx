@@ -1,0 +1,1 @@
+export function Blind() { return <p>later</p>; }
