@@ -17,7 +17,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api import page, routes, tokens
+from server.api import page, routes, studies, tokens
 from server.api.exception_handlers import add_exception_handlers, error_response, to_server_error
 from server.api.openai import routes as openai
 from server.assembly import open_service
@@ -60,7 +60,15 @@ def bare_app(**options: Any) -> FastAPI:
         responses=ERRORS,
         **options,
     )
-    for router in (routes.generation, routes.checkpoints, openai.router, tokens.router, routes.operations, page.router):
+    for router in (
+        routes.generation,
+        routes.checkpoints,
+        openai.router,
+        tokens.router,
+        routes.operations,
+        studies.router,
+        page.router,
+    ):
         app.include_router(router)
     app.mount("/page", page.PageFiles())
     return app

@@ -17,6 +17,7 @@ from server.metrics import Metrics
 from server.registry import LoadedCheckpoint, Registry, fits_model, why_none_is_active
 from server.registry_state import read_state, write_state
 from server.service import Service
+from server.studies import Studies
 from server.threads import run_in_disposable_thread
 from server.tokenizer import Codec
 from steering.bank import ColumnBank
@@ -123,7 +124,16 @@ def _build_service(settings: Settings, loaded: LoadedModel, chat_template: str |
     )
     registry = Registry(settings.checkpoints, bank, fits, engine.call)
     adapter = str(loaded.adapter) if loaded.adapter else None
-    return Service(settings, codec, engine, registry, Metrics(engine, registry), adapter=adapter, judge=load_judge(settings))
+    return Service(
+        settings,
+        codec,
+        engine,
+        registry,
+        Metrics(engine, registry),
+        adapter=adapter,
+        judge=load_judge(settings),
+        studies=Studies(settings.studies) if settings.studies else None,
+    )
 
 
 def _activate(registry: Registry, settings: Settings) -> str:

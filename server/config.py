@@ -108,10 +108,13 @@ class Settings(BaseSettings):
     )
     judge: str = Field(
         default="",
-        description="MODULE:FUNCTION that judges answers for the page and /judge; empty: the demo's, where it is served",
+        description="MODULE:FUNCTION that judges answers for the page and /judge; empty: on the demo its own",
     )
     remember: bool = Field(
         default=True, description="keep what is loaded and active in the checkpoints folder, for the next start"
+    )
+    studies: Path | None = Field(
+        default=None, description="SQLite file in which blind comparisons are kept; unset: there are none"
     )
     stall_s: float = Field(default=300.0, gt=0, description="a step longer than this makes /readyz say no")
     drain_s: float = Field(
@@ -124,7 +127,7 @@ class Settings(BaseSettings):
     def __init__(self, **given: Any) -> None:
         super().__init__(**_with_new_names(given))
 
-    @field_validator("api_key", "admin_key", "chat_template", mode="before")
+    @field_validator("api_key", "admin_key", "chat_template", "studies", mode="before")
     @classmethod
     def _empty_is_unset(cls, given: Any) -> Any:
         return given or None

@@ -30,6 +30,7 @@ from server.judge import Judge
 from server.metrics import Metrics
 from server.registry import CheckpointLease, LoadedCheckpoint, Registry
 from server.request_stream import RequestStream
+from server.studies import Studies
 from server.tokenizer import Codec
 from server.types import (
     AppliedCheckpoint,
@@ -87,10 +88,12 @@ class Service:
         *,
         adapter: str | None = None,
         judge: Judge | None = None,
+        studies: Studies | None = None,
     ) -> None:
         """`adapter`: the LoRA adapter that was merged into the model's weights."""
         self.settings = settings
         self.judge = judge
+        self.studies = studies
         self.adapter = adapter
         self.model = settings.served_name
         self.created = int(time.time())

@@ -34,6 +34,7 @@ from server.schemas import (
     ScoreRequest,
     StrictRequest,
     TokenizeRequest,
+    VoteRequest,
 )
 
 Body = TypeVar("Body", bound=StrictRequest)
@@ -46,7 +47,7 @@ UNIONS = {  # fields of several types; in the location of an error pydantic adds
     "content": "a string or a list of parts",
     "input": "a string or a list of items",
 }
-REQUESTS: Mapping[str, type[StrictRequest]] = {  # body by route; others: GenerateRequest
+REQUESTS: Mapping[str, type[StrictRequest]] = {  # body by route
     "/compare": CompareRequest,
     "/score": ScoreRequest,
     "/judge": JudgeRequest,
@@ -107,6 +108,10 @@ def to_server_error(exception: Exception, *, method: str = "", path: str = "") -
             return Refused(f"The request is refused: {exception.detail}.", status)
         case _:
             return ServerError("The server failed on this request; its log says more.")
+
+
+def _body_of(path: str) -> type[StrictRequest]:
+    return VoteRequest if path.startswith("/studies/") else REQUESTS.get(path, GenerateRequest)
 
 
 def parse(kind: type[Body], body: Mapping[str, Any]) -> Body:
@@ -187,7 +192,7 @@ def _invalid(problems: Sequence[Mapping[str, Any]], path: str) -> ServerError:
 
 def _known(loc: Sequence[str | int], path: str) -> KnownField | None:
     """The field of other servers at fault, where the route may be asked for such."""
-    lenient = loc[0] == "body" and issubclass(REQUESTS.get(path, GenerateRequest), LenientRequest)
+    lenient = loc[0] == "body" and issubclass(_body_of(path), LenientRequest)
     return known_field(_parts(loc)) if lenient else None
 
 
@@ -217,7 +222,7 @@ def _sentence(problem: Mapping[str, Any], path: str) -> str:
     param = _param(problem["loc"])
     if problem["type"] == "extra_forbidden":
         # Only short names are searched for: a long one is no misspelt field.
-        fields = [*REQUESTS.get(path, GenerateRequest).model_fields] if problem["loc"][0] == "body" else ["version"]
+        fields = [*_body_of(path).model_fields] if problem["loc"][0] == "body" else ["version"]
         if known := _known(problem["loc"], path):
             return known.refusal(param, fields)
         close = difflib.get_close_matches(param, fields, n=1) if len(param) <= MAX_VALUE and "." not in param else []

@@ -1,4 +1,4 @@
-"""The page at / (its source: `web/`), what it has to know of its server, and the request to copy that the start shows."""
+"""The page at / (its source: `web/`), what it has to know of its server, and the request that the start shows."""
 
 import json
 import shlex
@@ -22,7 +22,7 @@ HEADERS = {
 # With this seed the demo's two arms differ: tests/test_examples.py.
 EXAMPLE = {"prompt": "Q: What is the capital of Japan? A:", "baseline": True, "max_new_tokens": 40, "seed": 1}
 DEMO_PROMPTS = [
-    EXAMPLE["prompt"],
+    str(EXAMPLE["prompt"]),
     "Q: A sailor and a nurse met at a party. Who spilled the rum? A:",
     "Q: What sound does a cow make? A:",
 ]
@@ -38,6 +38,7 @@ class PageInfo(BaseModel):
     context: int | None = Field(description="tokens that prompt and answer may have together")
     max_texts: int = Field(description="texts that one request may ask for")
     prompts: list[str] = Field(description="to begin with")
+    studies: bool = Field(description="whether votes are kept")
     judged: bool = Field(description="whether POST /judge can be asked")
 
 
@@ -50,7 +51,8 @@ def page_info(service: Service) -> PageInfo:
         chat=template is not None and template.problem is None,
         context=service.codec.context,
         max_texts=settings.max_request_rows,
-        prompts=[str(EXAMPLE["prompt"])] if settings.model else DEMO_PROMPTS,
+        prompts=DEMO_PROMPTS[: 1 if settings.model else None],
+        studies=service.studies is not None,
         judged=service.judge is not None,
     )
 

@@ -177,7 +177,7 @@ function Detail({ of }: { of: Checkpoint }) {
   const gates = (detail.training.gates ?? []) as Gate[];
   return (
     <div class="detail">
-      {arms.length > 0 && <Evaluation arms={arms} kind={String(detail.evaluation.kind ?? "")} settings={detail.evaluation.settings as object} />}
+      {arms.length > 0 && <Evaluation arms={arms} kind={String(detail.evaluation.kind ?? "")} settings={detail.evaluation.settings as object} attributes={of.attributes} />}
       {gates.length > 0 && <Gates gates={gates} />}
       <details>
         <summary>How it was trained</summary>
@@ -204,7 +204,8 @@ function Facts({ of }: { of: Record<string, unknown> }) {
   );
 }
 
-function Evaluation({ arms, kind, settings }: { arms: MeasuredArm[]; kind: string; settings: object | undefined }) {
+function Evaluation(props: { arms: MeasuredArm[]; kind: string; settings: object | undefined; attributes: object }) {
+  const { arms, kind, settings, attributes } = props;
   const names = [...new Set(arms.flatMap((arm) => Object.keys(arm.metrics ?? {})))];
   return (
     <section>
@@ -236,7 +237,7 @@ function Evaluation({ arms, kind, settings }: { arms: MeasuredArm[]; kind: strin
                 <th scope="row">{arm.arm}</th>
                 {names.map((name) => {
                   const metric = arm.metrics?.[name];
-                  return <td key={name}>{metric ? <Interval metric={metric} name={name} /> : "–"}</td>;
+                  return <td key={name}>{metric ? <Interval metric={metric} name={name} attributes={attributes} /> : "–"}</td>;
                 })}
                 {arm.perplexity_ratio !== undefined && <td class="right">{number(arm.perplexity_ratio)}×</td>}
               </tr>
@@ -249,10 +250,10 @@ function Evaluation({ arms, kind, settings }: { arms: MeasuredArm[]; kind: strin
 }
 
 /** A share with its interval, as a number and as a bar. */
-function Interval({ metric, name }: { metric: Metric; name: string }) {
+function Interval({ metric, name, attributes }: { metric: Metric; name: string; attributes: object }) {
   const tenths = (value: number) => (value * 100).toFixed(1);
   return (
-    <div class={`interval a${hue(name)}`} title={`${tenths(metric.value)} % [${tenths(metric.low)}, ${tenths(metric.high)}] of ${metric.count}`}>
+    <div class={`interval ${name in attributes ? `a${hue(name)}` : "a7"}`} title={`${tenths(metric.value)} % [${tenths(metric.low)}, ${tenths(metric.high)}] of ${metric.count}`}>
       <span>
         {tenths(metric.value)}{" "}
         <small class="muted">

@@ -1,7 +1,7 @@
 // What lies over the page: export and history.
 
 import { useState } from "preact/hooks";
-import { curl, python, save } from "./exports";
+import { curl, python, save, settled } from "./exports";
 import { run } from "./run";
 import { asQuestion, body, info, keep, past, state, view } from "./state";
 import { Dialog } from "./ui";
@@ -11,7 +11,7 @@ const FORMATS = ["curl", "Python", "JSON"] as const;
 export function Export({ onClose }: { onClose: () => void }) {
   const [format, setFormat] = useState<(typeof FORMATS)[number]>("curl");
   const [copied, setCopied] = useState("");
-  const asked = run.value?.answer ? run.value.asked : body(state.value, state.value.sampling.seed ?? 0);
+  const asked = run.value?.answer ? settled(run.value.asked, run.value.answer) : body(state.value, state.value.sampling.seed ?? 0);
   const target = { url: new URL(".", location.href).href.replace(/\/$/, ""), asksForKey: info.value?.asks_for_key ?? false };
   const text = {
     curl: () => curl(asked, target),

@@ -173,6 +173,7 @@ export function DoseResponse() {
 }
 
 function Results({ curve }: { curve: Curve }) {
+  void curve.changed.value;
   const { points, attribute } = curve;
   const xs = points.map((point) => point.multiplier);
   const line = (name: string, of: (point: Point) => number | null, tint: number | null) => ({
@@ -219,7 +220,7 @@ function Results({ curve }: { curve: Curve }) {
           <tbody>
             {points.map((point) => (
               <tr key={point.multiplier} class={point.multiplier === 0 ? "zero" : ""}>
-                <th scope="row">{number(point.multiplier)}</th>
+                <th scope="row">{String(point.multiplier).replace("-", "−")}</th>
                 <td dir="auto" class="text">
                   {point.texts[0] ?? point.tokens.map((token) => token.text).join("")}
                   {point.verdicts[0] && point.texts.length === 1 && <Verdicts arm={{ verdict: point.verdicts[0] }} />}

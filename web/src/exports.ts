@@ -1,9 +1,26 @@
 // The same arms outside this page: as JSON, as a command, as Python.
 
+import type { CompareResponse } from "./api";
+
 export interface Target {
   url: string; // of the server, without a slash at its end
   asksForKey: boolean;
 }
+
+/** The request with the versions that answered it, so that it means the same when another checkpoint is active. */
+export function settled(asked: Record<string, unknown>, answer: CompareResponse | null): Record<string, unknown> {
+  if (!answer) return asked;
+  const arms = (asked.arms as Record<string, unknown>[]).map((arm, index) => {
+    const { steering } = answer.arms[index]!.results[0]!;
+    if (Array.isArray(arm.steering))
+      return { ...arm, steering: arm.steering.map((part, at) => ({ ...part, ...(steering.parts?.[at] && { checkpoint: label(steering.parts[at]) }) })) };
+    const steered = Object.keys(arm.attributes as object).length > 0 && steering.checkpoint !== null;
+    return steered ? { ...arm, checkpoint: `${steering.checkpoint}@${steering.version}` } : arm;
+  });
+  return { ...asked, arms };
+}
+
+const label = (part: { checkpoint: string; version: string }): string => `${part.checkpoint}@${part.version}`;
 
 const quoted = (text: string): string => `'${text.replaceAll("'", `'\\''`)}'`;
 
