@@ -269,7 +269,7 @@ function AddArm() {
       <span class="muted">Add an arm:</span>
       {names.length > 1 &&
         names.map((name) => (
-          <button key={name} type="button" class="chip" onClick={() => add(name, Object.fromEntries(names.map((one) => [one, one === name ? active[one]! : 0])))}>
+          <button key={name} type="button" class="chip" onClick={() => add(`${name} alone`, Object.fromEntries(names.map((one) => [one, one === name ? active[one]! : 0])))}>
             <i class={`dot a${hue(name)}`} /> {name} alone
           </button>
         ))}
