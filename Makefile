@@ -11,9 +11,10 @@ EXAMPLES ?= 300
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEV_INSTALLED := $(VENV)/.installed-dev
+PAGE_INSTALLED := $(VENV)/.installed-page
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: help install serve test check format demo-model demo-data demo-sweep demo-checkpoint reproduce readme api-docs fuzz bench bench-gpu clean
+.PHONY: help install serve test check format demo-model demo-data demo-sweep demo-checkpoint reproduce readme api-docs page check-page test-page screenshots fuzz bench bench-gpu clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -29,6 +30,10 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 $(DEV_INSTALLED): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(PIP_INSTALL) --editable '.[dev]'
 	@touch $@ $(INSTALLED)
+
+$(PAGE_INSTALLED): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(PIP_INSTALL) --editable '.[page]'
+	@touch $@ $(DEV_INSTALLED) $(INSTALLED)
 
 install: $(INSTALLED)  ## make the virtual environment and install mat-steer into it
 
@@ -78,6 +83,20 @@ readme: $(DEV_INSTALLED)  ## write the server's answers to the README's request 
 api-docs: $(INSTALLED)  ## write docs/api.md, docs/fields.md and docs/settings.md from the code
 	$(BIN)/python -m server.api_docs
 	$(BIN)/python -m server.settings_docs
+
+page:  ## build the page at / from web/ into server/web/static (needs Node)
+	cd web && npm ci --no-audit --no-fund && npm run build
+
+check-page:  ## that server/web/static is what web/ gives; needs Node, and is left out without it
+	@if command -v npm >/dev/null; then $(MAKE) page && git diff --exit-code --stat server/web/static \
+	  && test -z "$$(git status --porcelain server/web/static)"; \
+	else echo "check-page is left out: there is no npm"; fi
+
+test-page: $(PAGE_INSTALLED)  ## the page in a headless Chromium, on servers of the demo
+	$(BIN)/python -m pytest -m page tests/page
+
+screenshots: $(PAGE_INSTALLED)  ## docs/page.png, and pictures of every view in runs/screenshots
+	$(BIN)/python -m tests.page.screenshots
 
 fuzz: $(DEV_INSTALLED)  ## many more requests of the OpenAPI document than `make test` sends
 	FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/server/test_fuzz.py --timeout 0

@@ -6,7 +6,7 @@ import shutil
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,17 @@ import pytest
 from demo.readme import served
 
 ROOT = Path(__file__).parents[2]
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
-QUIET = (  # what a browser would do besides
-    "--disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
-).split()
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+QUIET = [  # what a browser would do besides
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 ADMIN, KEY = "master", "sesame"
 REFUSED = "Failed to load resource"  # the browser's own line for a status of 400 and more
 
@@ -60,14 +67,16 @@ def url(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(scope="session")
 def guarded() -> Iterator[str]:
-    """A server that asks for its key, and whose queue takes three texts."""
-    with server("--queue-limit", "3", api_key=KEY) as address:
+    """A server that asks for its key, and that computes two texts at once while one more may wait."""
+    with server("--queue-limit", "1", "--max-num-seqs", "2", api_key=KEY) as address:
         yield address
 
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: make test-page does it")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed: make test-page does it"
+    )
     if CHROMIUM is None:
         pytest.skip("there is no Chromium: apt-get install chromium")
     with playwright.sync_playwright() as running:
@@ -145,6 +154,9 @@ def at(url: str, open_page: Any) -> Opened:
     return opened
 
 
+ENOUGH = 3000  # bytes: a few tokens of each arm
+
+
 class Cable:
     """A connection to a server that can be cut: a proxy on a port of its own."""
 
@@ -153,11 +165,14 @@ class Cable:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._ends: list[socket.socket] = []
         self.cut_after: int | None = None  # bytes of an answer of events
+        self.flows = threading.Event()  # cleared: what follows the first tokens waits
+        self.flows.set()
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
         self._listener.close()
+        self.flows.set()
         for end in self._ends:
             end.close()
 
@@ -174,20 +189,18 @@ class Cable:
 
     def _pump(self, source: socket.socket, sink: socket.socket, answers: bool) -> None:
         sent, events = 0, False
-        try:
+        with suppress(OSError):
             while data := source.recv(65536):
+                if sent > ENOUGH:
+                    self.flows.wait(60)
                 events = events or (answers and b"text/event-stream" in data)
                 sink.sendall(data)
                 sent += len(data) if events else 0
                 if self.cut_after is not None and sent > self.cut_after:
                     break
-        except OSError:
-            pass
         for end in (source, sink):
-            try:
+            with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
 
 
 @pytest.fixture

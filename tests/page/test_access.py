@@ -10,7 +10,10 @@ expect = pytest.importorskip("playwright.sync_api").expect
 axe = pytest.importorskip("axe_playwright_python.base")
 pytestmark = pytest.mark.page
 VIEWS = ["Compare", "Dose-response", "Checkpoints", "Blind A/B"]
-AXE = {"resultTypes": ["violations"], "runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]}
+AXE = {
+    "resultTypes": ["violations"],
+    "runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"],
+}
 
 
 def faults(at: Opened) -> list[str]:

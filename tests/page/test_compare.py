@@ -139,12 +139,16 @@ def test_the_summary_has_the_servers_numbers_and_explains_them_on_the_spot(url: 
     at.run()
     answer = compare(url, at.bodies("/compare")[0])["steered"]
     card = at.arm("steered")
-    shown = dict(zip(card.locator(".stat dt").all_text_contents(), card.locator(".stat dd").all_text_contents(), strict=True))
+    shown = dict(
+        zip(card.locator(".stat dt").all_text_contents(), card.locator(".stat dd").all_text_contents(), strict=True)
+    )
     gates = [one["gate"] for token in answer["trace"] for one in token["columns"] if one["strength"]]
     assert shown["steered tokens"] == f"{answer['steering']['steered_tokens']} / {len(answer['token_ids'])}"
     assert float(shown["mean gate"]) == pytest.approx(sum(gates) / len(gates), abs=0.006)
     assert float(shown["KL / token"]) == pytest.approx(answer["comparison"]["kl_per_token"], abs=0.006)
-    assert float(shown["perplexity ratio"].rstrip("×")) == pytest.approx(answer["comparison"]["perplexity_ratio"], abs=0.006)
+    assert float(shown["perplexity ratio"].rstrip("×")) == pytest.approx(
+        answer["comparison"]["perplexity_ratio"], abs=0.006
+    )
     assert float(shown["tokens / s"]) > 0
     for term in shown:
         card.get_by_role("button", name=term, exact=True).click()

@@ -71,7 +71,7 @@ def export(at: Opened, format: str) -> str:
 def test_what_is_exported_gives_the_same_answers(url: str, at: Opened, mode: str) -> None:
     at.page.get_by_role("button", name=mode, exact=True).click()
     if mode == "Prompt":
-        at.page.get_by_label("Prompt", exact=True).fill("Q: What's the \"sound\" of a cow?\n\\ 牛 A:")
+        at.page.get_by_label("Prompt", exact=True).fill('Q: What\'s the "sound" of a cow?\n\\ 牛 A:')
     at.arm("steered").get_by_role("button", name="another checkpoint").click()
     at.page.get_by_text("Sampling", exact=False).first.click()
     at.page.get_by_label("Seed", exact=True).fill("")
@@ -85,7 +85,9 @@ def test_what_is_exported_gives_the_same_answers(url: str, at: Opened, mode: str
 
     run = [sys.executable, "-c", export(at, "Python")]
     printed = subprocess.run(run, capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    assert [line.split() for line in printed.splitlines()] == [f"{name}: {text}".split() for name, text in shown.items()]
+    assert [line.split() for line in printed.splitlines()] == [
+        f"{name}: {text}".split() for name, text in shown.items()
+    ]
 
     exported = json.loads(export(at, "JSON"))
     again = httpx.post(f"{url}/compare", json=exported["request"], timeout=60, trust_env=False).json()

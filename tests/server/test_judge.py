@@ -19,9 +19,7 @@ def test_the_demo_has_its_own_and_other_models_have_none() -> None:
     assert load_judge(Settings(model="some/model")) is None
 
 
-@pytest.mark.parametrize(
-    "name", ["demo.oracle", "demo.oracle:nothing", "no.such:judge", "demo.oracle:re", ":judge"]
-)
+@pytest.mark.parametrize("name", ["demo.oracle", "demo.oracle:nothing", "no.such:judge", "demo.oracle:re", ":judge"])
 def test_a_name_that_is_no_function_stops_the_start(name: str) -> None:
     with pytest.raises(StartupError, match="MATSTEER_JUDGE"):
         load_judge(Settings(judge=name))

@@ -189,7 +189,7 @@ export function TokenCard() {
   const name = token.trace?.token ?? token.text;
   return (
     <div ref={box} class={`token-card ${choice.pinned ? "pinned" : ""}`} role="status">
-      <header>
+      <div class="head">
         <code>{visible(name)}</code>
         <span class="muted">
           token {choice.at + 1} of {arm.name}
@@ -199,7 +199,7 @@ export function TokenCard() {
             ✕
           </button>
         )}
-      </header>
+      </div>
       {token.trace && token.trace.columns.length > 0 ? (
         <table>
           <thead>

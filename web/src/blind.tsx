@@ -190,7 +190,7 @@ function Results() {
                 <td>
                   {one.arms[0]} against {one.arms[1]}
                 </td>
-                <td class="right">
+                <td class="right nowrap">
                   {one.votes} <small class="muted">({one.wins[0]} : {one.wins[1]}, ties {one.ties})</small>
                 </td>
                 <td>

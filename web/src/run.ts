@@ -65,6 +65,7 @@ export async function start(): Promise<void> {
       },
       mine.signal,
     );
+    await lookForSwap(current);
     current.answer = answer;
     answer.arms.forEach((arm, index) => {
       arms[index]!.result = arm.results[0]!;
