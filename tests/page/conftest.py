@@ -164,15 +164,21 @@ class Cable:
         self._target = ("127.0.0.1", int(url.rpartition(":")[2]))
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._ends: list[socket.socket] = []
-        self.cut_after: int | None = None  # bytes of an answer of events
         self.flows = threading.Event()  # cleared: what follows the first tokens waits
         self.flows.set()
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
 
+    def cut(self) -> None:
+        """Ends every connection that there is; new ones can be made."""
+        for end in self._ends:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        self.flows.set()
+
     def close(self) -> None:
         self._listener.close()
-        self.flows.set()
+        self.cut()
         for end in self._ends:
             end.close()
 
@@ -196,8 +202,6 @@ class Cable:
                 events = events or (answers and b"text/event-stream" in data)
                 sink.sendall(data)
                 sent += len(data) if events else 0
-                if self.cut_after is not None and sent > self.cut_after:
-                    break
         for end in (source, sink):
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)

@@ -1,5 +1,7 @@
 // The server's routes, as this page uses them: docs/api.md has every field.
 
+import { store, stored } from "./storage";
+
 export interface Info {
   model: string;
   version: string;
@@ -127,11 +129,11 @@ export class Problem extends Error {
 }
 
 const KEY = "mat-steer.key";
-let key = sessionStorage.getItem(KEY) ?? "";
+let key = stored(KEY, "sessionStorage") ?? "";
 
 export function setKey(given: string): void {
   key = given;
-  sessionStorage.setItem(KEY, given);
+  store(KEY, given, "sessionStorage");
 }
 
 async function send(path: string, options: { method?: string; body?: unknown; key?: string; signal?: AbortSignal } = {}): Promise<Response> {

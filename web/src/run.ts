@@ -66,6 +66,7 @@ export async function start(): Promise<void> {
       mine.signal,
     );
     await lookForSwap(current);
+    if (control !== mine) return;
     current.answer = answer;
     answer.arms.forEach((arm, index) => {
       arms[index]!.result = arm.results[0]!;

@@ -2,6 +2,7 @@
 
 import { computed, effect, signal } from "@preact/signals";
 import type { Info, Listing } from "./api";
+import { store, stored } from "./storage";
 
 export interface Part {
   checkpoint: string | null; // null: the active one
@@ -84,7 +85,7 @@ export function first(info: Info, listing: Listing): State {
   const active = listing.checkpoints.find((one) => one.active) ?? listing.checkpoints.find((one) => one.loadable);
   if (info.chat && !info.judged) fresh.mode = "chat";
   fresh.prompt = info.prompts[0] ?? "";
-  fresh.turns = [{ role: "user", content: info.judged ? asQuestion(fresh.prompt) : fresh.prompt }];
+  fresh.turns = [{ role: "user", content: asQuestion(fresh.prompt) }];
   fresh.sampling.seed = 1;
   if (active) {
     const checkpoint = active.active ? null : label(active);
@@ -260,7 +261,7 @@ export const past = signal<Past[]>(readPast());
 
 function readPast(): Past[] {
   try {
-    return list(JSON.parse(localStorage.getItem(HISTORY) ?? "[]")).map((one) => ({
+    return list(JSON.parse(stored(HISTORY) ?? "[]")).map((one) => ({
       at: Number(one.at),
       state: checked(one.state),
       texts: (one.texts as string[]).map(String),
@@ -280,20 +281,16 @@ export function remember(entry: Past): void {
 
 export function keep(entries: Past[]): void {
   past.value = entries;
-  try {
-    localStorage.setItem(HISTORY, JSON.stringify(entries));
-  } catch {
-    // full, or not allowed: the history lasts as long as the page
-  }
+  store(HISTORY, JSON.stringify(entries));
 }
 
 const THEME = "mat-steer.theme";
 export type Theme = "auto" | "light" | "dark";
-export const theme = signal<Theme>((localStorage.getItem(THEME) as Theme | null) ?? "auto");
+export const theme = signal<Theme>((stored(THEME) as Theme | null) ?? "auto");
 export function followTheme(): void {
   effect(() => {
     if (theme.value === "auto") document.documentElement.removeAttribute("data-theme");
     else document.documentElement.dataset.theme = theme.value;
-    localStorage.setItem(THEME, theme.value);
+    store(THEME, theme.value);
   });
 }
