@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from demo.readme import served
@@ -144,6 +145,14 @@ def open_page(browser: Any) -> Iterator[Any]:
 def _request(request: Any) -> tuple[str, str, Any]:
     path = "/" + request.url.split("/", 3)[3].split("#")[0]
     return request.method, path, json.loads(request.post_data) if request.post_data else None
+
+
+def compare(url: str, body: Any) -> Any:
+    """What the server answers to what the page has asked, without a page."""
+    asked = {name: value for name, value in body.items() if name != "stream"}
+    answer = httpx.post(f"{url}/compare", json=asked, timeout=60, trust_env=False)
+    assert answer.status_code == 200, answer.text
+    return {arm["name"]: arm | arm["results"][0] for arm in answer.json()["arms"]}
 
 
 @pytest.fixture

@@ -6,19 +6,11 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.page.conftest import Opened
+from tests.page.conftest import Opened, compare
 
 expect = pytest.importorskip("playwright.sync_api").expect
 pytestmark = pytest.mark.page
 ALL = {"truthfulness": 1, "civility": 1, "fairness": 1}
-
-
-def compare(url: str, body: Any) -> Any:
-    """What the server answers to what the page has asked, without a page."""
-    asked = {name: value for name, value in body.items() if name != "stream"}
-    answer = httpx.post(f"{url}/compare", json=asked, timeout=60, trust_env=False)
-    assert answer.status_code == 200, answer.text
-    return {arm["name"]: arm | arm["results"][0] for arm in answer.json()["arms"]}
 
 
 def slider(at: Opened, name: str, arm: str = "steered") -> Any:

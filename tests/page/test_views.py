@@ -8,8 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.page.conftest import ADMIN, Cable, Opened
-from tests.page.test_compare import compare
+from tests.page.conftest import ADMIN, Cable, Opened, compare
 
 expect = pytest.importorskip("playwright.sync_api").expect
 pytestmark = pytest.mark.page
