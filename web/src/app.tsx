@@ -9,7 +9,7 @@ import { Compare } from "./compare";
 import { Export, History } from "./dialogs";
 import { DoseResponse } from "./dose";
 import { live } from "./run";
-import { refresh } from "./served";
+import { look } from "./served";
 import { VIEWS, announced, first, followAddress, info, listing, notice, readAddress, state, theme, view, type Theme, type View } from "./state";
 import { IconButton, ProblemBox } from "./ui";
 
@@ -37,7 +37,7 @@ export function App() {
   useEffect(() => {
     void load();
     const timer = setInterval(() => {
-      if (document.visibilityState === "visible" && listing.value) void refresh();
+      if (document.visibilityState === "visible" && listing.value) void look();
     }, 5000);
     return () => clearInterval(timer);
   }, []);

@@ -33,7 +33,11 @@ async function carryOut(wish: Wish): Promise<void> {
 
 export function Checkpoints() {
   const { checkpoints, active, note } = listing.value!;
-  useEffect(() => void refresh(), []);
+  useEffect(() => {
+    void refresh();
+    const timer = setInterval(() => document.visibilityState === "visible" && void refresh(), 5000);
+    return () => clearInterval(timer);
+  }, []);
   return (
     <>
       <div class="row spread">

@@ -1,7 +1,8 @@
 // A comparison under way: tokens as they come, then the whole answer.
 
 import { signal, type Signal } from "@preact/signals";
-import { Problem, compare, getActive, judge, type CompareResponse, type Comparison, type Result, type TokenEvent, type Verdict } from "./api";
+import { Problem, compare, judge, type CompareResponse, type Comparison, type Result, type TokenEvent, type Verdict } from "./api";
+import { look } from "./served";
 import { announced, asQuestion, body, drawSeed, info, listing, remember, state, type State } from "./state";
 
 export interface ArmRun {
@@ -18,6 +19,7 @@ export interface Run {
   arms: ArmRun[];
   answer: CompareResponse | null;
   status: "running" | "done" | "stopped" | "failed";
+  active: string | null; // which checkpoint was active when it began
   changed: Signal<number>; // counts what came, for those who show it
   swapped: string | null; // what became active while it ran
 }
@@ -42,7 +44,7 @@ export async function start(): Promise<void> {
   const arms = of.arms.map((arm): ArmRun => ({ name: arm.name, tokens: [], result: null, comparison: null, verdict: null }));
   const byName = new Map(arms.map((arm) => [arm.name, arm]));
   const before = run.value;
-  const current: Run = { asked, state: of, arms, answer: null, status: "running", changed: signal(0), swapped: null };
+  const current: Run = { asked, state: of, arms, answer: null, status: "running", active: listing.value?.active ?? null, changed: signal(0), swapped: null };
   let shown = false;
   let frame = 0;
   const show = () => {
@@ -98,12 +100,10 @@ export async function start(): Promise<void> {
 }
 
 async function lookForSwap(current: Run): Promise<void> {
-  const known = listing.value;
-  if (!known) return;
-  const active = await getActive().catch(() => known.active);
-  if (active === known.active) return;
+  await look();
+  const active = listing.value?.active ?? null;
+  if (active === current.active) return;
   current.swapped = active ?? "no checkpoint";
-  listing.value = { ...known, active };
   current.changed.value++;
 }
 

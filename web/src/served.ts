@@ -1,7 +1,9 @@
-import { getCheckpoints } from "./api";
+// What is served now, also where somebody else has changed it.
+
+import { getActive, getCheckpoints } from "./api";
 import { listing, notice } from "./state";
 
-/** Looks what is served now, and says so where that has changed. */
+/** Reads every checkpoint's state, and says so where another one serves than before. */
 export async function refresh(): Promise<void> {
   const before = listing.value;
   try {
@@ -12,4 +14,10 @@ export async function refresh(): Promise<void> {
   } catch {
     // what is asked for next will say it
   }
+}
+
+/** The same where only the active one matters: one small request as long as that has not changed. */
+export async function look(): Promise<void> {
+  const known = listing.value?.active;
+  if ((await getActive().catch(() => known)) !== known) await refresh();
 }
