@@ -40,7 +40,7 @@ install: $(INSTALLED)  ## make the virtual environment and install mat-steer int
 serve: $(INSTALLED)  ## serve the embedded demo on http://127.0.0.1:8000
 	$(BIN)/matsteer serve --host $(HOST) --port $(PORT)
 
-test: check  ## lint, types and tests: every check there is
+test: check  ## lint, types and tests: every check there is but the page's
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 check: $(DEV_INSTALLED)  ## lint and types alone

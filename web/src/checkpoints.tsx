@@ -54,7 +54,6 @@ export function Checkpoints() {
       {checkpoints.map((one) => (
         <Card key={label(one)} of={one} />
       ))}
-      {!checkpoints.length && <p class="muted">The checkpoints folder is empty. `matsteer train` fills it.</p>}
       {asksKey.value && <AskAdminKey wish={asksKey.value} />}
     </>
   );
