@@ -20,7 +20,8 @@ from benchmarks.workload import Request, columns, llama
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Event, Finished, SamplingParams, Sequence, SteeringParams
-from server.loading import choose_block_size, open_runner
+from server.loading import open_runner
+from server.memory import choose_block_size
 from steering.bank import ColumnBank
 from steering.hook import steered
 from steering.operators import steer
@@ -68,7 +69,7 @@ class Ours:
         self.token_bytes = runner.attention.token_bytes
         size = block_size or choose_block_size(runner)
         num_blocks = max(8, 3 * rows // 2) * -(-context // size)
-        self.blocks = runner.allocate(num_blocks, size, graphs=self.bank.device.type == "cuda")
+        self.blocks = runner.allocate(num_blocks, size, graphs=self.bank.device.type == "cuda", max_model_len=context)
         handle = self.bank.add(columns(shape))
         self.unsteered = [SteeringParams()]
         self.steering = [SteeringParams(SequenceSteering.of([(handle, mix)])) for mix in mixes] or self.unsteered

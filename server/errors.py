@@ -162,8 +162,8 @@ class PromptTooLong(ServerError):
         """
         return cls(
             f"This model's maximum context length is {context} tokens. However, you requested {wanted} in the {what}: "
-            f"prompt and answer share the {context} tokens, and an answer takes at least one, so that a prompt may "
-            f"have {context - 1}.",
+            f"the prompt is too long. Prompt and answer share the {context} tokens, and an answer takes at least one, "
+            f"so that a prompt may have {context - 1}.",
             param=param,
         )
 

@@ -68,7 +68,9 @@ BODY_FIELDS = _fields(
     KnownField("logit_bias", OPENAI, neutral=({}, [])),
     KnownField("logprobs", OPENAI, neutral=(False,)),
     KnownField("max_completion_tokens", OPENAI, instead=("max_tokens", "max_new_tokens")),
-    KnownField("max_tokens", OPENAI, instead=("max_new_tokens", "max_output_tokens")),
+    KnownField(
+        "max_tokens", OPENAI, note="`-1`: as many as there is room for", instead=("max_new_tokens", "max_output_tokens")
+    ),
     KnownField("messages", OPENAI),
     KnownField("metadata", OPENAI, ignored=True, note=LABEL),
     KnownField("model", OPENAI, instead=("checkpoint",)),

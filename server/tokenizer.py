@@ -4,9 +4,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from server.chat import ChatTemplate
+from server.chat import render
 from server.errors import InvalidField, PromptTooLong
 from server.types import ChatOptions, TokenizeParams, TokenizerInfo
+from steering.chat_template import open_chat_template
 from steering.text import lone_surrogate, tokenize, tokenize_pair
 
 Decode = Callable[[Sequence[int]], str]
@@ -49,8 +50,7 @@ class Codec:
         self.context = context
         # The first call may set the tokenizer up; later ones only read it.
         tokenizer("warm")
-        has_template = bool(getattr(tokenizer, "chat_template", None))
-        self.chat = ChatTemplate(tokenizer) if has_template else None
+        self.chat = open_chat_template(tokenizer)
 
     def encode(
         self,
@@ -133,7 +133,7 @@ class Codec:
                 length += len(text)
         if limited:
             self._check_length(length, param, "messages")
-        rendered = self.chat.render(messages, options, param)
+        rendered = render(self.chat, messages, options, param)
         self._check_text(rendered, param)
         if limited:
             self._check_length(len(rendered), param, "messages")

@@ -29,7 +29,7 @@ class Steering:
 
     def __init__(self, model: nn.Module, bank: ColumnBank, *, traced: bool = False, native: bool = True) -> None:
         """`traced`: record what every column does to every token in `traces` (see there); costs nothing when off.
-        `native`: on a CPU by a compiled kernel, where that can be had."""
+        `native`: by a compiled kernel, where that can be had."""
         self.model = model
         self.bank = bank
         self.traced = traced

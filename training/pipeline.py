@@ -181,6 +181,7 @@ def activations_for(base: Base, samples: Sequence[Sample], run: TrainingRun) -> 
         base.tokenizer,
         samples,
         run.all_sites,
+        chat=base.chat,
         pool=run.pool,
         max_rows=run.max_rows,
         progress=run.progress,
@@ -227,7 +228,7 @@ def write_checkpoint(
     given = [describe_stored(run.activations)] if run.activations else []
     shares = {} if run.activations else {"fractions": list(FRACTIONS), "seed": run.seed}
     training: dict[str, Any] = {
-        **({"form": activations.source["form"]} if "form" in activations.source else {}),
+        **{name: activations.source[name] for name in ("form", "chat_template") if name in activations.source},
         "data": [*given, *(DataSpec.parse(spec).describe() for spec in run.data)],
         "splits": {**shares, "counts": count_samples(samples)},
         "hyperparameters": {"pool": activations.pool.value, **run.recipe.as_dict()},

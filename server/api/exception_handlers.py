@@ -3,6 +3,8 @@
 import difflib
 import json
 import re
+import reprlib
+import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -15,7 +17,6 @@ from starlette.responses import Response
 from server.api.openai.responses_schemas import ResponsesRequest
 from server.api.openai.schemas import ChatCompletionRequest, CompletionRequest
 from server.errors import (
-    BadRequest,
     BodyTooLarge,
     InvalidField,
     MethodNotAllowed,
@@ -57,8 +58,13 @@ REQUESTS: Mapping[str, type[StrictRequest]] = {  # body by route
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }
+SHORT = reprlib.Repr()  # of what is cut afterwards, so that no more is written than will be shown
+SHORT.maxlist, SHORT.maxdict, SHORT.maxstring = MAX_VALUE // 2, MAX_VALUE // 4, 2 * MAX_VALUE
 KEY = "[key]"  # in a location: it is not the value that is wrong but its name
+NO_OBJECT = ("dict_type", "model_type", "model_attributes_type")
+OBJECTS = {"logit_bias": 'an object of biases by token id, as in {"42": -100}'}
 WRONG_TYPE = ("string_type", "list_type")
+REQUEST_ID = "x-request-id"
 JSON_TYPE = re.compile(r"application/([\w.-]+\+)?json")
 TYPE_NAME = re.compile(r"^str$|^constrained-|\[")  # as pydantic writes the members of a union
 
@@ -71,19 +77,15 @@ def add_exception_handlers(app: FastAPI) -> None:
 
 async def _handle(request: Request, exception: Exception) -> Response:
     path = request.url.path
-    error = _wrong_content_type(request, exception) or to_server_error(exception, method=request.method, path=path)
+    error = to_server_error(exception, method=request.method, path=path)
     headers = exception.headers if isinstance(exception, HTTPException) else None
     return error_response(error, request.state.request_id, headers, path=path)
 
 
-def _wrong_content_type(request: Request, exception: Exception) -> ServerError | None:
-    """The framework hands a body that does not call itself JSON to the route as bytes, which no route takes."""
-    if not isinstance(exception, RequestValidationError):
-        return None
-    first = exception.errors()[0]
+def not_json(request: Request) -> ServerError | None:
+    """Why a body is not taken that does not call itself JSON."""
     given = request.headers.get("content-type", "")
-    kind = given.partition(";")[0].strip().lower()
-    if tuple(first["loc"]) != ("body",) or first["type"] == "missing" or JSON_TYPE.fullmatch(kind):
+    if JSON_TYPE.fullmatch(given.partition(";")[0].strip().lower()):
         return None
     sent = f"not {_short(given)}" if given else "and this one has no Content-Type"
     return Refused(f"The body must be JSON, sent with 'Content-Type: application/json', {sent}.", 415)
@@ -102,8 +104,6 @@ def to_server_error(exception: Exception, *, method: str = "", path: str = "") -
             return MethodNotAllowed(f"{path} does not take {method}.")
         case HTTPException(status_code=413):
             return BodyTooLarge(exception.detail)
-        case HTTPException(status_code=400):
-            return BadRequest(f"The request cannot be read: {_unread(exception)}.")
         case HTTPException(status_code=status) if 400 <= status < 500:
             return Refused(f"The request is refused: {exception.detail}.", status)
         case _:
@@ -119,7 +119,16 @@ def parse(kind: type[Body], body: Mapping[str, Any]) -> Body:
     try:
         return kind.model_validate(body)
     except ValidationError as error:
-        raise _invalid([{**one, "loc": ("body", *one["loc"])} for one in error.errors()], "") from None
+        raise invalid_body(error, "") from None
+
+
+def invalid_body(error: ValidationError, path: str) -> ServerError:
+    """For the client of a route, what its schema says of a body."""
+    return _invalid([{**one, "loc": ("body", *one["loc"])} for one in error.errors(include_url=False)], path)
+
+
+def new_request_id() -> str:
+    return f"req-{secrets.token_hex(8)}"
 
 
 def error_json(error: ServerError, request_id: str) -> str:
@@ -151,28 +160,15 @@ def error_response(
     )
 
 
-def _unread(exception: HTTPException) -> str:
-    """Why a body could not be parsed, which the framework's own sentence leaves out."""
-    match exception.__cause__:
-        case UnicodeDecodeError():
-            return "its body is not JSON in UTF-8"
-        case RecursionError():
-            return "its JSON is nested too deeply"
-        case ValueError():  # what is JSON, and yet more than Python reads
-            return "its JSON holds a number with too many digits"
-        case _:
-            return exception.detail
-
-
 def _invalid(problems: Sequence[Mapping[str, Any]], path: str) -> ServerError:
     first = problems[0]
-    if first["type"] == "json_invalid":
-        return BadRequest(f"The body is not JSON: {first['ctx']['error']}, at character {first['loc'][-1]}.")
     if tuple(first["loc"]) == ("body",):
         if first["type"] == "missing":
             return InvalidField("The request has no body; send a JSON object.")
         if first["type"] == "string_unicode":
             return InvalidField("The name of a field holds half of a surrogate pair, which is no character.")
+        if first["type"] == "too_long":
+            return InvalidField(f"The body has too many fields; at most {first['ctx']['max_length']} are taken.")
         return InvalidField("The body must be a JSON object.")
     seen: dict[str, Mapping[str, Any]] = {}
     for problem in problems:
@@ -243,12 +239,17 @@ def _sentence(problem: Mapping[str, Any], path: str) -> str:
     of_several = len(problem["loc"]) > len(_down_to_union(problem["loc"]))
     if of_several and problem["type"] in WRONG_TYPE and (kinds := UNIONS.get(param.rpartition(".")[2])):
         message = f"should be {kinds}"
+    if problem["type"] in NO_OBJECT:
+        message = f"should be {OBJECTS.get(param, 'an object')}"
     return f"{_short(param, quote=False)} {message}, not {_short(problem['input'])}."
 
 
 def _short(value: object, *, quote: bool = True) -> str:
-    """A client's value, cut to a length that fits into a message."""
-    return _cut(repr(value) if quote else str(value), MAX_VALUE)
+    """A client's value, cut to a length that fits into a message; the rest of a long one is not looked at."""
+    if isinstance(value, list | dict):
+        return _cut(SHORT.repr(value), MAX_VALUE)
+    start = value[: MAX_VALUE + 1] if isinstance(value, str) else value
+    return _cut(repr(start) if quote else str(start), MAX_VALUE)
 
 
 def _cut(text: str, length: int) -> str:

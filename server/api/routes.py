@@ -7,12 +7,13 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import PlainTextResponse, Response
 
 from server import formatting
+from server.api.body import BodyRoute
 from server.api.deps import ServiceDep, require_admin_key, require_api_key
 from server.api.responses import STREAMS, event_response, json_response
 from server.errors import EngineDown, NotFound, UnknownCheckpoint
 from server.formatting import Formatter
 from server.judge import verdicts
-from server.registry import why_none_is_active
+from server.registry import CheckpointEntry, why_none_is_active
 from server.schemas import (
     CheckpointListBody,
     CheckpointVersionsBody,
@@ -33,8 +34,8 @@ from server.schemas import (
 
 NONE_IS_ACTIVE = "No checkpoint is active: requests that name none are not steered. GET /checkpoints tells more."
 READS, CHANGES = [Depends(require_api_key)], [Depends(require_admin_key)]
-generation = APIRouter(tags=["generate"], dependencies=READS)
-checkpoints = APIRouter(prefix="/checkpoints", tags=["checkpoints"])
+generation = APIRouter(tags=["generate"], route_class=BodyRoute, dependencies=READS)
+checkpoints = APIRouter(prefix="/checkpoints", tags=["checkpoints"], route_class=BodyRoute)
 operations = APIRouter(tags=["operations"])
 
 
@@ -70,45 +71,49 @@ def judge(body: JudgeRequest, service: ServiceDep) -> JudgeResponse:
     return JudgeResponse(verdicts=verdicts(service.judge, body.prompt, body.texts))
 
 
-# The handlers of checkpoints are plain functions: they read files, and FastAPI runs each in a thread.
-
-
-@checkpoints.get("", dependencies=READS, name="checkpoints")
-def list_checkpoints(service: ServiceDep) -> CheckpointListBody:
+@checkpoints.get("", dependencies=READS, name="checkpoints", response_model=CheckpointListBody)
+async def list_checkpoints(request: Request, service: ServiceDep) -> Response:
     """Every complete checkpoint folder: which are loaded, which is active, which cannot be loaded and why."""
-    active, entries = service.registry.active, service.registry.entries()
-    return CheckpointListBody(
-        active=active.label if active else None,
-        checkpoints=list(map(formatting.checkpoint, entries)),
-        note=None if active else why_none_is_active(entries),
-    )
+
+    def body(entries: list[CheckpointEntry]) -> CheckpointListBody:
+        active = service.registry.active
+        return CheckpointListBody(
+            active=active.label if active else None,
+            checkpoints=list(map(formatting.checkpoint, entries)),
+            note=None if active else why_none_is_active(entries),
+        )
+
+    return await json_response(request, service.checkpoints(), body)
 
 
-@checkpoints.get("/{name}", dependencies=READS)
-def checkpoint(name: str, service: ServiceDep) -> CheckpointVersionsBody:
+@checkpoints.get("/{name}", dependencies=READS, response_model=CheckpointVersionsBody)
+async def checkpoint(name: str, request: Request, service: ServiceDep) -> Response:
     """Every version of one checkpoint, with how it was trained and evaluated."""
-    entries = service.registry.entries(name)
-    if not entries:
-        raise UnknownCheckpoint(f"There is no checkpoint {name!r}.", param="name")
-    return CheckpointVersionsBody(name=name, versions=list(map(formatting.checkpoint_detail, entries)))
+
+    def body(entries: list[CheckpointEntry]) -> CheckpointVersionsBody:
+        if not entries:
+            raise UnknownCheckpoint(f"There is no checkpoint {name!r}.", param="name")
+        return CheckpointVersionsBody(name=name, versions=list(map(formatting.checkpoint_detail, entries)))
+
+    return await json_response(request, service.checkpoints(name), body)
 
 
 @checkpoints.post("/{name}/load", dependencies=CHANGES)
-def load(name: str, service: ServiceDep, body: VersionRequest | None = None) -> LoadedBody:
+async def load(name: str, service: ServiceDep, body: VersionRequest | None = None) -> LoadedBody:
     """Load a version (absent: the newest) as its folder is now. Requests that run finish on what they began with."""
-    return formatting.loaded(service.registry.reload(name, body.version if body else None))
+    return formatting.loaded(await service.reload(name, body.version if body else None))
 
 
 @checkpoints.post("/{name}/activate", dependencies=CHANGES)
-def activate(name: str, service: ServiceDep, body: VersionRequest | None = None) -> LoadedBody:
+async def activate(name: str, service: ServiceDep, body: VersionRequest | None = None) -> LoadedBody:
     """The same, and requests that name no checkpoint get it from now on."""
-    return formatting.loaded(service.registry.reload(name, body.version if body else None, activate=True))
+    return formatting.loaded(await service.reload(name, body.version if body else None, activate=True))
 
 
 @checkpoints.delete("/{name}", dependencies=CHANGES)
-def unload(name: str, service: ServiceDep, query: Annotated[VersionRequest, Query()]) -> UnloadedBody:
+async def unload(name: str, service: ServiceDep, query: Annotated[VersionRequest, Query()]) -> UnloadedBody:
     """Take a version (absent: all) out of the device's memory; the folder stays, and a request loads it again."""
-    return UnloadedBody(unloaded=service.registry.unload(name, query.version))
+    return UnloadedBody(unloaded=await service.unload(name, query.version))
 
 
 # A HEAD is a GET whose body the server drops.

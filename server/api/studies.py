@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Path
 from starlette.responses import StreamingResponse
 
+from server.api.body import BodyRoute
 from server.api.deps import ServiceDep, require_api_key
 from server.errors import NotFound
 from server.formatting import study
@@ -17,7 +18,7 @@ from server.schemas import StudiesBody, StudyBody, VoteRequest
 from server.service import Service
 from server.studies import Studies, Vote
 
-router = APIRouter(prefix="/studies", tags=["studies"], dependencies=[Depends(require_api_key)])
+router = APIRouter(prefix="/studies", tags=["studies"], route_class=BodyRoute, dependencies=[Depends(require_api_key)])
 Name = Annotated[str, Path(min_length=1, max_length=64)]
 CSV: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/csv": {"schema": {"type": "string"}}}, "description": "a row for each vote"}

@@ -3,10 +3,11 @@
 from fastapi import APIRouter, Depends
 
 from server import formatting
+from server.api.body import BodyRoute
 from server.api.deps import ServiceDep, require_api_key
 from server.schemas import DetokenizeBody, DetokenizeRequest, TokenizeBody, TokenizeRequest, TokenizerInfoBody
 
-router = APIRouter(tags=["tokens"], dependencies=[Depends(require_api_key)])
+router = APIRouter(tags=["tokens"], route_class=BodyRoute, dependencies=[Depends(require_api_key)])
 
 
 @router.post("/tokenize")
@@ -17,11 +18,9 @@ async def tokenize(body: TokenizeRequest, service: ServiceDep) -> TokenizeBody:
 
 
 @router.post("/detokenize")
-def detokenize(body: DetokenizeRequest, service: ServiceDep) -> DetokenizeBody:
+async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> DetokenizeBody:
     """The text of tokens, special ones included."""
-    service.check_model(body.model)
-    service.codec.check_ids(body.tokens, "tokens")
-    return DetokenizeBody(prompt=service.codec.decode_all(body.tokens))
+    return DetokenizeBody(prompt=await service.detokenize(body.tokens, body.model))
 
 
 @router.get("/tokenizer_info")

@@ -145,7 +145,10 @@ def test_a_multiplier_that_is_given_twice_is_refused() -> None:
         (["serve", "--port", "0"], "Bad setting port"),
         (["serve", "--model", "/no/model", "--port", str(free_port())], "There is no model folder '/no/model'"),
         (["serve", "--model", "/no/model", "--host", "no.host.invalid"], "The server cannot listen on no.host.invalid"),
-        (["serve", "--chat-template", "/no/file", "--port", str(free_port())], "The chat template '/no/file' (--chat-"),
+        (
+            ["serve", "--chat-template", "/no/file", "--port", str(free_port())],
+            "The chat template '/no/file' cannot be read: No such file or directory. (--chat-template",
+        ),
         (["generate", "Q:", "--model", "/no/model"], "There is no model folder '/no/model'"),
         (["checkpoints", "show", "nowhere"], "There is no checkpoint 'nowhere'"),
         (["checkpoints", "show", "demo@"], "There is no checkpoint 'demo@'"),

@@ -130,3 +130,39 @@ def test_the_conversation_goes_on_from_the_steered_answer() -> None:
         "attributes": {"kind": 1.0},
         "baseline": False,
     }
+
+
+def printable(text: str) -> str:
+    return "".join(letter for letter in text if letter.isprintable() and letter not in " │")
+
+
+def test_variables_of_the_template_go_along(
+    world: World, address: str, model_folder: Path, checkpoints: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "mood.jinja"
+    file.write_text("{% for m in messages %}{{ m.content }}{% endfor %}{{ mood }}:")
+    kwargs = ["--chat-template-kwargs", '{"mood": "calm"}']
+    place = ["--model", str(model_folder), "--checkpoints", str(checkpoints), "--checkpoint", "demo@1"]
+    place += ["--set", "kind=0", "--chat-template", str(file), *SHORT]
+    answered = world.post(prompt="What colour?calm:", attributes={}, max_new_tokens=4, temperature=0)
+    expected = answered["results"][0]["text"]
+    said = runner.invoke(app, ["generate", "What colour?", "--chat", *kwargs, *place])
+    assert said.exit_code == 0, said.output
+    assert printable(expected) in printable(said.output)
+    assert printable(expected) in printable(talk(["What colour?"], *kwargs, *place).output)
+    refused = talk(["a"], *kwargs, "--url", address)
+    assert "The model's chat template has no variable 'mood'" in refused.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "a", "--chat-template-kwargs", '{"a": 1}'], "--chat-template-kwargs is for --chat"),
+        (["generate", "a", "--chat", "--chat-template-kwargs", "a=1"], "it takes a JSON object"),
+        (["compare", "a", "--arm", "b", "--chat-template", "x", "--url", "http://127.0.0.1:9"], "has its own"),
+    ],
+)
+def test_an_option_of_chats_says_what_it_needs(arguments: list[str], message: str) -> None:
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())

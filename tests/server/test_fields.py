@@ -20,15 +20,29 @@ from server.api.exception_handlers import parse
 from server.api.openai.schemas import ChatCompletionRequest, ChatMessage, CompletionRequest, StreamOptions
 from server.errors import UnsupportedField
 from server.fields import BODY_FIELDS, MESSAGE_FIELDS, PART_FIELDS, STREAM_FIELDS, KnownField
-from server.schemas import CompareRequest, GenerateRequest, LenientRequest
+from server.schemas import (
+    CompareRequest,
+    DetokenizeRequest,
+    GenerateRequest,
+    LenientRequest,
+    ScoreRequest,
+    TokenizeRequest,
+)
 from tests.server.conftest import World
 
 MESSAGE = {"role": "user", "content": "What colour?"}
-ROUTES: dict[str, tuple[type[LenientRequest], dict[str, Any]]] = {
+Routes = dict[str, tuple[type[LenientRequest], dict[str, Any]]]
+GENERATING: Routes = {
     "/generate": (GenerateRequest, {"prompt": "a"}),
     "/compare": (CompareRequest, {"prompt": "a", "arms": [{"name": "b"}]}),
     "/v1/completions": (CompletionRequest, {"model": "tiny", "prompt": "a"}),
     "/v1/chat/completions": (ChatCompletionRequest, {"model": "tiny", "messages": [MESSAGE]}),
+}
+ROUTES: Routes = {
+    **GENERATING,
+    "/score": (ScoreRequest, {"prompt": "a", "continuations": ["b"]}),
+    "/tokenize": (TokenizeRequest, {"prompt": "a"}),
+    "/detokenize": (DetokenizeRequest, {"tokens": [1]}),
 }
 ODD: Any = ({"odd": [1]}, "odd", 12345, True, [1])  # asks for something, where the field knows any value that does
 
@@ -54,8 +68,11 @@ def test_every_other_value_of_a_field_that_a_route_does_not_have_is_refused_by_n
     kind, _ = ROUTES[route]
     refused = [one for one in BODY_FIELDS.values() if one.name not in kind.model_fields and not one.ignored]
     assert len(refused) > 50
+    asking: dict[str, Any] = {"repetition_penalty": 1.1, "skip_special_tokens": False, "stream": True}
+    body = {name: value for name, value in asking.items() if name in kind.model_fields}
     for field in refused:
-        body = {"repetition_penalty": 1.1, "skip_special_tokens": False, "stream": True}  # so that nothing is idle
+        if set(field.idle_without) - body.keys() and not body:
+            continue  # what it belongs to cannot be asked for
         with pytest.raises(UnsupportedField) as error:
             whole(route, **body, **{field.name: {"odd": [1]}})
         assert error.value.param == field.name
@@ -101,7 +118,7 @@ def test_every_other_value_of_a_field_that_a_route_does_not_have_is_refused_by_n
     ],
     ids=str,
 )
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("route", GENERATING)
 def test_what_asks_for_nothing_is_accepted(world: World, route: str, body: dict[str, Any]) -> None:
     _, least = ROUTES[route]
     short = {"max_tokens": 2} if route.startswith("/v1") else {"max_new_tokens": 2}
@@ -131,7 +148,7 @@ def test_what_asks_for_nothing_is_accepted(world: World, route: str, body: dict[
     ],
     ids=str,
 )
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("route", GENERATING)
 def test_what_is_not_supported_is_a_400_that_names_it(
     world: World, route: str, body: dict[str, Any], param: str, sentence: str
 ) -> None:
@@ -236,3 +253,40 @@ def test_the_table_has_each_field_once_and_nothing_in_it_is_ignored_that_is_supp
         for field in known.values():
             assert not field.ignored or not field.neutral, "every value passes anyway"
             assert {*field.idle_without} <= set(known)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", {"prompt": "a", "max_new_tokens": -1}),
+        ("/compare", {"prompt": "a", "arms": [{"name": "b", "attributes": {}}], "max_new_tokens": -1}),
+        ("/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": -1}),
+        ("/v1/chat/completions", {"model": "tiny", "messages": [MESSAGE], "max_tokens": -1}),
+        ("/v1/chat/completions", {"model": "tiny", "messages": [MESSAGE], "max_completion_tokens": -1}),
+    ],
+)
+def test_an_answer_of_minus_one_tokens_is_as_long_as_there_is_room(
+    world: World, path: str, body: dict[str, Any]
+) -> None:
+    context = world.service.codec.context
+    answer = world.client.post(path, json={**body, "ignore_eos": True, "temperature": 0}).json()
+    usage = (
+        answer["arms"][0]["results"][0]["usage"]
+        if "arms" in answer
+        else (answer.get("results") or [answer])[0]["usage"]
+    )
+    assert usage["prompt_tokens"] + usage["completion_tokens"] == context
+    (name,) = [name for name in body if name.startswith("max_")]
+    refused = world.client.post(path, json={**body, name: 0})
+    assert refused.status_code in (400, 422)
+    assert refused.json()["error"]["param"] == name
+
+
+def test_labels_and_neutral_values_pass_where_texts_are_scored(world: World) -> None:
+    score = {"prompt": "Q: What colour?", "continuations": [" Blue."], "attributes": {}}
+    plain = world.client.post("/score", json=score).json()["scores"]
+    more = {"user": "me", "metadata": {"run": 1}, "stream": False, "logit_bias": {}, "request_id": "x", "n_probs": 0}
+    assert world.client.post("/score", json=score | more).json()["scores"] == plain
+    refused = world.client.post("/score", json=score | {"temperature": 0.5})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"] == "temperature is not supported: leave it out."

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steering.chat_template import ChatTemplate
 from steering.hook import steered
 from steering.types import Column, Positions
 from training.activations.tokenization import Encoded, batches, check_ids, encode, pad_right
@@ -115,6 +116,7 @@ def evaluate_choices(
     columns: Sequence[Column],
     arms: Sequence[Arm],
     *,
+    chat: ChatTemplate | None = None,
     positions: Positions = Positions.GENERATED,
     max_rows: int = 64,
     progress: bool = False,
@@ -126,7 +128,9 @@ def evaluate_choices(
     - `mc2`: the positives' share of the completions' probabilities (bootstrap interval).
     """
     rows = [
-        encode(tokenizer, question.prompt, text, question.turns) for question in asked for text in question.completions
+        encode(tokenizer, question.prompt, text, question.turns, chat)
+        for question in asked
+        for text in question.completions
     ]
     check_ids(model, tokenizer, (row.ids for row in rows))
     limit = getattr(model.config, "max_position_embeddings", None) or 1 << 30

@@ -14,27 +14,33 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from steering.chat_template import ChatTemplate
 from steering.hook import steered
 from steering.types import Column, Positions
 from training.activations.tokenization import Encoded, check_ids, encode_prompt, pad_left
+from training.data.loaders import messages_field
 from training.data.rows import Row, check_fields, collect, read_rows, split_field, text_field
-from training.data.samples import Form, Split, Turn
+from training.data.samples import Form, Split, Turn, show_turns
 from training.errors import DataError, TrainingError
 from training.evaluation.choices import log_likelihoods
 from training.evaluation.results import Arm, ArmResult, Estimate, Evaluation, wilson
 from training.progress import progress_bar
 
 Judge = Callable[[str, str], Mapping[str, bool | None]]
-"""(prompt, generated text) -> metric -> does it hold; None where the metric does not apply."""
+"""(prompt, generated text) -> metric -> does it hold; None where the metric does not apply. A conversation's prompt is
+what the user says, or, where there is more, a line `role: content` for each turn."""
 
 
-FIELDS = ("prompt", "split", "group", "attribute", "completion", "label")
-"""Of a file of prompts, which may be a training file: all but the first two say nothing here."""
+FIELDS = ("prompt", "messages", "split", "group", "attribute", "completion", "label")
+"""Of a file of prompts, which may be a training file: all but the first three say nothing here."""
+
+Asked = str | tuple[Turn, ...]
+"""A text to continue, or a conversation to answer."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    text: str
+    asked: Asked
     split: Split | None
     """None belongs to every split."""
 
@@ -65,11 +71,11 @@ def judge_key(judge: Judge) -> str:
 
 
 def load_prompts(path: Path) -> list[Prompt]:
-    """JSON lines of `{"prompt", "split"?}`. Raises DataError with file and line."""
+    """JSON lines of `{"prompt" | "messages", "split"?}`. Raises DataError with file and line."""
 
     def convert(row: Row) -> list[Prompt]:
         check_fields(row, FIELDS)
-        return [Prompt(text_field(row, "prompt"), split_field(row))]
+        return [Prompt(_asked(row), split_field(row))]
 
     prompts = collect(str(path), partial(read_rows, path), convert)
     if not prompts:
@@ -77,9 +83,23 @@ def load_prompts(path: Path) -> list[Prompt]:
     return prompts
 
 
-def prompts_of(prompts: Sequence[Prompt], split: Split, limit: int | None = None) -> list[str]:
+def _asked(row: Row) -> Asked:
+    """Of `messages` without the assistant's last turn, which is the answer of a training file."""
+    if "messages" not in row.fields:
+        return text_field(row, "prompt")
+    if "prompt" in row.fields:
+        raise DataError(f'{row.where}: "prompt" and "messages" are two ways to say one thing: give one.')
+    turns = messages_field(row, least=1)
+    if turns[-1].role == "assistant":
+        turns = turns[:-1]
+    if not any(turn.role == "user" and turn.content.strip() for turn in turns):
+        raise DataError(f'{row.where}: "messages" must have a turn of the user, which is not empty.')
+    return tuple(turns)
+
+
+def prompts_of(prompts: Sequence[Prompt], split: Split, limit: int | None = None) -> list[Asked]:
     """The (first `limit`) prompts of a split. Raises DataError where there is none."""
-    chosen = [prompt.text for prompt in prompts if prompt.split in (None, split)]
+    chosen = [prompt.asked for prompt in prompts if prompt.split in (None, split)]
     if not chosen:
         raise DataError(f"There is no prompt of the {split} split.")
     return chosen[:limit]
@@ -128,32 +148,34 @@ class _SequenceId:
 def generate(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[Asked],
     columns: Sequence[Column],
     arms: Sequence[Arm],
     sampling: Sampling,
     *,
-    form: Form = Form.PLAIN,
+    chat: ChatTemplate | None = None,
     positions: Positions = Positions.GENERATED,
     max_rows: int = 128,
     progress: bool = False,
 ) -> list[Continuation]:
     """Continue every prompt `sampling.samples` times in every arm; ordered by arm, prompt, sample.
 
-    `form`: `chat` answers each prompt as a user's turn in the model's chat template. Raises DataError.
+    `chat`: renders conversations. Raises DataError.
 
     Sample k of a prompt uses the same random numbers in every arm and whatever the batch, so that arms differ by
     steering alone. With `generated` positions all rows of a prompt share one prefill.
     """
-    chat = form is Form.CHAT
-    encoded = [encode_prompt(tokenizer, prompt, [Turn("user", prompt)] if chat else ()) for prompt in prompts]
+    encoded = [
+        encode_prompt(tokenizer, asked) if isinstance(asked, str) else encode_prompt(tokenizer, "", asked, chat)
+        for asked in prompts
+    ]
     check_ids(model, tokenizer, encoded)
     limit = (getattr(model.config, "max_position_embeddings", None) or 1 << 30) - sampling.max_new_tokens
-    for prompt, ids in zip(prompts, encoded, strict=True):
+    for asked, ids in zip(prompts, encoded, strict=True):
         if not 0 < len(ids) <= limit:
             raise DataError(
-                f"The prompt {prompt[:80]!r} has {len(ids)} tokens; with {sampling.max_new_tokens} new ones the model "
-                f"takes 1 to {max(0, limit)}."
+                f"The prompt {_shown(asked)[:80]!r} has {len(ids)} tokens; with {sampling.max_new_tokens} new ones the "
+                f"model takes 1 to {max(0, limit)}."
             )
     strengths = torch.tensor([arm.multipliers(columns) for arm in arms]).view(len(arms), len(columns))
     seeded = torch.Generator().manual_seed(sampling.seed)
@@ -183,13 +205,13 @@ def generate(
 def evaluate_generations(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[Asked],
     judge: Judge,
     columns: Sequence[Column],
     arms: Sequence[Arm],
     sampling: Sampling,
     *,
-    form: Form = Form.PLAIN,
+    chat: ChatTemplate | None = None,
     positions: Positions = Positions.GENERATED,
     max_rows: int = 128,
     progress: bool = False,
@@ -199,7 +221,7 @@ def evaluate_generations(
     if not prompts:
         raise DataError("There are no prompts to evaluate.")
     texts = generate(
-        model, tokenizer, prompts, columns, arms, sampling, form=form, positions=positions, max_rows=max_rows,
+        model, tokenizer, prompts, columns, arms, sampling, chat=chat, positions=positions, max_rows=max_rows,
         progress=progress,
     )  # fmt: skip
     results: list[ArmResult] = []
@@ -212,13 +234,18 @@ def evaluate_generations(
             ArmResult(
                 arm.name,
                 dict(arm.attributes),
-                judged_rates([_verdict(judge, prompts[text.prompt], text.text) for text in own]),
+                judged_rates([_verdict(judge, _shown(prompts[text.prompt]), text.text) for text in own]),
                 perplexity,
                 perplexity / first if first else None,
             )
         )
+    form = Form.PLAIN if all(isinstance(asked, str) for asked in prompts) else Form.CHAT
     settings = {"prompts": len(prompts), "form": form.value, "positions": positions.value, **asdict(sampling)}
     return Evaluation("generation", tuple(results), settings), texts
+
+
+def _shown(asked: Asked) -> str:
+    return asked if isinstance(asked, str) else show_turns(asked)
 
 
 def judged_rates(verdicts: Sequence[Mapping[str, bool | None]]) -> dict[str, Estimate]:

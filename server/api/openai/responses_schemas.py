@@ -8,8 +8,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from server.api.openai.schemas import OpenAIRequest
 from server.fields import KnownField
 from server.schemas import (
+    MANY,
     MAX_NEW_TOKENS,
+    MAX_TOKENS,
     ChatFields,
+    Items,
     LenientRequest,
     Prompt,
     SteeringBody,
@@ -30,8 +33,8 @@ class TextItemPart(_Part):
 
     type: Literal["input_text", "output_text", "text"]
     text: str
-    annotations: list[Any] | None = Field(None, description="not used")
-    logprobs: list[Any] | None = Field(None, description="not used")
+    annotations: Annotated[list[Any], MANY] | None = Field(None, description="not used")
+    logprobs: Annotated[list[Any], Items(MAX_TOKENS)] | None = Field(None, description="not used")
 
 
 class InputItem(_Part):
@@ -39,11 +42,11 @@ class InputItem(_Part):
 
     type: Literal["message", "function_call", "function_call_output"] = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = Field(None, description="of a message")
-    content: str | list[TextItemPart] | None = Field(None, description="of a message")
+    content: str | Annotated[list[TextItemPart], MANY] | None = Field(None, description="of a message")
     call_id: str | None = Field(None, description="of a call, and of what came of it")
     name: str | None = Field(None, description="of the function that is called")
     arguments: str | None = Field(None, description="of the call, in JSON")
-    output: str | list[TextItemPart] | None = Field(None, description="what came of the call")
+    output: str | Annotated[list[TextItemPart], MANY] | None = Field(None, description="what came of the call")
     id: str | None = Field(None, description="not used")
     phase: str | None = Field(None, description="not used")
     status: str | None = Field(None, description="not used")
@@ -74,7 +77,7 @@ class ResponsesRequest(OpenAIRequest, ChatFields):
         json_schema_extra={"examples": [{"model": "demo", "input": "Is grass green?", "max_output_tokens": 24}]}
     )
 
-    input: Prompt | Annotated[list[InputItem], Field(min_length=1, max_length=1024)] = Field(
+    input: Prompt | Annotated[list[InputItem], Items(1024, least=1)] = Field(
         description="what the user says, or the items of a conversation"
     )
     instructions: str | None = Field(None, description="a system message before the input")
@@ -83,12 +86,12 @@ class ResponsesRequest(OpenAIRequest, ChatFields):
     )
     n: int = Field(1, ge=1, le=1, description="this route gives one answer")
     stream_options: ResponseStreamOptions | None = None  # type: ignore[assignment]
-    metadata: dict[str, str] | None = Field(None, description="not used; the answer has it again")
+    metadata: Annotated[dict[str, str], MANY] | None = Field(None, description="not used; the answer has it again")
     store: bool | None = Field(None, description="not used: nothing is stored")
     prompt_cache_key: str | None = Field(None, description="not used")
     prompt_cache_retention: str | None = Field(None, description="not used")
     safety_identifier: str | None = Field(None, description="not used")
-    reasoning: dict[str, Any] | None = Field(None, description="not used")
+    reasoning: Annotated[dict[str, Any], MANY] | None = Field(None, description="not used")
 
     def to_params(self, base: str) -> GenerateParams:
         """For the service; `base`: the name of the base model. Raises InvalidField."""

@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
+from server.api.body import BodyRoute
 from server.api.deps import ServiceDep, require_api_key
 from server.api.openai.formatting import Body, ChatFormatter, CompletionFormatter, OpenAIFormatter, stream_chunks
 from server.api.openai.responses_formatting import ResponsesFormatter
@@ -23,7 +24,7 @@ from server.errors import UnknownModel
 from server.registry import LoadedCheckpoint
 from server.service import Service
 
-router = APIRouter(prefix="/v1", tags=["openai"], dependencies=[Depends(require_api_key)])
+router = APIRouter(prefix="/v1", tags=["openai"], route_class=BodyRoute, dependencies=[Depends(require_api_key)])
 
 
 @router.get("/models")
