@@ -513,7 +513,9 @@ class VoteRequest(StrictRequest):
         pattern=r"^[A-Za-z0-9._-]{8,64}$", description="made by the client: sent again, the vote counts once"
     )
     arms: Annotated[list[ArmRequest], Field(min_length=2, max_length=2)]
-    asked: dict[str, Any] = Field(description="what /compare was asked: prompt or messages, and how was sampled")
+    asked: Annotated[dict[str, Any], Field(max_length=64)] = Field(
+        description="what /compare was asked: prompt or messages, and how was sampled"
+    )
     texts: Annotated[list[str], Field(min_length=2, max_length=2, description="in the order of the arms")]
     winner: Annotated[int, Field(ge=0, le=1)] | None = Field(description="index of the arm; null: a tie")
     shown_first: int = Field(ge=0, le=1, description="index of the arm whose text stood first")
