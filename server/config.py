@@ -137,8 +137,15 @@ class Settings(BaseSettings):
         description="`/`, `/docs`, `/openapi.json` and `/metrics` ask for a key, too; `/healthz`, `/health` and "
         "`/readyz` never do",
     )
+    judge: str = Field(
+        default="",
+        description="MODULE:FUNCTION that judges answers for the page and /judge; empty: on the demo its own",
+    )
     remember: bool = Field(
         default=True, description="keep what is loaded and active in the checkpoints folder, for the next start"
+    )
+    studies: Path | None = Field(
+        default=None, description="SQLite file in which blind comparisons are kept; unset: there are none"
     )
     stall_s: float = Field(default=300.0, gt=0, description="a step longer than this makes /readyz say no")
     drain_s: float = Field(
@@ -151,7 +158,7 @@ class Settings(BaseSettings):
     def __init__(self, **given: Any) -> None:
         super().__init__(**_with_new_names(given))
 
-    @field_validator("api_key", "admin_key", "chat_template", mode="before")
+    @field_validator("api_key", "admin_key", "chat_template", "studies", mode="before")
     @classmethod
     def _empty_is_unset(cls, given: Any) -> Any:
         return given or None

@@ -30,11 +30,13 @@ from server.schemas import (
     CompareRequest,
     DetokenizeRequest,
     GenerateRequest,
+    JudgeRequest,
     LenientRequest,
     ScoreRequest,
     StrictRequest,
     TokenizeRequest,
     VersionRequest,
+    VoteRequest,
 )
 
 Body = TypeVar("Body", bound=StrictRequest)
@@ -47,9 +49,10 @@ UNIONS = {  # fields of several types; in the location of an error pydantic adds
     "content": "a string or a list of parts",
     "input": "a string or a list of items",
 }
-REQUESTS: Mapping[str, type[StrictRequest]] = {  # body by route; others: as `_kind` says
+REQUESTS: Mapping[str, type[StrictRequest]] = {  # body by route; others: as `_body_of` says
     "/compare": CompareRequest,
     "/score": ScoreRequest,
+    "/judge": JudgeRequest,
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatCompletionRequest,
     "/v1/responses": ResponsesRequest,
@@ -183,12 +186,14 @@ def _invalid(problems: Sequence[Mapping[str, Any]], path: str) -> ServerError:
 
 def _known(loc: Sequence[str | int], path: str) -> KnownField | None:
     """The field of other servers at fault, where the route may be asked for such."""
-    lenient = loc[0] == "body" and issubclass(_kind(path), LenientRequest)
+    lenient = loc[0] == "body" and issubclass(_body_of(path), LenientRequest)
     return known_field(_parts(loc)) if lenient else None
 
 
-def _kind(path: str) -> type[StrictRequest]:
-    return VersionRequest if path.startswith("/checkpoints/") else REQUESTS.get(path, GenerateRequest)
+def _body_of(path: str) -> type[StrictRequest]:
+    if path.startswith("/checkpoints/"):
+        return VersionRequest
+    return VoteRequest if path.startswith("/studies/") else REQUESTS.get(path, GenerateRequest)
 
 
 def _depth(problem: Mapping[str, Any]) -> tuple[int, bool]:
@@ -248,7 +253,7 @@ def _fields_beside(loc: Sequence[str | int], path: str) -> list[str]:
     """The fields of the object that has the field at `loc`; none where it may be one of several kinds."""
     if loc[0] != "body":
         return ["version"]
-    kinds: list[type[BaseModel]] = [_kind(path)]
+    kinds: list[type[BaseModel]] = [_body_of(path)]
     for part in _parts(loc)[:-1]:
         if isinstance(part, str):
             kinds = [kind for one in kinds if part in one.model_fields for kind in _models(one.model_fields[part])]

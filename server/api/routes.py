@@ -1,17 +1,18 @@
-"""The native routes: generation, checkpoints, tokens, operations, and the page at /."""
+"""The native routes: generation, checkpoints, tokens, operations."""
 
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 
 from server import formatting
 from server.api.body import BodyRoute
 from server.api.deps import ServiceDep, require_admin_key, require_api_key
 from server.api.responses import STREAMS, event_response, json_response
-from server.errors import EngineDown, UnknownCheckpoint
+from server.errors import EngineDown, NotFound, UnknownCheckpoint
 from server.formatting import Formatter
+from server.judge import verdicts
 from server.registry import CheckpointEntry, why_none_is_active
 from server.schemas import (
     CheckpointListBody,
@@ -23,6 +24,8 @@ from server.schemas import (
     GenerateRequest,
     GenerateResponse,
     HealthBody,
+    JudgeRequest,
+    JudgeResponse,
     LoadedBody,
     ReadyBody,
     ScoreRequest,
@@ -33,7 +36,6 @@ from server.schemas import (
     UnloadedBody,
     VersionRequest,
 )
-from server.web import home
 
 NONE_IS_ACTIVE = "No checkpoint is active: requests that name none are not steered. GET /checkpoints tells more."
 READS, CHANGES = [Depends(require_api_key)], [Depends(require_admin_key)]
@@ -65,6 +67,14 @@ async def compare(body: CompareRequest, request: Request, service: ServiceDep) -
 async def score(body: ScoreRequest, request: Request, service: ServiceDep) -> Response:
     """The log-likelihood of given continuations, with the steering that a generation would get."""
     return await json_response(request, service.score(body.to_params()), Formatter(service.codec).score_response)
+
+
+@generation.post("/judge")
+def judge(body: JudgeRequest, service: ServiceDep) -> JudgeResponse:
+    """What the server's judge says of texts as answers to a prompt: of the embedded demo, its exact oracle."""
+    if service.judge is None:
+        raise NotFound("This server has no judge: MATSTEER_JUDGE names one.")
+    return JudgeResponse(verdicts=verdicts(service.judge, body.prompt, body.texts))
 
 
 @checkpoints.get("", dependencies=READS, name="checkpoints", response_model=CheckpointListBody)
@@ -164,18 +174,3 @@ async def readyz(service: ServiceDep) -> ReadyBody:
 async def metrics(service: ServiceDep) -> Response:
     """Counters, gauges and histograms, for Prometheus."""
     return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
-
-
-@operations.get("/", include_in_schema=False)
-@operations.head("/", include_in_schema=False)
-async def root(request: Request, service: ServiceDep) -> HTMLResponse:
-    """What runs here, and a request to copy."""
-    active = service.registry.active
-    page = home.page(
-        model=service.model,
-        checkpoint=active.label if active else None,
-        attributes=active.defaults if active else {},
-        address=str(request.base_url),
-        asks_for_key=service.settings.api_key is not None,
-    )
-    return HTMLResponse(page)
