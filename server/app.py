@@ -15,7 +15,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api import routes, tokens
+from server.api import page, routes, studies
 from server.api.deps import credentials_of, require_api_key
 from server.api.exception_handlers import (
     REQUEST_ID,
@@ -68,8 +68,17 @@ def bare_app(**options: Any) -> FastAPI:
         responses=ERRORS,
         **options,
     )
-    for router in (routes.generation, routes.checkpoints, openai.router, tokens.router, routes.operations):
+    for router in (
+        routes.generation,
+        routes.checkpoints,
+        openai.router,
+        routes.tokens,
+        routes.operations,
+        studies.router,
+        page.router,
+    ):
         app.include_router(router)
+    app.mount("/page", page.PageFiles())
     return app
 
 

@@ -10,12 +10,14 @@ from server.engine.model_runner import is_spread
 from server.engine.scheduler import Scheduler
 from server.engine.scoring import max_num_logits
 from server.errors import ServerError, StartupError
+from server.judge import load_judge
 from server.loading import LoadedModel, load_model, open_runner
 from server.memory import choose_block_size, num_kv_cache_blocks
 from server.metrics import Metrics
 from server.registry import LoadedCheckpoint, Registry, fits_model, why_none_is_active
 from server.registry_state import read_state, write_state
 from server.service import Service
+from server.studies import Studies
 from server.threads import run_in_disposable_thread
 from server.tokenizer import Codec
 from steering.bank import ColumnBank
@@ -112,14 +114,25 @@ def _build_service(settings: Settings, loaded: LoadedModel, chat_template: str |
     )
     registry = Registry(settings.checkpoints, bank, fits, engine.call)
     adapter = str(loaded.adapter) if loaded.adapter else None
-    return Service(settings, codec, engine, registry, Metrics(engine, registry), adapter=adapter)
+    return Service(
+        settings,
+        codec,
+        engine,
+        registry,
+        Metrics(engine, registry),
+        adapter=adapter,
+        judge=load_judge(settings),
+        studies=Studies(settings.studies) if settings.studies else None,
+    )
 
 
 def _activate(registry: Registry, settings: Settings) -> str:
     """Activates the checkpoint of the settings, else that of the last run, else the obvious one; there may be none."""
     for entry in registry.entries():
         if entry.problem:
-            log.warning("checkpoint %s@%s cannot be loaded: %s", entry.name, entry.version, entry.problem)
+            # A sound checkpoint for another model is nothing to worry about: a folder may hold those of several.
+            level = logging.INFO if entry.checkpoint else logging.WARNING
+            log.log(level, "checkpoint %s@%s cannot be loaded: %s", entry.name, entry.version, entry.problem)
     root, model = settings.checkpoints, settings.served_name
     restored = registry.restore(read_state(root, model)) if settings.remember else None
     if settings.checkpoint:

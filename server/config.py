@@ -48,7 +48,10 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", protected_namespaces=())
 
-    model: str = Field(default="", description="Hugging Face id or folder; empty: the embedded demo model")
+    model: str = Field(
+        default="",
+        description="Hugging Face id or folder, GGUF file, or a name of `matsteer get`; empty: the embedded demo model",
+    )
     model_name: str = Field(default="", description="the name clients see; empty: made from the model's id or folder")
     revision: str | None = Field(default=None, description="revision of a Hugging Face id")
     trust_remote_code: bool = Field(
@@ -134,8 +137,15 @@ class Settings(BaseSettings):
         description="`/`, `/docs`, `/openapi.json` and `/metrics` ask for a key, too; `/healthz`, `/health` and "
         "`/readyz` never do",
     )
+    judge: str = Field(
+        default="",
+        description="MODULE:FUNCTION that judges answers for the page and /judge; empty: on the demo its own",
+    )
     remember: bool = Field(
         default=True, description="keep what is loaded and active in the checkpoints folder, for the next start"
+    )
+    studies: Path | None = Field(
+        default=None, description="SQLite file in which blind comparisons are kept; unset: there are none"
     )
     stall_s: float = Field(default=300.0, gt=0, description="a step longer than this makes /readyz say no")
     drain_s: float = Field(
@@ -148,7 +158,7 @@ class Settings(BaseSettings):
     def __init__(self, **given: Any) -> None:
         super().__init__(**_with_new_names(given))
 
-    @field_validator("api_key", "admin_key", "chat_template", mode="before")
+    @field_validator("api_key", "admin_key", "chat_template", "studies", mode="before")
     @classmethod
     def _empty_is_unset(cls, given: Any) -> Any:
         return given or None
@@ -186,6 +196,8 @@ class Settings(BaseSettings):
         if self.model_name:
             return self.model_name
         path = Path(self.model_path)
+        if path.suffix == ".gguf":
+            return path.stem
         if not path.is_dir():
             return self.model_path
         path = path.resolve()

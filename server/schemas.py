@@ -25,6 +25,7 @@ from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 from server.engine.sequence import FinishReason, PositionsName, SamplingParams
 from server.errors import InvalidField
 from server.fields import BODY_FIELDS, MESSAGE_FIELDS, PART_FIELDS, KnownField, without_neutral
+from server.studies import Vote
 from server.types import (
     BASELINE,
     STEERED,
@@ -220,7 +221,9 @@ class _SteeringFields(StrictRequest):
 
     checkpoint: str | None = Field(None, description="`name` or `name@version`; absent: the active checkpoint")
     attributes: Annotated[Attributes, MANY] | None = Field(
-        None, description="multiplier per attribute; absent: the checkpoint's defaults; `{}`: unsteered; unlisted: 0"
+        None,
+        description="multiplier per attribute; absent: the checkpoint's defaults; `{}`: unsteered; unlisted: 0; "
+        "negative: the vector is subtracted, as far as its gate is open (docs/methods.md)",
     )
     steering: Annotated[list[CheckpointSteering], Items(16)] | None = Field(
         None, description="several checkpoints at once; instead of `checkpoint` and `attributes`"
@@ -474,6 +477,59 @@ class DetokenizeRequest(LenientRequest):
     tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Items(MAX_TOKENS)]
 
 
+class JudgeRequest(StrictRequest):
+    """Texts to judge as answers to a prompt."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"prompt": "Q: What colour is the sky? A:", "texts": ["I am glad to help. The sky is blue."]}]
+        }
+    )
+
+    prompt: Prompt
+    texts: Annotated[list[str], Field(min_length=1, max_length=256)]
+
+
+class VoteRequest(StrictRequest):
+    """Which of two arms' answers somebody preferred, without knowing which was whose."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "id": "6f0e2b7c-vote-1",
+                    "arms": [
+                        {"name": "baseline", "attributes": {}},
+                        {"name": "truthful", "attributes": {"truthfulness": 1.0}},
+                    ],
+                    "asked": {"prompt": "Q: What colour is the sky? A:", "seed": 1},
+                    "texts": ["The sky is green.", "The sky is blue."],
+                    "winner": 1,
+                    "shown_first": 0,
+                }
+            ]
+        }
+    )
+
+    id: str = Field(
+        pattern=r"^[A-Za-z0-9._-]{8,64}$", description="made by the client: sent again, the vote counts once"
+    )
+    arms: Annotated[list[ArmRequest], Field(min_length=2, max_length=2)]
+    asked: Annotated[dict[str, Any], Field(max_length=64)] = Field(
+        description="what /compare was asked: prompt or messages, and how was sampled"
+    )
+    texts: Annotated[list[str], Field(min_length=2, max_length=2, description="in the order of the arms")]
+    winner: Annotated[int, Field(ge=0, le=1)] | None = Field(description="index of the arm; null: a tie")
+    shown_first: int = Field(ge=0, le=1, description="index of the arm whose text stood first")
+
+    def to_vote(self) -> Vote:
+        """For the studies. Raises InvalidField."""
+        first, second = (arm.model_dump(exclude_unset=True) for arm in self.arms)
+        if first["name"] == second["name"]:
+            raise InvalidField(f"Two arms are called {first['name']!r}.", param="arms.1.name")
+        return Vote(self.id, (first, second), self.asked, (self.texts[0], self.texts[1]), self.winner, self.shown_first)
+
+
 class VersionRequest(StrictRequest):
     """Which version of a checkpoint."""
 
@@ -582,7 +638,7 @@ class GenerateResponse(BaseModel):
     model: str
     created: int = Field(description="Unix time in seconds")
     results: list[ResultBody] = Field(description="prompts in order, each with its `n` texts")
-    baseline: list[ResultBody] | None = Field(description="the unsteered twins of `results`, in the same order")
+    baseline: list[ResultBody] | None = Field(description="the same without steering, in the order of `results`")
     comparison: ComparisonBody | list[ComparisonBody] | None = Field(
         description="an object for one result, a list in the order of `results` for several; null without `baseline`"
     )
@@ -676,6 +732,27 @@ class LoadedBody(BaseModel):
     sha256: str
 
 
+class JudgeResponse(BaseModel):
+    verdicts: list[dict[str, bool | None]] = Field(
+        description="for each text, by what is judged; null: the prompt does not ask for it"
+    )
+
+
+class StudyBody(BaseModel):
+    study: str
+    arms: tuple[str, str]
+    votes: int
+    wins: tuple[int, int]
+    ties: int
+    win_rate: float = Field(description="of the second arm against the first, a tie half a win")
+    low: float = Field(description="of the win rate's 95 % interval (Wilson)")
+    high: float
+
+
+class StudiesBody(BaseModel):
+    studies: list[StudyBody]
+
+
 class UnloadedBody(BaseModel):
     unloaded: list[str] = Field(description="name@version of what was loaded")
 
@@ -706,7 +783,7 @@ class TokenizerInfoBody(BaseModel):
 
 class ErrorDetail(BaseModel):
     type: str
-    code: str = Field(description="OpenAI's word where it has one, else the type")
+    code: str = Field(description="OpenAI's word for what clients act on, else the type")
     message: str
     param: str | None
     request_id: str

@@ -27,9 +27,11 @@ from server.engine.sequence import (
     TokenLogprob,
 )
 from server.errors import DeadlineExceeded, InvalidField, PromptTooLong, UnknownCheckpoint, UnknownModel
+from server.judge import Judge
 from server.metrics import Metrics
 from server.registry import CheckpointEntry, CheckpointLease, LoadedCheckpoint, Registry
 from server.request_stream import RequestStream
+from server.studies import Studies
 from server.threads import KeyedThreads
 from server.tokenizer import Codec
 from server.types import (
@@ -91,9 +93,13 @@ class Service:
         metrics: Metrics,
         *,
         adapter: str | None = None,
+        judge: Judge | None = None,
+        studies: Studies | None = None,
     ) -> None:
         """`adapter`: the LoRA adapter that was merged into the model's weights."""
         self.settings = settings
+        self.judge = judge
+        self.studies = studies
         self.adapter = adapter
         self.model = settings.served_name
         self.created = int(time.time())
@@ -309,8 +315,7 @@ class Service:
 
     def _check_ids(self, sampling: SamplingParams) -> None:
         """Raises InvalidField where tokens are named that the model does not have."""
-        for index, token in enumerate(sampling.stop_token_ids):
-            self.codec.check_id(token, f"stop_token_ids.{index}")
+        self.codec.check_ids(sampling.stop_token_ids, "stop_token_ids")
         for token, _ in sampling.logit_bias:
             self.codec.check_id(token, f"logit_bias.{token}")
 

@@ -84,10 +84,6 @@ class Steering:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.remove()
 
-    def trace_at(self, site: Site, tokens: int) -> Trace:
-        """What the last forward pass did at a site, for its first `tokens` tokens; columns as in the bank's slots."""
-        return Trace(*self.traces[site][:tokens].unbind(dim=2))
-
     def _sync(self) -> None:
         """Makes the hooks those of the bank's live sites."""
         live = self.bank.sites

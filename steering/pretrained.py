@@ -1,12 +1,15 @@
 """A causal language model and its tokenizer, opened from a folder or the Hugging Face hub: one way for `server` and
 `training`, which may not import each other and both import `steering`.
 
-Whatever hinders it is one ModelError, a sentence. A folder is looked at before anything is loaded. Only safetensors are
-read, since pickles can run code. Code that comes with a model runs only with `trust_remote_code`, and nobody is asked.
+Whatever hinders it is one ModelError, a sentence. A folder is looked at before anything is loaded. Safetensors and GGUF
+files are read; pickles are not, since they can run code. Code that comes with a model runs only with
+`trust_remote_code`, and nobody is asked.
 """
 
+import importlib.util
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from steering.errors import ModelError
 from steering.files import mistaken_for
+from steering.known_models import located
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +28,7 @@ CONFIG = "config.json"
 ADAPTER = "adapter_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+GGUF = ".gguf"
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 # What tokenizers are made of, as they are named by the libraries that write them.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken", "*.model", "tekken.json")
@@ -67,18 +72,21 @@ def open_pretrained(
     placement: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> Pretrained:
-    """Open a Hugging Face id or folder on `device`, or with a `placement` (`device_map`, `max_memory`) on several.
+    """Open a Hugging Face id or folder, a GGUF file or the name of a known model on `device`, or with a `placement`
+    (`device_map`, `max_memory`) on several.
 
     `dtype` "auto" is the stored one. A folder or id of a LoRA adapter alone is its base model with the adapter merged
-    into the weights, which needs the package peft. Raises ModelError.
+    into the weights, which needs the package peft. The quantized weights of a GGUF file are dequantized. Raises
+    ModelError.
     """
+    id = located(id)
     adapter = _adapter(id, revision)
     if adapter is None:
         config = _open_config(id, revision, trust_remote_code)
         _check_architecture(id, config, trust_remote_code)
         tokenizer = _open_tokenizer(id, revision, trust_remote_code)
-        options = {"dtype": dtype, **(placement or {}), **_where(id, revision), "trust_remote_code": trust_remote_code}
-        return Pretrained(_open_weights(id, config, device, options), tokenizer)
+        options = {"dtype": dtype, **(placement or {}), "trust_remote_code": trust_remote_code}
+        return Pretrained(_open_weights(id, revision, config, device, options), tokenizer)
     peft = _peft(adapter)
     try:
         base = open_pretrained(
@@ -95,7 +103,8 @@ def open_pretrained(
 
 
 def open_config(id: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The config of a Hugging Face id or folder; of an adapter's, that of its base model. Raises ModelError."""
+    """The config of what `open_pretrained` opens; of an adapter's, that of its base model. Raises ModelError."""
+    id = located(id)
     if (adapter := _adapter(id, revision)) is not None:
         return open_config(adapter.base, revision=adapter.base_revision, trust_remote_code=trust_remote_code)
     return _open_config(id, revision, trust_remote_code)
@@ -129,7 +138,8 @@ def _look_at(id: str, revision: str | None) -> Adapter | None:
         adapter = path if (path := folder / ADAPTER).is_file() else None
         beside = bool(_matching(folder, (WEIGHTS, INDEX, *PICKLES)))
     elif folder.is_file():
-        _refuse(id, _what_a_file_is(folder))
+        _check_file(id, folder)
+        return None
     elif folder.is_absolute() or id.startswith((".", "~")) or id.count("/") > 1:
         raise ModelError(f"There is no model folder {id!r}.")
     else:
@@ -190,8 +200,11 @@ def _check_files(id: str, folder: Path) -> None:
 def _check_model_folder(id: str, folder: Path) -> None:
     """Raises ModelError where the config is missing or broken."""
     if not (folder / CONFIG).is_file():
-        if any(_matching(folder, ("*.gguf",))):
-            _refuse(id, "it holds GGUF files, which are not read; name a folder of Hugging Face's format (safetensors)")
+        if files := sorted(path.name for path in _matching(folder, ("*.gguf",))):
+            if len(files) > 1:
+                _refuse(id, f"it holds several GGUF files; name one of {', '.join(files)}")
+            _check_file(id, folder / files[0])
+            return
         inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
         _refuse(id, f"there is no {CONFIG} in it" + (f", but in {folder / inside[0]}" if inside else ""))
     config = _json_object(id, folder / CONFIG)
@@ -233,12 +246,28 @@ def _check_tokenizer(id: str, folder: Path) -> None:
         )
 
 
-def _what_a_file_is(path: Path) -> str:
-    if path.suffix == ".gguf":
-        return "it is a GGUF file, which is not read; name a folder of Hugging Face's format (safetensors)"
+def _check_file(id: str, path: Path) -> None:
+    """Raises ModelError for all but a GGUF file that can be read."""
     if path.suffix == ".safetensors":
-        return f"it is a file of weights; name the folder that it lies in, {path.parent}"
-    return "it is a file, not a model's folder"
+        _refuse(id, f"it is a file of weights; name the folder that it lies in, {path.parent}")
+    if path.suffix != GGUF:
+        _refuse(id, "it is a file, not a model's folder")
+    if what := mistaken_for(path):
+        _refuse(id, f"{path.name} is {what}")
+    if re.search(r"-\d{5}-of-\d{5}$", path.stem):
+        _refuse(id, "it is one part of several of a GGUF file; llama.cpp's `llama-gguf-split --merge` joins them")
+    if importlib.util.find_spec("gguf") is None:
+        _refuse(id, "it is a GGUF file, and reading it needs the package gguf (extra `gguf`): pip install gguf")
+
+
+def _gguf_file(id: str) -> Path | None:
+    """The GGUF file that this is, or that is alone in this folder without a config beside it."""
+    path = Path(id)
+    if path.is_file():
+        return path
+    if not path.is_dir() or (path / CONFIG).is_file():
+        return None
+    return next(iter(_matching(path, ("*.gguf",))), None)
 
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
@@ -262,7 +291,7 @@ def _open_config(id: str, revision: str | None, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(id, **_where(id, revision), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(**_where(id, revision), trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises dozens of kinds, with pages of text
         _refuse_as(id, error)
     return config
@@ -282,26 +311,31 @@ def _check_architecture(id: str, config: Any, trust_remote_code: bool) -> None:
 def _open_tokenizer(id: str, revision: str | None, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
-    if Path(id).is_dir():
+    if Path(id).is_dir() and _gguf_file(id) is None:
         _check_tokenizer(id, Path(id))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(id, **_where(id, revision), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(**_where(id, revision), trust_remote_code=trust_remote_code)
     except Exception as error:
         _refuse_as(id, error, "its tokenizer cannot be opened: ")
     return tokenizer
 
 
-def _open_weights(id: str, config: Any, device: torch.device, options: Mapping[str, Any]) -> Any:
+def _open_weights(id: str, revision: str | None, config: Any, device: torch.device, options: Mapping[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
 
-    if Path(id).is_dir():
+    gguf = _gguf_file(id)
+    if Path(id).is_dir() and gguf is None:
         _check_weights(id, Path(id))
     quantized = getattr(config, "quantization_config", None)
     try:
         opened: Any = AutoModelForCausalLM.from_pretrained(
-            id, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
+            **_where(id, revision), use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
+            **options,
+        )  # fmt: skip
         model, found = opened
+        if gguf is not None:
+            _forget_quantization(model)
+            log.info("%s: its quantized weights, if any, were dequantized to %s", gguf.name, _dtype_name(model))
         model = (model if getattr(model, "hf_device_map", None) else model.to(device)).eval().requires_grad_(False)
     except Exception as error:
         _refuse_as(id, error, f"its weights are quantized ({_method(quantized)}): " if quantized else "")
@@ -311,6 +345,17 @@ def _open_weights(id: str, config: Any, device: torch.device, options: Mapping[s
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         _refuse(id, f"its files lack weights that the architecture has ({missing[0]}{more}); random ones are no use")
     return model
+
+
+def _forget_quantization(model: Any) -> None:
+    """What transformers keeps of a GGUF file although the weights are plain tensors, and which forbids to save them."""
+    del model.config.quantization_config
+    model.is_quantized = False
+    model.hf_quantizer = None
+
+
+def _dtype_name(model: Any) -> str:
+    return str(model.dtype).removeprefix("torch.")
 
 
 def _shape(shape: Any) -> str:
@@ -344,7 +389,12 @@ def _merged(peft: Any, model: Any, adapter: Adapter) -> Any:
 
 
 def _where(id: str, revision: str | None) -> dict[str, Any]:
-    return {"local_files_only": True} if Path(id).is_dir() else {"revision": revision or "main"}
+    """What is opened, as arguments of transformers' `from_pretrained`."""
+    if (gguf := _gguf_file(id)) is not None:
+        place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+        return {**place, "local_files_only": True}
+    where = {"local_files_only": True} if Path(id).is_dir() else {"revision": revision or "main"}
+    return {"pretrained_model_name_or_path": id, **where}
 
 
 def _refuse_as(id: str, error: Exception, what: str = "") -> NoReturn:

@@ -54,6 +54,17 @@ def only_gguf(folder: Path) -> None:
     (folder / "tiny-q4_0.gguf").write_bytes(b"GGUF")
 
 
+def part_of_gguf(folder: Path) -> None:
+    emptied(folder)
+    (folder / "tiny-00001-of-00002.gguf").write_bytes(b"GGUF")
+
+
+def several_gguf(folder: Path) -> None:
+    emptied(folder)
+    for name in ("b.gguf", "a.gguf"):
+        (folder / name).write_bytes(b"GGUF")
+
+
 def pickled(folder: Path) -> None:
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
@@ -107,9 +118,11 @@ CODE = {"AutoConfig": "configuration_mystery.MysteryConfig", "AutoModelForCausal
 BROKEN = {
     "empty": Broken(emptied, "the folder is empty"),
     "a weights file": Broken(lambda _: None, "it is a file of weights; name the folder", "model.safetensors"),
-    "a gguf file": Broken(only_gguf, "it is a GGUF file, which is not read", "tiny-q4_0.gguf"),
+    "a gguf file": Broken(only_gguf, r"cannot be loaded: \S", "tiny-q4_0.gguf"),
+    "a part of a gguf file": Broken(part_of_gguf, "it is one part of several of a GGUF file.*--merge"),
+    "several gguf files": Broken(several_gguf, r"it holds several GGUF files; name one of a\.gguf, b\.gguf"),
     "another file": Broken(lambda _: None, "it is a file, not a model's folder", "config.json"),
-    "gguf in a folder": Broken(only_gguf, "it holds GGUF files, which are not read"),
+    "gguf in a folder": Broken(only_gguf, r"cannot be loaded: \S"),
     "no config": Broken(lambda folder: (folder / "config.json").unlink(), r"there is no config\.json in it\."),
     "config further down": Broken(moved_down, r"there is no config\.json in it, but in .*inside\."),
     "config is a pointer": Broken(write("config.json", POINTER), r"config\.json is a Git LFS pointer.*git lfs pull"),

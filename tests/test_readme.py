@@ -126,7 +126,6 @@ def test_the_train_command_trains_a_checkpoint_on_rows_as_the_readme_shows_them(
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = next(command for command in commands(README) if command.startswith("matsteer train"))
     words = shlex.split(command.replace("Qwen/Qwen2.5-0.5B-Instruct", str(ROOT / "demo/model")))[1:]
-    words[words.index("--layer") + 1] = "2"
     # The entry point adds the training commands; run by module they are the same app.
     run = subprocess.run(
         [sys.executable, "-m", "training", *words, "--epochs", "2"],

@@ -6,7 +6,7 @@ torch is imported by a command that runs, never by --help: heavy imports are ins
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,11 @@ from training import options as o
 from training.activations import Pool
 from training.errors import DataError, TrainingError
 from training.methods.base import parse_numbers, parse_settings
+
+if TYPE_CHECKING:
+    from steering.types import Site
+    from training.evaluation.search import Candidates
+    from training.methods.fit import Recipe
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train and evaluate steering.")
 
@@ -98,7 +103,7 @@ def train(
     measured: o.EvaluationOptions,
     how: o.MethodOptions,
     layer: o.MaybeLayers = None,
-    site: o.MaybeSiteKinds = None,
+    site: o.SearchedSiteKinds = None,
     at: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=LAYER.SITE", help="A place of its own for an attribute; repeat for more."),
@@ -129,15 +134,15 @@ def train(
 ) -> None:
     """Extract, fit, evaluate on test, and write the checkpoint with its model card: one command.
 
+    Without --layer a place is looked for on dev, among layers and sites, by what steering there does to the scores.
+
     Example: matsteer train --model Qwen/Qwen2.5-0.5B --data truthfulness=facts.jsonl --data civility=tone.jsonl
-    --layer 12 --site attn_output --method mat --out checkpoints/mine
+    --method mat --out checkpoints/mine
     """
     with o.one_sentence():
         recipe, own = how.recipe(texts.seed), o.parse_places(at)
-        sites = recipe.config.named_sites() if layer is None else o.parse_sites(layer, site or how.method.site)
         specs = texts.fitted_on(how.method, activations)
-        if not sites and not own and places is None:
-            raise TrainingError("--layer is missing (or --at or --places, a place for each attribute).")
+        sites, search = _sites(recipe, layer, site, elsewhere=bool(own) or places is not None)
         if activations is not None:
             _refuse_unused(pool, specs, chosen=evaluate and measured.judge is None)
         strengths, defaults = parse_settings(strength, "--strength", unnamed=True), parse_settings(set_, "--set")
@@ -165,6 +170,7 @@ def train(
             work=work,
             max_rows=rows,
             evaluated=evaluate,
+            search=search,
             progress=o.shows_progress(),
         )
         checkpoint, evaluation = run_training(base.load, run, o.say)
@@ -174,10 +180,31 @@ def train(
         typer.echo(f"wrote {out / checkpoint.config.version}")
 
 
+_POOLED = "--pool is for an extraction: the activations of --activations are pooled already."
+
+
+def _sites(
+    recipe: "Recipe", layer: str | None, site: str | None, *, elsewhere: bool
+) -> tuple[tuple["Site", ...], "Candidates | None"]:
+    """The sites that were given, or where to look for one; `elsewhere`: attributes have places of their own. Raises
+    TrainingError."""
+    method, named = recipe.method, recipe.config.named_sites()
+    wanted = o.AUTO in (layer, site)
+    if layer is not None and not wanted:
+        return o.parse_sites(layer, site or method.site), None
+    if (named or elsewhere) and not wanted:
+        return named, None
+    if not method.one_place:
+        raise TrainingError(
+            f"--layer is missing: --method {method.name} acts at several places, and none are looked for."
+        )
+    return (), o.parse_search(layer, site)
+
+
 def _refuse_unused(pool: Pool | None, specs: Sequence[str], *, chosen: bool) -> None:
     """Options that have no effect on stored activations. Raises TrainingError."""
     if pool is not None:
-        raise TrainingError("--pool is for an extraction: the activations of --activations are pooled already.")
+        raise TrainingError(_POOLED)
     if specs and not chosen:
         raise TrainingError("--data beside --activations is to choose answers from: not with --judge or --no-evaluate.")
 
@@ -271,38 +298,48 @@ def sweep(
             min=0, max=1, help="With --alone: weaker settings and fewer places may lack so much of the score."
         ),
     ] = 0.01,
+    activations: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Fit what `extract` wrote there, and extract nothing.")
+    ] = None,
     pool: o.MaybePool = None,
     rows: o.Rows = 64,
 ) -> None:
     """Fit and measure layers x sites x multipliers on dev: a table, a plot, the best written down.
 
+    With --activations the fits take what `extract` wrote, and --data are what is measured on, in the same splits.
+
     Example: matsteer sweep --model Qwen/Qwen2.5-0.5B --data truthfulness=facts.jsonl --layer 8,10,12
     --site attn_output,residual --multipliers 0.5,1,2 --out runs/sweep
     """
     with o.one_sentence():
-        sites, specs = o.parse_sites(layer, site or how.method.site), texts.fitted_on(how.method)
+        sites, specs = o.parse_sites(layer, site or how.method.site), texts.fitted_on(how.method, activations)
         how.check_sweep()
+        if activations is not None and pool is not None:
+            raise TrainingError(_POOLED)
         factors, least = parse_numbers(multipliers, "--multipliers"), parse_settings(keep, "--keep")
-        from training.activations.extraction import extract_under
         from training.data.samples import Split
         from training.evaluation.report import sweep_table, terminal
         from training.evaluation.sweep import Sweep
         from training.evaluation.sweep_results import Goal
-        from training.pipeline import read_samples
+        from training.pipeline import TrainingRun, activations_for, fitted_on, prepare_data, texts_for
 
         evaluator = measured.evaluator(texts.seed)
         evaluator = replace(evaluator, max_rows=max(rows, evaluator.max_rows))
         recipe = how.recipe(texts.seed)
-        samples = read_samples(specs, recipe, texts.seed, chat=texts.chat)
-        evaluator.check(samples, Split.DEV, sorted({sample.attribute for sample in samples}) if alone else ())
-        loaded, shown = base.load(), o.shows_progress()
-        activations = extract_under(
-            out, loaded.model, loaded.tokenizer, samples, sites, chat=loaded.chat,
-            pool=pool or how.method.pool, max_rows=rows, progress=shown,
+        shown = o.shows_progress()
+        run = TrainingRun(
+            data=specs, activations=activations, sites=sites, out=out, recipe=recipe, evaluator=evaluator,
+            pool=pool or how.method.pool, seed=texts.seed, chat=texts.chat, work=out, max_rows=rows, progress=shown,
         )  # fmt: skip
+        samples = prepare_data(run)
+        asked = texts_for(samples, run)
+        evaluator.check(asked, Split.DEV, sorted({sample.attribute for sample in samples}) if alone else ())
+        loaded = base.load()
+        used = samples if activations else fitted_on(samples, evaluator.limit)
+        found = activations_for(loaded, used, run)
         wanted = Goal(tuple(goal.split(",")) if goal else (), max_perplexity_ratio, least, max_side_effect, tolerance)
-        run = Sweep(loaded, samples, activations, recipe, factors, evaluator, out, wanted, progress=shown, say=o.say)
-        swept = run.alone(sites_each, apart=apart) if alone else run.together()
+        swept_by = Sweep(loaded, asked, found, recipe, factors, evaluator, out, wanted, progress=shown, say=o.say)
+        swept = swept_by.alone(sites_each, apart=apart) if alone else swept_by.together()
         terminal().print(sweep_table(swept))
         for remark in swept.remarks(wanted):
             o.say(remark)

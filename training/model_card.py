@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from steering.types import Column, attribute_names
+from steering.types import Column, Gate, attribute_names
 from training.data.samples import Form
 from training.evaluation.evaluator import GateMeans
 from training.evaluation.report import markdown
@@ -130,6 +130,7 @@ def _usage(name: str, version: str, columns: Sequence[Column], training: Mapping
     defaults = ", ".join(
         f'"{c.attribute}": {c.default_multiplier:g}' for c in {c.attribute: c for c in columns}.values()
     )
+    gated = any(column.gate is Gate.SIGMOID for column in columns)
     return (
         "## How to use\n\n"
         "```bash\n"
@@ -137,7 +138,8 @@ def _usage(name: str, version: str, columns: Sequence[Column], training: Mapping
         f'  {asked}, "checkpoint": "{name}@{version}",\n'
         f'  "attributes": {{{defaults}}}, "baseline": true}}\'\n'
         "```\n\n"
-        "A multiplier of 0 leaves an attribute alone, a negative one steers away from it.\n"
+        "A multiplier of 0 leaves an attribute alone; a negative one subtracts the vector"
+        + (", but a sigmoid gate is closed on text that is positive already.\n" if gated else ".\n")
     )
 
 

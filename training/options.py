@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from steering.types import Site
     from training.data.samples import Sample
     from training.evaluation.evaluator import Evaluator
+    from training.evaluation.search import Candidates
     from training.methods.fit import Recipe
     from training.models import Base
 
 
+AUTO = "auto"
 _SITES = "attn_output, attn_heads, mlp_output, residual"
 _POOLS = (
     "mean: over the positions that produce the answer; tokens: each of them by itself; "
@@ -40,10 +42,25 @@ _LAYERS = typer.Option("--layer", metavar="L[,L..]", help="Layers and ranges of 
 # Options that commands take by themselves.
 
 Layers = Annotated[str, _LAYERS]
-MaybeLayers = Annotated[str | None, _LAYERS]
+MaybeLayers = Annotated[
+    str | None,
+    typer.Option(
+        "--layer",
+        metavar="L[,L..]|auto",
+        help="Layers and ranges of them, as in 8,10,12-15; default: auto, one is looked for on dev.",
+    ),
+]
 SiteKinds = Annotated[str, typer.Option("--site", metavar="S[,S..]", help=f"{_SITES}.")]
 MaybeSiteKinds = Annotated[
     str | None, typer.Option("--site", metavar="S[,S..]", help=f"{_SITES}; default: the method's.")
+]
+SearchedSiteKinds = Annotated[
+    str | None,
+    typer.Option(
+        "--site",
+        metavar="S[,S..]|auto",
+        help=f"{_SITES}; default: the method's where a layer is given, else auto, one is looked for on dev.",
+    ),
 ]
 PoolOption = Annotated[Pool, typer.Option(help=f"{_POOLS}.")]
 MaybePool = Annotated[Pool | None, typer.Option(help=f"{_POOLS}; default: the method's.")]
@@ -73,19 +90,27 @@ CheckpointFolder = Annotated[Path, typer.Option(help="Folder of a checkpoint, wi
 class ModelOptions(OptionGroup):
     """The base model."""
 
-    model: Annotated[str, typer.Option(help="Hugging Face id or folder of a causal language model.")]
+    model: Annotated[
+        str,
+        typer.Option(help="Causal language model: Hugging Face id or folder, GGUF file, or a model of `matsteer get`."),
+    ]
     revision: Revision = None
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
     trust_remote_code: TrustRemoteCode = False
+    threads: Annotated[int, typer.Option(min=0, max=1024, help="CPU threads, at most; 0: all cores.")] = 0
 
     def load(self) -> "Base":
         """Raises TrainingError."""
         return self._load(self.dtype)
 
     def _load(self, dtype: str, **chat: Any) -> "Base":
+        import torch
+
         from training.models import load_base
 
+        if self.threads:
+            torch.set_num_threads(self.threads)
         return load_base(
             self.model,
             revision=self.revision,
@@ -186,7 +211,12 @@ class EvaluationOptions(OptionGroup):
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Of the judged generations.")] = 64
     samples: Annotated[int, typer.Option(min=1, help="Generations of each prompt in each arm.")] = 1
     limit: Annotated[
-        int | None, typer.Option(min=1, help="At most so many prompts, or questions of each attribute.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="At most so many prompts, or questions of each attribute; a fit then takes as many samples of each "
+            "side of an attribute, of the same prompts.",
+        ),
     ] = None
     positions: Annotated[str | None, typer.Option(help="generated, prompt or all: the steered tokens.")] = "generated"
     chat_prompts: Annotated[
@@ -345,6 +375,17 @@ def parse_sites(layers: str, kinds: str) -> tuple["Site", ...]:
         if name not in list(SiteKind):
             raise TrainingError(f"--site must be one of {', '.join(SiteKind)}, got {name!r}.")
     return tuple(dict.fromkeys(Site(number, SiteKind(name)) for number in numbers for name in names))
+
+
+def parse_search(layers: str | None, kinds: str | None) -> "Candidates":
+    """Where to look for a place; "auto" and None: everywhere. Raises TrainingError."""
+    from training.evaluation.search import Candidates
+
+    sites = parse_sites("0" if layers in (None, AUTO) else layers, "residual" if kinds in (None, AUTO) else kinds)
+    return Candidates(
+        None if layers in (None, AUTO) else tuple(dict.fromkeys(site.layer for site in sites)),
+        None if kinds in (None, AUTO) else tuple(dict.fromkeys(site.kind for site in sites)),
+    )
 
 
 def _layer_range(part: str, given: str) -> range:

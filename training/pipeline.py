@@ -1,8 +1,9 @@
 """From labelled text to a checkpoint folder in five steps, each leaving an artifact in the work folder.
 
 1. data         the samples with their splits        samples.jsonl
-2. activations  what the model does on them          activations-KEY/, or the folder that was given
-3. fit          the columns                          fit-KEY/SITE/ (state and log of each epoch)
+2. activations  what the model does on train and dev activations-KEY/, or the folder that was given
+3. fit          the columns, where no place was      fit-KEY/SITE/ (state and log of each epoch),
+                given at the best of some on dev     search/ (what was measured at each)
 4. evaluate     the arms side by side, on test       evaluation-VERSION/
 5. checkpoint   tensors, model card, config.json     OUT/VERSION/
 
@@ -12,7 +13,7 @@ A run that was interrupted finds the finished artifacts and goes on; KEY is a ha
 import json
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
@@ -29,15 +30,17 @@ from training.activations.store import (
     split_as_stored,
     stored_form,
     stored_samples,
+    stored_sites,
 )
 from training.data.samples import Sample, Split
-from training.data.sources import DataSpec, load_data
+from training.data.sources import DataSpec, draw, load_data
 from training.data.splits import FRACTIONS, SPLITS, dump_splits, split_samples
 from training.data.summary import count_samples, missing_sides
 from training.errors import DataError, TrainingError
 from training.evaluation.evaluator import Evaluator, gate_means
 from training.evaluation.report import store
 from training.evaluation.results import BASELINE, Evaluation, default_arm, single_arms
+from training.evaluation.search import Candidates, check_search, find_place, quick, unmoved
 from training.files import content_key, write_bytes
 from training.methods.fit import Recipe, fit
 from training.model_card import render_card
@@ -68,6 +71,8 @@ class TrainingRun:
     """None: OUT/.work."""
     max_rows: int = 64
     evaluated: bool = True
+    search: Candidates | None = None
+    """Among these a place is looked for on dev, in place of `sites`."""
     progress: bool = False
 
     @property
@@ -116,15 +121,80 @@ def train(
     say(f"1/5 data: {run.origin}")
     samples = prepare_data(run)
     texts = texts_for(samples, run)
+    if run.search is not None:
+        check_search(run.evaluator, texts)
     base = load()
-    say(f"2/5 activations of {len(samples)} samples at {', '.join(map(str, run.all_sites))}")
-    activations = activations_for(base, samples, run)
+    if run.search is not None:
+        run = replace(run, sites=_candidates(run.search, base, run))
+    used = samples if run.activations else fitted_on(samples, run.evaluator.limit)
+    say(f"2/5 activations of {len(used)} samples at {', '.join(map(str, run.all_sites))}")
+    activations = activations_for(base, used, run)
+    if run.search is not None:
+        say(f"looking for a place on dev, among {len(run.sites)}; --layer and --site name one")
+        run = _placed(base, texts, activations, run, say)
     say(f"3/5 fit: {run.recipe.method.name}")
     columns = fit_for(activations, run)
-    say("4/5 evaluate on test")
+    say("4/5 evaluate on dev, then on test" if run.evaluated else "4/5 no evaluation, as asked for (--no-evaluate)")
+    _tell_of_no_effect(base, texts, columns, run, say)
     evaluation = evaluate_for(base, texts, columns, run, version, say)
     say(f"5/5 checkpoint: {run.out / version}")
-    return write_checkpoint(base, samples, activations, columns, evaluation, run, name, version), evaluation
+    counted = [*used, *(sample for sample in samples if sample.split is Split.TEST)] if used is not samples else used
+    return write_checkpoint(base, samples, counted, activations, columns, evaluation, run, name, version), evaluation
+
+
+def fitted_on(samples: Sequence[Sample], limit: int | None = None) -> list[Sample]:
+    """The samples that a fit needs: of train and dev, and with a `limit` at most so many of each side of an attribute
+    in either, of the same prompts as far as there are enough."""
+    found: list[Sample] = []
+    for split in (Split.TRAIN, Split.DEV):
+        own = [sample for sample in samples if sample.split is split]
+        found += own if limit is None else draw(own, limit)
+    return found
+
+
+def _candidates(search: Candidates, base: Base, run: TrainingRun) -> tuple[Site, ...]:
+    sites = search.among(stored_sites(run.activations)) if run.activations else search.sites(base.model)
+    if not sites:
+        raise DataError(f"{run.activations} has no activations at such a layer and site.")
+    return sites
+
+
+def _placed(base: Base, texts: Sequence[Sample], activations: Activations, run: TrainingRun, say: Say) -> TrainingRun:
+    """The run at the place that was found, as strong as it was best there unless a strength was given."""
+    found = find_place(
+        base, texts, activations, run.sites, run.recipe, run.evaluator, run.workspace / "search",
+        progress=run.progress, say=say,
+    )  # fmt: skip
+    strengths = {"": found.multiplier, **run.recipe.strengths} if found.multiplier != 1 else run.recipe.strengths
+    return replace(run, sites=(found.place,), recipe=replace(run.recipe, strengths=strengths))
+
+
+def _tell_of_no_effect(
+    base: Base, texts: Sequence[Sample], columns: Sequence[Column], run: TrainingRun, say: Say
+) -> None:
+    """Say so where steering at the defaults changes no score on dev."""
+    if not run.evaluated or (not texts and run.evaluator.judge is None):
+        return
+    try:
+        evaluator = quick(run.evaluator)
+        evaluator.check(texts, Split.DEV)
+        arms = [BASELINE, default_arm(columns)]
+        evaluation, _ = evaluator.evaluate(base, columns, arms, texts, Split.DEV, progress=run.progress)
+    except DataError:  # dev has nothing to measure on, which is no fault
+        return
+    unsteered, steered = evaluation.arms
+    if not unmoved(unsteered, steered):
+        return
+    scores = ", ".join(
+        f"{name} {100 * one.value:.1f} -> {100 * (steered.metrics[name].value or 0):.1f}"
+        for name, one in unsteered.metrics.items()
+        if one.value is not None
+    )
+    elsewhere = "" if run.search else "another place (without --layer and --site one is looked for), "
+    say(
+        f"warning: steering changed no score on dev by half a point ({scores}). Try {elsewhere}more of it "
+        "(--strength 3), or --method caa, which says whether the data have a direction at all."
+    )
 
 
 def read_samples(data: Sequence[str], recipe: Recipe, seed: int, *, chat: bool = False) -> list[Sample]:
@@ -148,7 +218,7 @@ def prepare_data(run: TrainingRun) -> list[Sample]:
     for name in (*run.recipe.strengths, *run.recipe.defaults, *run.recipe.places):
         if name and name not in known:
             raise DataError(f"There is no attribute {name!r} in the data; there are {', '.join(known)}.")
-    if not run.sites and (homeless := [name for name in known if name not in run.recipe.places]):
+    if not run.sites and run.search is None and (homeless := [name for name in known if name not in run.recipe.places]):
         raise DataError(f"Attribute {homeless[0]!r} has no place: name its layer and site.")
     if run.activations is None:
         rows = "".join(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
@@ -217,6 +287,7 @@ def evaluate_for(
 def write_checkpoint(
     base: Base,
     samples: Sequence[Sample],
+    counted: Sequence[Sample],
     activations: Activations,
     columns: Sequence[Column],
     evaluation: Evaluation | None,
@@ -230,7 +301,7 @@ def write_checkpoint(
     training: dict[str, Any] = {
         **{name: activations.source[name] for name in ("form", "chat_template") if name in activations.source},
         "data": [*given, *(DataSpec.parse(spec).describe() for spec in run.data)],
-        "splits": {**shares, "counts": count_samples(samples)},
+        "splits": {**shares, "counts": count_samples(counted)},
         "hyperparameters": {"pool": activations.pool.value, **run.recipe.as_dict()},
         "gates": [asdict(mean) for mean in gates],
         "seed": run.seed,

@@ -6,11 +6,11 @@ import re
 import reprlib
 import secrets
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -30,10 +30,13 @@ from server.schemas import (
     CompareRequest,
     DetokenizeRequest,
     GenerateRequest,
+    JudgeRequest,
     LenientRequest,
     ScoreRequest,
     StrictRequest,
     TokenizeRequest,
+    VersionRequest,
+    VoteRequest,
 )
 
 Body = TypeVar("Body", bound=StrictRequest)
@@ -46,9 +49,10 @@ UNIONS = {  # fields of several types; in the location of an error pydantic adds
     "content": "a string or a list of parts",
     "input": "a string or a list of items",
 }
-REQUESTS: Mapping[str, type[StrictRequest]] = {  # body by route; others: GenerateRequest
+REQUESTS: Mapping[str, type[StrictRequest]] = {  # body by route; others: as `_body_of` says
     "/compare": CompareRequest,
     "/score": ScoreRequest,
+    "/judge": JudgeRequest,
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatCompletionRequest,
     "/v1/responses": ResponsesRequest,
@@ -61,6 +65,7 @@ KEY = "[key]"  # in a location: it is not the value that is wrong but its name
 NO_OBJECT = ("dict_type", "model_type", "model_attributes_type")
 OBJECTS = {"logit_bias": 'an object of biases by token id, as in {"42": -100}'}
 WRONG_TYPE = ("string_type", "list_type")
+TYPE_OF_VALUE = re.compile(r"^(Input|String|List|Dictionary) ")  # as pydantic begins its sentences
 REQUEST_ID = "x-request-id"
 JSON_TYPE = re.compile(r"application/([\w.-]+\+)?json")
 TYPE_NAME = re.compile(r"^str$|^constrained-|\[")  # as pydantic writes the members of a union
@@ -181,8 +186,14 @@ def _invalid(problems: Sequence[Mapping[str, Any]], path: str) -> ServerError:
 
 def _known(loc: Sequence[str | int], path: str) -> KnownField | None:
     """The field of other servers at fault, where the route may be asked for such."""
-    lenient = loc[0] == "body" and issubclass(REQUESTS.get(path, GenerateRequest), LenientRequest)
+    lenient = loc[0] == "body" and issubclass(_body_of(path), LenientRequest)
     return known_field(_parts(loc)) if lenient else None
+
+
+def _body_of(path: str) -> type[StrictRequest]:
+    if path.startswith("/checkpoints/"):
+        return VersionRequest
+    return VoteRequest if path.startswith("/studies/") else REQUESTS.get(path, GenerateRequest)
 
 
 def _depth(problem: Mapping[str, Any]) -> tuple[int, bool]:
@@ -210,11 +221,12 @@ def _down_to_union(loc: Sequence[str | int]) -> Sequence[str | int]:
 def _sentence(problem: Mapping[str, Any], path: str) -> str:
     param = _param(problem["loc"])
     if problem["type"] == "extra_forbidden":
-        # Only short names are searched for: a long one is no misspelt field.
-        fields = [*REQUESTS.get(path, GenerateRequest).model_fields] if problem["loc"][0] == "body" else ["version"]
+        fields = _fields_beside(problem["loc"], path)
         if known := _known(problem["loc"], path):
             return known.refusal(param, fields)
-        close = difflib.get_close_matches(param, fields, n=1) if len(param) <= MAX_VALUE and "." not in param else []
+        # Only short names are searched for: a long one is no misspelt field.
+        name = param.rpartition(".")[2]
+        close = difflib.get_close_matches(name, fields, n=1) if len(name) <= MAX_VALUE else []
         return f"There is no field {_short(param)}" + (f"; did you mean {close[0]!r}?" if close else ".")
     if problem["loc"][-1] == KEY:
         return f"{_short(param, quote=False)} is no id of a token, a whole number from 0 on."
@@ -228,13 +240,32 @@ def _sentence(problem: Mapping[str, Any], path: str) -> str:
         return f"{param} has too many items; at most {problem['ctx']['max_length']} are taken."
     if problem["type"] == "value_error":
         return f"{_short(param, quote=False)}: {str(problem['msg']).removeprefix('Value error, ')}."
-    message = str(problem["msg"]).removeprefix("Input ")
+    message = TYPE_OF_VALUE.sub("", str(problem["msg"]))
     of_several = len(problem["loc"]) > len(_down_to_union(problem["loc"]))
     if of_several and problem["type"] in WRONG_TYPE and (kinds := UNIONS.get(param.rpartition(".")[2])):
         message = f"should be {kinds}"
     if problem["type"] in NO_OBJECT:
         message = f"should be {OBJECTS.get(param, 'an object')}"
     return f"{_short(param, quote=False)} {message}, not {_short(problem['input'])}."
+
+
+def _fields_beside(loc: Sequence[str | int], path: str) -> list[str]:
+    """The fields of the object that has the field at `loc`; none where it may be one of several kinds."""
+    if loc[0] != "body":
+        return ["version"]
+    kinds: list[type[BaseModel]] = [_body_of(path)]
+    for part in _parts(loc)[:-1]:
+        if isinstance(part, str):
+            kinds = [kind for one in kinds if part in one.model_fields for kind in _models(one.model_fields[part])]
+    return [*kinds[0].model_fields] if len(kinds) == 1 else []
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """Those in a type, as in list[Message] | None."""
+    annotation = getattr(annotation, "annotation", annotation)  # of a field
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [kind for part in get_args(annotation) for kind in _models(part)]
 
 
 def _short(value: object, *, quote: bool = True) -> str:

@@ -1,45 +1,53 @@
-"""The native routes: generation, checkpoints, operations, and the page at /."""
+"""The native routes: generation, checkpoints, tokens, operations."""
 
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 
 from server import formatting
 from server.api.body import BodyRoute
 from server.api.deps import ServiceDep, require_admin_key, require_api_key
 from server.api.responses import STREAMS, event_response, json_response
-from server.errors import EngineDown, UnknownCheckpoint
+from server.errors import EngineDown, NotFound, UnknownCheckpoint
 from server.formatting import Formatter
+from server.judge import verdicts
 from server.registry import CheckpointEntry, why_none_is_active
 from server.schemas import (
     CheckpointListBody,
     CheckpointVersionsBody,
     CompareRequest,
     CompareResponse,
+    DetokenizeBody,
+    DetokenizeRequest,
     GenerateRequest,
     GenerateResponse,
     HealthBody,
+    JudgeRequest,
+    JudgeResponse,
     LoadedBody,
     ReadyBody,
     ScoreRequest,
     ScoreResponse,
+    TokenizeBody,
+    TokenizeRequest,
+    TokenizerInfoBody,
     UnloadedBody,
     VersionRequest,
 )
-from server.web import home
 
 NONE_IS_ACTIVE = "No checkpoint is active: requests that name none are not steered. GET /checkpoints tells more."
 READS, CHANGES = [Depends(require_api_key)], [Depends(require_admin_key)]
 generation = APIRouter(tags=["generate"], route_class=BodyRoute, dependencies=READS)
 checkpoints = APIRouter(prefix="/checkpoints", tags=["checkpoints"], route_class=BodyRoute)
+tokens = APIRouter(tags=["tokens"], route_class=BodyRoute, dependencies=READS)
 operations = APIRouter(tags=["operations"])
 
 
 @generation.post("/generate", response_model=GenerateResponse, responses=STREAMS)
 async def generate(body: GenerateRequest, request: Request, service: ServiceDep) -> Response:
-    """Generate, steered by the attribute multipliers of this request; `baseline` adds the unsteered twin."""
+    """Generate, steered by the attribute multipliers of this request; `baseline` adds the unsteered answer."""
     formatter, params = Formatter(service.codec), body.to_params()
     if body.stream:
         return event_response(await service.stream(params), formatter.token, formatter.generate_response, request)
@@ -59,6 +67,14 @@ async def compare(body: CompareRequest, request: Request, service: ServiceDep) -
 async def score(body: ScoreRequest, request: Request, service: ServiceDep) -> Response:
     """The log-likelihood of given continuations, with the steering that a generation would get."""
     return await json_response(request, service.score(body.to_params()), Formatter(service.codec).score_response)
+
+
+@generation.post("/judge")
+def judge(body: JudgeRequest, service: ServiceDep) -> JudgeResponse:
+    """What the server's judge says of texts as answers to a prompt: of the embedded demo, its exact oracle."""
+    if service.judge is None:
+        raise NotFound("This server has no judge: MATSTEER_JUDGE names one.")
+    return JudgeResponse(verdicts=verdicts(service.judge, body.prompt, body.texts))
 
 
 @checkpoints.get("", dependencies=READS, name="checkpoints", response_model=CheckpointListBody)
@@ -106,9 +122,26 @@ async def unload(name: str, service: ServiceDep, query: Annotated[VersionRequest
     return UnloadedBody(unloaded=await service.unload(name, query.version))
 
 
+@tokens.post("/tokenize")
+async def tokenize(body: TokenizeRequest, service: ServiceDep) -> TokenizeBody:
+    """The tokens of a text or a conversation: those that a request to generate from it would have."""
+    ids = await service.tokenize(body.to_params(), body.model)
+    return formatting.tokenized(service.codec, ids, names=bool(body.return_token_strs))
+
+
+@tokens.post("/detokenize")
+async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> DetokenizeBody:
+    """The text of tokens, special ones included."""
+    return DetokenizeBody(prompt=await service.detokenize(body.tokens, body.model))
+
+
+@tokens.get("/tokenizer_info")
+def tokenizer_info(service: ServiceDep) -> TokenizerInfoBody:
+    """The tokenizer's special tokens and its chat template."""
+    return formatting.tokenizer_info(service.codec)
+
+
 # A HEAD is a GET whose body the server drops.
-
-
 @operations.get("/healthz")
 @operations.head("/healthz", include_in_schema=False)
 async def healthz() -> HealthBody:
@@ -141,18 +174,3 @@ async def readyz(service: ServiceDep) -> ReadyBody:
 async def metrics(service: ServiceDep) -> Response:
     """Counters, gauges and histograms, for Prometheus."""
     return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
-
-
-@operations.get("/", include_in_schema=False)
-@operations.head("/", include_in_schema=False)
-async def root(request: Request, service: ServiceDep) -> HTMLResponse:
-    """What runs here, and a request to copy."""
-    active = service.registry.active
-    page = home.page(
-        model=service.model,
-        checkpoint=active.label if active else None,
-        attributes=active.defaults if active else {},
-        address=str(request.base_url),
-        asks_for_key=service.settings.api_key is not None,
-    )
-    return HTMLResponse(page)

@@ -130,7 +130,7 @@ def test_sequences_equal_the_plain_model_whatever_happens_to_them(name: str, att
     texts = desk.run(asked, arrivals=[number.randint(0, 40) for _ in asked])
     assert desk.scheduler.preemptions, "the cache was not small enough to prove anything"
     assert desk.blocks.cached_tokens > 40
-    assert desk.begun_ahead > 20 or not desk.ahead
+    assert desk.begun_ahead > 10 or not desk.ahead
     moved = 0
     for one, text in texts.items():
         new, columns_of = one.sampling_params.max_new_tokens, one.steering_params.columns

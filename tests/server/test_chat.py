@@ -10,10 +10,10 @@ import pytest
 from starlette.testclient import TestClient
 
 from server.app import create_app
-from server.chat import ChatTemplate
 from server.config import Settings
 from server.errors import StartupError
 from server.tokenizer import Codec
+from steering.chat_template import ChatTemplate
 from tests.server.conftest import END, World
 
 STRINGS = (

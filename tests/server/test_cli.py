@@ -253,6 +253,16 @@ def test_the_version_is_shown() -> None:
     assert re.fullmatch(r"mat-steer \d+\.\d+\.\d+ \(Python 3\.\d+\.\S+, torch \S+, transformers \S+\)\n", result.output)
 
 
+def test_every_command_warns_of_a_variable_that_is_no_setting(checkpoints: Path) -> None:
+    listing = ["checkpoints", "list", "--checkpoints", str(checkpoints)]
+    result = runner.invoke(app, listing, env={"MATSTEER_CHEKPOINTS": "elsewhere"})
+    assert result.exit_code == 0
+    assert result.stderr == (
+        "warning: MATSTEER_CHEKPOINTS is in the environment, but no setting has that name. "
+        "Is MATSTEER_CHECKPOINTS meant?\n"
+    )
+
+
 def test_a_variable_that_is_no_setting_is_warned_of_at_the_start() -> None:
     command = [sys.executable, "-m", "server.cli", "serve", "--model", "/no/model", "--port", str(free_port())]
     root = Path(__file__).resolve().parents[2]

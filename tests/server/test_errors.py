@@ -96,6 +96,39 @@ def test_a_misspelled_field_is_told_the_right_one(world: World) -> None:
     assert error["message"] == "There is no field 'temprature'; did you mean 'temperature'?"
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "sentence"),
+    [
+        ("/generate", {"messages": [{"role": "user", "contnt": "a"}]}, "'messages.0.contnt'; did you mean 'content'?"),
+        ("/generate", {"prompt": "a", "steering": [{"attribute": {}}]}, "'steering.0.attribute'; did you mean"),
+        ("/compare", {"prompt": "a", "arms": [{"nam": "b"}]}, "'arms.0.nam'; did you mean 'name'?"),
+        ("/checkpoints/demo/activate", {"versoin": "1"}, "'versoin'; did you mean 'version'?"),
+        (
+            "/v1/chat/completions",
+            {"model": "demo", "messages": [{"role": "user", "content": "a"}], "steering": {"trac": True}},
+            "'steering.trac'; did you mean 'trace'?",
+        ),
+        (
+            "/generate",
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "txt": "a"}]}]},
+            "'messages.0.content.0.txt'; did you mean 'text'?",
+        ),
+    ],
+)
+def test_a_misspelled_field_inside_a_body_is_told_the_right_one(
+    world: World, path: str, body: dict[str, Any], sentence: str
+) -> None:
+    error = world.client.post(path, json=body).json()["error"]
+    assert f"There is no field {sentence}" in error["message"]
+
+
+def test_a_value_that_is_too_long_or_too_many_is_told_the_limit(world: World) -> None:
+    _, error = world.refused(prompt="a", stop=["b" * 300])
+    assert error["message"].startswith("stop.0 should have at most 256 characters, not 'bbb")
+    _, error = world.refused(prompt="a", logit_bias={str(token): 1 for token in range(1025)})
+    assert error["message"].startswith("logit_bias has too many items; at most 1024 are taken")
+
+
 def test_a_prompt_that_is_too_long_is_told_the_limit_and_its_length(world: World) -> None:
     status, error = world.refused(prompt=["short", "a b " * CONTEXT])
     assert status == 413

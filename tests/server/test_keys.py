@@ -22,6 +22,8 @@ USES = [
     ("POST", "/v1/responses", {"model": "tiny", "input": "a", "max_output_tokens": 1}),
     ("POST", "/tokenize", {"prompt": "a"}),
     ("POST", "/detokenize", {"tokens": [40]}),
+    ("POST", "/judge", {"prompt": "Q: What colour is the sky? A:", "texts": ["b"]}),
+    ("GET", "/studies", None),
     ("GET", "/tokenizer_info", None),
     ("GET", "/v1/models", None),
     ("GET", "/v1/models/tiny", None),
@@ -33,13 +35,14 @@ CHANGES = [
     ("POST", "/checkpoints/demo/activate", {}),
     ("DELETE", "/checkpoints/other", None),
 ]
-OPEN = ["/health", "/healthz", "/readyz", "/metrics", "/", "/docs", "/openapi.json"]
+OPEN = ["/health", "/healthz", "/readyz", "/metrics", "/", "/page.json", "/page/page.js", "/docs", "/openapi.json"]
 
 
 @pytest.fixture(scope="module")
-def serve(settings: Settings) -> Callable[..., TestClient]:
+def serve(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TestClient]:
     """A client of a server with keys. The model is loaded once; the keys are looked at with every request."""
-    app = create_app(settings)
+    studies = tmp_path_factory.mktemp("studies") / "studies.db"
+    app = create_app(settings.model_copy(update={"judge": "demo.oracle:judge", "studies": studies}))
 
     def with_keys(**keys: Any) -> TestClient:
         app.state.service.settings = Settings(

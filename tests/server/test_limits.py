@@ -3,7 +3,6 @@
 import asyncio
 import gzip
 import json
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -262,12 +261,3 @@ def test_a_head_is_answered_like_a_get(world: World) -> None:
     for path in ("/", "/healthz", "/readyz"):
         response = world.client.head(path)
         assert (response.status_code, response.content) == (200, b"")
-
-
-def test_the_command_on_the_page_goes_where_the_page_came_from(world: World) -> None:
-    page = world.client.get("/", headers={"Host": "steer.example:9000"}).text
-    command = re.search(r"curl -s (\S+)", page)
-    assert command is not None
-    assert command[1] == "http://steer.example:9000/generate"
-    hostile = world.client.get("/", headers={"Host": "x;rm"}).text
-    assert "curl -s http://x;rm" not in hostile

@@ -1,5 +1,6 @@
 """A model opens, or a sentence says what is wrong with it and what to do; its own code never runs unasked."""
 
+import importlib.util
 import json
 import logging
 import shutil
@@ -7,12 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 
 from steering.errors import ModelError
 from steering.pretrained import open_config, open_pretrained
 from tests.broken_models import RAN, adapter, change_json
+from tests.gguf_models import write_gguf
+from tests.training.helpers import make_llama, make_tokenizer
 
 CPU = torch.device("cpu")
 PEFTS_OWN = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -155,3 +159,64 @@ def test_an_adapter_with_its_own_tokenizer_brings_it(lora: tuple[Path, Any], sou
     change_json(folder / "tokenizer_config.json", chat_template="{{ messages[0].content }}")
     assert open_pretrained(str(folder), device=CPU).tokenizer.chat_template == "{{ messages[0].content }}"
     assert json.loads((sound_model / "tokenizer_config.json").read_text()).get("chat_template") is None
+
+
+# GGUF files.
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+
+
+def test_a_gguf_file_is_the_model_that_it_was_made_of(tmp_path: Path) -> None:
+    model, tokenizer = make_llama(hidden_size=32, bos_token_id=0), make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    file = write_gguf(model, tokenizer, tmp_path / "tiny-f32.gguf")
+    ids = torch.tensor([tokenizer("Q: What do cows say? A:").input_ids])
+    for id in (str(file), str(tmp_path)):  # a folder with nothing else in it
+        opened = open_pretrained(id, device=CPU)
+        torch.testing.assert_close(opened.model(ids).logits, model(ids).logits)
+        assert opened.tokenizer("Q: What do cows say? A:").input_ids == ids[0].tolist()
+        assert opened.tokenizer.chat_template == TEMPLATE
+        assert opened.model.generation_config.eos_token_id == tokenizer.eos_token_id
+        assert not any(weight.requires_grad for weight in opened.model.parameters())
+        assert open_config(id).hidden_size == 32
+
+
+def test_quantized_weights_are_dequantized_and_it_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, tokenizer = make_llama(hidden_size=32), make_tokenizer()
+    file = write_gguf(model, tokenizer, tmp_path / "tiny-Q8_0.gguf", quantized=True)
+    with caplog.at_level(logging.INFO):
+        opened = open_pretrained(str(file), device=CPU, dtype=torch.bfloat16)
+    assert "tiny-Q8_0.gguf: its quantized weights, if any, were dequantized to bfloat16" in caplog.text
+    for name, weight in model.state_dict().items():
+        found = opened.model.state_dict()[name]
+        assert found.dtype is torch.bfloat16
+        torch.testing.assert_close(found.float(), weight, rtol=0.02, atol=0.02)
+
+
+def test_a_model_of_a_gguf_file_can_be_saved(tmp_path: Path) -> None:
+    file = write_gguf(make_llama(hidden_size=32), make_tokenizer(), tmp_path / "tiny.gguf", quantized=True)
+    opened = open_pretrained(str(file), device=CPU)
+    opened.model.save_pretrained(tmp_path / "saved")
+    opened.tokenizer.save_pretrained(tmp_path / "saved")
+    again = open_pretrained(str(tmp_path / "saved"), device=CPU)
+    for name, weight in opened.model.state_dict().items():
+        assert weight.equal(again.model.state_dict()[name])
+
+
+def test_a_gguf_file_without_the_package_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_gguf(make_llama(), make_tokenizer(), tmp_path / "tiny.gguf")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
+    with pytest.raises(ModelError, match=r"needs the package gguf \(extra `gguf`\): pip install gguf"):
+        open_pretrained(str(file), device=CPU)
+
+
+def test_a_control_vector_is_no_model(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "vector.gguf", "controlvector")
+    writer.add_tensor("direction.1", torch.ones(4).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match="controlvector is not supported"):
+        open_pretrained(str(tmp_path / "vector.gguf"), device=CPU)

@@ -10,20 +10,22 @@ from training.methods.mat import MatConfig, Objective
 
 @dataclass(frozen=True, eq=False)
 class Plain:
-    """Vectors [T, D], gate weights [T, D] and biases [T]; gates see activations less `centre` [D]."""
+    """Vectors [T, D], gate weights [T, D] and biases [T], in units of each attribute's `ratios` [T, 1]; gates see
+    activations less their `centres` [T, D]."""
 
     vectors: Tensor
     weights: Tensor
     biases: Tensor
-    centre: Tensor
+    centres: Tensor
+    ratios: Tensor
     config: MatConfig
 
     def gate(self, row: Tensor, t: int) -> Tensor:
-        return torch.sigmoid(self.weights[t] @ (row - self.centre) + self.biases[t])
+        return torch.sigmoid(self.weights[t] @ (row - self.centres[t]) / self.ratios[t, 0] + self.biases[t])
 
     def steer(self, row: Tensor, own: int) -> Tensor:
         acting = range(len(self.vectors)) if self.config.joint else [own]
-        steered = row + torch.stack([self.gate(row, t) * self.vectors[t] for t in acting]).sum(0)
+        steered = row + torch.stack([self.gate(row, t) * self.vectors[t] * self.ratios[t] for t in acting]).sum(0)
         return steered * row.norm() / steered.norm() if self.config.normalize else steered
 
     def losses(self, positive: Tensor, negative: Tensor, sigmas: Tensor, unsteered: Tensor) -> Tensor:

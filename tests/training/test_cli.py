@@ -77,6 +77,8 @@ def test_train_writes_a_checkpoint_that_loads(here: Path, method: str) -> None:
 def test_train_with_a_judge_strengths_and_a_second_version(here: Path) -> None:
     first = run("train", *DATA, *FIT, "--out", "checkpoints/mine", "--no-evaluate")
     assert first.exit_code == 0, first.output
+    assert "4/5 no evaluation" in first.output
+    assert "evaluate on test" not in first.output
     options = ["--strength", "2", "--strength", "civility=3", "--set", "truthfulness=1.5"]
     second = run("train", *DATA, *FIT, "--out", "checkpoints/mine", *JUDGE, *options)
     assert second.exit_code == 0, second.output
@@ -361,7 +363,8 @@ def test_an_attribute_can_have_a_place_of_its_own(here: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "--layer is missing"),
+        (["--method", "iti"], "--layer is missing: --method iti acts at several places"),
+        (["--layer", "auto", "--site", "roof"], "--site must be one of"),
         (["--at", "truthfulness=0.residual"], "'civility' has no place"),
         (["--at", "truthfulness=residual", "--layer", "1"], "--at must be NAME=LAYER.SITE"),
         (["--at", "beauty=0.residual", "--layer", "1"], "no attribute 'beauty'"),

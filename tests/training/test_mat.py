@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,9 @@ from steering import Column, Gate, Site, SiteKind, gate_codes, gate_values, stee
 from tests.training.clouds import Clouds, make_clouds
 from training.activations.store import Contrast
 from training.errors import FitError
-from training.methods.mat import PAPER, GateInit, Init, Kernel, MatConfig, Objective
+from training.methods.mat import PAPER, PAPER_SCALED, GateInit, Init, Kernel, MatConfig, Objective
 from training.methods.mat_model import Scaler, TrainingSet, median_distance, mmd2
-from training.methods.mat_training import MatFit, fit_mat
+from training.methods.mat_training import CLOSED_GATE, MatFit, fit_mat
 from training.methods.probe import fit_logistic
 
 SITE = Site(1, SiteKind.ATTN_OUTPUT)
@@ -198,12 +199,63 @@ def test_closed_gates_are_reported(clouds: Clouds, caplog: pytest.LogCaptureFixt
         fit = fit_mat(clouds.train, SITE, config)
     assert fit.history[-1].closed == ["a0", "a1", "a2"]
     assert "The gate of 'a0' is closed" in caplog.text
+    assert "Lower l_sparse (it is 50)" in caplog.text
+
+
+def far(clouds: Clouds, times: float) -> dict[str, Contrast]:
+    """As a model's activations are: with distances far above the paper's sigma."""
+    return {name: Contrast(times * c.positive, times * c.negative) for name, c in clouds.train.items()}
+
+
+def test_what_the_warning_advises_opens_the_gates_of_the_papers_settings(
+    clouds: Clouds, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each time something else than what is set, until they are open."""
+    config, data, advised = (
+        replace(PAPER, init=Init.DIFFERENCE, standardize=True, epochs=40, lr=0.02),
+        far(clouds, 10.0),
+        [],
+    )
+    for _ in range(4):
+        caplog.clear()
+        fit = fit_mat(data, SITE, config)
+        found = re.search(r"Use (\w+)=(\w+)", caplog.text)
+        if found is None:
+            break
+        name, value = found.groups()
+        advised.append(name)
+        assert str(getattr(config, name)) != value
+        config = replace(config, **{name: value})
+    assert advised == ["objective", "kernel"]
+    assert not caplog.text
+    assert not fit.history[-1].closed
+
+
+def test_the_papers_settings_in_units_of_the_data_keep_gates_open(clouds: Clouds) -> None:
+    data = far(clouds, 10.0)
+    written = fit_mat(data, SITE, replace(PAPER, epochs=40, lr=0.02))
+    scaled = fit_mat(data, SITE, replace(PAPER_SCALED, epochs=40, lr=0.02))
+    assert written.history[-1].closed == ["a0", "a1", "a2"]
+    for side in scaled.history[-1].train.values():
+        assert side.gate_negative > max(CLOSED_GATE, 4 * side.gate_positive)
+        assert side.mmd < 0.5
+    for name in ("l_pos", "l_sparse", "l_ortho", "batch", "lr", "epochs", "joint"):
+        assert getattr(PAPER_SCALED, name) == getattr(PAPER, name)
+
+
+def test_the_best_epoch_is_not_that_of_untrained_gates(clouds: Clouds) -> None:
+    """The alignment alone would be best where every gate is open on everything."""
+    fit = fit_mat(clouds.train, SITE, MatConfig(epochs=20, batch=32, init=Init.DIFFERENCE, l_pos=3.0), dev=clouds.dev)
+    assert fit.chosen > 0
+    assert fit.history[fit.chosen].dev_loss(MatConfig(l_pos=3.0)) == min(
+        epoch.dev_loss(MatConfig(l_pos=3.0)) or 0.0 for epoch in fit.history
+    )
 
 
 def test_the_best_epoch_is_kept_and_patience_ends_the_fit(clouds: Clouds) -> None:
     wild = replace(QUICK, epochs=30, lr=0.5)
     best = fit_mat(clouds.train, SITE, replace(wild, keep_best=True, patience=2), dev=clouds.dev)
-    scores = [epoch.dev_mmd or 0.0 for epoch in best.history]
+    scores = [epoch.dev_loss(wild) or 0.0 for epoch in best.history]
     assert best.chosen == scores.index(min(scores))
     assert len(best.history) - 1 == best.chosen + 2 < 30
     column = best.columns[0]
@@ -251,7 +303,7 @@ def test_activations_that_cannot_be_fitted_are_refused(clouds: Clouds) -> None:
         bad(clouds, train={"a0": Contrast(a0.positive[:, :3], a0.negative)})
     with pytest.raises(FitError, match="must be the same"):
         bad(clouds, dev={"a0": a0})
-    with pytest.raises(FitError, match="need dev activations"):
+    with pytest.raises(FitError, match="patience needs dev activations"):
         fit_mat(clouds.train, SITE, replace(QUICK, patience=2))
 
 

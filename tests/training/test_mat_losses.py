@@ -119,11 +119,13 @@ def draw64(seed: int, *shape: int) -> Tensor:
 
 
 def world(config: MatConfig, kernels: int, centred: bool) -> tuple[Loss, GatedVectors, Batch, tuple[Tensor, ...]]:
-    """In float64, with data away from 0; `centred`: gates see the data less their middle."""
+    """In float64, with data away from 0; `centred`: gates see their data less its middle, in units of its own."""
     positive, negative = draw64(0, T, B, D) + 1.5, draw64(1, T, B, D) + 0.5
     sigmas, unsteered = draw64(2, T, kernels).abs() + 1, draw64(3, T).abs() + 0.5
     origin = torch.cat([positive, negative]).mean((0, 1))
-    scaler = Scaler(1.0, origin, origin if centred else torch.zeros_like(origin))
+    ratios = draw64(7, T, 1).abs() + 0.5 if centred else torch.ones(T, 1, dtype=torch.float64)
+    centres = torch.cat([positive, negative], 1).mean(1) if centred else torch.zeros_like(origin).expand(T, D)
+    scaler = Scaler(1.0, origin, centres, ratios)
     parameters = [value.requires_grad_() for value in (draw64(4, T, D), draw64(5, T, D) / 2, draw64(6, T))]
     model = GatedVectors.of(parameters, scaler, config.normalize)
     batch = Batch.of(torch.cat([positive, negative], 1) - origin, origin, 2 * B)
@@ -142,7 +144,7 @@ def test_losses_and_gradient_are_those_of_the_formulas(
     found = loss(model, batch)
     gradients = torch.autograd.grad(found @ loss.weights, model.parameters())
     parameters = [value.detach().clone().requires_grad_() for value in model.parameters()]
-    expected = Plain(*parameters, model.scaler.centre, config).losses(*data)
+    expected = Plain(*parameters, model.scaler.centres, model.scaler.ratios, config).losses(*data)
     wanted = torch.autograd.grad(expected[0], parameters)
     torch.testing.assert_close(found.detach(), expected[1:].detach(), rtol=1e-9, atol=1e-12)
     for ours, theirs in zip(gradients, wanted, strict=True):

@@ -17,7 +17,7 @@ from training.evaluation.generation import Sampling, generate
 from training.evaluation.results import BASELINE
 
 SITES = [Site.parse("1.residual"), Site.parse("2.attn_output")]
-PROMPTS = ["Q: What do cows say? A:", "Q", "Q: Where do bees live? Tell me, you silly person. A:"]
+PROMPTS = ["Q: What do cows say? A:", "Q:", "Q: Where do bees live? Tell me, you silly person. A:"]
 
 
 def outside() -> tuple[Any, Any]:
@@ -53,7 +53,7 @@ def test_activations_are_those_of_each_text_alone(
     make: Callable[[], tuple[Any, Any]], shared: bool, samples: list[Sample]
 ) -> None:
     model, tokenizer = make()
-    chosen = samples if shared else [Sample("t", "", f"{PROMPTS[n % 3]} {n}", True, f"g{n}") for n in range(9)]
+    chosen = samples if shared else [Sample("t", PROMPTS[n % 3], f" {n}", True, f"g{n}") for n in range(9)]
     for pool in Pool:
         together = extract(model, tokenizer, chosen, SITES, pool=pool)
         alone = extract(model, tokenizer, chosen, SITES, pool=pool, max_rows=1)

@@ -143,7 +143,7 @@ def test_imported_features_become_a_checkpoint(here: Path, caplog: pytest.LogCap
         ([*STORED, "--layer", "1", "--method", "actadd", "--pair", "a", "b"], "model", "give no --activations"),
         ([*STORED, "--layer", "1", "--method", "ablation", "--site", "attn_output", "--source", "2.residual"], "model",
          "stored has no activations at 2.residual"),
-        ([*STORED], "model", "--layer is missing"),
+        ([*STORED], "model", "--layer is missing, and on dev there is nothing to find a place by"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_one_sentence(here: Path, arguments: list[str], model: str, complaint: str) -> None:

@@ -2,10 +2,15 @@
 
 from enum import StrEnum
 
+SINK = 5.0
+"""How many times the usual norm makes an attention sink of a position (Xiao et al. 2023, arXiv 2309.17453; Sun et al.
+2024, arXiv 2402.17762): what a language model has there says next to nothing of the text."""
+
 
 class Pool(StrEnum):
     """Which positions of a sample count. The answer's positions are those it is produced from: the last prompt token
-    up to the second-to-last token of the text, exactly those that are steered in a generation."""
+    up to the second-to-last token of the text, exactly those that are steered in a generation. Attention sinks do not
+    count: never the first position of a text, nor one whose norm is far beyond that of the others."""
 
     MEAN = "mean"
     """One row a sample: the mean over the answer's positions."""

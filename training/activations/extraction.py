@@ -86,6 +86,7 @@ class ExtractionJob:
         if not samples:
             raise DataError("There are no samples to extract activations from.")
         encoded = [_needed(row, pool) for row in _encode(model, tokenizer, samples, chat)]
+        _check_sinks(samples, encoded, pool)
         plan = {
             "model": model_hash(model),
             "texts": texts_hash(encoded),
@@ -199,8 +200,26 @@ def head_count(model: nn.Module) -> int | None:
     return count if isinstance(count, int) else None
 
 
+def _check_sinks(samples: Sequence[Sample], encoded: Sequence[Encoded], pool: Pool) -> None:
+    """Warn of samples that nothing but the first position of their text stands for; raises DataError for the pool that
+    takes it of every text without a prompt."""
+    short = [sample for sample, row in zip(samples, encoded, strict=True) if span(row, pool)[0] == 0]
+    if not short:
+        return
+    what = (
+        f"{len(short)} samples, as {short[0].text[:40]!r} of {short[0].attribute!r}, have nothing to pool by {pool} "
+        "but the text's first token, which is an attention sink"
+    )
+    if pool is Pool.FIRST:
+        raise DataError(f"{what}: give the texts a prompt, or take pool mean.")
+    log.warning("%s: give the texts a prompt.", what)
+
+
 def _needed(row: Encoded, pool: Pool) -> Encoded:
-    """Without what comes after the last position that counts."""
+    """Without what comes after the last position that counts. The text's first position, an attention sink whatever
+    stands there, never counts where there is another."""
+    if row.start == 0 and len(row.ids) > 1 and pool in (Pool.MEAN, Pool.TOKENS):
+        row = Encoded(row.ids, 1, row.end)
     last = span(row, pool)[-1]
     return Encoded(row.ids[: last + 1], row.start, last if pool is Pool.FIRST else row.end)
 

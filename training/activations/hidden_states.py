@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from steering.sites import site_module, text_config
 from steering.types import Site
-from training.activations import Pool
+from training.activations import SINK, Pool
 from training.activations.tokenization import Encoded, batches, pad_right
 
 Pooling = Callable[[Tensor], Tensor]
@@ -39,11 +39,11 @@ def span(row: Encoded, pool: Pool) -> range:
 
 @dataclass(frozen=True, eq=False)
 class PooledPositions:
-    """The positions of a batch of B samples that count, and the share of each in its sample's row. Samples with fewer
-    than W of them have repetitions with a share of 0."""
+    """The positions of a batch of B samples that count. Samples with fewer than W of them have repetitions, which
+    `counts` leaves out."""
 
     index: Tensor  # int64 [B, W]
-    share: Tensor  # float32 [B, W]
+    counts: Tensor  # bool [B, W]
     pool: Pool
 
     @classmethod
@@ -51,17 +51,20 @@ class PooledPositions:
         spans = [span(row, pool) for row in rows]
         width = max(map(len, spans))
         index = [[*own, *[own[-1]] * (width - len(own))] for own in spans]
-        share = [[1 / len(own)] * len(own) + [0.0] * (width - len(own)) for own in spans]
-        return cls(torch.tensor(index, device=device), torch.tensor(share, device=device), pool)
+        counts = [[place < len(own) for place in range(width)] for own in spans]
+        return cls(torch.tensor(index, device=device), torch.tensor(counts, device=device), pool)
 
     def take(self, hidden: Tensor) -> Tensor:
         """States [B, time, D] of any dtype -> float32 rows [N, D]: one a sample, or with `Pool.TOKENS` one a position.
-        No other position is converted or copied."""
+        No other position is converted or copied. A mean is over the positions that are no sinks: those with at most
+        `SINK` times the median norm of the sample's positions."""
         rows = torch.arange(len(hidden), device=hidden.device)[:, None]
         states = hidden[rows, self.index].float()
         if self.pool is Pool.TOKENS:
-            return states[self.share > 0]
-        return torch.einsum("bwd,bw->bd", states, self.share)
+            return states[self.counts]
+        norms = states.norm(dim=-1).masked_fill(~self.counts, torch.nan)
+        kept = self.counts & (norms <= SINK * norms.nanmedian(1, keepdim=True).values)
+        return torch.einsum("bwd,bw->bd", states, kept / kept.sum(1, keepdim=True))
 
 
 @torch.no_grad()

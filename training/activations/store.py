@@ -19,7 +19,7 @@ from torch import Tensor
 
 from steering.sites import site_module, site_width
 from steering.types import Site
-from training.activations import Pool
+from training.activations import SINK, Pool
 from training.activations.tokenization import Encoded
 from training.data.samples import Sample, Split
 from training.data.splits import split_samples
@@ -188,8 +188,16 @@ class Activations:
                     f"in {split or 'all splits'}; it needs both. Its rows are of {groups} "
                     f"group{'s' if groups != 1 else ''}, and a group is in one split."
                 )
-            found[name] = Contrast(values[positive], values[negative])
+            found[name] = Contrast(*self._without_sinks(values[positive], values[negative]))
         return found
+
+    def _without_sinks(self, *sides: Tensor) -> tuple[Tensor, ...]:
+        """Both sides, where every token is a row without the attention sinks among them."""
+        if self.pool is not Pool.TOKENS:
+            return sides
+        norms = [side.norm(dim=1) for side in sides]
+        most = SINK * torch.cat(norms).median()
+        return tuple(side[own <= most] for side, own in zip(sides, norms, strict=True))
 
 
 def label_rows(
@@ -242,6 +250,11 @@ def stored_samples(folder: Path) -> list[Sample]:
     return _manifest_samples(read_manifest(folder))
 
 
+def stored_sites(folder: Path) -> list[Site]:
+    """Where a folder's activations are from. Raises ActivationError."""
+    return [Site.parse(name) for name in read_manifest(folder)["sites"]]
+
+
 def stored_form(folder: Path) -> str | None:
     """The form of the texts, plain or chat; None where that is not known. Raises ActivationError."""
     form: str | None = read_manifest(folder)["plan"].get("form")
@@ -280,9 +293,13 @@ def describe_stored(folder: Path) -> dict[str, Any]:
 
 
 def split_as_stored(texts: Sequence[Sample], stored: Sequence[Sample], *, seed: int) -> list[Sample]:
-    """Texts in the splits of their groups' activations; groups without any are split by `seed`, with a warning."""
+    """Texts in the splits of their groups' activations. Groups without any are test where the activations have none of
+    test, as those that `train` and `sweep` extract; else they are split by `seed`, with a warning."""
     known = {sample.group: sample.split for sample in stored if sample.split is not None}
-    if others := {text.group for text in texts} - known.keys():
+    others = {text.group for text in texts} - known.keys()
+    if known and Split.TEST not in known.values():
+        known |= dict.fromkeys(others, Split.TEST)
+    elif others:
         log.warning("%d groups of the data have no stored activations: they are split by seed %d.", len(others), seed)
     return split_samples(texts, seed=seed, known=known)
 

@@ -90,4 +90,5 @@ ABLATION = Method(
     site="residual",
     pool=Pool.LAST,
     keep_norm=None,
+    one_place=False,
 )

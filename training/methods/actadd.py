@@ -63,4 +63,5 @@ ACTADD = Method(
     site="residual",
     pool=Pool.LAST,
     fitted_on="its --pair",
+    one_place=False,
 )

@@ -138,6 +138,8 @@ class Method:
     """Whether both sides of every attribute are needed."""
     fitted_on: str | None = None
     """What is fitted on in place of data, in words; None: data."""
+    one_place: bool = True
+    """Whether it acts at one site at a time, so that a good one can be looked for."""
     layer_options: tuple[str, ...] = ()
     """Options that name layers, which a sweep cannot take: it fits one layer at a time."""
     presets: Mapping[str, Preset] = field(default_factory=dict)

@@ -164,4 +164,5 @@ CONTROL = Method(
     site="residual",
     pool=Pool.LAST,
     layer_options=("coefficient",),
+    one_place=False,
 )

@@ -1,15 +1,20 @@
 """One call for every method: extracted activations -> steering columns."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from steering.types import Column, Site
+from training.activations import SINK
 from training.activations.store import Activations
+from training.data.samples import Split
 from training.methods import Method, MethodConfig, method_of
 from training.methods.base import FitInputs
 from training.methods.mat import MatConfig
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,31 @@ def fit(
     `folder` keeps what a fit needs to resume, and what it found about heads. Raises FitError.
     """
     places = {name: recipe.places.get(name, sites) for name in activations.names}
+    warn_of_sinks(activations, places)
     inputs = FitInputs(activations, places, recipe.keep_norm, folder, device, progress)
     return tuple(_with_strength(column, recipe) for column in recipe.method.fit(inputs, recipe.config))
+
+
+def warn_of_sinks(activations: Activations, places: Mapping[str, Sequence[Site]]) -> None:
+    """Warn of activations of the train split with wild norms, which pull vectors towards themselves."""
+    for site in dict.fromkeys(site for sites in places.values() for site in sites):
+        norms = {
+            name: activations.at(site)[activations.rows(attribute=name, split=Split.TRAIN)].norm(dim=1)
+            for name in activations.names
+        }
+        usual = min((float(own.median()) for own in norms.values() if len(own)), default=0.0)
+        for name, own in norms.items():
+            if usual and (wild := int((own > SINK * usual).sum())) and site in places[name]:
+                log.warning(
+                    "%d of the %d activations of %r at %s have more than %g times the usual norm, as attention sinks "
+                    "have, and steer vectors along themselves: give its texts a prompt, pool by mean, or take an "
+                    "earlier layer or another site.",
+                    wild,
+                    len(own),
+                    name,
+                    site,
+                    SINK,
+                )
 
 
 def _with_strength(column: Column, recipe: Recipe) -> Column:

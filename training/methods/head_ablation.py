@@ -129,4 +129,5 @@ HEAD_ABLATION = Method(
     keep_norm=None,
     contrastive=False,
     layer_options=("heads",),
+    one_place=False,
 )

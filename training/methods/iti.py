@@ -108,4 +108,5 @@ ITI = Method(
     site="attn_heads",
     pool=Pool.LAST,
     multiplier=15.0,
+    one_place=False,
 )

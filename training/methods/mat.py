@@ -79,9 +79,9 @@ class MatConfig(MethodConfig):
     standardize: bool = True
     """Train in units of the activations' own spread, with centred gates; folded back into the columns. It changes what
     a step of the optimizer means, not which columns can be reached."""
-    keep_best: bool = option("Keep the epoch with the lowest dev MMD.", default=False)
-    """Instead of the last."""
-    patience: int | None = option("Stop after so many epochs without a lower dev MMD.", default=None)
+    keep_best: bool = option("Keep the epoch with the lowest loss on dev.", default=True)
+    """Instead of the last; where dev has not both sides of every attribute, the last is kept."""
+    patience: int | None = option("Stop after so many epochs without a lower loss on dev.", default=None)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -110,8 +110,16 @@ PAPER = MatConfig(
     l_ortho=0.1,
     joint=True,
     standardize=False,
+    keep_best=False,
 )
-"""The values of arXiv 2502.12446."""
+"""The values of arXiv 2502.12446, as they are written. On a model's activations they close every gate: activations lie
+farther apart than sigma = 2 by far, so that the MMD has no gradient; penalties that are sums over a batch outweigh an
+MMD^2 of at most 2 even where the kernel is wide enough; and vectors of norm sqrt(D) are of another size than these."""
+
+PAPER_SCALED = replace(
+    PAPER, objective=Objective.BALANCED, kernel=Kernel.MEDIAN, init=Init.DIFFERENCE, standardize=True, keep_best=True
+)
+"""The same weights of the penalties, batches, rate and epochs, all vectors on all data, in units of the data."""
 
 
 def fit(inputs: FitInputs, config: MatConfig) -> Sequence["Column"]:
@@ -126,7 +134,7 @@ def fit(inputs: FitInputs, config: MatConfig) -> Sequence["Column"]:
         try:
             dev = inputs.activations.contrasts(site, Split.DEV, names)
         except FitError:
-            if config.keep_best or config.patience:
+            if config.patience:
                 raise
             dev = None
         folder = inputs.folder and inputs.folder / str(site)
@@ -143,6 +151,11 @@ MAT = Method(
     config=MatConfig,
     fit=fit,
     keep_norm=True,
-    presets={"paper": Preset(PAPER, "The paper's settings as defaults of the fit.")},
+    presets={
+        "paper": Preset(PAPER, "The paper's settings as they are written; they close every gate on most models."),
+        "paper_scaled": Preset(
+            PAPER_SCALED, "The paper's weights, batches, rate and epochs in units of the data: gates stay open."
+        ),
+    },
     panel="MAT-Steer",
 )

@@ -24,29 +24,38 @@ _BANDWIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the multi kernel, times the media
 
 @dataclass(frozen=True, eq=False)
 class Scaler:
-    """The units of the training: activations divided by `scale`, less an `origin` [D] amid them. Gates see them less
-    `centre` [D] instead."""
+    """The units of the training: activations divided by `scale`, less an `origin` [D] amid them. Each attribute's
+    vector and gate are in units of its own data, `ratios` [T, 1] times these, and its gate sees activations less its
+    own `centres` [T, D]: whatever the others' data look like, its parameters start and move alike."""
 
     scale: float
     origin: Tensor
-    centre: Tensor
+    centres: Tensor
+    ratios: Tensor
 
     @classmethod
     def of(cls, contrasts: Mapping[str, Contrast], standardize: bool, device: str | torch.device = "cpu") -> Self:
         """Without `standardize`, the scale is 1 and gates see the activations as they are."""
-        sides = [side.float() for contrast in contrasts.values() for side in (contrast.positive, contrast.negative)]
-        middle = torch.stack([side.mean(0) for side in sides]).mean(0)
+        pairs = [(contrast.positive.float(), contrast.negative.float()) for contrast in contrasts.values()]
+        middles = torch.stack([(positive.mean(0) + negative.mean(0)) / 2 for positive, negative in pairs])
+        origin = middles.mean(0)
         if not standardize:
-            return cls(1.0, middle.to(device), torch.zeros_like(middle, device=device))
-        spread = torch.stack([(side - middle).square().mean() for side in sides]).mean().sqrt()
-        scale = float(spread.clamp_min(1e-12))
-        origin = (middle / scale).to(device)
-        return cls(scale, origin, origin)
+            ones = torch.ones(len(pairs), 1, device=device)
+            return cls(1.0, origin.to(device), torch.zeros_like(middles, device=device), ones)
+        squares = [
+            torch.stack([(side - middle).square().mean() for side in pair]).mean()
+            for middle, pair in zip(middles, pairs, strict=True)
+        ]
+        spreads = torch.stack(squares).sqrt().clamp_min(1e-12)
+        scale = float(spreads.median())
+        return cls(
+            scale, (origin / scale).to(device), (middles / scale).to(device), spreads[:, None].to(device) / scale
+        )
 
     @cached_property
-    def offset(self) -> Tensor:
-        """What gates see of the origin, [D]."""
-        return self.origin - self.centre
+    def offsets(self) -> Tensor:
+        """What gates see of the origin, [T, D]."""
+        return self.origin - self.centres
 
     def apply(self, contrasts: Mapping[str, Contrast]) -> dict[str, Contrast]:
         """Activations in these units, less the origin, on its device."""
@@ -128,7 +137,7 @@ def squared_norms(rows: Tensor, origin: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class GatedVectors:
-    """The trained parameters, in a scaler's units: vectors [T, D], gate weights [T, D], gate biases [T]."""
+    """The trained parameters, in the attributes' own units: vectors [T, D], gate weights [T, D], gate biases [T]."""
 
     vectors: Tensor
     weights: Tensor
@@ -146,8 +155,8 @@ class GatedVectors:
         """The model before the first step; random parts come from the seed alone. Contrasts are in the units."""
         generator = torch.Generator().manual_seed(config.seed)
         vectors, weights, biases = [], [], []
-        for contrast in contrasts.values():
-            difference = contrast.positive.mean(0) - contrast.negative.mean(0)
+        for contrast, offset, ratio in zip(contrasts.values(), scaler.offsets, scaler.ratios, strict=True):
+            difference = (contrast.positive.mean(0) - contrast.negative.mean(0)) / ratio
             noise = torch.randn(difference.shape, generator=generator).to(difference.device)
             if config.init is Init.DIFFERENCE:
                 vectors.append(difference)
@@ -157,7 +166,7 @@ class GatedVectors:
                 vectors.append(noise / noise.norm() * difference.norm())
             weight, bias = torch.zeros_like(difference), torch.zeros((), device=difference.device)
             if config.gate_init is GateInit.PROBE:
-                rows = torch.cat([contrast.positive, contrast.negative]) + scaler.offset
+                rows = (torch.cat([contrast.positive, contrast.negative]) + offset) / ratio
                 targets = torch.ones(len(rows), device=rows.device)
                 targets[: len(contrast.positive)] = 0
                 weight, bias = fit_logistic(rows, targets, penalty=max(1.0, 0.1 * len(rows)))
@@ -172,11 +181,21 @@ class GatedVectors:
     def copy(self) -> list[Tensor]:
         return [value.detach().clone() for value in self.parameters()]
 
+    @property
+    def shifts(self) -> Tensor:
+        """The vectors in the scaler's units, [T, D]."""
+        return self.vectors * self.scaler.ratios
+
+    @property
+    def slopes(self) -> Tensor:
+        """The gates' weights for activations in the scaler's units, [T, D]."""
+        return self.weights / self.scaler.ratios
+
     def columns(self, names: Sequence[str], site: Site) -> tuple[Column, ...]:
         """The same function of activations in their own units."""
-        weights = (self.weights / self.scaler.scale).detach().cpu()
-        biases = (self.biases - self.weights @ self.scaler.centre).detach().cpu()
-        vectors = (self.vectors * self.scaler.scale).detach().cpu()
+        weights = (self.slopes / self.scaler.scale).detach().cpu()
+        biases = (self.biases - (self.slopes * self.scaler.centres).sum(1)).detach().cpu()
+        vectors = (self.shifts * self.scaler.scale).detach().cpu()
         return tuple(
             Column(
                 attribute=name,
@@ -200,11 +219,12 @@ def steered_distances(model: GatedVectors, batch: Batch, acting: Tensor) -> tupl
     coefficients c = [s g, s - 1]. So all distances follow from inner products of d with d, V and o: no steered row,
     which is as wide as the activations, has to be formed. It is what makes a step several times as fast.
     """
-    basis = torch.cat([model.vectors, model.scaler.origin[None]])
+    slopes = model.slopes
+    basis = torch.cat([model.shifts, model.scaler.origin[None]])
     rows = batch.rows.flatten(0, 1)
     along, among = (rows @ basis.t()).view(*acting.shape[:2], -1), basis @ basis.t()
-    biases = torch.addmv(model.biases, model.weights, model.scaler.offset)
-    gates = torch.addmm(biases, rows, model.weights.t()).sigmoid().view(acting.shape)
+    biases = model.biases + (slopes * model.scaler.offsets).sum(1)
+    gates = torch.addmm(biases, rows, slopes.t()).sigmoid().view(acting.shape)
 
     moving = pad(gates * acting, (0, 1), value=1.0)  # n + g V is d + these x basis
     moved = along + moving @ among  # its inner products with the basis

@@ -17,7 +17,7 @@ from steering.types import Column, Site
 from training.activations.store import Contrast
 from training.errors import FitError
 from training.files import write_bytes, write_tensors
-from training.methods.mat import MatConfig
+from training.methods.mat import Kernel, MatConfig, Objective
 from training.methods.mat_model import (
     MOST_ROWS,
     Batch,
@@ -62,6 +62,8 @@ class SplitMetrics:
     """MMD^2 between positives and negatives steered as in the training, as a share of the unsteered one."""
     gate_positive: float
     gate_negative: float
+    gate_positive_square: float
+    """The mean of its squares, of which L_pos is made."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,15 @@ class EpochMetrics:
     train: dict[str, SplitMetrics]
     dev: dict[str, SplitMetrics] | None
 
-    @property
-    def dev_mmd(self) -> float | None:
-        return sum(side.mmd for side in self.dev.values()) / len(self.dev) if self.dev else None
+    def dev_loss(self, config: MatConfig) -> float | None:
+        """What the balanced objective makes of dev, whatever was trained with: the alignment alone is lowest for gates
+        that are as open on positives as on negatives, those of the first epoch mostly."""
+        if not self.dev:
+            return None
+        return sum(
+            side.mmd + config.l_pos * side.gate_positive_square + config.l_sparse * side.gate_negative
+            for side in self.dev.values()
+        )
 
     @property
     def closed(self) -> list[str]:
@@ -147,7 +155,9 @@ class WatchedSplit:
         kernel, count = gaussian(distances, self.rates), self.positives
         mmd = self.within + kernel[:, :, count:].mean() - 2 * kernel[:, :, :count].mean()
         own = gates[0, :, index]
-        return SplitMetrics(*torch.stack([mmd / self.unsteered, own[:count].mean(), own[count:].mean()]).tolist())
+        positive, negative = own[:count], own[count:]
+        means = [mmd / self.unsteered, positive.mean(), negative.mean(), positive.square().mean()]
+        return SplitMetrics(*torch.stack(means).tolist())
 
 
 def measure_all(model: GatedVectors, watched: Mapping[str, WatchedSplit]) -> dict[str, SplitMetrics]:
@@ -258,8 +268,8 @@ def fit_mat(
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
 
     def metrics(epoch: int, terms: Sequence[Tensor]) -> EpochMetrics:
-        angles = cosines(model.vectors.detach()).tolist()
-        norms = (model.vectors.detach().norm(dim=1) * scaler.scale).tolist()
+        shifts = model.shifts.detach()
+        angles, norms = cosines(shifts).tolist(), (shifts.norm(dim=1) * scaler.scale).tolist()
         return EpochMetrics(
             epoch=epoch,
             losses=mean_losses(terms, config),
@@ -287,7 +297,7 @@ def fit_mat(
     if folder:
         save_state(folder, key, model, optimizer, best, history)
     chosen = _best_epoch(history, config)
-    _warn_of_closed_gates(history[chosen])
+    _warn_of_closed_gates(history[chosen], config)
     final = GatedVectors.of(best, scaler, config.normalize)
     return MatFit(final.columns(names, site), tuple(history), chosen)
 
@@ -305,8 +315,8 @@ def _check(train: Mapping[str, Contrast], dev: Mapping[str, Contrast] | None, co
             raise FitError(f"The activations of attribute {name!r} are not all finite.")
     if dev is not None and set(dev) != set(train):
         raise FitError(f"Train has the attributes {sorted(train)}, dev {sorted(dev)}: they must be the same.")
-    if dev is None and (config.keep_best or config.patience):
-        raise FitError("keep_best and patience need dev activations, and there are none.")
+    if dev is None and config.patience:
+        raise FitError("patience needs dev activations, and there are none.")
 
 
 @torch.no_grad()
@@ -314,24 +324,44 @@ def _untrained_losses(model: GatedVectors, rows: TrainingSet, loss: Loss, config
     return [loss(model, rows.batch(index)) for index in rows.batches(config.batch, config.seed, epoch=0)]
 
 
-def _lowest_dev(history: Sequence[EpochMetrics]) -> int:
-    return min(range(len(history)), key=lambda i: history[i].dev_mmd or 0.0)
+def _lowest_dev(history: Sequence[EpochMetrics], config: MatConfig) -> int:
+    return min(range(len(history)), key=lambda i: history[i].dev_loss(config) or 0.0)
 
 
 def _best_epoch(history: Sequence[EpochMetrics], config: MatConfig) -> int:
-    return _lowest_dev(history) if config.keep_best else len(history) - 1
+    return _lowest_dev(history, config) if config.keep_best and history[0].dev else len(history) - 1
 
 
 def _out_of_patience(history: Sequence[EpochMetrics], config: MatConfig) -> bool:
-    return config.patience is not None and len(history) - 1 - _lowest_dev(history) >= config.patience
+    return config.patience is not None and len(history) - 1 - _lowest_dev(history, config) >= config.patience
 
 
-def _warn_of_closed_gates(epoch: EpochMetrics) -> None:
+def _warn_of_closed_gates(epoch: EpochMetrics, config: MatConfig) -> None:
     for name in epoch.closed:
         log.warning(
-            "The gate of %r is closed: its mean on negatives is %.3f, under %.2f, so steering does next to nothing. "
-            "Lower l_sparse or l_pos, or use objective=balanced.",
+            "The gate of %r is closed: its mean on negatives is %.3f, under %.2f, so steering does next to nothing. %s",
             name,
             epoch.train[name].gate_negative,
             CLOSED_GATE,
+            advice(config),
         )
+
+
+def advice(config: MatConfig) -> str:
+    """What opens a gate that has closed, beginning with what closes it most often; never what is set already."""
+    if config.objective is not Objective.BALANCED:
+        return (
+            f"Use objective=balanced: under {config.objective} the penalties of open gates outweigh an alignment that "
+            "is worth little."
+        )
+    if config.kernel is Kernel.FIXED:
+        return (
+            f"Use kernel=median: where activations are farther apart than sigma={config.sigma:g}, the alignment has no "
+            "gradient."
+        )
+    if config.l_sparse > 0 or config.l_pos > 0:
+        return (
+            f"Lower l_sparse (it is {config.l_sparse:g}), then l_pos ({config.l_pos:g}); if that does not help, the "
+            "sides do not differ at this site: take another one."
+        )
+    return "The sides do not differ at this site: take another layer or site."

@@ -1,12 +1,12 @@
 """Request and response bodies of /v1/responses, for text (https://platform.openai.com/docs/api-reference/responses)."""
 
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from server.api.openai.schemas import OpenAIRequest
-from server.fields import KnownField
+from server.fields import PART_FIELDS
 from server.schemas import (
     MANY,
     MAX_NEW_TOKENS,
@@ -25,7 +25,7 @@ from server.types import GenerateParams
 class _Part(LenientRequest):
     """A null counts as absent: clients send answers back with every field that their own types have."""
 
-    known_fields: ClassVar[Mapping[str, KnownField]] = {}
+    known_fields = PART_FIELDS
 
 
 class TextItemPart(_Part):
@@ -99,31 +99,41 @@ class ResponsesRequest(OpenAIRequest, ChatFields):
             base,
             self.max_output_tokens or MAX_NEW_TOKENS,
             None,
-            messages=tuple(self.messages()),
+            messages=tuple(turn for _, turn in self._turns()),
             chat=self.chat_options(),
             add_special_tokens=self.add_special_tokens,
         )
 
-    def messages(self) -> list[dict[str, Any]]:
-        """The input as a conversation. Calls of tools that follow each other, or a message of the assistant, are one
-        turn with it, as chat templates have them."""
-        turns: list[dict[str, Any]] = []
+    def field_of(self, param: str | None) -> str | None:
+        """What an error calls a field of the conversation, as in "messages.1.content", as this body calls it."""
+        name, _, place = (param or "").partition(".")
+        if name != "messages":
+            return param
+        index = place.partition(".")[0]
+        return self._turns()[int(index)][0] if index else "input"
+
+    def _turns(self) -> list[tuple[str, dict[str, Any]]]:
+        """The input as a conversation, each turn with the field that it begins with. Calls of tools that follow each
+        other, or a message of the assistant, are one turn with it, as chat templates have them."""
+        turns: list[tuple[str, dict[str, Any]]] = []
         if self.instructions:
-            turns.append({"role": "system", "content": self.instructions})
+            turns.append(("instructions", {"role": "system", "content": self.instructions}))
         if isinstance(self.input, str):
-            return [*turns, {"role": "user", "content": self.input}]
-        for item in self.input:
+            return [*turns, ("input", {"role": "user", "content": self.input})]
+        for index, item in enumerate(self.input):
+            field = f"input.{index}"
             match item.type:
                 case "message":
-                    turns.append({"role": item.role, "content": _content(item.content)})
+                    turns.append((field, {"role": item.role, "content": _content(item.content)}))
                 case "function_call_output":
-                    turns.append({"role": "tool", "tool_call_id": item.call_id, "content": _content(item.output)})
+                    answer = {"role": "tool", "tool_call_id": item.call_id, "content": _content(item.output)}
+                    turns.append((field, answer))
                 case "function_call":
-                    if not turns or turns[-1]["role"] != "assistant":
-                        turns.append({"role": "assistant", "content": None})
+                    if not turns or turns[-1][1]["role"] != "assistant":
+                        turns.append((field, {"role": "assistant", "content": None}))
                     function = {"name": item.name, "arguments": item.arguments}
                     call = {"id": item.call_id, "type": "function", "function": function}
-                    turns[-1].setdefault("tool_calls", []).append(call)
+                    turns[-1][1].setdefault("tool_calls", []).append(call)
         return turns
 
 

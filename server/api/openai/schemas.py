@@ -42,7 +42,9 @@ class SteeringOptions(StrictRequest):
         description="`name` or `name@version`, where `model` is the base model; absent: the model's, else the active",
     )
     attributes: Annotated[Attributes, MANY] | None = Field(
-        None, description="multiplier per attribute; absent: the checkpoint's defaults; `{}`: unsteered; unlisted: 0"
+        None,
+        description="multiplier per attribute; absent: the checkpoint's defaults; `{}`: unsteered; unlisted: 0; "
+        "negative: the vector is subtracted, as far as its gate is open (docs/methods.md)",
     )
     positions: PositionsName | None = Field(None, description="absent: as the checkpoint says")
     trace: bool = Field(False, description="per token and attribute: gate, multiplier x gate, norm, cosine")

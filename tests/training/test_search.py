@@ -1,0 +1,185 @@
+"""`train` looks for a place on dev where none is given, says where steering does nothing, extracts what it needs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from steering import checkpoint as checkpoints
+from tests.training.helpers import make_llama, make_tokenizer
+from training.activations.extraction import ExtractionJob
+from training.activations.store import stored_samples
+from training.cli import app
+from training.data import Split
+
+CAA = ["--method", "caa", "--out", "checkpoints/x"]
+DATA = ["--data", "tone=tone.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    make_llama(num_hidden_layers=2).save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    rows = [
+        {"prompt": f"Q: What is {n}? A:", "completion": f" {'good' if label else 'bad'} {n}", "label": label}
+        for n in range(30)
+        for label in (True, False)
+    ]
+    (folder / "tone.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    statements = [{"text": row["prompt"] + row["completion"], "label": row["label"]} for row in rows]
+    (folder / "statements.jsonl").write_text("".join(json.dumps(row) + "\n" for row in statements))
+    return folder
+
+
+def run(command: str, *arguments: str) -> Result:
+    return CliRunner().invoke(app, [command, "--model", "model", *arguments])
+
+
+def done(command: str, *arguments: str) -> str:
+    result = run(command, *arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def sites_of(version: str = "v1") -> list[str]:
+    return [str(column.site) for column in checkpoints.load(Path("checkpoints/x") / version).columns]
+
+
+def test_the_place_is_the_one_whose_scores_on_dev_are_best(here: Path) -> None:
+    said = done("train", *DATA, *CAA)
+    points = json.loads((here / "checkpoints/x/.work/search/sweep.json").read_text())
+    assert {f"{point['layer']}.{point['site']}" for point in points} == {
+        "0.attn_output", "0.residual", "1.attn_output", "1.residual",
+    }  # fmt: skip
+    best = max(point["score"] for point in points)
+    chosen = [p for p in points if f"{p['layer']}.{p['site']}" == sites_of()[0]]
+    assert max(point["score"] for point in chosen) >= best - 0.005
+    assert f"place: {sites_of()[0]}, multiplier " in said
+    settings = checkpoints.load(here / "checkpoints/x/v1").config.training["hyperparameters"]
+    assert settings.get("strength", 1.0) in (1.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "looked"),
+    [
+        (["--layer", "1", "--site", "auto"], {"1.attn_output", "1.residual"}),
+        (["--layer", "auto", "--site", "mlp_output"], {"0.mlp_output", "1.mlp_output"}),
+        (["--site", "residual"], {"0.residual", "1.residual"}),
+        (["--layer", "0,1", "--site", "auto"], {"0.attn_output", "0.residual", "1.attn_output", "1.residual"}),
+        (["--layer", "1"], set()),
+        (["--at", "tone=0.residual"], set()),
+    ],
+)
+def test_what_was_given_is_kept(here: Path, given: list[str], looked: set[str]) -> None:
+    done("train", *DATA, *CAA, *given, "--no-evaluate")
+    swept = here / "checkpoints/x/.work/search/sweep.json"
+    points = json.loads(swept.read_text()) if swept.exists() else []
+    assert {f"{point['layer']}.{point['site']}" for point in points} == looked
+    assert not looked or set(sites_of()) <= looked
+
+
+def test_a_strength_that_was_given_is_not_overruled(here: Path) -> None:
+    done("train", *DATA, *CAA, "--strength", "0.25", "--no-evaluate")
+    assert checkpoints.load(here / "checkpoints/x/v1").config.training["hyperparameters"]["strength"] == 0.25
+
+
+def test_stored_activations_are_searched_at_their_own_sites(here: Path) -> None:
+    done("extract", *DATA, "--layer", "1", "--site", "residual,mlp_output", "--out", "stored")
+    done("train", "--activations", "stored", *DATA, *CAA)
+    assert sites_of()[0] in ("1.residual", "1.mlp_output")
+
+
+def test_data_that_cannot_tell_places_apart_are_named_before_the_model_is_loaded(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.models.load_base", None)
+    result = run("train", "--data", "tone=statements.jsonl", *CAA)
+    assert result.exit_code == 2
+    assert "--layer is missing, and on dev there is nothing to find a place by" in result.output
+    assert "or name a layer and a site" in result.output
+
+
+def test_steering_that_changes_no_score_is_said_to(here: Path) -> None:
+    quiet = done("train", *DATA, *CAA, "--layer", "1", "--strength", "1e-6")
+    assert "warning: steering changed no score on dev by half a point (tone mc1 " in quiet
+    assert "another place (without --layer and --site one is looked for)" in quiet
+    loud = done("train", *DATA, *CAA, "--layer", "1", "--site", "residual", "--strength", "30")
+    assert "changed no score" not in loud
+
+
+@pytest.fixture
+def extracted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many samples each call of `ExtractionJob.run` was for."""
+    counts: list[int] = []
+    run = ExtractionJob.run
+
+    def counted(self: ExtractionJob, chosen: Any, advance: Any) -> Any:
+        counts.append(len(chosen))
+        return run(self, chosen, advance)
+
+    monkeypatch.setattr(ExtractionJob, "run", counted)
+    return counts
+
+
+@pytest.mark.parametrize("command", ["train", "sweep"])
+def test_a_fit_extracts_nothing_of_test(here: Path, extracted: list[int], command: str) -> None:
+    out = CAA if command == "train" else ["--method", "caa", "--out", "swept"]
+    done(command, *DATA, *out, "--layer", "1")
+    assert extracted == [2 * (12 + 3)]  # 40 % and 10 % of 30 groups
+    (stored,) = [*here.glob("checkpoints/x/.work/activations-*"), *here.glob("swept/activations-*")]
+    assert {sample.split for sample in stored_samples(stored)} == {Split.TRAIN, Split.DEV}
+    if command == "train":
+        counts = checkpoints.load(here / "checkpoints/x/v1").config.training["splits"]["counts"]
+        assert {one["split"]: one["positive"] for one in counts} == {"train": 12, "dev": 3, "test": 15}
+
+
+def test_a_limit_holds_for_the_extraction_and_keeps_both_sides_of_a_prompt(here: Path, extracted: list[int]) -> None:
+    done("train", *DATA, *CAA, "--layer", "1", "--limit", "4")
+    assert extracted == [2 * (4 + 3)]
+    (stored,) = here.glob("checkpoints/x/.work/activations-*")
+    sides = {(sample.group, sample.label) for sample in stored_samples(stored) if sample.split is Split.TRAIN}
+    groups = {group for group, _ in sides}
+    assert sides == {(group, label) for group in groups for label in (True, False)}
+    assert len(groups) == 4
+
+
+def test_a_sweep_of_stored_activations_is_that_of_the_data(here: Path, extracted: list[int]) -> None:
+    where = ["--method", "caa", "--layer", "0,1", "--site", "residual"]
+    done("sweep", *DATA, *where, "--out", "direct")
+    (stored,) = here.glob("direct/activations-*")
+    extracted.clear()
+    done("sweep", "--activations", str(stored), *DATA, *where, "--out", "swept")
+    assert extracted == []
+    assert (here / "swept/sweep.json").read_text() == (here / "direct/sweep.json").read_text()
+
+
+def test_a_checkpoint_of_a_sweeps_activations_is_evaluated_on_what_they_were_not_made_of(here: Path) -> None:
+    done("sweep", *DATA, "--method", "caa", "--layer", "1", "--out", "swept")
+    (stored,) = here.glob("swept/activations-*")
+    done("train", "--activations", str(stored), *DATA, *CAA, "--layer", "1", "--seed", "5")
+    done("train", *DATA, *CAA, "--layer", "1")
+    first, second = (checkpoints.load(here / "checkpoints/x" / version).config for version in ("v1", "v2"))
+    assert first.evaluation == second.evaluation
+
+
+def test_threads_are_those_that_were_asked_for(here: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        done("extract", *DATA, "--layer", "1", "--threads", "3", "--out", "stored")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_attribute_that_is_off_by_default_is_measured_alone_all_the_same(here: Path) -> None:
+    done("train", *DATA, *CAA, "--layer", "1", "--set", "tone=0", "--data", "more=tone.jsonl")
+    arms = checkpoints.load(here / "checkpoints/x/v1").config.evaluation["arms"]
+    assert {arm["arm"]: arm["attributes"] for arm in arms if arm["arm"] != "unsteered"} == {
+        "steered": {"tone": 0.0, "more": 1.0},
+        "tone alone": {"tone": 1.0},
+        "more alone": {"more": 1.0},
+    }

@@ -1,0 +1,119 @@
+"""A place for steering, looked for on dev by what steering there does: `matsteer train` without a layer."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from steering.errors import UnsupportedArchitecture
+from steering.sites import layers, site_module
+from steering.types import Site, SiteKind
+from training.activations.store import Activations
+from training.data.samples import Sample, Split
+from training.errors import DataError
+from training.evaluation.evaluator import Evaluator
+from training.evaluation.results import ArmResult
+from training.evaluation.sweep import Sweep
+from training.evaluation.sweep_results import Goal, SweepPoint
+from training.methods.fit import Recipe
+from training.models import Base
+
+DEPTHS = (0.2, 0.35, 0.5, 0.65, 0.8)  # of the model's layers
+KINDS = (SiteKind.ATTN_OUTPUT, SiteKind.RESIDUAL)
+MULTIPLIERS = (1.0, 2.0)
+CASES = 40  # questions of an attribute, or prompts
+EPOCHS = 20  # at most, of a fit that is only to be compared
+MOVED = 0.005  # half a point: less is no change of a score
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Where to look: `layers` and `kinds`, all that there are of what is None."""
+
+    layers: tuple[int, ...] | None = None
+    kinds: tuple[SiteKind, ...] | None = None
+
+    def sites(self, model: Any) -> tuple[Site, ...]:
+        """Of a loaded model: layers from 20 to 80 % of its depth. Raises UnsupportedArchitecture where it has no such
+        site."""
+        count = len(layers(model))
+        numbers = self.layers or tuple(dict.fromkeys(round(depth * (count - 1)) for depth in DEPTHS))
+        there = [kind for kind in self.kinds or KINDS if self.kinds or _has(model, Site(numbers[0], kind))]
+        return tuple(Site(number, kind) for number in numbers for kind in there)
+
+    def among(self, stored: Sequence[Site]) -> tuple[Site, ...]:
+        """Of the sites of stored activations."""
+        return tuple(
+            site
+            for site in stored
+            if (self.layers is None or site.layer in self.layers) and (self.kinds is None or site.kind in self.kinds)
+        )
+
+
+def _has(model: Any, site: Site) -> bool:
+    try:
+        site_module(model, site)
+    except UnsupportedArchitecture:
+        return False
+    return True
+
+
+def check_search(evaluator: Evaluator, samples: Sequence[Sample]) -> None:
+    """Raises DataError where nothing on dev can tell one place from another."""
+    try:
+        evaluator.check(samples, Split.DEV)
+    except DataError as error:
+        raise DataError(
+            f"--layer is missing, and on dev there is nothing to find a place by: {str(error).rstrip('.')}; or name a "
+            "layer and a site."
+        ) from None
+
+
+def find_place(
+    base: Base,
+    samples: Sequence[Sample],
+    activations: Activations,
+    sites: Sequence[Site],
+    recipe: Recipe,
+    evaluator: Evaluator,
+    out: Path,
+    *,
+    progress: bool = False,
+    say: Say = lambda _: None,
+) -> SweepPoint:
+    """The site and multiplier of `sites` and `MULTIPLIERS` that are best for all attributes at once, on a part of dev
+    after short fits; the weaker one of two that are alike. What was measured is kept in `out`, as by a sweep."""
+    goal = Goal(tolerance=MOVED)
+    at_sites = replace(activations, values={site: activations.at(site) for site in sites})
+    swept = Sweep(
+        base, samples, at_sites, _short(recipe), MULTIPLIERS, quick(evaluator), out, goal, progress=progress, say=say
+    ).together()
+    points = swept.points
+    best = points[goal.best([point.rank for point in points], [point.multiplier for point in points])]
+    before = goal.score(swept.unsteered)
+    scores = f"{100 * before:.1f} -> {100 * best.score:.1f}"
+    say(f"place: {best.place}, multiplier {best.multiplier:g}: score {scores} on dev")
+    for remark in swept.remarks(goal):
+        say(f"note: {remark}")
+    return best
+
+
+def quick(evaluator: Evaluator) -> Evaluator:
+    """The same on at most `CASES` prompts, once each, or questions of an attribute."""
+    limit = min(evaluator.limit or CASES, CASES)
+    return replace(evaluator, limit=limit, sampling=replace(evaluator.sampling, samples=1))
+
+
+def unmoved(unsteered: ArmResult, steered: ArmResult) -> bool:
+    """Whether no score differs by half a point."""
+    pairs = [(one.value, steered.metrics[name].value) for name, one in unsteered.metrics.items()]
+    return all(abs(now - before) < MOVED for before, now in pairs if before is not None and now is not None)
+
+
+def _short(recipe: Recipe) -> Recipe:
+    config: Any = recipe.config
+    if "epochs" not in {field.name for field in fields(config)}:
+        return recipe
+    return replace(recipe, config=replace(config, epochs=min(config.epochs, EPOCHS)))
