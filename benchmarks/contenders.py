@@ -69,7 +69,8 @@ class Ours:
         self.token_bytes = runner.attention.token_bytes
         size = block_size or choose_block_size(runner)
         num_blocks = max(8, 3 * rows // 2) * -(-context // size)
-        self.blocks = runner.allocate(num_blocks, size, graphs=self.bank.device.type == "cuda", max_model_len=context)
+        graph_rows = rows if self.bank.device.type == "cuda" else 0
+        self.blocks = runner.allocate(num_blocks, size, graph_rows=graph_rows, max_model_len=context)
         handle = self.bank.add(columns(shape))
         self.unsteered = [SteeringParams()]
         self.steering = [SteeringParams(SequenceSteering.of([(handle, mix)])) for mix in mixes] or self.unsteered
@@ -82,6 +83,7 @@ class Ours:
         )
         self._names = itertools.count()
         self.engine.start()
+        self.engine.capture_graphs().result()
 
     def __call__(self, requests: abc.Sequence[Request]) -> None:
         self.answers(requests)

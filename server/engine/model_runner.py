@@ -2,6 +2,8 @@
 model."""
 
 import inspect
+import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.utils import logging as hf_logging
 
 from server.attention.backend import NAME, Attention
 from server.attention.metadata import ForwardMetadata
 from server.engine.block_manager import BlockManager
-from server.engine.cuda_graphs import CudaGraphs
+from server.engine.cuda_graphs import Bucket, CudaGraphs
 from server.engine.sampler import Sampler, SamplerOutput
 from server.engine.scoring import PendingScores, score_chunks
 from server.engine.sequence import (
@@ -32,6 +35,7 @@ from steering.bank import ColumnBank, upload
 from steering.hook import Steering
 from steering.types import SequenceSteering
 
+log = logging.getLogger(__name__)
 Chunks = tuple[ScheduledChunk, ...]
 
 
@@ -126,11 +130,11 @@ class ModelRunner:
         return self.device.type == "cuda"
 
     def allocate(
-        self, num_blocks: int, block_size: int, *, graphs: bool = False, max_model_len: int | None = None
+        self, num_blocks: int, block_size: int, *, graph_rows: int = 0, max_model_len: int | None = None
     ) -> BlockManager:
-        """Makes room for keys and values; returns who hands it out. `graphs`: decoding steps have static shapes, and
-        are replayed from CUDA graphs where the device has them. `max_model_len`: tokens of the longest text; None: as
-        many as there is room for."""
+        """Makes room for keys and values; returns who hands it out. `graph_rows`: decoding steps of up to so many
+        sequences have static shapes once `capture_graphs` has been called, and are replayed from CUDA graphs where the
+        device has them. `max_model_len`: tokens of the longest text; None: as many as there is room for."""
         self.blocks = BlockManager(num_blocks, block_size)
         self.attention.allocate(num_blocks + 1, block_size)  # the last one is for rows of a graph that are idle
         longest = min(num_blocks, self.blocks.blocks_for(max_model_len)) if max_model_len else num_blocks
@@ -140,12 +144,52 @@ class ModelRunner:
                 self.device,
                 block_size=block_size,
                 padding_block=num_blocks,
+                most_rows=graph_rows,
                 most_blocks=longest if self.attention.by_length else None,
             )
-            if graphs
+            if graph_rows
             else None
         )
         return self.blocks
+
+    def release(self) -> None:
+        """Gives up what `allocate` has made room for."""
+        self.attention.pools.clear()
+        self._graphs = None
+
+    @property
+    def graphs_due(self) -> list[Bucket]:
+        """The buckets that a graph is to be captured for: those of a start, and after the bank has moved."""
+        return self._graphs.due(self.bank.version) if self._graphs else []
+
+    def want_graphs(self) -> list[Bucket]:
+        """From now on all graphs that can be known beforehand are due: these."""
+        if self._graphs:
+            self._graphs.want_all()
+        return self.graphs_due
+
+    def capture_graphs(self) -> None:
+        """Captures all graphs that can be known beforehand, with a progress bar."""
+        start, due = time.monotonic(), self.want_graphs()
+        if not due:
+            return
+        for _ in hf_logging.tqdm(due, desc="Capturing CUDA graphs", unit="graph"):
+            self.capture_next_graph()
+        log.info("CUDA graphs of %d sizes are captured, in %.1f s", len(due), time.monotonic() - start)
+
+    def capture_next_graph(self) -> None:
+        """Captures one of those that are due, between two steps."""
+        if self._graphs is None or not (due := self.graphs_due):
+            return
+        self.bank.clear()
+        self.steering.record(False)
+        self.steering.recording = True
+        try:
+            with torch.inference_mode():
+                self._graphs.capture(due[0], self.bank.version)
+        finally:
+            self.steering.recording = False
+            self.bank.take_counts()
 
     def execute_async(self, chunks: Chunks, after: InFlightStep | None = None) -> InFlightStep:
         """Launches a step. Never raises: errors come from `InFlightStep.result`. `after`: the step before, where its
@@ -158,23 +202,19 @@ class ModelRunner:
     def forward(self, chunks: Chunks, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Computes the chunks as one line of N tokens -> logits [wanted, vocab] in the model's dtype, of the last
         `num_rows` tokens of each chunk, and whether each token of the line was steered [N] int64, as the hooks
-        counted it. `ids`: the tokens [N] int64, where the host does not know them."""
+        counted it. `ids`: the tokens [N] int64, where the host does not know them. The next pass may write over the
+        logits."""
         tokens = sum(map(len, chunks))
-        static = self._graphs if self._graphs and self._graphs.fits(chunks) and not self.steering.traced else None
-        room = static.rows(chunks) if static else tokens
-        self.bank.reserve(room)
-        self._fill_bank(chunks, room)
+        self.bank.reserve(tokens)
+        graphs = self._graphs if self._graphs and self._graphs.fits(chunks) and not self.steering.traced else None
+        bucket = graphs.find(chunks, self.bank.version) if graphs else None
+        self._fill_bank(chunks, bucket.rows if bucket else tokens)
         if ids is None:
             known = [token for chunk in chunks for token in chunk.token_ids]
             ids = upload(np.array(known, dtype=np.int64), self.device)
         try:
             with torch.inference_mode():
-                if static:
-                    if static.prepare(chunks, ids, self.bank.version):
-                        self.bank.take_counts()  # passes that were only made to capture
-                    logits = static(chunks, ids)
-                else:
-                    logits = self._eager(chunks, ids)
+                logits = graphs(bucket, chunks, ids) if graphs and bucket else self._eager(chunks, ids)
         finally:
             # Taken even from a pass that failed, so that nothing is counted twice.
             counts = self.bank.take_counts(tokens)
@@ -194,8 +234,11 @@ class ModelRunner:
             config.num_hidden_layers = layers
 
     def recover(self) -> None:
-        """After a failed step; raises when the device does not answer any more."""
+        """After a failed step; raises when the device does not answer any more. What PyTorch keeps of the device's
+        memory for later is given back: what has failed for want of memory may be another library's."""
         self._sampler, self._sampled = None, []
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         torch.zeros(1, device=self.device).add_(1).item()
 
     # --- inside ---------------------------------------------------------------------------------
