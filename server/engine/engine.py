@@ -294,10 +294,17 @@ class Engine:
             chunks, step = ahead, following
 
     def _schedule_ahead(self, chunks: Chunks) -> Chunks:
-        """The step to begin while these chunks are computed: none where anybody else wants something."""
-        if not self._runner.overlaps or self._tasks or self._late is not None or not self._inbox.empty():
+        """The step to begin while these chunks are computed, with whoever has arrived by now: none where something is
+        to be done between two steps."""
+        if not self._runner.overlaps or self._down is not None:
             return ()
-        return self._scheduler.schedule_ahead(chunks)
+        self._receive(wait=False)
+        self._end_late()
+        if self._tasks or self._runner.graphs_due:
+            return ()
+        ahead = self._scheduler.schedule_ahead(chunks)
+        self.stats.sequences += self._outputs.admit(ahead)
+        return ahead
 
     def _process(self, chunks: Chunks, outputs: list[StepOutput]) -> None:
         self.stats.steps += 1
