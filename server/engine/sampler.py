@@ -83,8 +83,10 @@ class Sampler:
         self._frequency = column([params[row].frequency_penalty for row in penalised])
         self._presence = column([params[row].presence_penalty for row in penalised])
         self._adjusts = any(one.is_penalised or one.logit_bias or one.min_tokens for one in params)
-        self._top_k = upload(np.array([min(one.top_k or vocab, vocab) for one in params]), device)
-        self._top_p = column([one.top_p for one in params])
+        drawn = [row for row, one in enumerate(params) if one.temperature >= GREEDY_BELOW]
+        by_k = [row for row in drawn if 0 < params[row].top_k < vocab]
+        by_p = [row for row in drawn if row not in by_k and params[row].top_p < 1]
+        self._nuclei = [_Nuclei.of(rows, params, vocab, device) for rows in (by_k, by_p) if rows]
         self._min_p = column([one.min_p for one in params])
         self._keys = upload(_keys([(one.seed, one.choice) for one in params]).numpy(), device)
 
@@ -133,18 +135,11 @@ class Sampler:
         return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=scores.shape[-1] - 1)
 
     def _restrict(self, scores: Tensor) -> Tensor:
-        """Set what top_k, top_p and min_p exclude to -inf."""
-        params = self._params
-        if any(one.top_k or one.top_p < 1 for one in params):
-            ordered, order = scores.sort(dim=-1, descending=True, stable=True)
-            kth = ordered.gather(1, self._top_k[:, None] - 1)
-            ordered = ordered.masked_fill(ordered < kth, -torch.inf)
-            probabilities = torch.softmax(ordered, dim=-1)
-            # A token stays while the ones before it do not reach top_p yet; the first always stays.
-            excluded = (probabilities.cumsum(dim=-1) - probabilities >= self._top_p) & (self._top_p < 1)
-            excluded[:, 0] = False
-            scores = torch.empty_like(scores).scatter_(1, order, ordered.masked_fill(excluded, -torch.inf))
-        if any(one.min_p > 0 for one in params):
+        """Sets what top_k, top_p and min_p exclude to -inf, in place."""
+        for nuclei in self._nuclei:
+            part = scores[nuclei.rows]
+            scores.index_copy_(0, nuclei.rows, part.masked_fill(~nuclei.kept(part), -torch.inf))
+        if any(one.min_p > 0 for one in self._params):
             best = scores.amax(dim=-1, keepdim=True)
             scores = scores.masked_fill(scores < best + self._min_p.log(), -torch.inf)
         return scores
@@ -161,6 +156,52 @@ class Sampler:
             return SamplerOutput(tokens, finite, chosen, None, None)
         top = logprobs.topk(most, dim=-1)
         return SamplerOutput(tokens, finite, chosen, top.indices, top.values)
+
+
+@dataclass(frozen=True)
+class _Nuclei:
+    """Rows that draw from their likeliest tokens alone: top_k of them, and of those the first that reach top_p
+    together."""
+
+    rows: Tensor  # [n] int64
+    most: int  # tokens of each that have to be put in order: all of them only where top_p stands alone
+    top_k: Tensor  # [n, 1] int64
+    top_p: Tensor  # [n, 1] float32
+    whole: bool  # no row has a top_p
+
+    @classmethod
+    def of(cls, rows: list[int], params: Sequence[SamplingParams], vocab: int, device: torch.device) -> "_Nuclei":
+        top_k = np.array([[min(params[row].top_k or vocab, vocab)] for row in rows])
+        top_p = np.array([[params[row].top_p] for row in rows], dtype=np.float32)
+        most, whole = int(top_k.max()), bool((top_p >= 1).all())
+        return cls(upload(np.array(rows), device), most, upload(top_k, device), upload(top_p, device), whole)
+
+    def kept(self, scores: Tensor) -> Tensor:
+        """scores [n, vocab] -> bool. A token stays while the likelier ones do not reach top_p; the first always stays.
+        Of those that are equally likely the first come first, and all have a place among the top_k."""
+        if self.most < scores.shape[-1]:
+            ordered = scores.topk(self.most, dim=-1).values
+        else:
+            ordered = scores.sort(dim=-1, descending=True).values
+        best, kth, everything = ordered[:, :1], ordered.gather(1, self.top_k - 1), self.top_p >= 1
+        if self.whole:
+            return scores >= kth
+        # Sums in float64, so that rounding does not depend on other rows.
+        weights = (ordered - best).exp().masked_fill(ordered < kth, 0)
+        every = weights
+        if self.most < scores.shape[-1]:  # more may be as likely as the last of them
+            every = (scores - best).exp().masked_fill(scores < kth, 0)
+        total = every.sum(dim=-1, keepdim=True, dtype=torch.float64)
+        chances = weights / total
+        before = chances.cumsum(dim=-1) - chances
+        stays = (ordered >= kth) & ((before < self.top_p) | everything)
+        last = ordered.gather(1, (stays.sum(dim=-1, keepdim=True) - 1).clamp(min=0))
+        # As many of those that are as likely as the last one as have a place.
+        equal = scores == last
+        likelier = before.masked_fill(ordered != last, torch.inf).amin(dim=-1, keepdim=True)
+        rank = equal.cumsum(dim=-1, dtype=torch.int32) - 1
+        has_place = (likelier + rank * (last - best).exp() / total < self.top_p) | (rank == 0) | everything
+        return (scores > last) | (equal & has_place)
 
 
 class _Entries:

@@ -163,6 +163,61 @@ def test_a_batch_that_asks_for_none_of_them_pays_for_none() -> None:
     assert (adjusted - scores).nonzero().tolist() == [[1, 1]]
 
 
+def kept_by_sorting(scores: torch.Tensor, rule: SamplingParams) -> list[int]:
+    """What top_k and top_p leave of one row: all tokens are put in order, of equal ones the first come first."""
+    order = sorted(range(len(scores)), key=lambda token: (-float(scores[token]), token))
+    kth = float(scores[order[min(rule.top_k or VOCAB, VOCAB) - 1]])
+    left = [token for token in order if float(scores[token]) >= kth]
+    chances = torch.tensor([float(scores[token]) for token in left], dtype=torch.float64).softmax(-1)
+    before = (chances.cumsum(-1) - chances).tolist()
+    return sorted(
+        token
+        for place, (token, mass) in enumerate(zip(left, before, strict=True))
+        if not place or mass < rule.top_p or rule.top_p == 1
+    )
+
+
+@pytest.mark.parametrize("step", [None, 1.0, 0.25], ids=["no ties", "many ties", "some ties"])
+def test_what_is_excluded_is_what_a_sort_of_all_tokens_excludes(step: float | None) -> None:
+    """Logits of few bits have ties, also at the border."""
+    rules = [
+        SamplingParams(top_k=top_k, top_p=top_p)
+        for top_k in (0, 1, 3, 10, VOCAB - 1, VOCAB, 9 * VOCAB)
+        for top_p in (1e-6, 0.3, 0.5, 0.83, 0.999, 1.0)
+    ]
+    for seed in range(8):
+        scores = logits(len(rules), seed)
+        if step:
+            scores = (scores / step).round() * step
+        left = Sampler(rules, VOCAB, CPU)._restrict(scores.clone())
+        for row, rule in enumerate(rules):
+            kept = kept_by_sorting(scores[row], rule)
+            assert left[row].isfinite().nonzero()[:, 0].tolist() == kept, rule
+            assert torch.equal(left[row][kept], scores[row][kept])
+
+
+def test_no_more_tokens_are_put_in_order_than_a_row_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    ordered: list[tuple[int, int]] = []
+    real_topk, real_sort = torch.Tensor.topk, torch.Tensor.sort
+
+    def topk(scores: torch.Tensor, k: int, **more: Any) -> Any:
+        ordered.append((len(scores), k))
+        return real_topk(scores, k, **more)
+
+    def sort(scores: torch.Tensor, **more: Any) -> Any:
+        ordered.append(tuple(scores.shape))
+        return real_sort(scores, **more)
+
+    monkeypatch.setattr(torch.Tensor, "topk", topk)
+    monkeypatch.setattr(torch.Tensor, "sort", sort)
+    plain = [SamplingParams(), SamplingParams(min_p=0.1), SamplingParams(temperature=0, top_k=4, top_p=0.5)]
+    sample(plain, logits(3), [[0]] * 3, [0] * 3)
+    assert not ordered
+    rules = [*plain, SamplingParams(top_k=7, top_p=0.9), SamplingParams(top_k=3), SamplingParams(top_p=0.9)]
+    sample(rules, logits(6), [[0]] * 6, [0] * 6)
+    assert ordered == [(2, 7), (1, VOCAB)]
+
+
 def test_log_probabilities_are_those_of_the_model_whatever_is_asked_of_the_draw() -> None:
     rules = [SamplingParams(**{**vars(rule), "logprobs": 2}) for rule in RULES]
     scores = logits(len(rules))
