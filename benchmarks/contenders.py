@@ -74,7 +74,8 @@ class Ours:
         self.token_bytes = runner.attention.token_bytes
         size = block_size or choose_block_size(runner)
         num_blocks = -(-cache_tokens // size) if cache_tokens else max(8, 3 * rows // 2) * -(-context // size)
-        self.blocks = runner.allocate(num_blocks, size, graphs=self.bank.device.type == "cuda", max_model_len=context)
+        graph_rows = rows if self.bank.device.type == "cuda" else 0
+        self.blocks = runner.allocate(num_blocks, size, graph_rows=graph_rows, max_model_len=context)
         self.cache_bytes = sum(pool.keys.nbytes + pool.values.nbytes for pool in runner.attention.pools.values())
         self.unsteered = [SteeringParams()]
         self._handle = self.bank.add(columns(shape)) if loaded else None
@@ -88,6 +89,7 @@ class Ours:
         )
         self._names = itertools.count()
         self.engine.start()
+        self.engine.capture_graphs().result()
 
     def __call__(self, requests: abc.Sequence[Request]) -> None:
         self.answers(requests)

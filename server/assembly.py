@@ -44,6 +44,7 @@ def open_service(settings: Settings) -> Service:
     except ServerError as error:
         service.engine.stop()
         raise StartupError(f"The checkpoint {settings.checkpoint!r} cannot be used: {error.message}") from error
+    service.engine.capture_graphs().result()  # of the hooks of what has been loaded, and before anybody waits
     log.info("serving %s, checkpoint %s, after %.1f s", service.model, active, time.monotonic() - start)
     return service
 
@@ -84,22 +85,25 @@ def _build_service(settings: Settings, loaded: LoadedModel, chat_template: str |
     if chat_template is not None:
         loaded.tokenizer.chat_template = chat_template
     fits = fits_model(loaded.model, settings.served_name, settings.revision)
-    bank = ColumnBank(device=loaded.device, max_tokens=settings.max_num_batched_tokens)
+    limits = settings.step_limits(loaded.device.type)
+    bank = ColumnBank(device=loaded.device, max_tokens=limits.max_num_batched_tokens)
     runner = open_runner(loaded.model, bank, settings.served_name, native=settings.native)
     runner.steering.install()
     block_size = choose_block_size(runner, settings.block_size)
-    num_blocks = num_kv_cache_blocks(runner, block_size, settings, max_model_len=loaded.max_model_len)
     spread = is_spread(loaded.model)
     if spread:
         log.info("the model is spread over several devices: decoding steps are not captured in CUDA graphs")
-    graphs = loaded.device.type == "cuda" and not spread
-    blocks = runner.allocate(num_blocks, block_size, graphs=graphs, max_model_len=loaded.max_model_len)
+    graph_rows = limits.max_num_seqs if loaded.device.type == "cuda" and not spread else 0
+    num_blocks = num_kv_cache_blocks(
+        runner, block_size, settings, limits, graph_rows=graph_rows, max_model_len=loaded.max_model_len
+    )
+    blocks = runner.allocate(num_blocks, block_size, graph_rows=graph_rows, max_model_len=loaded.max_model_len)
     context = min(loaded.max_model_len or blocks.num_tokens, blocks.num_tokens)
     codec = Codec(loaded.tokenizer, vocab=loaded.vocab, context=context)
     scheduler = Scheduler(
         blocks,
-        max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
         max_num_logits=max_num_logits(runner.vocab_size),
     )
     engine = Engine(

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -43,6 +44,17 @@ def _checkpoints_folder() -> Path:
     return here if any(here.glob("*/*/config.json")) or not demo.exists() else demo
 
 
+@dataclass(frozen=True)
+class StepLimits:
+    """How much one forward pass computes at most."""
+
+    max_num_seqs: int  # texts
+    max_num_batched_tokens: int
+
+
+STEP_LIMITS = {"cpu": StepLimits(32, 512), "cuda": StepLimits(256, 8192)}  # where nothing is set
+
+
 class Settings(BaseSettings):
     """Everything that can be set about a server; `MATSTEER_PORT=9000` sets `port`."""
 
@@ -79,9 +91,14 @@ class Settings(BaseSettings):
     native: bool = Field(
         default=True, description="compute with kernels that a C++ compiler makes for this CPU, or Triton for this GPU"
     )
-    max_num_seqs: int = Field(default=32, ge=2, le=4096, description="texts generated together")
-    max_num_batched_tokens: int = Field(
-        default=512, ge=2, le=2**20, description="tokens of one forward pass: longer prompts are read in chunks"
+    max_num_seqs: int | None = Field(
+        default=None, ge=2, le=4096, description="texts generated together; unset: 256 on a GPU, 32 on a CPU"
+    )
+    max_num_batched_tokens: int | None = Field(
+        default=None,
+        ge=2,
+        le=2**20,
+        description="tokens of one forward pass: longer prompts are read in chunks; unset: 8192 on a GPU, 512 on a CPU",
     )
     kv_cache_mib: int = Field(
         default=0, ge=0, description="memory of the KV cache; 0: what cpu_kv_cache_share or gpu_memory_utilization say"
@@ -172,7 +189,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _every_text_has_its_token(self) -> Self:
-        if self.max_num_batched_tokens < self.max_num_seqs:
+        if self.max_num_seqs and self.max_num_batched_tokens and self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, but must be at least max_num_seqs, "
                 f"{self.max_num_seqs}"
@@ -184,6 +201,12 @@ class Settings(BaseSettings):
         if self.checkpoint is not None and not self.checkpoint.strip("@ "):
             raise ValueError("checkpoint must be NAME or NAME@VERSION, or not be set")
         return self
+
+    def step_limits(self, device_type: str) -> StepLimits:
+        """As they are set, else what suits a device ("cpu", "cuda"); one that is set bounds the other."""
+        usual = STEP_LIMITS.get(device_type, STEP_LIMITS["cpu"])
+        seqs = self.max_num_seqs or min(usual.max_num_seqs, self.max_num_batched_tokens or usual.max_num_seqs)
+        return StepLimits(seqs, self.max_num_batched_tokens or max(usual.max_num_batched_tokens, seqs))
 
     @property
     def model_path(self) -> str:

@@ -25,7 +25,8 @@ ServerError                      500  internal_error
 ├── QueueFull                    429  queue_full             rate_limit_exceeded      with Retry-After
 ├── ClientGone                   499  client_gone            (nobody is left to read it)
 ├── GenerationFailed             500  generation_failed
-│   └── NotFinite                500  not_finite
+│   ├── NotFinite                500  not_finite
+│   └── OutOfMemory              503  out_of_memory          with Retry-After
 ├── ChatTemplateUnusable         501  chat_template_unusable
 ├── EngineDown                   503  engine_down
 └── DeadlineExceeded             504  deadline_exceeded
@@ -208,6 +209,17 @@ class NotFinite(GenerationFailed):
     type = "not_finite"
 
 
+class OutOfMemory(GenerationFailed):
+    """The device had no memory for a step; the same request may well find some later."""
+
+    status = 503
+    type = "out_of_memory"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": "1"}
+
+
 class ChatTemplateUnusable(ServerError):
     """The server's chat template fails, or leaves out what a message says: for the operator to mend, not the client."""
 
@@ -223,3 +235,20 @@ class EngineDown(ServerError):
 class DeadlineExceeded(ServerError):
     status = 504
     type = "deadline_exceeded"
+
+
+OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch, or a library that it calls, found no memory on a device, in whatever words they say so."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def failure_of(error: Exception, what: str) -> GenerationFailed:
+    """What the clients are told whose work on the model failed. `what` it was, as in "this request's batch"."""
+    if is_out_of_memory(error):
+        return OutOfMemory(f"The device ran out of memory on {what}; try again later, or with less.")
+    return GenerationFailed(f"The model failed on {what}; try again.")

@@ -17,7 +17,7 @@ from server.engine.sequence import SamplingParams, ScheduledChunk, Sequence
 from server.errors import StartupError
 
 if TYPE_CHECKING:  # an engine without a server needs no pydantic
-    from server.config import Settings
+    from server.config import Settings, StepLimits
 
 log = logging.getLogger(__name__)
 CGROUP = Path("/sys/fs/cgroup")
@@ -37,11 +37,18 @@ def choose_block_size(runner: ModelRunner, wanted: int | None = None) -> int:
 
 
 def num_kv_cache_blocks(
-    runner: ModelRunner, block_size: int, settings: "Settings", *, max_model_len: int | None = None
+    runner: ModelRunner,
+    block_size: int,
+    settings: "Settings",
+    limits: "StepLimits",
+    *,
+    graph_rows: int = 0,
+    max_model_len: int | None = None,
 ) -> int:
-    """How many blocks the KV cache has, by `kv_cache_mib`, or by what is free on a device: beyond the largest step, and
-    up to `gpu_memory_utilization` of all memory on a GPU, or `cpu_kv_cache_share` of what is free on a CPU. Not more
-    than twice what `max_num_seqs` texts of `max_model_len` tokens can use.
+    """How many blocks the KV cache has, by `kv_cache_mib`, or by what is free on a device: beyond the largest step and
+    the CUDA graphs of steps of up to `graph_rows` sequences, and up to `gpu_memory_utilization` of all memory on a GPU,
+    or `cpu_kv_cache_share` of what is free on a CPU. Not more than twice what `max_num_seqs` texts of `max_model_len`
+    tokens can use.
 
     Raises StartupError where not even a short text fits.
     """
@@ -49,7 +56,10 @@ def num_kv_cache_blocks(
     tokens = settings.kv_cache_mib * 2**20 // token if settings.kv_cache_mib else _num_free_tokens(runner, settings, {})
     if not settings.kv_cache_mib and tokens >= block_size:
         longest = min(max_model_len or tokens, tokens)
-        tokens = _num_free_tokens(runner, settings, profile_run(runner, block_size, settings, longest))
+        peaks = profile_run(runner, block_size, limits, longest)
+        if graph_rows:
+            peaks[runner.device] += profile_graphs(runner, block_size, graph_rows)
+        tokens = _num_free_tokens(runner, settings, peaks)
     if tokens < max(SMALLEST_CACHE, block_size):
         raise StartupError(
             f"There is no memory for keys and values: a token takes {token} bytes, and {max(0, tokens) * token} are to "
@@ -60,11 +70,11 @@ def num_kv_cache_blocks(
         log.warning("texts may have %d tokens, not %d: there is no memory for more", tokens, max_model_len)
     blocks = tokens // block_size
     # More than twice what the sequences can use would serve repeated prompts only.
-    return min(blocks, 2 * settings.max_num_seqs * -(-max_model_len // block_size)) if max_model_len else blocks
+    return min(blocks, 2 * limits.max_num_seqs * -(-max_model_len // block_size)) if max_model_len else blocks
 
 
-def profile_run(runner: ModelRunner, block_size: int, settings: "Settings", longest: int) -> dict[torch.device, int]:
-    """Computes the largest step that the settings allow, and returns the memory that it takes on each device beside
+def profile_run(runner: ModelRunner, block_size: int, limits: "StepLimits", longest: int) -> dict[torch.device, int]:
+    """Computes the largest step that the limits allow, and returns the memory that it takes on each device beside
     weights and KV cache, in bytes: beside a token of `max_num_seqs` texts, each to be sampled from, the end of a text
     that is scored, all of `longest` tokens, `max_num_batched_tokens` together. On a CPU only up to the first layer of
     each kind: the next ones take no more, and would take minutes in a large model.
@@ -72,7 +82,7 @@ def profile_run(runner: ModelRunner, block_size: int, settings: "Settings", long
     Raises StartupError where it does not fit.
     """
     runner.allocate(1, block_size)  # every block of the texts is this one: what it holds does not matter
-    chunks = _largest_step(runner, settings, longest)
+    chunks = _largest_step(runner, limits, longest)
     devices = {runner.device} | {shape.device for shape in runner.attention.shapes.values()}
     tokens = sum(map(len, chunks))
     try:
@@ -85,18 +95,35 @@ def profile_run(runner: ModelRunner, block_size: int, settings: "Settings", long
             f"fails: {str(error).splitlines()[0]}. Set MATSTEER_MAX_NUM_BATCHED_TOKENS or MATSTEER_MAX_NUM_SEQS lower."
         ) from error
     finally:
-        runner.attention.pools.clear()
-        if runner.device.type == "cuda":
-            torch.cuda.empty_cache()
+        _release(runner)
     log.info("the largest step, of %d tokens, takes %d MiB beside the weights", tokens, max(peaks.values()) // 2**20)
     return peaks
 
 
-def _largest_step(runner: ModelRunner, settings: "Settings", longest: int) -> tuple[ScheduledChunk, ...]:
+def profile_graphs(runner: ModelRunner, block_size: int, rows: int) -> int:
+    """The memory that the CUDA graphs of steps of up to so many sequences will take, in bytes: the largest two are
+    captured, and the others, which compute in the same memory, will each add as much as the second. They cannot all be
+    captured yet: they are for the KV cache's addresses. (As vLLM estimates it.)"""
+    runner.allocate(1, block_size, graph_rows=rows, max_model_len=block_size)
+    taken: list[int] = []
+    try:
+        wanted = runner.want_graphs()
+        for _ in wanted[:2]:
+            free = _free_bytes(runner.device)
+            runner.capture_next_graph()
+            taken.append(max(0, free - _free_bytes(runner.device)))
+    finally:
+        _release(runner)
+    bytes_ = sum(taken[:1]) + sum(taken[1:]) * (len(wanted) - 1)
+    log.info("CUDA graphs of %d sizes will take about %d MiB", len(wanted), bytes_ // 2**20)
+    return bytes_
+
+
+def _largest_step(runner: ModelRunner, limits: "StepLimits", longest: int) -> tuple[ScheduledChunk, ...]:
     most = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.1, logprobs=MOST_LOGPROBS)
-    decodes = [Sequence("profile", index, (0,) * longest, most) for index in range(settings.max_num_seqs)]
+    decodes = [Sequence("profile", index, (0,) * longest, most) for index in range(limits.max_num_seqs)]
     chunks = [ScheduledChunk(one, longest - 1, longest) for one in decodes]
-    tokens = min(longest, settings.max_num_batched_tokens - len(chunks))
+    tokens = min(longest, limits.max_num_batched_tokens - len(chunks))
     if tokens:
         wanted = min(tokens, max_num_logits(runner.vocab_size))
         scored = Sequence("profile", len(chunks), (0,) * (longest - wanted + 1), most, continuation=(0,) * wanted)
@@ -104,6 +131,13 @@ def _largest_step(runner: ModelRunner, settings: "Settings", longest: int) -> tu
     for chunk in chunks:
         chunk.sequence.block_table = [0] * runner.blocks.blocks_for(longest)
     return tuple(chunks)
+
+
+def _release(runner: ModelRunner) -> None:
+    """Whatever was made room for."""
+    runner.release()
+    if runner.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 # --- what is free, and what was taken -------------------------------------------------------------
@@ -120,9 +154,15 @@ def _num_free_tokens(runner: ModelRunner, settings: "Settings", peaks: dict[torc
 def _cache_bytes(device: torch.device, settings: "Settings", peak: int) -> int:
     """What the cache may take of a device where a step takes `peak` bytes."""
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return free - peak - int(total * (1 - settings.gpu_memory_utilization))
+        _, total = torch.cuda.mem_get_info(device)
+        return _free_bytes(device) - peak - int(total * (1 - settings.gpu_memory_utilization))
     return int((min(psutil.virtual_memory().available, _container_bytes()) - peak) * settings.cpu_kv_cache_share)
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Of a GPU."""
+    torch.cuda.synchronize(device)
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def _container_bytes() -> int:

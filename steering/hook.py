@@ -34,6 +34,7 @@ class Steering:
         self.bank = bank
         self.traced = traced
         self.native = native and can_fuse(bank.device)
+        self.recording = False  # passes are recorded for batches to come: what this one asks for must not matter
         self.traces: dict[Site, Tensor] = {}
         self._hooks: dict[Site, RemovableHandle] = {}
         self._installed = False
@@ -135,7 +136,7 @@ class Steering:
         if n > bank.max_tokens:
             raise HookError(f"a forward pass of {n} tokens met a bank for {bank.max_tokens}: reserve more")
         all_keep = False
-        if not _recorded(bank.device):
+        if not (self.recording or _recorded(bank.device)):
             all_keep = at.all_keep
             if n < bank.filled:
                 raise HookError(

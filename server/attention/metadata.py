@@ -269,7 +269,7 @@ class DecodeMetadata:
         places = np.zeros((2, rows), dtype=np.int64)
         places[1] = 1
         held = [(chunk.block_table or ())[:blocks] for chunk in chunks]
-        tables = np.full((rows, max(map(len, held))), padding_block, dtype=np.int32)  # the rest is not read
+        tables = np.full((rows, max(map(len, held), default=1)), padding_block, dtype=np.int32)  # the rest is not read
         for row, (chunk, table) in enumerate(zip(chunks, held, strict=True)):
             places[:, row] = chunk.start, chunk.end
             tables[row, : len(table)] = table

@@ -1,36 +1,51 @@
 """Decoding steps from CUDA graphs: the same kernels without the host's work in between.
 
 A graph replays fixed shapes at fixed addresses. So a step of single tokens is put into static buffers of the next
-larger bucket: sequences up to a power of two. Where a kernel reads each row to its own length, one bucket serves texts
-of any length; where blocks are gathered, a bucket is also of the blocks of the longest text, up to a power of two.
-Sampling stays outside.
+larger bucket. Where a kernel reads each row to its own length, a bucket is of rows alone, serves texts of any length,
+and all buckets are captured at the start. Where blocks are gathered, a bucket is also of the blocks of the longest
+text, up to a power of two, and is captured after the first step that would have used it. Sampling stays outside.
 
-Graphs are captured when they are first needed and again when the bank's buffers have moved (`ColumnBank.version`). On a
-CPU, where nothing is captured, `CudaGraphs` runs the same static step as it is: that is how tests reach it.
+Captures happen between steps, one at a time, the largest first: it serves all rows until the others are there. When the
+bank's buffers have moved (`ColumnBank.version`), what was captured before is due again. A step that no graph serves is
+computed like any other. On a CPU, where nothing is captured, `CudaGraphs` runs the same static steps as they are: that
+is how tests reach them.
 """
 
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from server.attention.metadata import DecodeMetadata
 from server.engine.sequence import ScheduledChunk
+from server.errors import is_out_of_memory
 
 log = logging.getLogger(__name__)
 WARMUPS = 2  # passes before a capture, in which libraries set themselves up
 Chunks = tuple[ScheduledChunk, ...]
 
 
+class Bucket(NamedTuple):
+    """What a static step has room for."""
+
+    rows: int
+    blocks: int  # of each row
+
+
 @dataclass(frozen=True)
 class _Captured:
     metadata: DecodeMetadata
-    logits: Tensor | None  # the graph's output; None: nothing was captured
-    graph: Any
+    graph: Any  # None: nothing was captured
     version: int  # of the bank
+
+
+def capture_sizes(most: int) -> list[int]:
+    """Rows of the buckets, as vLLM's `cudagraph_capture_sizes`: 1, 2, 4, then steps of 8, from 256 on of 16."""
+    sizes = [1, 2, 4, *range(8, 256, 8), *range(256, most, 16)]
+    return [*(size for size in sizes if size < most), most]
 
 
 class CudaGraphs:
@@ -43,6 +58,7 @@ class CudaGraphs:
         *,
         block_size: int,
         padding_block: int,
+        most_rows: int,
         most_blocks: int | None,
     ) -> None:
         """`padding_block`: a block that belongs to no sequence, for the rows of a bucket that have nothing to do.
@@ -51,81 +67,106 @@ class CudaGraphs:
         self._device = device
         self._block_size = block_size
         self._idle_block = padding_block
+        self._sizes = capture_sizes(most_rows)
         self._most_blocks = most_blocks
-        self._captures = True
+        self._wanted: dict[Bucket, None] = {}
+        self._captured: dict[Bucket, _Captured] = {}
+        self._no_memory: dict[Bucket, int] = {}  # the bank's version for which a bucket could not be captured
+        self._unable = False
         self._pool: Any = None  # memory that all graphs share
-        self._captured: dict[tuple[int, int], _Captured] = {}
+        self._logits: Tensor | None = None  # [most rows, vocab]: what all graphs write to
 
     @staticmethod
     def fits(chunks: Chunks) -> bool:
         """Whether a step is one of single tokens, each to be sampled from."""
         return all(len(chunk) == 1 and chunk.is_sampled for chunk in chunks)
 
-    @staticmethod
-    def rows(chunks: Chunks) -> int:
-        """The bucket's rows: as many tokens have to be filled in the bank."""
-        return _power_of_two(len(chunks))
+    def want_all(self) -> None:
+        """From now on the buckets of all rows are due, where they are known beforehand."""
+        if self._most_blocks:
+            self._wanted = {Bucket(rows, self._most_blocks): None for rows in reversed(self._sizes)}
 
-    def prepare(self, chunks: Chunks, ids: Tensor, version: int) -> bool:
-        """Captures the bucket of these chunks unless it has been, with the bank at `version`; says whether it did."""
-        bucket = self._bucket(chunks)
-        captured = self._captured.get(bucket)
-        if captured is not None and captured.version == version:
-            return False
-        metadata = captured.metadata if captured else DecodeMetadata.empty(*bucket, self._device)
-        self._fill(metadata, chunks, ids)
-        self._captured[bucket] = self._capture(metadata, version)
-        return True
+    def due(self, version: int) -> list[Bucket]:
+        """What is to be captured with the bank at `version`, in this order."""
+        return [
+            bucket
+            for bucket in self._wanted
+            if self._no_memory.get(bucket) != version and not self._is_captured(bucket, version)
+        ]
 
-    def __call__(self, chunks: Chunks, ids: Tensor) -> Tensor:
-        """ids [chunks] -> logits [chunks, vocab], after `prepare`. The bank has been filled for `rows` tokens."""
-        captured = self._captured[self._bucket(chunks)]
-        self._fill(captured.metadata, chunks, ids)
-        if captured.logits is None:
+    def capture(self, bucket: Bucket, version: int) -> None:
+        """Captures a bucket, with the bank at `version`, between two steps. Where there is no memory for it, larger
+        ones serve its rows, or none."""
+        before = self._captured.pop(bucket, None)  # its memory is free again
+        metadata = before.metadata if before else DecodeMetadata.empty(*bucket, self._device)
+        metadata.fill((), torch.empty(0, dtype=torch.int64, device=self._device), self._idle_block)
+        before = None
+        try:
+            self._captured[bucket] = _Captured(metadata, self._record(metadata), version)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                log.warning("there is no memory for the CUDA graph of %d rows", bucket.rows)
+                self._no_memory[bucket] = version
+            else:  # a model whose host code looks at the device's values
+                log.warning("decoding steps are not captured in CUDA graphs: %s", str(error).splitlines()[0])
+                self._wanted, self._captured, self._unable = {}, {}, True
+
+    def find(self, chunks: Chunks, version: int) -> Bucket | None:
+        """The smallest bucket for these chunks that has been captured with the bank at `version`."""
+        longest = max(-(-chunk.end // self._block_size) for chunk in chunks)
+        if self._most_blocks is None:
+            longest = 1 << (longest - 1).bit_length()
+            rows = next((size for size in self._sizes if size >= len(chunks)), None)
+            if rows and not self._unable:
+                self._wanted.setdefault(Bucket(rows, longest))
+        return min(
+            (
+                bucket
+                for bucket in self._captured
+                if bucket.rows >= len(chunks) and bucket.blocks >= longest and self._is_captured(bucket, version)
+            ),
+            key=lambda bucket: (bucket.blocks, bucket.rows),
+            default=None,
+        )
+
+    def __call__(self, bucket: Bucket, chunks: Chunks, ids: Tensor) -> Tensor:
+        """ids [chunks] -> logits [chunks, vocab], which the next static step writes over. The bank has been filled for
+        the bucket's rows."""
+        captured = self._captured[bucket]
+        captured.metadata.fill([chunk.layout for chunk in chunks], ids, self._idle_block)
+        if captured.graph is None:
             return self._run(captured.metadata)[: len(chunks)]
         captured.graph.replay()
-        return captured.logits[: len(chunks)].clone()  # the next replay writes over it
+        assert self._logits is not None, "made with the first graph"
+        return self._logits[: len(chunks)]
 
-    def _fill(self, metadata: DecodeMetadata, chunks: Chunks, ids: Tensor) -> None:
-        metadata.fill([chunk.layout for chunk in chunks], ids, self._idle_block)
+    def _is_captured(self, bucket: Bucket, version: int) -> bool:
+        captured = self._captured.get(bucket)
+        return captured is not None and captured.version == version
 
-    def _bucket(self, chunks: Chunks) -> tuple[int, int]:
-        """Rows, and blocks that their tables have room for."""
-        longest = max(-(-chunk.end // self._block_size) for chunk in chunks)
-        if self._most_blocks and longest <= self._most_blocks:
-            return self.rows(chunks), self._most_blocks
-        return self.rows(chunks), _power_of_two(longest)
-
-    def _capture(self, metadata: DecodeMetadata, version: int) -> _Captured:
-        if self._device.type != "cuda" or not self._captures:
-            return _Captured(metadata, None, None, version)
-        try:
-            return self._record(metadata, version)
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # a model whose host code looks at the device's values
-            log.warning("decoding steps are not captured in CUDA graphs: %s", str(error).splitlines()[0])
-            self._captures = False
-            return _Captured(metadata, None, None, version)
-
-    def _record(self, metadata: DecodeMetadata, version: int) -> _Captured:
+    def _record(self, metadata: DecodeMetadata) -> Any:
+        if self._device.type != "cuda":
+            self._run(metadata)
+            return None
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             for _ in range(WARMUPS):
-                self._run(metadata)
+                logits = self._run(metadata)
         torch.cuda.current_stream(self._device).wait_stream(stream)
+        if self._logits is None:
+            self._logits = logits.new_empty(self._sizes[-1], logits.shape[-1])
+        del logits
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        # Other threads may load a checkpoint meanwhile: what they ask of CUDA is none of this capture's business.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits = self._run(metadata)
-        self._pool = self._pool or graph.pool()
-        return _Captured(metadata, logits, graph, version)
+            self._logits[: len(logits)].copy_(logits)
+            del logits
+        return graph
 
     def _run(self, metadata: DecodeMetadata) -> Tensor:
         metadata.begin()
         return self._forward(metadata.inputs[:1].long(), metadata.inputs[1:2].long(), metadata)
-
-
-def _power_of_two(number: int) -> int:
-    """The next one."""
-    return 1 << (number - 1).bit_length()

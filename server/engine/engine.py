@@ -32,11 +32,11 @@ from server.engine.tasks import EngineTask, TaskFuture, TaskQueue
 from server.errors import (
     DeadlineExceeded,
     EngineDown,
-    GenerationFailed,
     NotFinite,
     PromptTooLong,
     QueueFull,
     ServerError,
+    failure_of,
 )
 from server.tokenizer import Decode
 
@@ -183,6 +183,10 @@ class Engine:
             self._inbox.put(EngineTask(work, future))
         return future
 
+    def capture_graphs(self) -> Future[None]:
+        """Capture all CUDA graphs that can be known beforehand, so that no client waits for one. Raises EngineDown."""
+        return self.call(self._runner.capture_graphs)
+
     def score(
         self,
         texts: list[tuple[tuple[int, ...], tuple[int, ...]]],
@@ -207,14 +211,18 @@ class Engine:
     # --- the engine's thread --------------------------------------------------------------------
 
     def step(self, *, wait: bool = False) -> None:
-        """One turn of the loop: messages, a task between steps, a forward pass. `wait`: for a message, where there is
-        nothing to do."""
+        """One turn of the loop: messages, a task between steps or the capture of a graph, a forward pass. `wait`: for a
+        message, where there is nothing to do."""
         self._receive(wait)
         self._end_late()
         if self._tasks:
             self._outputs.flush()
             with self._busy():
                 self._tasks.run_next()
+        elif self._runner.graphs_due:
+            self._outputs.flush()
+            with self._busy():
+                self._runner.capture_next_graph()
         if chunks := self._scheduler.schedule():
             self._execute(chunks)
         else:
@@ -231,7 +239,7 @@ class Engine:
 
     def _receive(self, wait: bool) -> None:
         """Take in what has arrived; with nothing to do wait for it."""
-        if wait and self._scheduler.idle and not self._tasks:
+        if wait and self._scheduler.idle and not self._tasks and not self._runner.graphs_due:
             self._outputs.flush()
             self._take(self._inbox.get())
         while (message := self._poll()) is not None:
@@ -286,10 +294,17 @@ class Engine:
             chunks, step = ahead, following
 
     def _schedule_ahead(self, chunks: Chunks) -> Chunks:
-        """The step to begin while these chunks are computed: none where anybody else wants something."""
-        if not self._runner.overlaps or self._tasks or self._late is not None or not self._inbox.empty():
+        """The step to begin while these chunks are computed, with whoever has arrived by now: none where something is
+        to be done between two steps."""
+        if not self._runner.overlaps or self._down is not None:
             return ()
-        return self._scheduler.schedule_ahead(chunks)
+        self._receive(wait=False)
+        self._end_late()
+        if self._tasks or self._runner.graphs_due:
+            return ()
+        ahead = self._scheduler.schedule_ahead(chunks)
+        self.stats.sequences += self._outputs.admit(ahead)
+        return ahead
 
     def _process(self, chunks: Chunks, outputs: list[StepOutput]) -> None:
         self.stats.steps += 1
@@ -330,7 +345,7 @@ class Engine:
         uncopied = {copy.target for copy in blocks.pending_copies}
         touched = [chunk.sequence for chunk in chunks if chunk.sequence.block_table]
         touched += [one for one in self._scheduler.running if not uncopied.isdisjoint(one.block_table)]
-        self._forget(touched, GenerationFailed("The model failed on this request's batch; try again."))
+        self._forget(touched, failure_of(error, "this request's batch"))
         # It may have written anywhere before it failed. Nobody wants the copies any more.
         blocks.reset_prefix_cache()
         blocks.pending_copies.clear()

@@ -2,21 +2,25 @@
 model."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import logging
+import time
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from transformers.utils import logging as hf_logging
 
 from server.attention.backend import NAME, Attention
 from server.attention.metadata import ForwardMetadata
 from server.engine.block_manager import BlockManager
-from server.engine.cuda_graphs import CudaGraphs
-from server.engine.sampler import Sampler, SamplerOutput
+from server.engine.cuda_graphs import Bucket, CudaGraphs
+from server.engine.sampler import PenalisedText, Sampler, SamplerOutput, TokenCounts
 from server.engine.scoring import PendingScores, score_chunks
 from server.engine.sequence import (
     ColumnTrace,
@@ -32,28 +36,44 @@ from steering.bank import ColumnBank, upload
 from steering.hook import Steering
 from steering.types import SequenceSteering
 
+log = logging.getLogger(__name__)
 Chunks = tuple[ScheduledChunk, ...]
 
 
 class HostCopy:
-    """Numbers on their way from the device."""
+    """Tensors on their way from the device, in one copy."""
 
-    def __init__(self, numbers: Tensor) -> None:
-        """numbers: [N] int64."""
+    def __init__(self, tensors: Mapping[Hashable, Tensor]) -> None:
+        """All on one device; what becomes of them afterwards does not matter."""
+        self._kinds = {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()}
+        self._bytes = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors.values()])
         self._ready: Any = None
-        self._numbers = numbers
-        if numbers.device.type == "cuda":
-            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-            self._numbers.copy_(numbers, non_blocking=True)
+        if self._bytes.device.type == "cuda":
+            on_device, device = self._bytes, self._bytes.device
+            self._bytes = torch.empty(on_device.shape, dtype=torch.uint8, pin_memory=True)
+            self._bytes.copy_(on_device, non_blocking=True)
             self._ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._ready.record(torch.cuda.current_stream(numbers.device))
+            self._ready.record(torch.cuda.current_stream(device))
 
-    def numbers(self) -> list[int]:
+    def arrays(self) -> dict[Hashable, NDArray[Any]]:
         """Waits until they are here. Raises what the device's computation raised."""
         if self._ready is not None:
             self._ready.synchronize()
-        found: list[int] = self._numbers.tolist()
+        found: dict[Hashable, NDArray[Any]] = {}
+        numbers, start = self._bytes.numpy(), 0
+        for key, (shape, dtype) in self._kinds.items():
+            end = start + shape.numel() * dtype.itemsize
+            found[key] = numbers[start:end].view(_NUMPY[dtype]).reshape(shape)
+            start = end
         return found
+
+
+_NUMPY: dict[torch.dtype, Any] = {
+    torch.int64: np.int64,
+    torch.float64: np.float64,
+    torch.float32: np.float32,
+    torch.bool: np.bool_,
+}
 
 
 @dataclass(frozen=True)
@@ -61,38 +81,49 @@ class InFlightStep:
     """A step that the device computes."""
 
     chunks: Chunks
-    sampling: Mapping[ScheduledChunk, int] = field(default_factory=dict)  # chunks to their last tokens' places
+    sampling: tuple[ScheduledChunk, ...] = ()  # those after which a token is sampled
+    unchecked: tuple[ScheduledChunk, ...] = ()  # those whose logits nobody wants: they are only checked
     sampled: SamplerOutput | None = None
     scores: PendingScores | None = None
     copy: HostCopy | None = None
-    traces: Callable[[Sequence, int], tuple[ColumnTrace, ...]] = lambda sequence, place: ()
     error: Exception | None = None  # instead of all that
 
-    def next_ids(self, chunks: Chunks) -> Tensor:
-        """What this step samples for the sequences of chunks that continue it, [chunks] int64, on the device."""
-        if self.sampled is None:
-            raise self.error or ValueError("nothing continues a step that samples nothing")
-        places = {chunk.sequence: index for index, chunk in enumerate(self.sampling)}
-        wanted = [places[chunk.sequence] for chunk in chunks]
-        if wanted == list(range(len(places))):
-            return self.sampled.tokens
-        return self.sampled.tokens[upload(np.array(wanted), self.sampled.tokens.device)]
+    def next_ids(self, chunks: Chunks) -> Tensor | None:
+        """The tokens of the chunks that follow it, [N] int64, on the device, where those are that it samples; None: the
+        host knows all of them."""
+        if self.error is not None:
+            raise self.error
+        rows = {chunk.sequence: row for row, chunk in enumerate(self.sampling)}
+        known, places, wanted = [], [], []
+        for chunk in chunks:
+            known += chunk.token_ids
+            if chunk.end > len(chunk.sequence.token_ids):
+                places.append(len(known))
+                wanted.append(rows[chunk.sequence])
+                known.append(0)
+        if self.sampled is None or not wanted:
+            return None
+        tokens = self.sampled.tokens
+        if wanted == list(range(len(known))) == list(range(len(tokens))):
+            return tokens
+        ids = upload(np.array(known, dtype=np.int64), tokens.device)
+        into, of = upload(np.array([places, wanted], dtype=np.int64), tokens.device)
+        return ids.index_copy_(0, into, tokens[of])
 
     def result(self) -> list[StepOutput]:
         """Of each chunk, in order. Waits for the device. Raises what its computation raised."""
         if self.copy is None:
             raise self.error or ValueError("this step was never begun")
-        numbers = iter(self.copy.numbers())
-        steered = [list(islice(numbers, len(chunk))) for chunk in self.chunks]
-        sequences = [chunk.sequence for chunk in self.sampling]
-        traces = [self.traces(chunk.sequence, place) for chunk, place in self.sampling.items()]
-        token_ids = list(islice(numbers, len(sequences)))
-        tokens = iter(_sampled_tokens(sequences, self.sampled, token_ids, traces) if self.sampled else ())
-        finite = dict(zip([*self.sampling, *_without_logits(self.chunks)], map(bool, numbers), strict=True))
-        scored = self.scores.result() if self.scores else {}
-        finite |= {chunk: found.finite for chunk, found in scored.items()}
+        found = self.copy.arrays()
+        counts = iter(found["steered"].tolist())
+        steered = [list(islice(counts, len(chunk))) for chunk in self.chunks]
+        sampled = dict(zip(self.sampling, _sampled_tokens(self.sampling, found), strict=True))
+        finite: dict[ScheduledChunk, bool] = dict(zip(self.sampling, found["finite"].tolist(), strict=True))
+        finite |= zip(self.unchecked, found["checked"].tolist(), strict=True)
+        scored = self.scores.result(found) if self.scores else {}
+        finite |= {chunk: one.finite for chunk, one in scored.items()}
         return [
-            StepOutput(counts, next(tokens) if chunk in self.sampling else None, scored.get(chunk), finite[chunk])
+            StepOutput(counts, sampled.get(chunk), scored.get(chunk), finite[chunk])
             for chunk, counts in zip(self.chunks, steered, strict=True)
         ]
 
@@ -118,6 +149,7 @@ class ModelRunner:
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._sampler: Sampler | None = None
         self._sampled: list[Sequence] = []  # those that it was made for
+        self._texts = TokenCounts(self.vocab_size, self.device)  # of those that are penalised
         model.set_attn_implementation(NAME)
 
     @property
@@ -126,11 +158,11 @@ class ModelRunner:
         return self.device.type == "cuda"
 
     def allocate(
-        self, num_blocks: int, block_size: int, *, graphs: bool = False, max_model_len: int | None = None
+        self, num_blocks: int, block_size: int, *, graph_rows: int = 0, max_model_len: int | None = None
     ) -> BlockManager:
-        """Makes room for keys and values; returns who hands it out. `graphs`: decoding steps have static shapes, and
-        are replayed from CUDA graphs where the device has them. `max_model_len`: tokens of the longest text; None: as
-        many as there is room for."""
+        """Makes room for keys and values; returns who hands it out. `graph_rows`: decoding steps of up to so many
+        sequences have static shapes once `capture_graphs` has been called, and are replayed from CUDA graphs where the
+        device has them. `max_model_len`: tokens of the longest text; None: as many as there is room for."""
         self.blocks = BlockManager(num_blocks, block_size)
         self.attention.allocate(num_blocks + 1, block_size)  # the last one is for rows of a graph that are idle
         longest = min(num_blocks, self.blocks.blocks_for(max_model_len)) if max_model_len else num_blocks
@@ -140,12 +172,53 @@ class ModelRunner:
                 self.device,
                 block_size=block_size,
                 padding_block=num_blocks,
+                most_rows=graph_rows,
                 most_blocks=longest if self.attention.by_length else None,
             )
-            if graphs
+            if graph_rows
             else None
         )
         return self.blocks
+
+    def release(self) -> None:
+        """Gives up what `allocate` has made room for."""
+        self.attention.pools.clear()
+        self._graphs = None
+        self._forget_samples()
+
+    @property
+    def graphs_due(self) -> list[Bucket]:
+        """The buckets that a graph is to be captured for: those of a start, and after the bank has moved."""
+        return self._graphs.due(self.bank.version) if self._graphs else []
+
+    def want_graphs(self) -> list[Bucket]:
+        """From now on all graphs that can be known beforehand are due: these."""
+        if self._graphs:
+            self._graphs.want_all()
+        return self.graphs_due
+
+    def capture_graphs(self) -> None:
+        """Captures all graphs that can be known beforehand, with a progress bar."""
+        start, due = time.monotonic(), self.want_graphs()
+        if not due:
+            return
+        for _ in hf_logging.tqdm(due, desc="Capturing CUDA graphs", unit="graph"):
+            self.capture_next_graph()
+        log.info("CUDA graphs of %d sizes are captured, in %.1f s", len(due), time.monotonic() - start)
+
+    def capture_next_graph(self) -> None:
+        """Captures one of those that are due, between two steps."""
+        if self._graphs is None or not (due := self.graphs_due):
+            return
+        self.bank.clear()
+        self.steering.record(False)
+        self.steering.recording = True
+        try:
+            with torch.inference_mode():
+                self._graphs.capture(due[0], self.bank.version)
+        finally:
+            self.steering.recording = False
+            self.bank.take_counts()
 
     def execute_async(self, chunks: Chunks, after: InFlightStep | None = None) -> InFlightStep:
         """Launches a step. Never raises: errors come from `InFlightStep.result`. `after`: the step before, where its
@@ -158,23 +231,19 @@ class ModelRunner:
     def forward(self, chunks: Chunks, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Computes the chunks as one line of N tokens -> logits [wanted, vocab] in the model's dtype, of the last
         `num_rows` tokens of each chunk, and whether each token of the line was steered [N] int64, as the hooks
-        counted it. `ids`: the tokens [N] int64, where the host does not know them."""
+        counted it. `ids`: the tokens [N] int64, where the host does not know them. The next pass may write over the
+        logits."""
         tokens = sum(map(len, chunks))
-        static = self._graphs if self._graphs and self._graphs.fits(chunks) and not self.steering.traced else None
-        room = static.rows(chunks) if static else tokens
-        self.bank.reserve(room)
-        self._fill_bank(chunks, room)
+        self.bank.reserve(tokens)
+        graphs = self._graphs if self._graphs and self._graphs.fits(chunks) and not self.steering.traced else None
+        bucket = graphs.find(chunks, self.bank.version) if graphs else None
+        self._fill_bank(chunks, bucket.rows if bucket else tokens)
         if ids is None:
             known = [token for chunk in chunks for token in chunk.token_ids]
             ids = upload(np.array(known, dtype=np.int64), self.device)
         try:
             with torch.inference_mode():
-                if static:
-                    if static.prepare(chunks, ids, self.bank.version):
-                        self.bank.take_counts()  # passes that were only made to capture
-                    logits = static(chunks, ids)
-                else:
-                    logits = self._eager(chunks, ids)
+                logits = graphs(bucket, chunks, ids) if graphs and bucket else self._eager(chunks, ids)
         finally:
             # Taken even from a pass that failed, so that nothing is counted twice.
             counts = self.bank.take_counts(tokens)
@@ -194,32 +263,42 @@ class ModelRunner:
             config.num_hidden_layers = layers
 
     def recover(self) -> None:
-        """After a failed step; raises when the device does not answer any more."""
-        self._sampler, self._sampled = None, []
+        """After a failed step; raises when the device does not answer any more. What PyTorch keeps of the device's
+        memory for later is given back: what has failed for want of memory may be another library's."""
+        self._forget_samples()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         torch.zeros(1, device=self.device).add_(1).item()
 
     # --- inside ---------------------------------------------------------------------------------
 
+    def _forget_samples(self) -> None:
+        """What is kept of the batch before."""
+        self._sampler, self._sampled = None, []
+        self._texts = TokenCounts(self.vocab_size, self.device)
+
     def _execute(self, chunks: Chunks, after: InFlightStep | None) -> InFlightStep:
-        ends = np.cumsum([len(chunk) for chunk in chunks]).tolist()
-        sampling = {chunk: end - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.is_sampled}
+        sampling = tuple(chunk for chunk in chunks if chunk.is_sampled)
+        unchecked = tuple(chunk for chunk in chunks if not chunk.num_logits)
         self.steering.record(any(chunk.sequence.trace for chunk in sampling))
         if sampling:
-            self._prepare_sampler([chunk.sequence for chunk in sampling])
-        ids = None if after is None else after.next_ids(chunks)
+            self._prepare_sampler(sampling)
+        ids = after.next_ids(chunks) if after else None
         self.thread_scaler.look()
         self._copy_blocks()
         logits, counts = self.forward(chunks, ids)
         with torch.inference_mode():
             rows = _rows_of(chunks)
-            sampled = self._sample(list(sampling), _select(logits, [rows[chunk].start for chunk in sampling]))
+            sampled = self._sample(sampling, _select(logits, [rows[chunk].start for chunk in sampling]))
             scored = {chunk: logits[rows[chunk]] for chunk in chunks if chunk.sequence.is_scored and chunk.num_logits}
             scores = score_chunks(scored) if scored else None
-            unchecked = [rows[chunk].start for chunk in _without_logits(chunks)]
-            checked = [_select(logits, unchecked).amax(dim=-1).isfinite().long()] if unchecked else []
-        # The one copy from the device that a step needs; logprobs, where asked for, are a second one.
-        parts = [counts, *([] if sampled is None else [sampled.tokens, sampled.finite.long()]), *checked]
-        return InFlightStep(chunks, sampling, sampled, scores, HostCopy(torch.cat(parts)), traces=self._traces)
+            checked = _select(logits, [rows[chunk].start for chunk in unchecked]) if unchecked else logits[:0, :1]
+            # The one copy from the device that a step needs.
+            found: dict[Hashable, Tensor] = {"steered": counts, "checked": checked.amax(dim=-1).isfinite()}
+            found |= sampled.tensors() if sampled else {"tokens": counts[:0], "finite": counts[:0]}
+            found |= scores.tensors() if scores else {}
+            copy = HostCopy(found | self._traces(chunks, sampling))
+        return InFlightStep(chunks, sampling, unchecked, sampled, scores, copy)
 
     def _copy_blocks(self) -> None:
         """The list is cleared only when all copies were made: `Engine._fail` reads it to fail the sequences whose
@@ -263,30 +342,38 @@ class ModelRunner:
         token_rows += [-1] * (room - len(token_rows))
         self.bank.fill(tuple(rows), np.array(token_rows, dtype=np.int64))
 
-    def _traces(self, sequence: Sequence, place: int) -> tuple[ColumnTrace, ...]:
-        """What the columns that the sequence asks for did to the token at a place of the line."""
-        if not sequence.trace:
-            return ()
-        handles = sequence.steering_params.columns.handles
-        asked = [(h.attributes[i], *slot) for h in handles for i, slot in enumerate(h.slots)]
-        numbers = {site: self.steering.traces[site][place].tolist() for _, site, _ in asked}
-        return tuple(ColumnTrace(attribute, str(site), *numbers[site][index]) for attribute, site, index in asked)
+    def _traces(self, chunks: Chunks, sampling: Chunks) -> dict[Hashable, Tensor]:
+        """What the columns did to the tokens after which one is sampled for a sequence that asks for it: of each site
+        [those sequences, columns, measures]."""
+        if not self.steering.traced:
+            return {}
+        ends = dict(zip(chunks, np.cumsum([len(chunk) for chunk in chunks]).tolist(), strict=True))
+        traced = [chunk for chunk in sampling if chunk.sequence.trace]
+        sites = {site for chunk in traced for site in chunk.sequence.steering_params.columns.sites}
+        places = upload(np.array([ends[chunk] - 1 for chunk in traced], dtype=np.int64), self.device)
+        return {site: self.steering.traces[site][places] for site in sites}
 
-    def _prepare_sampler(self, sequences: list[Sequence]) -> None:
+    def _prepare_sampler(self, chunks: Chunks) -> None:
         """Made before the forward pass: later its uploads would queue behind it."""
+        sequences = [chunk.sequence for chunk in chunks]
         if self._sampler is None or sequences != self._sampled:
             params = [sequence.sampling_params for sequence in sequences]
             ends = [sequence.end_token_ids for sequence in sequences]
             self._sampler, self._sampled = Sampler(params, self.vocab_size, self.device, ends), sequences
+        penalised: dict[Hashable, PenalisedText] = {
+            chunk.sequence: PenalisedText(chunk.sequence.token_ids, chunk.sequence.num_prompt_tokens, chunk.end)
+            for chunk in chunks
+            if chunk.sequence.sampling_params.is_penalised
+        }
+        with torch.inference_mode():
+            self._texts.hold(penalised)
 
-    def _sample(self, chunks: list[ScheduledChunk], logits: Tensor) -> SamplerOutput | None:
+    def _sample(self, chunks: Chunks, logits: Tensor) -> SamplerOutput | None:
         if not chunks:
             return None
         assert self._sampler is not None, "prepared before"
-        token_ids = [chunk.sequence.token_ids for chunk in chunks]
-        return self._sampler.sample(
-            logits, token_ids, [chunk.end - chunk.sequence.num_prompt_tokens for chunk in chunks]
-        )
+        steps = [chunk.end - chunk.sequence.num_prompt_tokens for chunk in chunks]
+        return self._sampler.sample(logits, steps, self._texts)
 
 
 def is_spread(model: Any) -> bool:
@@ -303,11 +390,6 @@ def _rows_of(chunks: Chunks) -> dict[ScheduledChunk, slice]:
     return rows
 
 
-def _without_logits(chunks: Chunks) -> list[ScheduledChunk]:
-    """Those whose logits nobody wants: they are only checked."""
-    return [chunk for chunk in chunks if not chunk.num_logits]
-
-
 def _select(logits: Tensor, rows: list[int]) -> Tensor:
     """Mostly all of them, as they are."""
     if rows == list(range(len(logits))):
@@ -315,17 +397,25 @@ def _select(logits: Tensor, rows: list[int]) -> Tensor:
     return logits[upload(np.array(rows, dtype=np.int64), logits.device)]
 
 
-def _sampled_tokens(
-    sequences: list[Sequence], sampled: SamplerOutput, tokens: list[int], traces: list[tuple[ColumnTrace, ...]]
-) -> list[SampledToken]:
-    chosen = sampled.logprobs.tolist() if sampled.logprobs is not None else None
-    top_tokens = sampled.top_tokens.tolist() if sampled.top_tokens is not None else None
-    top_logprobs = sampled.top_logprobs.tolist() if sampled.top_logprobs is not None else None
-    found = []
-    for i, sequence in enumerate(sequences):
-        wanted, logprob = sequence.sampling_params.logprobs, None
+def _sampled_tokens(chunks: Chunks, found: Mapping[Hashable, NDArray[Any]]) -> list[SampledToken]:
+    tokens = found["tokens"].tolist()
+    chosen, top_tokens, top_logprobs = (
+        found[name].tolist() if name in found else None for name in ("logprobs", "top_tokens", "top_logprobs")
+    )
+    sampled, traced = [], 0
+    for row, chunk in enumerate(chunks):
+        wanted, logprob = chunk.sequence.sampling_params.logprobs, None
         if chosen and wanted is not None:
-            top = (tuple(most[i][:wanted]) for most in (top_tokens, top_logprobs) if most)
-            logprob = TokenLogprob(tokens[i], chosen[i], *top)
-        found.append(SampledToken(tokens[i], logprob, traces[i]))
-    return found
+            top = (tuple(most[row][:wanted]) for most in (top_tokens, top_logprobs) if most)
+            logprob = TokenLogprob(tokens[row], chosen[row], *top)
+        trace = _trace(chunk.sequence, found, traced) if chunk.sequence.trace else ()
+        traced += chunk.sequence.trace
+        sampled.append(SampledToken(tokens[row], logprob, trace))
+    return sampled
+
+
+def _trace(sequence: Sequence, found: Mapping[Hashable, NDArray[Any]], row: int) -> tuple[ColumnTrace, ...]:
+    """What the columns that the sequence asks for did, in a row of what was traced."""
+    handles = sequence.steering_params.columns.handles
+    asked = [(handle.attributes[i], *slot) for handle in handles for i, slot in enumerate(handle.slots)]
+    return tuple(ColumnTrace(name, str(site), *found[site][row, column].tolist()) for name, site, column in asked)

@@ -17,8 +17,8 @@ Parameters act in this order; the first five are in vLLM's, the last ones in tha
 Log-probabilities are the model's own, before all of them.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -43,6 +43,11 @@ class SamplerOutput:
     logprobs: Tensor | None  # [rows] float32, of the sampled tokens
     top_tokens: Tensor | None  # [rows, k] int64
     top_logprobs: Tensor | None  # [rows, k] float32
+
+    def tensors(self) -> dict[Hashable, Tensor]:
+        """What is to be copied to the host, by name."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
 class Sampler:
@@ -72,27 +77,33 @@ class Sampler:
         biases = [(row, token, bias) for row, one in enumerate(params) for token, bias in one.logit_bias]
         self._biased = _Entries([(row, token) for row, token, _ in biases])
         self._bias = np.array([bias for _, _, bias in biases], dtype=np.float32)
-        self._repetition = np.array([one.repetition_penalty for one in params], dtype=np.float32)
-        self._frequency = np.array([one.frequency_penalty for one in params], dtype=np.float32)
-        self._presence = np.array([one.presence_penalty for one in params], dtype=np.float32)
+        penalised = [row for row, one in enumerate(params) if one.is_penalised]
+        self._penalised = upload(np.array(penalised, dtype=np.int64), device) if penalised else None
+        self._repetition = column([params[row].repetition_penalty for row in penalised])
+        self._frequency = column([params[row].frequency_penalty for row in penalised])
+        self._presence = column([params[row].presence_penalty for row in penalised])
         self._adjusts = any(one.is_penalised or one.logit_bias or one.min_tokens for one in params)
-        self._top_k = upload(np.array([min(one.top_k or vocab, vocab) for one in params]), device)
-        self._top_p = column([one.top_p for one in params])
+        drawn = [row for row, one in enumerate(params) if one.temperature >= GREEDY_BELOW]
+        by_k = [row for row in drawn if 0 < params[row].top_k < vocab]
+        by_p = [row for row in drawn if row not in by_k and params[row].top_p < 1]
+        self._nuclei = [_Nuclei.of(rows, params, vocab, device) for rows in (by_k, by_p) if rows]
         self._min_p = column([one.min_p for one in params])
         self._keys = upload(_keys([(one.seed, one.choice) for one in params]).numpy(), device)
 
-    def sample(self, logits: Tensor, token_ids: Sequence[Sequence[int]], steps: Sequence[int]) -> SamplerOutput:
-        """logits [rows, vocab] of any float type -> one token a row. `token_ids`: what each row has had, prompt
-        included; `steps`: how many tokens have been sampled for it, which are the last of them."""
+    def sample(self, logits: Tensor, steps: Sequence[int], texts: "TokenCounts | None" = None) -> SamplerOutput:
+        """logits [rows, vocab] of any float type -> one token a row. `steps`: how many tokens have been sampled for it;
+        `texts`: the texts of the rows that are penalised, in order, to which the new tokens are added."""
         raw = logits.float()
-        scores = self._adjusted(raw, token_ids, steps)
+        scores = self._adjusted(raw, steps, texts)
         tokens = scores.argmax(dim=-1)
         if self._samples:
             tokens = torch.where(self._greedy, tokens, self._sample(scores, steps))
+        if self._penalised is not None and texts is not None:
+            texts.add(tokens[self._penalised])
         return self._described(raw, tokens)
 
-    def _adjusted(self, raw: Tensor, token_ids: Sequence[Sequence[int]], steps: Sequence[int]) -> Tensor:
-        """After the first five rules. Only the logits that a rule is about are looked at."""
+    def _adjusted(self, raw: Tensor, steps: Sequence[int], texts: "TokenCounts | None") -> Tensor:
+        """After the first five rules. Only the rows that a rule is about are looked at."""
         if not self._adjusts:
             return raw
         scores = raw.clone()
@@ -103,18 +114,14 @@ class Sampler:
         if len(self._biased):
             at = self._biased.on(self._device)
             scores.index_put_(at, scores[at] + upload(self._bias, self._device))
-        if rows := np.flatnonzero(self._repetition != 1).tolist():
-            seen, _ = _count(rows, [token_ids[row] for row in rows], scores.shape[-1])
-            at, penalty = seen.on(self._device), upload(self._repetition[seen.rows], self._device)
-            found = scores[at]
-            scores.index_put_(at, torch.where(found < 0, found * penalty, found / penalty))
-        if rows := np.flatnonzero((self._frequency != 0) | (self._presence != 0)).tolist():
-            texts = [token_ids[row][len(token_ids[row]) - steps[row] :] for row in rows]
-            seen, counts = _count(rows, texts, scores.shape[-1])
-            if len(seen):
-                at, frequency = seen.on(self._device), upload(self._frequency[seen.rows] * counts, self._device)
-                presence = upload(self._presence[seen.rows], self._device)
-                scores.index_put_(at, scores[at] - frequency - presence)
+        if self._penalised is not None:
+            assert texts is not None, "penalties are about texts"
+            sampled, in_prompt = texts.counts()
+            found, penalty = scores[self._penalised], self._repetition
+            penalised = torch.where(found < 0, found * penalty, found / penalty)
+            found = torch.where(in_prompt | (sampled > 0), penalised, found)
+            found = found - self._frequency * sampled - self._presence * (sampled > 0)
+            scores.index_copy_(0, self._penalised, found)
         return scores
 
     def _sample(self, scores: Tensor, steps: Sequence[int]) -> Tensor:
@@ -128,18 +135,11 @@ class Sampler:
         return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=scores.shape[-1] - 1)
 
     def _restrict(self, scores: Tensor) -> Tensor:
-        """Set what top_k, top_p and min_p exclude to -inf."""
-        params = self._params
-        if any(one.top_k or one.top_p < 1 for one in params):
-            ordered, order = scores.sort(dim=-1, descending=True, stable=True)
-            kth = ordered.gather(1, self._top_k[:, None] - 1)
-            ordered = ordered.masked_fill(ordered < kth, -torch.inf)
-            probabilities = torch.softmax(ordered, dim=-1)
-            # A token stays while the ones before it do not reach top_p yet; the first always stays.
-            excluded = (probabilities.cumsum(dim=-1) - probabilities >= self._top_p) & (self._top_p < 1)
-            excluded[:, 0] = False
-            scores = torch.empty_like(scores).scatter_(1, order, ordered.masked_fill(excluded, -torch.inf))
-        if any(one.min_p > 0 for one in params):
+        """Sets what top_k, top_p and min_p exclude to -inf, in place."""
+        for nuclei in self._nuclei:
+            part = scores[nuclei.rows]
+            scores.index_copy_(0, nuclei.rows, part.masked_fill(~nuclei.kept(part), -torch.inf))
+        if any(one.min_p > 0 for one in self._params):
             best = scores.amax(dim=-1, keepdim=True)
             scores = scores.masked_fill(scores < best + self._min_p.log(), -torch.inf)
         return scores
@@ -156,6 +156,52 @@ class Sampler:
             return SamplerOutput(tokens, finite, chosen, None, None)
         top = logprobs.topk(most, dim=-1)
         return SamplerOutput(tokens, finite, chosen, top.indices, top.values)
+
+
+@dataclass(frozen=True)
+class _Nuclei:
+    """Rows that draw from their likeliest tokens alone: top_k of them, and of those the first that reach top_p
+    together."""
+
+    rows: Tensor  # [n] int64
+    most: int  # tokens of each that have to be put in order: all of them only where top_p stands alone
+    top_k: Tensor  # [n, 1] int64
+    top_p: Tensor  # [n, 1] float32
+    whole: bool  # no row has a top_p
+
+    @classmethod
+    def of(cls, rows: list[int], params: Sequence[SamplingParams], vocab: int, device: torch.device) -> "_Nuclei":
+        top_k = np.array([[min(params[row].top_k or vocab, vocab)] for row in rows])
+        top_p = np.array([[params[row].top_p] for row in rows], dtype=np.float32)
+        most, whole = int(top_k.max()), bool((top_p >= 1).all())
+        return cls(upload(np.array(rows), device), most, upload(top_k, device), upload(top_p, device), whole)
+
+    def kept(self, scores: Tensor) -> Tensor:
+        """scores [n, vocab] -> bool. A token stays while the likelier ones do not reach top_p; the first always stays.
+        Of those that are equally likely the first come first, and all have a place among the top_k."""
+        if self.most < scores.shape[-1]:
+            ordered = scores.topk(self.most, dim=-1).values
+        else:
+            ordered = scores.sort(dim=-1, descending=True).values
+        best, kth, everything = ordered[:, :1], ordered.gather(1, self.top_k - 1), self.top_p >= 1
+        if self.whole:
+            return scores >= kth
+        # Sums in float64, so that rounding does not depend on other rows.
+        weights = (ordered - best).exp().masked_fill(ordered < kth, 0)
+        every = weights
+        if self.most < scores.shape[-1]:  # more may be as likely as the last of them
+            every = (scores - best).exp().masked_fill(scores < kth, 0)
+        total = every.sum(dim=-1, keepdim=True, dtype=torch.float64)
+        chances = weights / total
+        before = chances.cumsum(dim=-1) - chances
+        stays = (ordered >= kth) & ((before < self.top_p) | everything)
+        last = ordered.gather(1, (stays.sum(dim=-1, keepdim=True) - 1).clamp(min=0))
+        # As many of those that are as likely as the last one as have a place.
+        equal = scores == last
+        likelier = before.masked_fill(ordered != last, torch.inf).amin(dim=-1, keepdim=True)
+        rank = equal.cumsum(dim=-1, dtype=torch.int32) - 1
+        has_place = (likelier + rank * (last - best).exp() / total < self.top_p) | (rank == 0) | everything
+        return (scores > last) | (equal & has_place)
 
 
 class _Entries:
@@ -181,13 +227,80 @@ class _Entries:
         return rows, tokens
 
 
-def _count(rows: Sequence[int], texts: Sequence[Sequence[int]], vocab: int) -> tuple[_Entries, NDArray[np.float32]]:
-    """The different tokens of each row's text, and how often each is there."""
-    tokens = np.concatenate([np.array(text, dtype=np.int64) for text in texts])
-    keys, counts = np.unique(
-        np.repeat(np.array(rows), [len(text) for text in texts]) * vocab + tokens, return_counts=True
-    )
-    return _Entries(np.stack(np.divmod(keys, vocab), axis=-1)), counts.astype(np.float32)
+@dataclass(frozen=True)
+class PenalisedText:
+    """The tokens of a text that the host knows, and where its new ones begin; `length` tokens are to be counted, of
+    which the last one may be known to the device alone."""
+
+    token_ids: Sequence[int]
+    num_prompt_tokens: int
+    length: int
+
+
+class TokenCounts:
+    """How often each token is in the texts of some rows, on the device: tokens are counted as they are sampled, before
+    the host knows them."""
+
+    def __init__(self, vocab: int, device: torch.device) -> None:
+        self._vocab = vocab
+        self._device = device
+        self._sampled = torch.zeros(0, vocab, dtype=torch.int32, device=device)  # [slots, vocab]
+        self._in_prompt = torch.zeros(0, vocab, dtype=torch.bool, device=device)
+        self._slots: dict[Hashable, int] = {}  # in the order of the rows
+        self._lengths: dict[Hashable, int] = {}
+        self._at = torch.zeros(0, dtype=torch.int64, device=device)
+
+    def hold(self, texts: Mapping[Hashable, PenalisedText]) -> None:
+        """From now on these texts are counted, in this order. What has been counted of one of them is kept."""
+        known = {key for key, text in texts.items() if self._lengths.get(key) == text.length}
+        if len(known) == len(texts) and list(texts) == list(self._slots):
+            return
+        kept = {key: slot for key, slot in self._slots.items() if key in known}
+        more = len(texts) - len(self._sampled)
+        if more > 0:
+            more = max(more, len(self._sampled))
+            self._sampled = torch.cat([self._sampled, self._sampled.new_zeros(more, self._vocab)])
+            self._in_prompt = torch.cat([self._in_prompt, self._in_prompt.new_zeros(more, self._vocab)])
+        free = sorted(set(range(len(self._sampled))) - set(kept.values()), reverse=True)
+        new = {key: free.pop() for key in texts if key not in kept}
+        self._slots = {key: kept[key] if key in kept else new[key] for key in texts}
+        self._lengths = {key: text.length for key, text in texts.items()}
+        self._at = upload(np.array(list(self._slots.values()), dtype=np.int64), self._device)
+        if new:
+            self._count({slot: texts[key] for key, slot in new.items()})
+
+    def counts(self) -> tuple[Tensor, Tensor]:
+        """How often each token has been sampled [texts, vocab] int32, and whether it is in the prompt, bool."""
+        return self._sampled[self._at], self._in_prompt[self._at]
+
+    def add(self, tokens: Tensor) -> None:
+        """tokens [texts] int64: what has been sampled, one for each."""
+        self._add(self._at, tokens)
+        self._lengths = {key: length + 1 for key, length in self._lengths.items()}
+
+    def _count(self, texts: Mapping[int, PenalisedText]) -> None:
+        """Into slots, from the beginning."""
+        assert all(len(text.token_ids) >= text.length for text in texts.values()), "only the device knows a token"
+        slots = upload(np.array(list(texts), dtype=np.int64), self._device)
+        self._sampled.index_fill_(0, slots, 0)
+        self._in_prompt.index_fill_(0, slots, False)
+        prompts = {slot: text.token_ids[: text.num_prompt_tokens] for slot, text in texts.items()}
+        sampled = {slot: text.token_ids[text.num_prompt_tokens : text.length] for slot, text in texts.items()}
+        self._in_prompt.view(-1).index_fill_(0, self._places(*self._entries(prompts)), True)
+        self._add(*self._entries(sampled))
+
+    def _entries(self, texts: Mapping[int, Sequence[int]]) -> Tensor:
+        """Slots and tokens [2, N]."""
+        slots = np.repeat(np.array(list(texts), dtype=np.int64), [len(text) for text in texts.values()])
+        tokens = np.concatenate([np.array(text, dtype=np.int64) for text in texts.values()])
+        return upload(np.stack([slots, tokens]), self._device)
+
+    def _add(self, slots: Tensor, tokens: Tensor) -> None:
+        ones = self._sampled.new_ones(len(tokens))
+        self._sampled.view(-1).scatter_add_(0, self._places(slots, tokens), ones)
+
+    def _places(self, slots: Tensor, tokens: Tensor) -> Tensor:
+        return slots * self._vocab + tokens
 
 
 def uniforms(keys: Tensor, steps: Tensor) -> Tensor:

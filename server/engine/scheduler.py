@@ -7,7 +7,7 @@ shorter ones that fit into the rest need not wait for it. Sequences join and lea
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from server.engine.block_manager import BlockManager
 from server.engine.fair_queue import FairQueue
@@ -16,6 +16,9 @@ from server.engine.sequence import ScheduledChunk, Sequence
 # A sequence waits for another one that is computing the same beginning if that saves this share of its own work.
 WORTH_WAITING = 0.5
 WATERMARK = 0.01  # of the blocks stay free when a sequence is admitted beside others: each new token may need one
+
+Chunks = tuple[ScheduledChunk, ...]
+InFlight = Mapping[Sequence, ScheduledChunk]  # of the step that is being computed; empty: none is
 
 
 class Scheduler:
@@ -58,40 +61,16 @@ class Scheduler:
         """Queues sequences."""
         self._waiting.add(sequences)
 
-    def schedule(self) -> tuple[ScheduledChunk, ...]:
+    def schedule(self) -> Chunks:
         """The chunks of the next step, single tokens first; nothing when there is nothing to do. Its caller reports
         `postprocess` for each, and puts what was sampled on the sequences."""
-        preempted = self.preemptions
-        decodes = self._decode()
-        budget = PrefillBudget(self._max_num_batched_tokens - len(decodes), self._max_num_logits)
-        for sequence in self._running:
-            if sequence.is_scored or sequence.num_uncomputed > 1:
-                budget.add(sequence)
-        if self.preemptions == preempted:
-            self._admit(budget, decodes)
-        chunks = [chunk for chunk in (*decodes, *budget.chunks) if chunk.sequence.block_table]  # not those preempted
-        return tuple(sorted(chunks, key=lambda chunk: len(chunk) > 1))
+        return self._schedule({})
 
-    def schedule_ahead(self, chunks: tuple[ScheduledChunk, ...]) -> tuple[ScheduledChunk, ...]:
-        """Async scheduling: the step after these chunks, before the tokens that they sample are known: one token for
-        each sequence that does not end at its length. Nothing where `schedule` could do anything else (admit, prefill,
-        preempt), or where the host needs the sampled token first (repetition penalty, logprobs, trace)."""
-        if len(chunks) < len(self._running) or not all(chunk.is_sampled for chunk in chunks):
-            return ()
-        following = []
-        for chunk in chunks:
-            sequence = chunk.sequence
-            new = chunk.end + 1 - sequence.num_prompt_tokens
-            if not sequence.block_table or new >= sequence.sampling_params.max_new_tokens:
-                continue  # has ended, or ends with the token that is being sampled
-            if not _can_run_ahead(sequence):
-                return ()
-            following.append(ScheduledChunk(sequence, chunk.end, chunk.end + 1))
-        if self._waiting and (len(following) < self._max_num_seqs or self._has_newcomer()):
-            return ()  # somebody could be admitted
-        if not all(self.blocks.grow_to(chunk.sequence, chunk.end) for chunk in following):
-            return ()
-        return tuple(following)
+    def schedule_ahead(self, chunks: Chunks) -> Chunks:
+        """Async scheduling: the step after these chunks, while they are computed and the tokens that they sample are
+        not known yet. A sequence whose token ends its text, other than by its length, is computed once in vain. Nothing
+        where somebody would have to be preempted: that waits for `schedule`."""
+        return self._schedule({chunk.sequence: chunk for chunk in chunks})
 
     def postprocess(self, chunk: ScheduledChunk, steered: list[int]) -> None:
         """The chunk has been computed; `steered`: for each of its tokens whether it was."""
@@ -126,14 +105,35 @@ class Scheduler:
 
     # --- inside ---------------------------------------------------------------------------------
 
-    def _decode(self) -> list[ScheduledChunk]:
-        """One token for every sequence that is generated and has just one to compute."""
+    def _schedule(self, in_flight: InFlight) -> Chunks:
+        going = [sequence for sequence in self._running if not _ends(sequence, in_flight)]
+        if in_flight and self._would_give_way(going):
+            return ()
+        preempted = self.preemptions
+        decodes = self._decode(going, in_flight)
+        if decodes is None:
+            return ()
+        budget = PrefillBudget(self._max_num_batched_tokens - len(decodes), self._max_num_logits, in_flight)
+        for sequence in going:
+            if sequence.block_table and (sequence.is_scored or _num_uncomputed(sequence, in_flight) > 1):
+                budget.add(sequence)
+        if self.preemptions == preempted:
+            self._admit(budget, decodes, going, may_preempt=not in_flight)
+        chunks = [chunk for chunk in (*decodes, *budget.chunks) if chunk.sequence.block_table]  # not those preempted
+        return tuple(sorted(chunks, key=lambda chunk: len(chunk) > 1))
+
+    def _decode(self, going: list[Sequence], in_flight: InFlight) -> list[ScheduledChunk] | None:
+        """One token for every sequence that is generated and has just one to compute. None: somebody would have to be
+        preempted while a step is computed."""
         chunks = []
-        for sequence in list(self._running):
-            decodes = sequence.block_table and not sequence.is_scored and sequence.num_uncomputed == 1
-            if decodes and self._append_or_preempt(sequence):
-                stop = len(sequence.token_ids)
-                chunks.append(ScheduledChunk(sequence, stop - 1, stop))
+        for sequence in going:
+            if not sequence.block_table or sequence.is_scored or _num_uncomputed(sequence, in_flight) != 1:
+                continue
+            start = _num_computed(sequence, in_flight)
+            if in_flight and not self.blocks.grow_to(sequence, start + 1):
+                return None
+            if in_flight or self._append_or_preempt(sequence):
+                chunks.append(ScheduledChunk(sequence, start, start + 1))
         return chunks
 
     def _append_or_preempt(self, sequence: Sequence) -> bool:
@@ -156,13 +156,17 @@ class Scheduler:
         self._waiting.put_back(leader)
         self.preemptions += 1
 
-    def _admit(self, budget: "PrefillBudget", decodes: list[ScheduledChunk]) -> None:
-        places = {kind: self._max_num_seqs - self._count(kind) for kind in (False, True)}
+    def _admit(
+        self, budget: "PrefillBudget", decodes: list[ScheduledChunk], going: list[Sequence], *, may_preempt: bool
+    ) -> None:
+        """Beside those that are `going` on."""
+        taken = Counter(sequence.is_scored for sequence in going)
+        places = {kind: self._max_num_seqs - taken[kind] for kind in (False, True)}
         for leader in self._waiting.in_turn():
             if budget.num_tokens <= 0:
                 return
             full = places[leader.is_scored] <= 0
-            gives_way = self._gives_way(leader, decodes) if full else None
+            gives_way = self._gives_way(leader, decodes) if full and may_preempt else None
             if (full and gives_way is None) or not budget.can_take(leader):
                 continue
             if budget.chunked and not self._fits(leader, budget.num_tokens):
@@ -191,14 +195,15 @@ class Scheduler:
         able = (one for one in younger if runs[one.share] > 1 and self._waiting.counter(one) >= had)
         return max(able, key=lambda one: runs[one.share], default=None)
 
-    def _has_newcomer(self) -> bool:
-        """Whether something waits that could take a place though all are taken."""
+    def _would_give_way(self, going: list[Sequence]) -> bool:
+        """Whether something waits that could take the place of a sequence that is going on."""
         runs = Counter(one.share for one in self._running if not one.is_scored)
-        several = any(count > 1 for count in runs.values())
-        return any(leader.is_scored or (several and leader.share not in runs) for leader in self._waiting)
-
-    def _count(self, scored: bool) -> int:
-        return sum(sequence.is_scored is scored for sequence in self._running)
+        full = sum(not one.is_scored for one in going) >= self._max_num_seqs
+        return (
+            full
+            and any(count > 1 for count in runs.values())
+            and any(not leader.is_scored and leader.share not in runs for leader in self._waiting)
+        )
 
     def _fits(self, leader: Sequence, num_tokens: int) -> bool:
         whole = len(leader.token_ids) * len(leader.lockstep)
@@ -229,7 +234,8 @@ class Scheduler:
 class PrefillBudget:
     """How a step's tokens are spent on prefill: prompts and scored continuations."""
 
-    def __init__(self, num_tokens: int, num_logits: int) -> None:
+    def __init__(self, num_tokens: int, num_logits: int, in_flight: InFlight) -> None:
+        self._in_flight = in_flight
         self.num_tokens = num_tokens  # left for sequences that fit whole
         self.chunked: Sequence | None = None  # the one that does not, and is cut into chunks
         self._num_logits = num_logits
@@ -239,7 +245,9 @@ class PrefillBudget:
     @property
     def chunks(self) -> list[ScheduledChunk]:
         tokens, logits = self._reserved
-        rest = _cut(self.chunked, tokens + self.num_tokens, logits + self._num_logits) if self.chunked else []
+        if self.chunked is None:
+            return self._whole
+        rest = _cut(self.chunked, tokens + self.num_tokens, logits + self._num_logits, self._in_flight)
         return [*self._whole, *rest]
 
     def can_take(self, leader: Sequence) -> bool:
@@ -250,8 +258,8 @@ class PrefillBudget:
         """Of the sequences in the order in which they came. Those in lockstep share what their leader gets."""
         if not leader.lockstep or not self.can_take(leader):
             return
-        chunks = _cut(leader, self.num_tokens, self._num_logits)
-        if [chunk.end for chunk in chunks] == list(_targets(leader).values()):
+        chunks = _cut(leader, self.num_tokens, self._num_logits, self._in_flight)
+        if [chunk.end for chunk in chunks] == list(_targets(leader, self._in_flight).values()):
             self._whole += chunks
             self.num_tokens -= sum(map(len, chunks))
             self._num_logits -= sum(chunk.num_logits for chunk in chunks if leader.is_scored)
@@ -268,13 +276,13 @@ def _half(number: int, leader: Sequence) -> int:
     return min(number, max((number + 1) // 2, len(leader.lockstep)))
 
 
-def _cut(leader: Sequence, num_tokens: int, num_logits: int) -> list[ScheduledChunk]:
+def _cut(leader: Sequence, num_tokens: int, num_logits: int, in_flight: InFlight) -> list[ScheduledChunk]:
     """The next chunk of a sequence, or of each of those in lockstep, of so many tokens and logits at most in all."""
-    targets = _targets(leader)
+    targets = _targets(leader, in_flight)
     tokens, logits = num_tokens // len(targets), num_logits // len(targets)
     chunks = []
     for sequence, target in targets.items():
-        start = sequence.num_computed_tokens
+        start = _num_computed(sequence, in_flight)
         stop = min(target, start + tokens)
         if sequence.is_scored:
             stop = min(stop, max(start, sequence.num_prompt_tokens - 1) + logits)
@@ -283,16 +291,35 @@ def _cut(leader: Sequence, num_tokens: int, num_logits: int) -> list[ScheduledCh
     return chunks
 
 
-def _targets(leader: Sequence) -> dict[Sequence, int]:
+def _targets(leader: Sequence, in_flight: InFlight) -> dict[Sequence, int]:
     """The end index that each member may reach in this step. A lockstep pair first computes both prompts independently,
     then advances over the continuation together."""
     behind = {one: one.num_prompt_tokens - 1 for one in leader.lockstep}
-    behind = {one: stop for one, stop in behind.items() if one.num_computed_tokens < stop}
+    behind = {one: stop for one, stop in behind.items() if _num_computed(one, in_flight) < stop}
     if behind and len(leader.lockstep) > 1:
         return behind
     return {one: len(one.token_ids) for one in leader.lockstep}
 
 
-def _can_run_ahead(sequence: Sequence) -> bool:
-    sampling = sequence.sampling_params
-    return not sampling.is_penalised and sampling.logprobs is None and not sequence.trace
+# --- sequences, as they will be once what is in flight has been computed ---------------------------
+
+
+def _num_computed(sequence: Sequence, in_flight: InFlight) -> int:
+    chunk = in_flight.get(sequence)
+    return sequence.num_computed_tokens if chunk is None else chunk.end
+
+
+def _num_uncomputed(sequence: Sequence, in_flight: InFlight) -> int:
+    """Of its tokens, the one that is being sampled included."""
+    chunk = in_flight.get(sequence)
+    return sequence.num_uncomputed if chunk is None else len(sequence.token_ids) + chunk.is_sampled - chunk.end
+
+
+def _ends(sequence: Sequence, in_flight: InFlight) -> bool:
+    """Whether nothing will be left of it to compute, whatever token is being sampled."""
+    chunk = in_flight.get(sequence)
+    if chunk is None:
+        return False
+    if sequence.is_scored:
+        return chunk.end == len(sequence.token_ids)
+    return chunk.end + 1 - sequence.num_prompt_tokens >= sequence.sampling_params.max_new_tokens

@@ -2,10 +2,13 @@
 model on a pair of them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from server.engine.sequence import (
@@ -20,6 +23,7 @@ from server.engine.sequence import (
     TokenLogprob,
 )
 from server.errors import NotFinite, ServerError
+from steering.bank import upload
 
 LOGITS_BUDGET = 64 * 2**20  # numbers held at once for scores: 64 Mi float32 are 256 MB
 LARGEST_EXPONENT = 700.0  # math.exp overflows beyond 709
@@ -117,14 +121,21 @@ class PendingScores:
     top: Mapping[ScheduledChunk, tuple[Tensor, Tensor]]
     kl: Mapping[ScheduledChunk, Tensor]
 
-    def result(self) -> dict[ScheduledChunk, ScoredTokens]:
-        """Waits for the device."""
-        scored = {}
+    def tensors(self) -> dict[Hashable, Tensor]:
+        """What is to be copied to the host."""
+        found: dict[Hashable, Tensor] = {}
         for chunk, logprobs in self.logprobs.items():
-            top_ids, top_logprobs = (map(tuple, part.tolist()) for part in self.top[chunk])
-            each = zip(_targets(chunk), logprobs.tolist(), top_ids, top_logprobs, strict=True)
-            kl = float(self.kl[chunk]) if chunk in self.kl else 0.0
-            scored[chunk] = ScoredTokens(tuple(TokenLogprob(*one) for one in each), kl)
+            found |= {(chunk, "logprobs"): logprobs, (chunk, "kl"): self.kl.get(chunk, logprobs.new_zeros(()))}
+            found |= {(chunk, "top_tokens"): self.top[chunk][0], (chunk, "top_logprobs"): self.top[chunk][1]}
+        return found
+
+    def result(self, arrays: Mapping[Hashable, NDArray[Any]]) -> dict[ScheduledChunk, ScoredTokens]:
+        """`arrays`: the `tensors`, on the host."""
+        scored = {}
+        for chunk in self.logprobs:
+            top = (map(tuple, arrays[chunk, name].tolist()) for name in ("top_tokens", "top_logprobs"))
+            each = zip(_targets(chunk), arrays[chunk, "logprobs"].tolist(), *top, strict=True)
+            scored[chunk] = ScoredTokens(tuple(TokenLogprob(*one) for one in each), float(arrays[chunk, "kl"]))
         return scored
 
 
@@ -135,7 +146,7 @@ def score_chunks(logits: Mapping[ScheduledChunk, Tensor]) -> PendingScores:
     logprobs = {chunk: torch.log_softmax(numbers.float(), dim=-1) for chunk, numbers in logits.items()}
     chunk_of = {chunk.sequence: chunk for chunk in logits}
     for chunk, mine in logprobs.items():
-        targets = torch.tensor(_targets(chunk), dtype=torch.int64, device=mine.device)
+        targets = upload(np.array(_targets(chunk), dtype=np.int64), mine.device)
         chosen[chunk] = mine.gather(1, targets[:, None])[:, 0]
         best = mine.topk(min(chunk.sequence.sampling_params.logprobs or 0, mine.shape[-1]), dim=-1)
         top[chunk] = best.indices, best.values

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from server.errors import GenerationFailed, ServerError
+from server.errors import ServerError, failure_of
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -52,7 +52,7 @@ class EngineTask:
             self.future.set_exception(error)
         except Exception as error:
             log.error("work between two steps failed", exc_info=error)
-            failure = GenerationFailed("The model failed on work for this request; try again.")
+            failure = failure_of(error, "work for this request")
             failure.__cause__ = error
             self.future.set_exception(failure)
 

@@ -39,10 +39,12 @@ class Desk:
         self.bank = ColumnBank(device=next(model.parameters()).device, max_tokens=max_num_batched_tokens)
         self.runner = open_runner(model, self.bank, "tiny", native=native)
         self.runner.steering.install()
-        self.blocks = self.runner.allocate(num_blocks, block_size, graphs=graphs, max_model_len=limit)
+        rows = max_num_seqs if graphs else 0
+        self.blocks = self.runner.allocate(num_blocks, block_size, graph_rows=rows, max_model_len=limit)
         for pool in self.runner.attention.pools.values():  # nothing may be read that was not written
             pool.keys.fill_(torch.nan)
             pool.values.fill_(torch.nan)
+        self.runner.capture_graphs()
         self.scheduler = Scheduler(
             self.blocks,
             max_num_seqs=max_num_seqs,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from server.assembly import open_service
-from server.config import OLD_NAMES, OTHER_VARIABLES, Settings, load_settings, unknown_variables
+from server.config import OLD_NAMES, OTHER_VARIABLES, Settings, StepLimits, load_settings, unknown_variables
 from server.errors import StartupError
 from server.loading import load_model
 
@@ -99,10 +99,27 @@ def test_errors_name_a_setting_as_it_was_given(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(StartupError, match=r"Bad setting max_batch_rows \(MATSTEER_MAX_BATCH_ROWS\): 1"):
         load_settings(max_batch_rows=1)
     with pytest.raises(StartupError, match="step_tokens is 8, but must be at least max_num_seqs, 32"):
-        load_settings(step_tokens=8)
+        load_settings(step_tokens=8, max_num_seqs=32)
     monkeypatch.setenv("MATSTEER_MAX_BATCH_ROWS", "64")
     with pytest.raises(StartupError, match="max_num_batched_tokens is 16, but must be at least max_batch_rows, 64"):
         load_settings(max_num_batched_tokens=16)
+
+
+@pytest.mark.parametrize(
+    ("given", "cpu", "cuda"),
+    [
+        ({}, (32, 512), (256, 8192)),
+        ({"max_num_seqs": 600}, (600, 600), (600, 8192)),
+        ({"max_num_batched_tokens": 16}, (16, 16), (16, 16)),
+        ({"max_num_seqs": 7, "max_num_batched_tokens": 64}, (7, 64), (7, 64)),
+    ],
+)
+def test_how_much_a_step_computes_is_up_to_the_device_unless_it_is_set(
+    given: dict[str, int], cpu: tuple[int, int], cuda: tuple[int, int]
+) -> None:
+    settings = Settings(**given)
+    assert settings.step_limits("cpu") == StepLimits(*cpu)
+    assert settings.step_limits("cuda") == StepLimits(*cuda)
 
 
 def test_settings_do_not_change() -> None:

@@ -1,42 +1,216 @@
-"""Static steps, which CUDA graphs replay: told apart by what their shapes depend on. Here they run uncaptured."""
+"""Static steps, which CUDA graphs replay: when they are captured, and what serves whom. Here they run uncaptured."""
+
+from typing import Any
 
 import pytest
 import torch
 
-from server.engine.sequence import SteeringParams
+from server.engine import cuda_graphs
+from server.engine.cuda_graphs import Bucket, CudaGraphs, capture_sizes
+from server.engine.sequence import Sequence, SteeringParams
 from steer_ops import PAGED_ATTENTION_DECODE
+from steering.types import SequenceSteering
 from tests.server.desk import Desk
-from tests.server.reference import plain
-from tests.server.test_architectures import greedy_sequence, tiny
+from tests.server.reference import greedy, plain
+from tests.server.test_architectures import columns, greedy_sequence, tiny
 
 COMPILED = PAGED_ATTENTION_DECODE.has_kernel(torch.device("cpu"), torch.float32)
 needs_kernel = pytest.mark.skipif(not COMPILED, reason="nothing can be compiled here")
 
 
-@pytest.mark.parametrize(
-    ("native", "buckets"),
-    [
-        pytest.param(True, {(4, 16), (2, 16), (1, 16)}, marks=needs_kernel),
-        (False, {(4, 2), (4, 4), (2, 4), (1, 4), (1, 8), (1, 16)}),
-    ],
-    ids=["each row to its own length", "by gathering blocks"],
-)
-def test_a_kernel_that_reads_lengths_on_the_device_needs_buckets_of_rows_alone(
-    native: bool, buckets: set[tuple[int, int]]
-) -> None:
-    desk = Desk(tiny("llama"), num_blocks=16, block_size=2, graphs=True, native=native)
-    asked = [greedy_sequence((5, 6, 7 + new), new, SteeringParams()) for new in (3, 5, 16)]
-    texts = desk.run(asked)
-    for one in asked:
-        assert texts[one] == plain(tiny("llama"), one.prompt_token_ids, new=one.sampling_params.max_new_tokens)
+class Log:
+    """What the graphs of a desk do, in order: captures, and steps by the rows of their bucket."""
+
+    def __init__(self, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.lines: list[tuple[str, int]] = []
+        runner = desk.runner
+        forward, capture, static = runner.forward, CudaGraphs.capture, CudaGraphs.__call__
+        inside = False
+
+        def step(*args: Any) -> Any:
+            nonlocal inside
+            inside, before = True, len(self.lines)
+            try:
+                return forward(*args)
+            finally:
+                inside = False
+                if len(self.lines) == before:
+                    self.lines.append(("other step", sum(map(len, args[0]))))
+
+        def captured(graphs: CudaGraphs, bucket: Bucket, version: int) -> None:
+            assert not inside, "a request's step waits for a capture"
+            self.lines.append(("capture", bucket.rows))
+            capture(graphs, bucket, version)
+
+        def replayed(graphs: CudaGraphs, bucket: Bucket, *args: Any) -> Any:
+            self.lines.append(("step", bucket.rows))
+            return static(graphs, bucket, *args)
+
+        runner.forward = step  # type: ignore[method-assign]
+        monkeypatch.setattr(CudaGraphs, "capture", captured)
+        monkeypatch.setattr(CudaGraphs, "__call__", replayed)
+
+    def of(self, *kinds: str) -> list[int]:
+        return [rows for kind, rows in self.lines if kind in kinds]
+
+
+def buckets(desk: Desk) -> list[Bucket]:
     assert desk.runner._graphs is not None
-    assert set(desk.runner._graphs._captured) == buckets
+    return list(desk.runner._graphs._captured)
+
+
+def asked(*lengths: int) -> list[Sequence]:
+    """Prompts of three tokens that begin differently."""
+    return [greedy_sequence((10 + index, 6, 7), new, SteeringParams()) for index, new in enumerate(lengths)]
+
+
+def run(desk: Desk, sequences: list[Sequence]) -> None:
+    """Their texts are the plain model's."""
+    for one, text in desk.run(sequences).items():
+        assert text == plain(tiny("llama"), one.prompt_token_ids, new=one.sampling_params.max_new_tokens)
+
+
+def test_sizes_are_vllms() -> None:
+    assert capture_sizes(1) == [1]
+    assert capture_sizes(6) == [1, 2, 4, 6]
+    assert capture_sizes(32) == [1, 2, 4, 8, 16, 24, 32]
+    assert capture_sizes(512)[-18:] == [248, *range(256, 513, 16)]
+    assert len(capture_sizes(256)) == 35
 
 
 @needs_kernel
-def test_the_longest_text_bounds_the_tables_and_none_that_is_longer_is_cut() -> None:
+def test_all_sizes_are_captured_at_the_start_the_largest_first_and_none_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk(tiny("llama"), block_size=2, graphs=True)
+    assert buckets(desk) == [(8, 64), (4, 64), (2, 64), (1, 64)]
+    log = Log(desk, monkeypatch)
+    run(desk, asked(3, 5, 16))
+    assert not log.of("capture")
+    assert log.of("other step") == [9], "the prompts"
+    assert log.of("step") == [4] * 2 + [2] * 2 + [1] * 11
+
+
+@needs_kernel
+def test_columns_that_move_the_bank_are_captured_between_the_steps_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk(tiny("llama"), graphs=True)
+    log = Log(desk, monkeypatch)
+    [running] = asked(12)
+    desk.add(running)
+    for _ in range(3):
+        desk.step()
+    handle = desk.bank.add(columns("llama"))
+    steering = SteeringParams(SequenceSteering.of([(handle, (-1.0, 1.5))]))
+    steered = greedy_sequence((5, 6, 7, 8), 6, steering)
+    desk.add(steered)
+    while steered not in desk.finished or running not in desk.finished:
+        desk.step()
+    assert list(desk.finished[running].token_ids) == plain(tiny("llama"), running.prompt_token_ids, new=12)
+    multipliers = {"kind": -1.0, "fair": 1.5}
+    expected = greedy(tiny("llama"), steered.prompt_token_ids, columns("llama"), multipliers, new=6, eos=None)
+    assert list(desk.finished[steered].token_ids) == expected
+    assert desk.steered(steered) == 6
+    before = log.lines.index(("capture", 8))
+    assert log.lines[before:][:8] == [
+        ("capture", 8), ("other step", 5),  # a prompt beside a token
+        ("capture", 4), ("step", 4),
+        ("capture", 2), ("step", 2),
+        ("capture", 1), ("step", 2),
+    ]  # fmt: skip
+    assert log.of("capture") == [8, 4, 2, 1], "once each"
+    log.lines.clear()
+    desk.bank.add(columns("llama"))  # finds a free slot
+    run(desk, asked(3))
+    assert not log.of("capture")
+
+
+@needs_kernel
+def test_an_idle_engine_goes_on_with_its_captures() -> None:
+    desk = Desk(tiny("llama"), graphs=True)
+    desk.bank.add(columns("llama"))
+    for left in (3, 2, 1, 0):
+        desk.engine.step(wait=True)
+        assert len(desk.runner.graphs_due) == left
+
+
+@needs_kernel
+def test_the_longest_text_bounds_the_tables_and_none_that_is_longer_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     desk = Desk(tiny("llama"), block_size=2, graphs=True, limit=7)
-    one = greedy_sequence((5, 6, 7), 12, SteeringParams())
-    assert desk.run([one])[one] == plain(tiny("llama"), one.prompt_token_ids, new=12)
-    assert desk.runner._graphs is not None
-    assert set(desk.runner._graphs._captured) == {(1, 4), (1, 8)}
+    log = Log(desk, monkeypatch)
+    run(desk, [greedy_sequence((5, 6, 7), 12, SteeringParams())])
+    assert log.lines == [("other step", 3), *[("step", 1)] * 5, *[("other step", 1)] * 6]
+
+
+def test_where_blocks_are_gathered_a_size_is_captured_after_the_first_step_that_misses_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    desk = Desk(tiny("llama"), num_blocks=16, block_size=2, graphs=True, native=False)
+    assert not buckets(desk)
+    log = Log(desk, monkeypatch)
+    run(desk, asked(3, 5, 16))
+    assert set(buckets(desk)) == {(4, 2), (4, 4), (2, 4), (1, 4), (1, 8), (1, 16)}
+    assert log.lines[:5] == [("other step", 9), ("other step", 3), ("capture", 4), ("other step", 3), ("capture", 4)]
+
+
+class Fails:
+    """Records, except of a bucket of so many rows, as often as is said."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Exception, rows: int, times: int) -> None:
+        real, self.left = CudaGraphs._record, times
+
+        def record(graphs: CudaGraphs, metadata: Any) -> Any:
+            if self.left and metadata.inputs.shape[1] == rows:
+                self.left -= 1
+                raise error
+            return real(graphs, metadata)
+
+        monkeypatch.setattr(CudaGraphs, "_record", record)
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried a lot."), RuntimeError("CUDA error: out of memory")],
+)
+def test_a_size_that_finds_no_memory_is_served_by_a_larger_one_until_the_next_capture(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    Fails(monkeypatch, error, rows=2, times=1)
+    desk = Desk(tiny("llama"), graphs=True)
+    assert [bucket.rows for bucket in buckets(desk)] == [8, 4, 1]
+    log = Log(desk, monkeypatch)
+    run(desk, asked(3, 3))
+    assert log.of("step") == [4, 4]
+    desk.bank.add(columns("llama"))
+    run(desk, asked(3, 8))
+    assert [bucket.rows for bucket in buckets(desk)] == [8, 4, 2, 1]
+
+
+@needs_kernel
+def test_a_model_that_cannot_be_captured_is_served_without_graphs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Fails(monkeypatch, RuntimeError("operation not permitted when stream is capturing\nmore"), rows=4, times=9)
+    desk = Desk(tiny("llama"), graphs=True)
+    assert not buckets(desk)
+    assert not desk.runner.graphs_due
+    assert "not captured in CUDA graphs: operation not permitted when stream is capturing" in caplog.text
+    run(desk, asked(3, 3))
+
+
+@needs_kernel
+def test_hooks_act_in_a_pass_that_is_recorded_whatever_the_batch_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that was captured while nobody was steered has to steer whoever comes."""
+    desk = Desk(tiny("llama"), graphs=True)
+    desk.bank.add(columns("llama"))
+    acted: list[bool] = []
+    real = cuda_graphs.CudaGraphs._record
+
+    def record(graphs: CudaGraphs, metadata: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr("steering.hook.fused_steer", lambda *args: acted.append(True))
+            return real(graphs, metadata)
+
+    monkeypatch.setattr(CudaGraphs, "_record", record)
+    desk.runner.capture_graphs()
+    assert len(acted) == 4
+    assert not desk.bank.take_counts().any()
+    assert not desk.runner.steering.recording

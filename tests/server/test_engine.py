@@ -11,6 +11,7 @@ import torch
 from fastapi import FastAPI
 
 from server.engine.model_runner import ModelRunner
+from server.errors import OutOfMemory
 from tests.server.conftest import World
 
 pytestmark = pytest.mark.usefixtures("overlaps")
@@ -29,8 +30,9 @@ def runner_of(world: World) -> ModelRunner:
 class Broken:
     """A forward pass that fails once, or for good, and otherwise is the real one."""
 
-    def __init__(self, runner: ModelRunner, *, at: int, times: int = 1) -> None:
+    def __init__(self, runner: ModelRunner, *, at: int, times: int = 1, error: Exception | None = None) -> None:
         self._real = runner.forward
+        self._error = error or RuntimeError("the step breaks")
         self._from, self._to = at, at + times
         self._calls = 0
 
@@ -40,7 +42,7 @@ class Broken:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._calls += 1
         if self._from <= self._calls < self._to:
-            raise RuntimeError("the step breaks")
+            raise self._error
         return self._real(*args, **kwargs)
 
 
@@ -59,6 +61,34 @@ def test_a_failing_step_fails_only_the_requests_in_it(fresh: World, monkeypatch:
     assert fresh.service.engine.stats.failed_steps == 1
     assert fresh.service.registry.pins == 0
     assert fresh.client.get("/readyz").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried a lot."), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when"),
+     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), MemoryError()],
+)  # fmt: skip
+def test_a_step_without_memory_is_told_as_one_and_may_be_asked_again(
+    fresh: World, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    body = {"prompt": "Q: What", "temperature": 0, "max_new_tokens": 8}
+    before = fresh.post(**body)["results"][0]["token_ids"]
+    with monkeypatch.context() as patch:
+        patch.setattr(runner_of(fresh), "forward", Broken(runner_of(fresh), at=3, error=error))
+        response = fresh.client.post("/generate", json=body)
+    assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
+    told = response.json()["error"]
+    assert told["type"] == "out_of_memory"
+    assert told["message"] == "The device ran out of memory on this request's batch; try again later, or with less."
+    assert fresh.post(**body)["results"][0]["token_ids"] == before
+
+
+def test_work_between_steps_without_memory_is_told_as_such(fresh: World) -> None:
+    def work() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(OutOfMemory, match="out of memory on work for this request"):
+        fresh.service.engine.call(work).result(10)
 
 
 def test_a_copy_that_fails_is_not_tried_again_in_later_steps(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,10 +75,14 @@ def test_columns_that_come_while_graphs_exist_act() -> None:
     assert desk.steered(steered) == new
 
 
-def test_nothing_waits_for_the_device_until_two_steps_have_been_begun() -> None:
+@pytest.mark.parametrize("top_k", [0, 20])
+def test_nothing_waits_for_the_device_until_two_steps_have_been_begun(top_k: int) -> None:
     desk = Desk(tiny("llama").to("cuda"), graphs=True)
-    rules: dict[str, Any] = {"top_p": 0.9, "min_p": 0.01, "seed": 3, "logit_bias": ((9, 1.0),)}
-    params = SamplingParams(max_new_tokens=30, temperature=1.0, min_tokens=30, stop_token_ids=(4,), **rules)
+    rules: dict[str, Any] = {"top_p": 0.9, "min_p": 0.01, "seed": 3, "logit_bias": ((9, 1.0),), "logprobs": 2}
+    rules |= {"repetition_penalty": 1.2, "frequency_penalty": 0.3}
+    params = SamplingParams(
+        max_new_tokens=30, temperature=1.0, top_k=top_k, min_tokens=30, stop_token_ids=(4,), **rules
+    )
     desk.add(*(sequence((5, 6, 7 + index), sampling_params=params) for index in range(3)))
     for _ in range(5):
         desk.step()

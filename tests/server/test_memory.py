@@ -9,15 +9,21 @@ import torch
 
 from server import memory
 from server.config import Settings
+from server.engine.cuda_graphs import Bucket, CudaGraphs
 from server.engine.model_runner import ModelRunner
 from server.errors import StartupError
-from server.memory import choose_block_size, num_kv_cache_blocks, profile_run
+from server.memory import choose_block_size, profile_run
+from steer_ops import PAGED_ATTENTION_DECODE
 from tests.server.conftest import tiny_llama
 from tests.server.desk import Desk
 
 
 def settings(**given: Any) -> Settings:
     return Settings(**({"max_num_seqs": 4, "max_num_batched_tokens": 64} | given))
+
+
+def num_kv_cache_blocks(runner: ModelRunner, block_size: int, settings: Settings, **more: Any) -> int:
+    return memory.num_kv_cache_blocks(runner, block_size, settings, settings.step_limits("cpu"), **more)
 
 
 @pytest.fixture
@@ -62,6 +68,29 @@ def test_a_share_of_what_the_largest_step_leaves_is_taken(runner: ModelRunner, m
     assert len(steps[0][4].scored.logprobs) == 60, "a step has 64 tokens"
 
 
+@pytest.mark.skipif(
+    not PAGED_ATTENTION_DECODE.has_kernel(torch.device("cpu"), torch.float32), reason="nothing can be compiled here"
+)
+def test_the_cache_leaves_what_graphs_will_take(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest takes 300 tokens' worth, and each of the six others as much as the second: 50."""
+    token, left, captured = 384, [10_000, 9_700, 9_700, 9_650], []
+    monkeypatch.setattr(memory, "_container_bytes", lambda: token * 32 * 1000)
+    monkeypatch.setattr(memory, "_peak_bytes", lambda devices, step: dict.fromkeys(devices, 0))
+    monkeypatch.setattr(memory, "_free_bytes", lambda device: left.pop(0) * token)
+    real = CudaGraphs.capture
+
+    def capture(graphs: CudaGraphs, bucket: Bucket, version: int) -> None:
+        captured.append(bucket.rows)
+        real(graphs, bucket, version)
+
+    monkeypatch.setattr(CudaGraphs, "capture", capture)
+    many = settings(max_num_seqs=32, cpu_kv_cache_share=1)
+    blocks = num_kv_cache_blocks(runner, 32, many, graph_rows=32, max_model_len=9000)
+    assert blocks == (32 * 1000 - 300 - 6 * 50) // 32
+    assert captured == [32, 24]
+    assert runner._graphs is None
+
+
 def test_what_is_set_outright_needs_no_measurement(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "profile_run", lambda *args: pytest.fail("measured"))
     num_kv_cache_blocks(runner, 32, settings(kv_cache_mib=1), max_model_len=96)
@@ -72,7 +101,7 @@ def test_a_larger_step_takes_more_memory() -> None:
     runner = Desk(tiny_llama(64)).runner
 
     def peak(**given: Any) -> int:
-        return max(profile_run(runner, 32, settings(**given), 4096).values())
+        return max(profile_run(runner, 32, settings(**given).step_limits("cpu"), 4096).values())
 
     # A mask of float32 for 2,000 tokens that see 4,096, twice as two query heads share a key head.
     assert peak(max_num_batched_tokens=2004) - peak() > 2000 * 4096 * 4

@@ -17,7 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from server.engine.sampler import Sampler, uniforms
+from server.engine.sampler import PenalisedText, Sampler, SamplerOutput, TokenCounts, uniforms
 from server.engine.sequence import SamplingParams
 
 CPU = torch.device("cpu")
@@ -49,6 +49,30 @@ RULES = [
 PROMPTS = [[1, 2, 3], [4], [5, 5], [1, 9, 30, 31], [0], *[[1, 9, 9, 9, 30, 31, 30, 12] for _ in range(6)]]
 STEPS = [0, 0, 0, 0, 0, 5, 5, 5, 5, 2, 6]
 ENDS = [frozenset({0, 12, 40})] * len(RULES)
+
+
+def texts_of(rules: list[SamplingParams], texts: list[list[int]], steps: list[int]) -> TokenCounts:
+    """Of the rows that are penalised."""
+    counts = TokenCounts(VOCAB, CPU)
+    counts.hold(
+        {
+            row: PenalisedText(text, len(text) - step, len(text))
+            for row, (rule, text, step) in enumerate(zip(rules, texts, steps, strict=True))
+            if rule.is_penalised
+        }
+    )
+    return counts
+
+
+def sample(
+    rules: list[SamplingParams],
+    scores: torch.Tensor,
+    texts: list[list[int]],
+    steps: list[int],
+    ends: Any = (),
+) -> SamplerOutput:
+    """`texts`: what each row has had, of which `steps` tokens have been sampled."""
+    return Sampler(rules, VOCAB, CPU, ends).sample(scores, steps, texts_of(rules, texts, steps))
 
 
 def logits(rows: int, seed: int = 0) -> torch.Tensor:
@@ -101,22 +125,21 @@ def test_a_row_is_drawn_from_the_distribution_that_transformers_makes(index: int
     ]
     prompts = [PROMPTS[index], PROMPTS[0]] * draws
     steps = [STEPS[index], STEPS[0]] * draws
-    sampler = Sampler(rules, VOCAB, CPU, ENDS[:1] * len(rules))
-    drawn = sampler.sample(scores[[index, 0]].repeat(draws, 1), prompts, steps).tokens[::2]
+    repeated = scores[[index, 0]].repeat(draws, 1)
+    drawn = sample(rules, repeated, prompts, steps, ENDS[:1] * len(rules)).tokens[::2]
     seen = torch.bincount(drawn, minlength=VOCAB) / draws
     assert not seen[expected == 0].any()
     assert (seen - expected).abs().max() < 0.03
 
 
 def test_a_draw_does_not_depend_on_the_neighbours_nor_on_their_steps() -> None:
-    together = Sampler(RULES, VOCAB, CPU, ENDS)
-    alone = [Sampler([rule], VOCAB, CPU, ENDS[:1]) for rule in RULES]
     texts = [list(prompt) for prompt in PROMPTS]
     for step in range(50):
         scores, steps = logits(len(RULES), seed=step), [step + own for own in STEPS]
-        tokens = together.sample(scores, texts, steps).tokens.tolist()
+        tokens = sample(RULES, scores, texts, steps, ENDS).tokens.tolist()
         assert tokens == [
-            int(one.sample(scores[i : i + 1], texts[i : i + 1], steps[i : i + 1]).tokens) for i, one in enumerate(alone)
+            int(sample([rule], scores[i : i + 1], texts[i : i + 1], steps[i : i + 1], ENDS[:1]).tokens)
+            for i, rule in enumerate(RULES)
         ]
         for text, token in zip(texts, tokens, strict=True):
             text.append(token)
@@ -125,25 +148,80 @@ def test_a_draw_does_not_depend_on_the_neighbours_nor_on_their_steps() -> None:
 def test_a_row_that_asks_for_nothing_keeps_its_token_whatever_its_neighbours_ask() -> None:
     plain = SamplingParams(temperature=1.4, seed=3)
     scores, steps = logits(1).repeat(len(RULES) + 1, 1), [0, *STEPS]
-    alone = Sampler([plain], VOCAB, CPU).sample(scores[:1], [[2]], [0])
-    beside = Sampler([plain, *RULES], VOCAB, CPU, [frozenset(), *ENDS]).sample(scores, [[2], *PROMPTS], steps)
+    alone = sample([plain], scores[:1], [[2]], [0])
+    beside = sample([plain, *RULES], scores, [[2], *PROMPTS], steps, [frozenset(), *ENDS])
     assert beside.tokens[0] == alone.tokens[0]
 
 
 def test_a_batch_that_asks_for_none_of_them_pays_for_none() -> None:
     scores = logits(2)
     plain = Sampler([SamplingParams(), SamplingParams(temperature=0, top_k=3)], VOCAB, CPU, ENDS[:2])
-    assert plain._adjusted(scores, [[1], [2]], [0, 0]) is scores
+    assert plain._adjusted(scores, [0, 0], None) is scores
     asking = Sampler([SamplingParams(), SamplingParams(logit_bias=((1, 2.0),))], VOCAB, CPU, ENDS[:2])
-    adjusted = asking._adjusted(scores, [[1], [2]], [0, 0])
+    adjusted = asking._adjusted(scores, [0, 0], None)
     assert torch.equal(adjusted[0], scores[0])
     assert (adjusted - scores).nonzero().tolist() == [[1, 1]]
+
+
+def kept_by_sorting(scores: torch.Tensor, rule: SamplingParams) -> list[int]:
+    """What top_k and top_p leave of one row: all tokens are put in order, of equal ones the first come first."""
+    order = sorted(range(len(scores)), key=lambda token: (-float(scores[token]), token))
+    kth = float(scores[order[min(rule.top_k or VOCAB, VOCAB) - 1]])
+    left = [token for token in order if float(scores[token]) >= kth]
+    chances = torch.tensor([float(scores[token]) for token in left], dtype=torch.float64).softmax(-1)
+    before = (chances.cumsum(-1) - chances).tolist()
+    return sorted(
+        token
+        for place, (token, mass) in enumerate(zip(left, before, strict=True))
+        if not place or mass < rule.top_p or rule.top_p == 1
+    )
+
+
+@pytest.mark.parametrize("step", [None, 1.0, 0.25], ids=["no ties", "many ties", "some ties"])
+def test_what_is_excluded_is_what_a_sort_of_all_tokens_excludes(step: float | None) -> None:
+    """Logits of few bits have ties, also at the border."""
+    rules = [
+        SamplingParams(top_k=top_k, top_p=top_p)
+        for top_k in (0, 1, 3, 10, VOCAB - 1, VOCAB, 9 * VOCAB)
+        for top_p in (1e-6, 0.3, 0.5, 0.83, 0.999, 1.0)
+    ]
+    for seed in range(8):
+        scores = logits(len(rules), seed)
+        if step:
+            scores = (scores / step).round() * step
+        left = Sampler(rules, VOCAB, CPU)._restrict(scores.clone())
+        for row, rule in enumerate(rules):
+            kept = kept_by_sorting(scores[row], rule)
+            assert left[row].isfinite().nonzero()[:, 0].tolist() == kept, rule
+            assert torch.equal(left[row][kept], scores[row][kept])
+
+
+def test_no_more_tokens_are_put_in_order_than_a_row_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    ordered: list[tuple[int, int]] = []
+    real_topk, real_sort = torch.Tensor.topk, torch.Tensor.sort
+
+    def topk(scores: torch.Tensor, k: int, **more: Any) -> Any:
+        ordered.append((len(scores), k))
+        return real_topk(scores, k, **more)
+
+    def sort(scores: torch.Tensor, **more: Any) -> Any:
+        ordered.append(tuple(scores.shape))
+        return real_sort(scores, **more)
+
+    monkeypatch.setattr(torch.Tensor, "topk", topk)
+    monkeypatch.setattr(torch.Tensor, "sort", sort)
+    plain = [SamplingParams(), SamplingParams(min_p=0.1), SamplingParams(temperature=0, top_k=4, top_p=0.5)]
+    sample(plain, logits(3), [[0]] * 3, [0] * 3)
+    assert not ordered
+    rules = [*plain, SamplingParams(top_k=7, top_p=0.9), SamplingParams(top_k=3), SamplingParams(top_p=0.9)]
+    sample(rules, logits(6), [[0]] * 6, [0] * 6)
+    assert ordered == [(2, 7), (1, VOCAB)]
 
 
 def test_log_probabilities_are_those_of_the_model_whatever_is_asked_of_the_draw() -> None:
     rules = [SamplingParams(**{**vars(rule), "logprobs": 2}) for rule in RULES]
     scores = logits(len(rules))
-    drawn = Sampler(rules, VOCAB, CPU, ENDS).sample(scores, PROMPTS, STEPS)
+    drawn = sample(rules, scores, PROMPTS, STEPS, ENDS)
     assert drawn.logprobs is not None
     expected = scores.log_softmax(-1).gather(1, drawn.tokens[:, None])[:, 0]
     assert torch.equal(drawn.logprobs, expected)
@@ -156,8 +234,7 @@ def test_a_frequency_penalty_counts_and_a_presence_penalty_does_not() -> None:
     text = [7, 7, 7, 7, 7, 7]
 
     def greedy(**rules: float) -> int:
-        sampler = Sampler([SamplingParams(temperature=0, **rules)], VOCAB, CPU)  # type: ignore[arg-type]
-        return int(sampler.sample(scores, [text], [3]).tokens)
+        return int(sample([SamplingParams(temperature=0, **rules)], scores, [text], [3]).tokens)  # type: ignore[arg-type]
 
     assert greedy(frequency_penalty=0.8) == 7
     assert greedy(frequency_penalty=0.9) == 8
@@ -172,7 +249,7 @@ def test_a_bias_bans_and_forces_tokens() -> None:
         SamplingParams(temperature=0, logit_bias=((best, -100.0),)),
         SamplingParams(logit_bias=((17, 100.0),)),
     ]
-    tokens = Sampler(rules, VOCAB, CPU).sample(scores, [[0], [0]], [0, 0]).tokens.tolist()
+    tokens = sample(rules, scores, [[0], [0]], [0, 0]).tokens.tolist()
     assert tokens == [int(scores[0].topk(2).indices[1]), 17]
 
 
@@ -180,23 +257,24 @@ def test_before_min_tokens_no_row_ends_and_then_it_may() -> None:
     rule, ends = SamplingParams(temperature=0, min_tokens=4), frozenset({5, 6})
     scores = torch.zeros(1, VOCAB)
     scores[0, 5], scores[0, 6], scores[0, 7] = 9.0, 8.0, 7.0
-    sampler = Sampler([rule], VOCAB, CPU, [ends])
-    assert [int(sampler.sample(scores, [[0] * (step + 1)], [step]).tokens) for step in range(6)] == [7] * 4 + [5] * 2
+    assert [int(sample([rule], scores, [[0] * (step + 1)], [step], [ends]).tokens) for step in range(6)] == [7] * 4 + [
+        5
+    ] * 2
 
 
 def test_temperature_zero_is_greedy_beside_rows_that_are_not() -> None:
     rules = [SamplingParams(temperature=0), SamplingParams(temperature=3), SamplingParams(temperature=1e-300)]
     scores = logits(3)
-    tokens = Sampler(rules, VOCAB, CPU).sample(scores, [[0]] * 3, [0] * 3).tokens
+    tokens = sample(rules, scores, [[0]] * 3, [0] * 3).tokens
     assert tokens[0] == scores[0].argmax()
     assert tokens[2] == scores[2].argmax()
 
 
 def test_a_greedy_row_keeps_to_its_repetition_penalty() -> None:
-    sampler = Sampler([SamplingParams(temperature=0, repetition_penalty=100.0)], VOCAB, CPU)
+    rule = SamplingParams(temperature=0, repetition_penalty=100.0)
     scores, text = logits(1).abs(), [0]
     for step in range(10):
-        text.append(int(sampler.sample(scores, [text], [step]).tokens))
+        text.append(int(sample([rule], scores, [text], [step]).tokens))
     assert len(set(text[1:])) == 10
 
 
@@ -219,7 +297,7 @@ def test_splitmix64_is_the_published_one() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_logits_that_are_no_numbers_give_a_token_all_the_same(value: float) -> None:
-    drawn = Sampler(RULES, VOCAB, CPU, ENDS).sample(torch.full((len(RULES), VOCAB), value), PROMPTS, STEPS)
+    drawn = sample(RULES, torch.full((len(RULES), VOCAB), value), PROMPTS, STEPS, ENDS)
     assert ((drawn.tokens >= 0) & (drawn.tokens < VOCAB)).all()
     assert not drawn.finite.any()
 
@@ -229,5 +307,5 @@ def test_a_row_with_one_logit_that_is_no_number_is_marked_and_no_other(value: fl
     scores = logits(len(RULES))
     scores[2, 7] = value
     scores[3, 7] = -float("inf")
-    finite = Sampler(RULES, VOCAB, CPU, ENDS).sample(scores, PROMPTS, STEPS).finite.tolist()
+    finite = sample(RULES, scores, PROMPTS, STEPS, ENDS).finite.tolist()
     assert finite == [row != 2 for row in range(len(RULES))]
