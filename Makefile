@@ -7,6 +7,7 @@ CONSTRAINTS ?= constraints.txt
 HOST ?= $(or $(MATSTEER_HOST),127.0.0.1)
 PORT ?= $(or $(MATSTEER_PORT),8000)
 EXAMPLES ?= 300
+MINUTES ?= 10
 # What the development install has beside the package; `make test DEV=dev,triton` also runs the kernels for CUDA,
 # interpreted on the CPU (290 MB more, 1.1 GB on the disk).
 DEV ?= dev
@@ -17,7 +18,7 @@ DEV_INSTALLED := $(VENV)/.installed-dev
 PAGE_INSTALLED := $(VENV)/.installed-page
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: help install serve test check format real-model real-checkpoint demo-model demo-data demo-sweep demo-checkpoint reproduce readme api-docs page check-page test-page screenshots fuzz test-clients bench check-gpu clean
+.PHONY: help install serve test check format real-model real-checkpoint demo-model demo-data demo-sweep demo-checkpoint reproduce readme api-docs page check-page test-page screenshots fuzz soak test-clients bench check-gpu clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -110,6 +111,9 @@ screenshots: $(PAGE_INSTALLED)  ## docs/page.png, and pictures of every view in 
 
 fuzz: $(DEV_INSTALLED)  ## many more requests of the OpenAPI document than `make test` sends
 	FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/server/test_fuzz.py --timeout 0
+
+soak: $(INSTALLED)  ## a server under mixed traffic for MINUTES=10: benchmarks/results/soak-cpu.json
+	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
 
 test-clients: $(INSTALLED)  ## twelve clients of OpenAI's API, each in an environment of its own: docs/clients.md
 	$(BIN)/python -m tests.clients.run --write

@@ -179,9 +179,9 @@ class Service:
         """Raises UnknownModel where a request names what is neither the base model nor a checkpoint."""
         if name is None or name == self.model or self.registry.find_loaded(name):
             return
-        folder, _, version = name.partition("@")
+        folder, at, version = name.partition("@")
         entries = await _of(self._loads.submit(folder, lambda: self.registry.entries(folder)))
-        if not any(entry.problem is None and version in ("", entry.version) for entry in entries):
+        if not any(entry.problem is None and (not at or version == entry.version) for entry in entries):
             raise UnknownModel(f"There is no model {name!r}; GET /v1/models lists those there are.", param="model")
 
     async def _submit(self, params: GenerateParams, *, stream: bool) -> _RunningRequest:

@@ -37,7 +37,7 @@ class ThreadScaler:
         self._waited = waited or waited_for_cores
         self._clock = clock
         self._pause = PAUSE
-        self._changed = self._last = clock()
+        self._changed = self._ended = clock()
         self._window: tuple[float, float | None] | None = None  # when it began, and what had been waited for by then
 
     def look(self) -> None:
@@ -45,18 +45,23 @@ class ThreadScaler:
         if self.most == 1:
             return
         now = self._clock()
-        pausing, self._last = now - self._last > WINDOW, now
+        pausing = now - self._ended > WINDOW
         if self._window is None or pausing:  # nothing was computed for a while: that says nothing about cores
             self._window = now, self._waited()
         elif now - self._window[0] >= WINDOW:
             (began, before), after = self._window, self._waited()
             self._window = now, after
             if before is not None and after is not None:
-                self._judge((after - before) / (now - began), now)
+                self._judge((after - before) / (now - began), began, now)
 
-    def _judge(self, waiting: float, now: float) -> None:
+    def ended(self) -> None:
+        """A step has ended, however long it took: what follows may be a pause."""
+        self._ended = self._clock()
+
+    def _judge(self, waiting: float, began: float, now: float) -> None:
         if waiting > CROWDED and self.size > 1:
-            self._pause = min(2 * self._pause, LONGEST_PAUSE) if now - self._changed < PAUSE else PAUSE
+            at_once = began - self._changed < PAUSE - WINDOW
+            self._pause = min(2 * self._pause, LONGEST_PAUSE) if at_once else PAUSE
             self._resize(max(1, self.size - max(1, round(waiting))), now)
         elif self.size < self.most and now - self._changed > self._pause:
             self._resize(min(2 * self.size, self.most), now)

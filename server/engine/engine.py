@@ -335,6 +335,7 @@ class Engine:
             yield
         finally:
             self._busy_since = None
+            self._runner.thread_scaler.ended()
 
     def _fail(self, chunks: Chunks, error: Exception) -> None:
         """A failing step fails the requests in it, and those whose copies were not made, and nobody else, as long as

@@ -17,7 +17,7 @@ from server.engine.scoring import ComparisonPair, Divergence
 from server.engine.sequence import Event, Failed, Finished, SamplingParams, ScheduledChunk, Sequence, SteeringParams
 from server.errors import GenerationFailed, NotFinite, ServerError
 from steering.types import SequenceSteering
-from tests.server.conftest import columns, tiny_llama
+from tests.server.conftest import World, columns, tiny_llama
 from tests.server.desk import NAMES, Desk
 
 Tokens = tuple[int, ...]
@@ -244,3 +244,38 @@ def test_a_part_of_a_prompt_that_is_not_finite_is_known_at_once() -> None:
     assert bench.desk.computed == [24], "the first part of it"
     bench.goes_wrong = lambda what: False  # type: ignore[method-assign]
     assert bench.answer(work) == expected(work)
+
+
+TURNS = [{"role": "user", "content": "What colour is the sky?"}]
+PROMPT = "Q: What colour is grass? A:"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", {"prompt": PROMPT, "max_new_tokens": 4}),
+        ("/generate", {"messages": TURNS, "max_new_tokens": 4, "baseline": True, "trace": True}),
+        ("/compare", {"prompt": PROMPT, "arms": [{"name": "a", "attributes": {}}, {"name": "b"}], "max_new_tokens": 4}),
+        ("/score", {"prompt": PROMPT, "continuations": [" Grass is green.", " No."]}),
+        ("/v1/completions", {"model": "demo", "prompt": PROMPT, "echo": True, "logprobs": 1, "max_tokens": 1}),
+        ("/v1/chat/completions", {"model": "demo", "messages": TURNS, "max_tokens": 4}),
+        ("/v1/responses", {"model": "demo", "input": PROMPT, "max_output_tokens": 4}),
+    ],
+)
+def test_no_route_answers_with_what_is_not_finite_or_remembers_it(fresh: World, path: str, body: Any) -> None:
+    runner = fresh.service.engine._runner
+    forward = runner.forward
+
+    def without_a_number(*given: Any) -> Any:
+        logits, counts = forward(*given)
+        return torch.full_like(logits, torch.nan), counts
+
+    runner.forward = without_a_number  # type: ignore[method-assign]
+    failed = fresh.client.post(path, json=body)
+    assert (failed.status_code, failed.json()["error"]["type"]) == (500, "not_finite")
+    if path != "/score":
+        assert '"not_finite"' in fresh.client.post(path, json={**body, "stream": True}).text
+    runner.forward = forward  # type: ignore[method-assign]
+    assert fresh.client.post(path, json=body).status_code == 200
+    assert fresh.service.engine.status.used_blocks == 0
+    assert fresh.service.registry.pins == 0

@@ -23,10 +23,11 @@ class Machine:
         """The sizes that the team had, after each step."""
         sizes = []
         for _ in range(round(seconds / step)):
-            self.now += step
-            self.waited += step * max(0, team.size - self.cores)
             team.look()
             sizes.append(team.size)
+            self.now += step
+            self.waited += step * max(0, team.size - self.cores)
+            team.ended()
         return sizes
 
     def team(self, size: int) -> ThreadScaler:
@@ -43,6 +44,11 @@ def test_threads_without_a_core_leave_at_once_and_torch_is_told() -> None:
     team = machine.team(8)
     assert machine.run(team, 1.0)[-1] == 3
     assert torch.get_num_threads() == 3
+
+
+def test_steps_that_a_crowd_makes_very_long_are_no_pauses() -> None:
+    machine = Machine(cores=1)
+    assert machine.run(machine.team(2), 600, step=3.0).count(1) > 150
 
 
 def test_the_last_thread_stays() -> None:

@@ -48,6 +48,7 @@ def test_texts_of_any_length_have_tokens(world: World) -> None:
         ("/detokenize", {"tokens": [5, 100_000]}, 422, "tokens.1"),
         ("/detokenize", {"tokens": [-1]}, 422, "tokens.0"),
         ("/detokenize", {"tokens": [5], "model": "demo@9"}, 404, "model"),
+        ("/detokenize", {"tokens": [5], "model": "demo@"}, 404, "model"),
     ],
 )
 def test_what_is_wrong_is_named(world: World, path: str, body: Any, status: int, param: str) -> None:
