@@ -30,7 +30,8 @@ from training.data.samples import Form, Sample, Split
 from training.data.sources import load_data
 from training.data.splits import split_samples
 from training.evaluation.evaluator import Evaluator, GateMeans, gate_means
-from training.evaluation.generation import Sampling, load_prompts
+from training.evaluation.generation import Sampling
+from training.evaluation.judged import load_prompts
 from training.evaluation.results import BASELINE, Arm, ArmResult, Evaluation, default_arm, single_arms
 from training.evaluation.sweep import best_alone, combine
 from training.evaluation.sweep_results import Goal

@@ -9,8 +9,8 @@ import torch
 from steering import Column, Gate, Positions, Site, SiteKind, steered
 from training.activations.tokenization import Encoded
 from training.errors import DataError, TrainingError
-from training.evaluation.choices import log_likelihoods
 from training.evaluation.generation import Sampling, generate
+from training.evaluation.likelihood import log_likelihoods
 from training.evaluation.results import BASELINE, Arm
 
 PROMPTS = ["Q: What do cows say? A:", "Q", "Q: Where do bees live? Tell me, you silly person. A:", "The sky is"]

@@ -1,15 +1,9 @@
-"""Judged generations: continuations of many prompts under several arms in one batch, and a judge's verdicts."""
+"""Continuations of many prompts under several arms in one batch."""
 
-import hashlib
-import importlib
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from functools import partial
-from math import exp
-from pathlib import Path
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,72 +11,11 @@ from torch import Tensor
 from steering.hook import steered
 from steering.types import Column, Positions
 from training.activations.tokenization import Encoded, check_ids, encode_prompt, pad_left
-from training.data.rows import Row, check_fields, collect, read_rows, split_field, text_field
-from training.data.samples import Form, Split, Turn
+from training.data.samples import Form, Turn
 from training.errors import DataError, TrainingError
-from training.evaluation.choices import log_likelihoods
-from training.evaluation.results import Arm, ArmResult, Estimate, Evaluation, wilson
+from training.evaluation.likelihood import log_likelihoods
+from training.evaluation.results import Arm
 from training.progress import progress_bar
-
-Judge = Callable[[str, str], Mapping[str, bool | None]]
-"""(prompt, generated text) -> metric -> does it hold; None where the metric does not apply."""
-
-
-FIELDS = ("prompt", "split", "group", "attribute", "completion", "label")
-"""Of a file of prompts, which may be a training file: all but the first two say nothing here."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    text: str
-    split: Split | None
-    """None belongs to every split."""
-
-
-def load_judge(name: str) -> Judge:
-    """The function "module:function", modules of the working directory included. Raises TrainingError."""
-    module, found, function = name.partition(":")
-    if not (found and module and function):
-        raise TrainingError(f"A judge is named as module:function, got {name!r}.")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        judge: Any = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise TrainingError(f"The judge {name!r} cannot be found: {error}.") from None
-    if not callable(judge):
-        raise TrainingError(f"The judge {name!r} is a {type(judge).__name__}, not a function.")
-    return cast(Judge, judge)
-
-
-def judge_key(judge: Judge) -> str:
-    """The judge's name and a hash of the file that it is defined in."""
-    module = sys.modules.get(judge.__module__)
-    file = getattr(module, "__file__", None)
-    source = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
-    return f"{judge.__module__}:{getattr(judge, '__qualname__', '')} {source}"
-
-
-def load_prompts(path: Path) -> list[Prompt]:
-    """JSON lines of `{"prompt", "split"?}`. Raises DataError with file and line."""
-
-    def convert(row: Row) -> list[Prompt]:
-        check_fields(row, FIELDS)
-        return [Prompt(text_field(row, "prompt"), split_field(row))]
-
-    prompts = collect(str(path), partial(read_rows, path), convert)
-    if not prompts:
-        raise DataError(f"{path} holds no prompts.")
-    return prompts
-
-
-def prompts_of(prompts: Sequence[Prompt], split: Split, limit: int | None = None) -> list[str]:
-    """The (first `limit`) prompts of a split. Raises DataError where there is none."""
-    chosen = [prompt.text for prompt in prompts if prompt.split in (None, split)]
-    if not chosen:
-        raise DataError(f"There is no prompt of the {split} split.")
-    return chosen[:limit]
 
 
 @dataclass(frozen=True)
@@ -115,6 +48,8 @@ class Continuation:
     text: str
     finished: bool  # it ended with an end-of-text token, which is the last of token_ids
     nll: float
+    verdict: Mapping[str, bool | None] = field(default_factory=dict)
+    """A judge's."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +63,7 @@ class _SequenceId:
 def generate(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[str | tuple[Turn, ...]],
     columns: Sequence[Column],
     arms: Sequence[Arm],
     sampling: Sampling,
@@ -140,13 +75,13 @@ def generate(
 ) -> list[Continuation]:
     """Continue every prompt `sampling.samples` times in every arm; ordered by arm, prompt, sample.
 
-    `form`: `chat` answers each prompt as a user's turn in the model's chat template. Raises DataError.
+    `form`: `chat` answers each prompt as a user's turn in the model's chat template; turns are a conversation anyway.
+    Raises DataError.
 
     Sample k of a prompt uses the same random numbers in every arm and whatever the batch, so that arms differ by
     steering alone. With `generated` positions all rows of a prompt share one prefill.
     """
-    chat = form is Form.CHAT
-    encoded = [encode_prompt(tokenizer, prompt, [Turn("user", prompt)] if chat else ()) for prompt in prompts]
+    encoded = [encoded_prompt(tokenizer, prompt, form) for prompt in prompts]
     check_ids(model, tokenizer, encoded)
     limit = (getattr(model.config, "max_position_embeddings", None) or 1 << 30) - sampling.max_new_tokens
     for prompt, ids in zip(prompts, encoded, strict=True):
@@ -180,61 +115,11 @@ def generate(
     return [text for _, text in sorted(results, key=lambda pair: (pair[0].arm, pair[0].prompt, pair[0].sample))]
 
 
-def evaluate_generations(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    judge: Judge,
-    columns: Sequence[Column],
-    arms: Sequence[Arm],
-    sampling: Sampling,
-    *,
-    form: Form = Form.PLAIN,
-    positions: Positions = Positions.GENERATED,
-    max_rows: int = 128,
-    progress: bool = False,
-) -> tuple[Evaluation, list[Continuation]]:
-    """Generate in every arm and judge: the rate of each metric where it applies, with a Wilson interval, and the
-    perplexity of the text under the unsteered model. The texts come along."""
-    if not prompts:
-        raise DataError("There are no prompts to evaluate.")
-    texts = generate(
-        model, tokenizer, prompts, columns, arms, sampling, form=form, positions=positions, max_rows=max_rows,
-        progress=progress,
-    )  # fmt: skip
-    results: list[ArmResult] = []
-    for index, arm in enumerate(arms):
-        size = len(texts) // len(arms)
-        own = texts[index * size : (index + 1) * size]
-        perplexity = exp(min(700.0, sum(text.nll for text in own) / sum(len(text.token_ids) for text in own)))
-        first = results[0].perplexity if results else perplexity
-        results.append(
-            ArmResult(
-                arm.name,
-                dict(arm.attributes),
-                judged_rates([_verdict(judge, prompts[text.prompt], text.text) for text in own]),
-                perplexity,
-                perplexity / first if first else None,
-            )
-        )
-    settings = {"prompts": len(prompts), "form": form.value, "positions": positions.value, **asdict(sampling)}
-    return Evaluation("generation", tuple(results), settings), texts
-
-
-def judged_rates(verdicts: Sequence[Mapping[str, bool | None]]) -> dict[str, Estimate]:
-    """Per metric, how often it holds among the verdicts where it applies."""
-    rates = {}
-    for name in dict.fromkeys(name for verdict in verdicts for name in verdict):
-        values = [bool(v) for verdict in verdicts if (v := verdict.get(name)) is not None]
-        rates[name] = wilson(sum(values), len(values))
-    return rates
-
-
-def _verdict(judge: Judge, prompt: str, text: str) -> Mapping[str, bool | None]:
-    try:
-        return judge(prompt, text)
-    except Exception as error:
-        raise TrainingError(f"The judge failed on an answer to {prompt[-80:]!r}: {error!r}.") from error
+def encoded_prompt(tokenizer: Any, prompt: str | tuple[Turn, ...], form: Form) -> tuple[int, ...]:
+    """As `generate` takes it. Raises DataError."""
+    if not isinstance(prompt, str):
+        return encode_prompt(tokenizer, "", prompt)
+    return encode_prompt(tokenizer, prompt, [Turn("user", prompt)] if form is Form.CHAT else ())
 
 
 def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
