@@ -253,9 +253,9 @@ class EvaluationOptions(OptionGroup):
         str,
         typer.Option(
             metavar="primer|plain|chat|harness",
-            help="How TruthfulQA, BBQ and ToxiGen are asked without a judge. primer: TruthfulQA after its six questions "
-            "and answers, BBQ with its options; plain: without the six; chat: as a user's turn in the model's chat "
-            "template; harness: word for word as lm-evaluation-harness does. With --chat: chat.",
+            help="How TruthfulQA, BBQ and ToxiGen are asked without a judge. primer: TruthfulQA after its six "
+            "questions and answers, BBQ with its options; plain: without the six; chat: a user's turn in the model's "
+            "chat template; harness: word for word as lm-evaluation-harness does. With --chat: chat.",
         ),
     ] = "primer"
     damage: Annotated[

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.training.helpers import make_llama
 from training.data import load_data
 from training.data.samples import Sample
 from training.evaluation.choices import evaluate_choices
@@ -59,29 +60,40 @@ TOXIGEN = [
 ROWS = {"truthfulqa": TRUTHFULQA, "bbq": BBQ, "toxigen": TOXIGEN}
 
 
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    """With room for the primer."""
+    return make_llama(max_position_embeddings=2048)
+
+
 def of(folder: Path, name: str, spec: str | None = None) -> list[Sample]:
     path = folder / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS[name]))
     return load_data([spec or f"{name}={path}"])
 
 
-def harness(task: str, path: Path, split: str, model: Any, tokenizer: Any) -> dict[str, float]:
+def harness(task: str, path: Path, model: Any, tokenizer: Any) -> dict[str, float]:
     """What lm-evaluation-harness measures by its own task on a local file."""
     import lm_eval.tasks
+    from lm_eval.api.task import ConfigurableTask
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager, get_task_dict
+    from lm_eval.tasks._yaml_loader import load_yaml
 
-    folder = Path(lm_eval.tasks.__file__).parent
-    config = {"include": str(next(folder.rglob(f"{task}.yaml"))), "task": f"local_{task}", "dataset_path": "json",
-              "dataset_name": None, "tag": None, "dataset_kwargs": {"data_files": {split: str(path)}}}  # fmt: skip
+    published = load_yaml(next(Path(lm_eval.tasks.__file__).parent.rglob(f"{task}.yaml")))
+    published.pop("tag", None)
+    files = {
+        "data_files": dict.fromkeys(("train", "validation", "test"), str(path)),
+        "cache_dir": str(path.parent / "cache"),
+    }
+    local = {**published, "task": "local", "dataset_path": "json", "dataset_name": None, "dataset_kwargs": files}
     found = evaluate(
         HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, device="cpu"),
-        get_task_dict([config], TaskManager()),
+        {"local": ConfigurableTask(config=local)},
         bootstrap_iters=0,
     )
     assert found is not None
-    return {name.removesuffix(",none"): value for name, value in found["results"][f"local_{task}"].items()}
+    return {name.removesuffix(",none"): value for name, value in found["results"]["local"].items()}
 
 
 def ours(samples: list[Sample], model: Any, tokenizer: Any) -> dict[str, float | None]:
@@ -91,14 +103,11 @@ def ours(samples: list[Sample], model: Any, tokenizer: Any) -> dict[str, float |
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_truthfulqa_is_that_of_lm_evaluation_harness(
-    tmp_path: Path, llama: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+def test_truthfulqa_is_that_of_lm_evaluation_harness(tmp_path: Path, llama: Any, tokenizer: Any) -> None:
     found = ours(of(tmp_path, "truthfulqa"), llama, tokenizer)
     path = tmp_path / "truthfulqa.jsonl"
-    assert found["mc1"] == harness("truthfulqa_mc1", path, "validation", llama, tokenizer)["acc"]
-    theirs = harness("truthfulqa_mc2", path, "validation", llama, tokenizer)["acc"]
+    assert found["mc1"] == harness("truthfulqa_mc1", path, llama, tokenizer)["acc"]
+    theirs = harness("truthfulqa_mc2", path, llama, tokenizer)["acc"]
     assert found["mc2"] == pytest.approx(theirs, abs=1e-4)
     assert 0 < (found["mc2"] or 0) < 1
 
@@ -106,7 +115,7 @@ def test_truthfulqa_is_that_of_lm_evaluation_harness(
 @pytest.mark.filterwarnings("ignore")
 def test_bbq_is_that_of_lm_evaluation_harness(tmp_path: Path, llama: Any, tokenizer: Any) -> None:
     found = ours(of(tmp_path, "bbq"), llama, tokenizer)
-    theirs = harness("bbq_multiple_choice", tmp_path / "bbq.jsonl", "test", llama, tokenizer)
+    theirs = harness("bbq_multiple_choice", tmp_path / "bbq.jsonl", llama, tokenizer)
     for name, their in {
         "accuracy": "acc",
         "accuracy_ambiguous": "accuracy_amb",
@@ -120,7 +129,7 @@ def test_bbq_is_that_of_lm_evaluation_harness(tmp_path: Path, llama: Any, tokeni
 @pytest.mark.filterwarnings("ignore")
 def test_toxigen_is_that_of_lm_evaluation_harness(tmp_path: Path, llama: Any, tokenizer: Any) -> None:
     found = ours(of(tmp_path, "toxigen"), llama, tokenizer)
-    theirs = harness("toxigen", tmp_path / "toxigen.jsonl", "test", llama, tokenizer)
+    theirs = harness("toxigen", tmp_path / "toxigen.jsonl", llama, tokenizer)
     assert found["accuracy"] == pytest.approx(theirs["acc"])
 
 
@@ -174,7 +183,9 @@ def test_the_best_answer_alone_counts_for_mc1(tmp_path: Path) -> None:
 def test_the_best_answer_is_read_from_every_form(tmp_path: Path, kind: str) -> None:
     if kind == "csv":
         path = tmp_path / "t.csv"
-        path.write_text("Question,Best Answer,Correct Answers,Incorrect Answers\nMoo?,Cows do,Bulls; Cows do,Bees; Ants\n")
+        path.write_text(
+            "Question,Best Answer,Correct Answers,Incorrect Answers\nMoo?,Cows do,Bulls; Cows do,Bees; Ants\n"
+        )
     else:
         path = tmp_path / "t.jsonl"
         row = {"question": "Moo?", "best_answer": "Cows do", "correct_answers": ["Bulls", "Cows do"],

@@ -67,7 +67,7 @@ def evaluate_generations(
     advance: Callable[[float], None] = lambda _: None,
 ) -> tuple[Evaluation, list[Continuation]]:
     """Generate in every arm and judge: the rate of each metric where it applies, the damage that the texts show, and
-    the paired differences to the unsteered arm, clustered by prompt or its group. The texts come along, with verdicts."""
+    the paired differences to the unsteered arm, clustered by prompt or its group. The texts come along, judged."""
     if not prompts:
         raise DataError("There are no prompts to evaluate.")
     asked = [prompt.text for prompt in prompts]

@@ -94,8 +94,8 @@ class _Scorer:
                 part = own[begin : begin + size]
                 cache = _selected(begun, [0] * len(part)) if begun is not None else None
                 if length > len(lead):
-                    strengths = None if shared else [prefix.strengths for prefix in part]
-                    cache = self._forward_cached([prefix.ids[len(lead) :] for prefix in part], cache, strengths)
+                    alike = None if shared else [prefix.strengths for prefix in part]
+                    cache = self._forward_cached([prefix.ids[len(lead) :] for prefix in part], cache, alike)
                 yield part, cache
 
     def score(
@@ -175,7 +175,7 @@ def _selected(cache: Any, places: Sequence[int]) -> Any:
     return found
 
 
-def _common(texts: Sequence[Sequence[int]]) -> tuple[int, ...]:
+def _common(texts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     """What all of them begin with."""
     first, last = min(texts), max(texts)
     count = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))

@@ -82,8 +82,8 @@ def show(evaluation: Evaluation, title: str) -> Group:
 _CAPTIONS = {
     "": "Percent with 95 % intervals.",
     "difference to unsteered": "Points, paired, with 95 % intervals from drawing clusters (questions, or templates).",
-    "damage": "Perplexity of its own texts under the unsteered model, ratio against the first arm; rep-4 (repeated token "
-    "4-grams) and empty texts in percent; KL to the unsteered model on neutral text, nats a token.",
+    "damage": "Perplexity of its own texts under the unsteered model, ratio against the first arm; rep-4 (repeated "
+    "token 4-grams) and empty texts in percent; KL to the unsteered model on neutral text, nats a token.",
 }
 
 

@@ -18,7 +18,7 @@ FEW = 30  # cases of a metric
 @dataclass(frozen=True)
 class Goal:
     metrics: tuple[str, ...] = ()
-    """Those that count; none: every judged metric, or of every attribute the primary one (mc2, accuracy, preference)."""
+    """Those that count; none: every judged metric, or each attribute's primary one (mc2, accuracy, preference)."""
     max_perplexity_ratio: float = 1.5
     max_repetition: float = 0.1
     """By how much rep-4 may be above the unsteered model's: a text that loops can have any score."""
