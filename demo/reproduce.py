@@ -13,6 +13,7 @@ import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,11 @@ from training.models import Base, load_base
 STRENGTHS = (0.5, 0.75, 1.0, 1.5, 2.0)
 DEV_PROMPTS = 120
 MULTIPLIERS = (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
-GOAL = Goal(metrics=TRAITS, max_perplexity_ratio=1.5, keep={"well_formed": 0.97}, tolerance=0.02)
+# The oracle says what is well formed; the neutral text has words that this model never saw.
+GOAL = Goal(
+    metrics=TRAITS, max_perplexity_ratio=1.5, max_repetition=1, max_empty=1, max_kl=inf, keep={"well_formed": 0.97},
+    tolerance=0.02,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -218,7 +218,7 @@ def evaluate(
 ) -> None:
     """Steered and unsteered side by side on the test split: tables, JSON, what was measured of every question, a plot.
 
-    An interrupted choice between answers goes on where it stopped.
+    An interrupted evaluation goes on where it stopped.
 
     Example: matsteer evaluate --model Qwen/Qwen2.5-0.5B --checkpoint checkpoints/mine
     --data truthfulness=facts.jsonl --baseline
@@ -250,7 +250,7 @@ def evaluate(
             )
         evaluation, generated = compare(
             base.load(), loaded, samples, evaluator, Split(split), factors=factors, baseline=baseline, alone=alone,
-            extra=extra, progress=o.shows_progress(), kept=(out or folder / "evaluation") / "questions.partial",
+            extra=extra, progress=o.shows_progress(), kept=(out or folder / "evaluation") / "evaluation.partial",
         )  # fmt: skip
         terminal().print(show(evaluation, f"{loaded.config.name}@{loaded.config.version} on {split}"))
         for path in store(evaluation, out or folder / "evaluation", texts=generated):

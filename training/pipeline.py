@@ -275,7 +275,7 @@ def evaluate_for(
     folder = run.workspace / f"evaluation-{version}"
     try:
         evaluation, generated = run.evaluator.evaluate(
-            base, columns, arms, texts, Split.TEST, progress=run.progress, kept=folder / "questions.partial"
+            base, columns, arms, texts, Split.TEST, progress=run.progress, kept=folder / "evaluation.partial"
         )
     except DataError as error:
         if run.evaluator.judge is not None:

@@ -1,7 +1,5 @@
 """Questions with given answers, chosen from by likelihood in every arm."""
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from steering.types import Column, Positions
-from training.activations.store import model_hash
 from training.activations.tokenization import Encoded, check_ids, encode
 from training.data.samples import Form, Turn
 from training.errors import DataError
 from training.evaluation.damage import damaged
 from training.evaluation.generation import Sampling
+from training.evaluation.kept import Kept
 from training.evaluation.likelihood import log_likelihoods
 from training.evaluation.results import (
     MANY,
@@ -28,7 +26,6 @@ from training.evaluation.results import (
     note_on_many,
 )
 from training.evaluation.tasks import METRICS, Question, measure, unmeasured
-from training.files import content_key
 from training.progress import Advance, progress_bar
 
 BLOCK = 64  # rows of one arm that are scored, and kept, at once
@@ -76,12 +73,13 @@ def evaluate_choices(
     cut = sum(any(len(row.ids) > limit for row in own) for own in rows)
     rows = [[row.clipped(limit) for row in own] for own in rows]
     total = len(arms) * sum(map(len, rows))
-    store = _Kept(kept, content_key(_identity(model, asked, columns, arms, positions)) if kept else "")
-    scored = store.read()
+    content = [[one.prompt, *one.completions, *map(list, one.turns)] for one in asked]
+    store = Kept.of(kept, model, columns, arms, [content, positions.value])
+    scored = {(row["question"], row["arm"]): _Scored(row["sums"], row["lengths"]) for row in store.read()}
     done = sum(len(found.sums) for found in scored.values())
     with progress_bar("score", total, "answers", shown=progress, done=done) as shown:
 
-        def tell(count: int) -> None:
+        def tell(count: float) -> None:
             shown(count)
             advance(count / total)
 
@@ -90,7 +88,7 @@ def evaluate_choices(
             found = _score(model, [rows[i] for i in block], columns, arms, positions, max_rows, tell)
             new = {(block[place], number): one for (place, number), one in found.items()}
             scored |= new
-            store.add(new)
+            store.add({"question": i, "arm": n, **asdict(one)} for (i, n), one in new.items())
     measures = [_measures(asked, [scored[i, n] for i in range(len(asked))], arm) for n, arm in enumerate(arms)]
     notes = list(unmeasured(asked))
     if cut:
@@ -205,55 +203,3 @@ def _lines(asked: Sequence[Question], arms: Sequence[Arm], scored: Scores) -> It
                 "tokens": found.lengths,
                 "metrics": {name: own[0] if own[1:] == (1.0,) else list(own) for name, own in parts.items()},
             }
-
-
-def _identity(
-    model: Any, asked: Sequence[Question], columns: Sequence[Column], arms: Sequence[Arm], positions: Positions
-) -> dict[str, Any]:
-    """All that scores depend on."""
-    vectors = [
-        [column.attribute, str(column.site), column.gate.value, column.gate_bias, column.keep_norm,
-         *(hashlib.sha256(part.numpy().tobytes()).hexdigest() for part in (column.vector, column.gate_weight))]
-        for column in columns
-    ]  # fmt: skip
-    return {
-        "model": model_hash(model),
-        "questions": [[one.prompt, *one.completions, [list(turn) for turn in one.turns]] for one in asked],
-        "columns": vectors,
-        "arms": [asdict(arm) for arm in arms],
-        "positions": positions.value,
-    }
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """Scores in a file of JSON lines, one a question and arm; those of another `key` are passed over."""
-
-    path: Path | None
-    key: str
-
-    def read(self) -> Scores:
-        found: Scores = {}
-        if self.path is None or not self.path.exists():
-            return found
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:  # the last one, where writing was cut short
-                continue
-            if row["key"] == self.key:
-                found[row["question"], row["arm"]] = _Scored(row["sums"], row["lengths"])
-        return found
-
-    def add(self, scored: Scores) -> None:
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            for (question, arm), one in scored.items():
-                row = {"key": self.key, "question": question, "arm": arm, "sums": one.sums, "lengths": one.lengths}
-                file.write(json.dumps(row) + "\n")
-
-    def remove(self) -> None:
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)

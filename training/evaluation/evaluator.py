@@ -66,7 +66,7 @@ class Evaluator:
         kept: Path | None = None,
         advance: Advance = lambda _: None,
     ) -> tuple[Evaluation, list[Continuation]]:
-        """Evaluate on one split; an interrupted choice between answers goes on from the file `kept`. `advance` is told
+        """Evaluate on one split; an interrupted call goes on from the file `kept`. `advance` is told
         shares of the whole. Raises DataError where the split holds nothing to evaluate on."""
         if self.judge is not None:
             prompts = prompts_of(self.prompts, split, self.limit)
@@ -82,6 +82,7 @@ class Evaluator:
                 positions=self.positions,
                 max_rows=self.max_rows,
                 progress=progress,
+                kept=kept,
                 advance=advance,
             )
         own = [sample for sample in samples if sample.split is split]

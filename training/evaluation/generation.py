@@ -1,8 +1,9 @@
 """Continuations of many prompts under several arms in one batch."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from steering.types import Column, Positions
 from training.activations.tokenization import Encoded, check_ids, encode_prompt, pad_left
 from training.data.samples import Form, Turn
 from training.errors import DataError, TrainingError
+from training.evaluation.kept import Kept
 from training.evaluation.likelihood import log_likelihoods
 from training.evaluation.results import Arm
-from training.progress import progress_bar
+from training.progress import Advance, progress_bar
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,14 @@ def generate(
     positions: Positions = Positions.GENERATED,
     max_rows: int = 128,
     progress: bool = False,
+    advance: Advance = lambda _: None,
+    kept: Path | None = None,
 ) -> list[Continuation]:
     """Continue every prompt `sampling.samples` times in every arm; ordered by arm, prompt, sample.
 
     `form`: `chat` answers each prompt as a user's turn in the model's chat template; turns are a conversation anyway.
-    Raises DataError.
+    `kept`: a file to which texts are written as they come, and from which an interrupted call goes on; whoever has
+    used them removes it. `advance` is told shares of the whole. Raises DataError.
 
     Sample k of a prompt uses the same random numbers in every arm and whatever the batch, so that arms differ by
     steering alone. With `generated` positions all rows of a prompt share one prefill.
@@ -96,8 +101,15 @@ def generate(
     batch = _Decoder(model, columns, positions, sampling, end_tokens(model, tokenizer))
     results: list[tuple[_SequenceId, Continuation]] = []
     per_prompt = len(arms) * sampling.samples
-    with progress_bar("generate", per_prompt * len(prompts), "texts", shown=progress) as advance:
-        for chosen in _prompt_batches(encoded, max(1, max_rows // per_prompt)):
+    store = Kept.of(kept, model, columns, arms, [encoded, asdict(sampling), positions.value])
+    for row in store.read():
+        text = {**row["text"], "token_ids": tuple(row["text"]["token_ids"])}
+        results.append((_SequenceId(**row["id"]), Continuation(**text)))
+    written = {id.prompt for id, _ in results}
+    advance(len(written) / len(prompts))
+    total, done = per_prompt * len(prompts), per_prompt * len(written)
+    with progress_bar("generate", total, "texts", shown=progress, done=done) as shown:
+        for chosen in _prompt_batches(encoded, max(1, max_rows // per_prompt), written):
             rows = [_SequenceId(p, a, s) for p in chosen for a in range(len(arms)) for s in range(sampling.samples)]
             tokens = batch.run(
                 [encoded[p] for p in chosen],
@@ -105,14 +117,16 @@ def generate(
                 torch.stack([noise[row.prompt, row.sample] for row in rows]),
             )
             costs = _base_costs(model, [encoded[row.prompt] for row in rows], tokens, max_rows)
-            for row, ids, nll in zip(rows, tokens, costs, strict=True):
+            found = []
+            for id, ids, nll in zip(rows, tokens, costs, strict=True):
                 finished = ids[-1] in batch.ends
-                text = tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=True)
-                results.append(
-                    (row, Continuation(arms[row.arm].name, row.prompt, row.sample, ids, text, finished, nll))
-                )
-            advance(len(rows))
-    return [text for _, text in sorted(results, key=lambda pair: (pair[0].arm, pair[0].prompt, pair[0].sample))]
+                said = tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=True)
+                found.append((id, Continuation(arms[id.arm].name, id.prompt, id.sample, ids, said, finished, nll)))
+            results += found
+            store.add({"id": asdict(id), "text": asdict(one)} for id, one in found)
+            shown(len(rows))
+            advance(len(chosen) / len(prompts))
+    return [one for _, one in sorted(results, key=lambda pair: (pair[0].arm, pair[0].prompt, pair[0].sample))]
 
 
 def encoded_prompt(tokenizer: Any, prompt: str | tuple[Turn, ...], form: Form) -> tuple[int, ...]:
@@ -216,7 +230,7 @@ def _base_costs(
     return [-float(scores.sum()) for scores in log_likelihoods(model, rows, max_rows=max_rows)]
 
 
-def _prompt_batches(encoded: Sequence[tuple[int, ...]], size: int) -> Iterator[list[int]]:
-    order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))
+def _prompt_batches(encoded: Sequence[tuple[int, ...]], size: int, but: Collection[int]) -> Iterator[list[int]]:
+    order = sorted((i for i in range(len(encoded)) if i not in but), key=lambda i: (len(encoded[i]), i))
     for begin in range(0, len(order), size):
         yield order[begin : begin + size]

@@ -1,6 +1,6 @@
 """Answers that are generated to prompts in every arm, and a judge's verdicts on them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from training.evaluation.damage import neutral_divergence, with_damage
 from training.evaluation.generation import Continuation, Sampling, generate
 from training.evaluation.judges import Judge, verdicts
 from training.evaluation.results import MANY, Arm, ArmMeasures, Evaluation, Measured, compared, note_on_many
+from training.progress import Advance
 
 FIELDS = ("prompt", "split", "group", "attribute", "completion", "label")
 """Of a file of prompts, which may be a training file: the last three say nothing here."""
@@ -64,16 +65,18 @@ def evaluate_generations(
     positions: Positions = Positions.GENERATED,
     max_rows: int = 128,
     progress: bool = False,
-    advance: Callable[[float], None] = lambda _: None,
+    kept: Path | None = None,
+    advance: Advance = lambda _: None,
 ) -> tuple[Evaluation, list[Continuation]]:
     """Generate in every arm and judge: the rate of each metric where it applies, the damage that the texts show, and
-    the paired differences to the unsteered arm, clustered by prompt or its group. The texts come along, judged."""
+    the paired differences to the unsteered arm, clustered by prompt or its group. The texts come along, judged.
+    `kept` and `advance` are as in `generate`."""
     if not prompts:
         raise DataError("There are no prompts to evaluate.")
     asked = [prompt.text for prompt in prompts]
     texts = generate(
         model, tokenizer, asked, columns, arms, sampling, form=form, positions=positions, max_rows=max_rows,
-        progress=progress,
+        progress=progress, advance=advance, kept=kept,
     )  # fmt: skip
     found = verdicts(judge, [(asked[text.prompt], text.text) for text in texts])
     texts = [replace(text, verdict=dict(verdict)) for text, verdict in zip(texts, found, strict=True)]
@@ -84,9 +87,10 @@ def evaluate_generations(
         for number, arm in enumerate(arms)
     ]
     results = compared(with_damage(measures, texts, clusters, neutral_divergence(model, tokenizer, columns, arms)))
-    advance(1)
     count = sum(len(result.differences) for result in results)
     settings = {"prompts": len(prompts), "form": form.value, "positions": positions.value, **asdict(sampling)}
+    if kept is not None:
+        kept.unlink(missing_ok=True)
     notes = (note_on_many(count),) if count > MANY else ()
     return Evaluation("generation", results, settings, notes), texts
 

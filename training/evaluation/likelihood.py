@@ -3,7 +3,7 @@
 import copy
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from steering.hook import steered
 from steering.types import Column, Positions
 from training.activations.tokenization import Encoded, batches, pad_right
+from training.progress import Advance
 
 _MAX_LOGITS = 1 << 26
 
@@ -28,7 +29,7 @@ def log_likelihoods(
     positions: Positions = Positions.GENERATED,
     max_rows: int = 64,
     max_tokens: int = 8192,
-    advance: Callable[[int], None] = lambda _: None,
+    advance: Advance = lambda _: None,
 ) -> list[Tensor]:
     """Log-probability of every answer token: for each row, float32 [answer tokens] on the CPU.
 
