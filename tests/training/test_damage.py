@@ -58,11 +58,16 @@ def test_what_neutral_text_suffers_is_that_of_plain_forward_passes(llama: Any, t
 
 def test_an_arm_that_loops_is_damaged_and_ranks_last(llama: Any, tokenizer: Any, samples: list[Sample]) -> None:
     column = loop(llama)
-    arms = [BASELINE, Arm("gentle", {"truthfulness": 1e-9}), Arm("loop", {"truthfulness": 1.0})]
+    arms = [
+        BASELINE,
+        Arm("gentle", {"truthfulness": 1e-9}),
+        Arm("loop", {"truthfulness": 1.0}),
+        Arm("half", {"truthfulness": 0.5}),
+    ]
     found = evaluate_choices(
         llama, tokenizer, questions(samples), [column], arms, damage=6, sampling=Sampling(1.0, 40, seed=1)
     )
-    plain, gentle, looping = found.arms
+    plain, gentle, looping, _ = found.arms
     assert (looping.damage["rep-4"].value or 0) > 0.9
     assert (looping.differences["rep-4"].low or 0) > (plain.damage["rep-4"].value or 0) + 0.2
     assert (looping.damage["kl"].value or 0) > 1
@@ -76,7 +81,6 @@ def test_an_arm_that_loops_is_damaged_and_ranks_last(llama: Any, tokenizer: Any,
     shown = markdown(found)
     assert "Difference to unsteered." in shown
     assert "Damage." in shown
-    assert "note" not in shown
     assert "differences are shown" in shown
 
 
