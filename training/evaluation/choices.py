@@ -164,7 +164,9 @@ def _measures(asked: Sequence[Question], scored: Sequence[_Scored], arm: Arm) ->
     return ArmMeasures(
         arm,
         {
-            f"{attribute} {name}": Measured(np.array(values), tuple(clusters), METRICS[name].combine)
+            f"{attribute} {name}": Measured(
+                np.array(values), tuple(clusters), METRICS[name].combine, METRICS[name].rate
+            )
             for attribute, own in parts.items()
             for name in METRICS
             if name in own

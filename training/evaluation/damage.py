@@ -54,7 +54,7 @@ def with_damage(
         moved = [(float(value), 1.0) for value in divergences[index]]
         damage = {
             "rep-4": Measured(np.array(repeated), ids),
-            "empty": Measured(np.array(empty), ids),
+            "empty": Measured(np.array(empty), ids, rate=True),
             "kl": Measured(np.array(moved), tuple(map(str, range(len(moved))))),
         }
         found.append(replace(arm, damage={name: damage[name] for name in DAMAGE}, perplexity=perplexity(own)))

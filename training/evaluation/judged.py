@@ -101,7 +101,9 @@ def judged(texts: Sequence[Continuation], clusters: Sequence[str]) -> dict[str, 
     names = dict.fromkeys(name for text in texts for name in text.verdict)
     return {
         name: Measured(
-            np.array([(float(bool(v)), float(v is not None)) for text in texts for v in [text.verdict.get(name)]]), ids
+            np.array([(float(bool(v)), float(v is not None)) for text in texts for v in [text.verdict.get(name)]]),
+            ids,
+            rate=True,
         )
         for name in names
     }

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +19,8 @@ from training.evaluation.sweep_results import SweepPoint, SweepResult
 from training.files import write_bytes, write_json
 
 log = logging.getLogger(__name__)
+
+WIDE = 6  # columns of numbers
 
 
 Rows = tuple[list[str], list[list[str]]]
@@ -69,14 +71,26 @@ def _damage(arm: ArmResult, names: Sequence[str]) -> list[str]:
 def show(evaluation: Evaluation, title: str) -> Group:
     """All tables, and the notes, for a terminal."""
     parts: list[RenderableType] = []
-    for name, (header, rows) in tables(evaluation).items():
-        table = Table(title=f"{title}: {name}" if name else title, caption=_CAPTIONS[name])
-        for column in header:
-            table.add_column(column, justify="left" if column == "arm" else "right")
-        for row in rows:
-            table.add_row(*row)
-        parts.append(table)
+    for name, whole in tables(evaluation).items():
+        for header, rows in _apart(whole):
+            table = Table(title=f"{title}: {name}" if name else title, caption=_CAPTIONS[name])
+            for column in header:
+                table.add_column(column, justify="left" if column == "arm" else "right")
+            for row in rows:
+                table.add_row(*row)
+            parts.append(table)
     return Group(*parts, *(Text(f"note: {note}") for note in evaluation.notes))
+
+
+def _apart(whole: Rows) -> Iterator[Rows]:
+    """A table of each attribute, where all of their columns are too many for a terminal."""
+    header, rows = whole
+    if len(header) - 1 <= WIDE:
+        yield whole
+        return
+    for attribute in dict.fromkeys(name.rpartition(" ")[0] for name in header[1:]):
+        places = [0, *(i for i, name in enumerate(header) if i and name.rpartition(" ")[0] == attribute)]
+        yield [header[i] for i in places], [[row[i] for i in places] for row in rows]
 
 
 _CAPTIONS = {

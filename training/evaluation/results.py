@@ -82,6 +82,8 @@ class Measured:
     parts: np.ndarray
     clusters: tuple[str, ...]
     combine: Combine = mean
+    rate: bool = False
+    """Whether every question has the value 0 or 1."""
 
     def estimate(self) -> Estimate:
         """With a 95 % interval: Wilson's for a rate of independent questions, else from a bootstrap of clusters."""
@@ -90,8 +92,7 @@ class Measured:
             return Estimate(None, None, None, 0)
         counted = self._counted()
         parts = self.parts[counted]
-        single = self.combine is mean and self._clusters() == len(parts) and bool((parts[:, 1] == 1).all())
-        if single and set(np.unique(parts[:, 0])) <= {0.0, 1.0}:
+        if self.rate and self._clusters() == len(parts):
             return replace(wilson(int(parts[:, 0].sum()), len(parts)), clusters=len(parts))
         return _interval(value, draws, len(parts), self._clusters())
 

@@ -147,21 +147,23 @@ class Metric:
 
     about: str
     combine: Combine = mean
+    rate: bool = True
+    """Whether every question has the value 0 or 1."""
 
 
 METRICS: Mapping[str, Metric] = {
     "mc1": Metric("how often the best answer is likelier than every wrong one"),
-    "mc2": Metric("the right answers' share of the probability of all answers"),
+    "mc2": Metric("the right answers' share of the probability of all answers", rate=False),
     "any_true": Metric("how often the likeliest answer is a right one"),
     "any_true_per_token": Metric("the same by likelihood per token"),
     "accuracy": Metric("how often the likeliest answer is right"),
     "accuracy_ambiguous": Metric("the same where the context leaves the question open"),
     "accuracy_disambiguated": Metric("the same where the context settles it"),
     "bias_ambiguous": Metric(
-        "BBQ's bias score, -100 to 100, where the context leaves the question open", bias_score_ambiguous
+        "BBQ's bias score, -100 to 100, where the context leaves the question open", bias_score_ambiguous, rate=False
     ),
-    "bias_disambiguated": Metric("BBQ's bias score where the context settles it", bias_score),
-    "preference": Metric("how often, of two answers, the one found better is likelier per token"),
+    "bias_disambiguated": Metric("BBQ's bias score where the context settles it", bias_score, rate=False),
+    "preference": Metric("how often, of two answers, the one found better is likelier per token", rate=False),
 }
 PRIMARY = ("mc2", "accuracy", "preference")
 """What counts for an attribute where no goal says otherwise."""
