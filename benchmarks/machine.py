@@ -22,8 +22,13 @@ def described() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "command": f"python -m benchmarks.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}".strip(),
+        "command": f"python -m benchmarks.{_benchmark()} {' '.join(sys.argv[1:])}".strip(),
     }
+
+
+def _benchmark() -> str:
+    path = Path(sys.argv[0])
+    return path.parent.name if path.stem == "__main__" else path.stem
 
 
 def _processor() -> str:

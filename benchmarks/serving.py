@@ -66,9 +66,14 @@ def main() -> None:
 
 
 def write_model(folder: Path, shape: str, dtype: torch.dtype) -> int:
-    """A model folder, a checkpoint trained on it under `checkpoints`; returns how many tokens it knows."""
+    """A folder for a server, with the demo's tokenizer; returns how many tokens the model knows."""
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    model = llama(shape, dtype, vocab=len(tokenizer))
+    write_folder(folder, llama(shape, dtype, vocab=len(tokenizer)), tokenizer, shape)
+    return len(tokenizer)
+
+
+def write_folder(folder: Path, model: Any, tokenizer: Any, shape: str) -> None:
+    """`model`, and under `checkpoints` a checkpoint for it, called `steered`."""
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     checkpoints.save(
@@ -84,7 +89,6 @@ def write_model(folder: Path, shape: str, dtype: torch.dtype) -> int:
         evaluation={},
         card="",
     )
-    return len(tokenizer)
 
 
 def ours(stack: ExitStack, folder: Path, dtype: str, *, steered: bool) -> Contender:

@@ -10,6 +10,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from steering.types import Column, Gate, Site
 
 SHAPES = {
+    "tiny": {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "vocab_size": 4096,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
     "5M": {"hidden_size": 256, "num_hidden_layers": 6, "vocab_size": 4096, "num_attention_heads": 4},
     "100M": {"hidden_size": 768, "num_hidden_layers": 12, "vocab_size": 32000, "num_attention_heads": 12},
     "8B": {
@@ -19,6 +26,7 @@ SHAPES = {
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
         "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
     },
 }
 ATTRIBUTES = ("truthfulness", "toxicity", "fairness")
@@ -46,12 +54,15 @@ def llama(shape: str, dtype: torch.dtype, device: torch.device | str = "cpu", vo
     """A random Llama, the same every time. `vocab`: tokens that it knows, where not those of the shape."""
     torch.manual_seed(0)
     hidden = SHAPES[shape]["hidden_size"]
-    sizes: dict[str, Any] = {"intermediate_size": hidden * 8 // 3 // 64 * 64, **SHAPES[shape]}
+    sizes: dict[str, Any] = {
+        "intermediate_size": hidden * 8 // 3 // 64 * 64,
+        "max_position_embeddings": 4096,
+        **SHAPES[shape],
+    }
     if vocab is not None:
         sizes["vocab_size"] = vocab
     config = LlamaConfig(
         **sizes,
-        max_position_embeddings=4096,
         tie_word_embeddings=shape != "8B",
         eos_token_id=None,
         bos_token_id=None,

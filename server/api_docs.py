@@ -24,7 +24,7 @@ the end of a path changes nothing. Chat templates, special tokens and `/v1/respo
 ## Errors
 
 Every error is `{"error": {"type", "code", "message", "param", "request_id"}}`, with the field at fault in `param`.
-`code` is OpenAI's word where OpenAI has one.
+`code` is OpenAI's word for what clients act on, else the type.
 
 """
 

@@ -3,31 +3,38 @@
 import asyncio
 import logging
 import re
-import secrets
 import string
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from importlib.metadata import version
 from typing import Any
 from urllib.parse import quote
 
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
-from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api import routes, tokens
-from server.api.exception_handlers import add_exception_handlers, error_response, to_server_error
+from server.api import page, routes, studies
+from server.api.deps import credentials_of, require_api_key
+from server.api.exception_handlers import (
+    REQUEST_ID,
+    add_exception_handlers,
+    error_response,
+    new_request_id,
+    to_server_error,
+)
 from server.api.openai import routes as openai
 from server.assembly import open_service
 from server.config import Settings
-from server.errors import BodyTooLarge, Refused, ServerError
+from server.errors import BodyTooLarge, Refused, ServerError, Unauthorized
 from server.schemas import ErrorBody
+from server.service import Service
+from server.version import own_version
 
 log = logging.getLogger("server.access")
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
-REQUEST_ID = "x-request-id"
+HEALTH = ("/healthz", "/health", "/readyz")
 PLAIN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 LOGGED_PATH = 200  # characters of a path in the log
 
@@ -44,6 +51,7 @@ def create_app(settings: Settings) -> FastAPI:
     app = bare_app(lifespan=lifespan)
     app.state.service = service
     add_exception_handlers(app)
+    app.add_middleware(KeyEverywhere)
     app.add_middleware(TrailingSlash)
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
     app.add_middleware(RequestMiddleware, on_end=service.metrics.request)  # the last one added is the outermost
@@ -56,12 +64,21 @@ def bare_app(**options: Any) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
         title="mat-steer",
-        version=version("mat-steer"),
+        version=own_version(),
         responses=ERRORS,
         **options,
     )
-    for router in (routes.generation, routes.checkpoints, openai.router, tokens.router, routes.operations):
+    for router in (
+        routes.generation,
+        routes.checkpoints,
+        openai.router,
+        routes.tokens,
+        routes.operations,
+        studies.router,
+        page.router,
+    ):
         app.include_router(router)
+    app.mount("/page", page.PageFiles())
     return app
 
 
@@ -78,7 +95,7 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = _own_id(scope) or f"req-{secrets.token_hex(8)}"
+        request_id = _own_id(scope) or new_request_id()
         scope.setdefault("state", {})["request_id"] = request_id
         started, status = time.monotonic(), 0
 
@@ -101,6 +118,23 @@ class RequestMiddleware:
             elapsed = time.monotonic() - started
             log.info("%s %s %s %d %.1f ms", request_id, scope["method"], _path(scope), status, elapsed * 1000)
             self._on_end(getattr(scope.get("route"), "path", "other"), status, elapsed)
+
+
+class KeyEverywhere:
+    """Asks for a key at every path but those of health, where the settings say so; a route may want more."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        service: Service = scope["app"].state.service
+        if scope["type"] == "http" and service.settings.api_key_everywhere and scope["path"] not in HEALTH:
+            try:
+                require_api_key(service, await credentials_of(Request(scope)))
+            except Unauthorized as error:
+                await error_response(error, scope["state"]["request_id"])(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 class TrailingSlash:
@@ -138,8 +172,7 @@ class BodyLimit:
             message = await receive()
             taken += len(message.get("body", b""))
             if taken > self._limit:
-                # The framework lets only its own exceptions through while it reads a body.
-                raise HTTPException(BodyTooLarge.status, f"The body has more than {self._limit} bytes.")
+                raise BodyTooLarge(f"The body has more than {self._limit} bytes.")
             return message
 
         await self._app(scope, counted, send)

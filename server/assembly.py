@@ -4,22 +4,25 @@ import logging
 import time
 from pathlib import Path
 
-from server.chat import ChatTemplate
 from server.config import Settings
 from server.engine.engine import Engine
 from server.engine.model_runner import is_spread
 from server.engine.scheduler import Scheduler
-from server.engine.scoring import LOGITS_BUDGET
+from server.engine.scoring import max_num_logits
 from server.errors import ServerError, StartupError
-from server.loading import LoadedModel, choose_block_size, load_model, num_kv_cache_blocks, open_runner, text_limit
+from server.judge import load_judge
+from server.loading import LoadedModel, load_model, open_runner
+from server.memory import choose_block_size, num_kv_cache_blocks
 from server.metrics import Metrics
 from server.registry import LoadedCheckpoint, Registry, fits_model, why_none_is_active
 from server.registry_state import read_state, write_state
 from server.service import Service
+from server.studies import Studies
 from server.threads import run_in_disposable_thread
 from server.tokenizer import Codec
 from steering.bank import ColumnBank
-from steering.errors import UnsupportedArchitecture
+from steering.chat_template import ChatTemplate, read_chat_template
+from steering.errors import ChatTemplateError, UnsupportedArchitecture
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +53,9 @@ def _read_template(file: Path | None) -> str | None:
     if file is None:
         return None
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
-        raise StartupError(
-            f"The chat template {str(file)!r} (--chat-template or MATSTEER_CHAT_TEMPLATE) cannot be read: {why}."
-        ) from error
+        return read_chat_template(file)
+    except ChatTemplateError as error:
+        raise StartupError(f"{error.sentence} (--chat-template or MATSTEER_CHAT_TEMPLATE)") from error
 
 
 def _tell_chat_template(template: ChatTemplate | None, settings: Settings) -> None:
@@ -87,28 +87,20 @@ def _build_service(settings: Settings, loaded: LoadedModel, chat_template: str |
     bank = ColumnBank(device=loaded.device, max_tokens=settings.max_num_batched_tokens)
     runner = open_runner(loaded.model, bank, settings.served_name, native=settings.native)
     runner.steering.install()
-    limit = text_limit(loaded.model, loaded.context)
     block_size = choose_block_size(runner, settings.block_size)
-    num_blocks = num_kv_cache_blocks(
-        runner,
-        block_size,
-        limit=limit,
-        max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
-        mib=settings.kv_cache_mib,
-        gpu_memory_utilization=settings.gpu_memory_utilization,
-        cpu_kv_cache_share=settings.cpu_kv_cache_share,
-    )
+    num_blocks = num_kv_cache_blocks(runner, block_size, settings, max_model_len=loaded.max_model_len)
     spread = is_spread(loaded.model)
     if spread:
         log.info("the model is spread over several devices: decoding steps are not captured in CUDA graphs")
-    blocks = runner.allocate(num_blocks, block_size, graphs=loaded.device.type == "cuda" and not spread)
-    codec = Codec(loaded.tokenizer, vocab=loaded.vocab, context=min(limit or blocks.num_tokens, blocks.num_tokens))
+    graphs = loaded.device.type == "cuda" and not spread
+    blocks = runner.allocate(num_blocks, block_size, graphs=graphs, max_model_len=loaded.max_model_len)
+    context = min(loaded.max_model_len or blocks.num_tokens, blocks.num_tokens)
+    codec = Codec(loaded.tokenizer, vocab=loaded.vocab, context=context)
     scheduler = Scheduler(
         blocks,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
-        max_num_logits=LOGITS_BUDGET // runner.vocab_size,
+        max_num_logits=max_num_logits(runner.vocab_size),
     )
     engine = Engine(
         runner,
@@ -122,7 +114,16 @@ def _build_service(settings: Settings, loaded: LoadedModel, chat_template: str |
     )
     registry = Registry(settings.checkpoints, bank, fits, engine.call)
     adapter = str(loaded.adapter) if loaded.adapter else None
-    return Service(settings, codec, engine, registry, Metrics(engine, registry), adapter=adapter)
+    return Service(
+        settings,
+        codec,
+        engine,
+        registry,
+        Metrics(engine, registry),
+        adapter=adapter,
+        judge=load_judge(settings),
+        studies=Studies(settings.studies) if settings.studies else None,
+    )
 
 
 def _activate(registry: Registry, settings: Settings) -> str:

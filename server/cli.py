@@ -11,8 +11,24 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from server.config import Settings, default_text, load_settings, unknown_variables
+from server.config import Settings, load_settings, unknown_variables
 from server.errors import ServerError, StartupError
+from server.options import (
+    Answerer,
+    ApiKey,
+    ChatSampling,
+    Checkpoint,
+    Checkpoints,
+    Device,
+    Dtype,
+    Model,
+    Multipliers,
+    Question,
+    Sampling,
+    setting,
+)
+from server.version import own_version
+from steering.option_groups import ChatTemplateFile, with_option_groups
 
 # Other packages add commands under this entry-point group: each entry is a typer app whose commands are merged here.
 GROUP = "matsteer.commands"
@@ -41,27 +57,6 @@ folders = typer.Typer(no_args_is_help=True, help="Work with checkpoint folders."
 app.add_typer(folders, name="checkpoints")
 
 
-def _setting(name: str, *declarations: str) -> Any:
-    """The option of a setting, with its description and its default."""
-    about = Settings.model_fields[name].description or ""
-    return typer.Option(*declarations, help=f"{about[:1].upper()}{about[1:]}.", show_default=default_text(name))
-
-
-Model = Annotated[str | None, _setting("model")]
-Checkpoints = Annotated[Path | None, _setting("checkpoints")]
-Checkpoint = Annotated[str | None, _setting("checkpoint")]
-Device = Annotated[str | None, _setting("device")]
-Dtype = Annotated[str | None, _setting("dtype")]
-NewTokens = Annotated[int, typer.Option(min=1, help="Length of the answer.")]
-Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy.")]
-Seed = Annotated[int | None, typer.Option(help="For temperatures above 0.")]
-Trace = Annotated[bool, typer.Option("--trace", help="Colour each token by the attribute that moved it most.")]
-Chat = Annotated[bool, typer.Option("--chat", help="PROMPT is what a user says: through the model's chat template.")]
-ChatTemplateFile = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="A chat template (Jinja) instead of the model's own.")
-]
-Url = Annotated[str | None, typer.Option(envvar="MATSTEER_URL", help="Ask this server; default: load the model here.")]
-ApiKey = Annotated[str | None, typer.Option(envvar="MATSTEER_API_KEY", help="The server's key.")]
 LOCAL = "http://127.0.0.1:8000"
 LAYERS_END = 9999  # far more than a model has
 
@@ -71,7 +66,7 @@ def _show_version(wanted: bool) -> None:
         from platform import python_version
 
         versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
-        typer.echo(f"mat-steer {version('mat-steer')} (Python {python_version()}, {versions})")
+        typer.echo(f"mat-steer {own_version()} (Python {python_version()}, {versions})")
         raise typer.Exit
 
 
@@ -82,6 +77,8 @@ def _every_command(
     ] = False,
 ) -> None:
     """Steer a language model while it writes."""
+    for sentence in unknown_variables():
+        typer.echo(f"warning: {sentence}", err=True)
 
 
 @app.command()
@@ -90,19 +87,20 @@ def serve(
     checkpoints: Checkpoints = None,
     checkpoint: Checkpoint = None,
     chat_template: ChatTemplateFile = None,
-    host: Annotated[str | None, _setting("host")] = None,
-    port: Annotated[int | None, _setting("port")] = None,
+    host: Annotated[str | None, setting("host")] = None,
+    port: Annotated[int | None, setting("port")] = None,
     device: Device = None,
     dtype: Dtype = None,
-    model_name: Annotated[str | None, _setting("model_name")] = None,
-    trust_remote_code: Annotated[bool | None, _setting("trust_remote_code", "--trust-remote-code")] = None,
-    threads: Annotated[int | None, _setting("threads")] = None,
-    max_num_seqs: Annotated[int | None, _setting("max_num_seqs")] = None,
-    max_num_batched_tokens: Annotated[int | None, _setting("max_num_batched_tokens")] = None,
-    max_context: Annotated[int | None, _setting("max_context")] = None,
-    queue_limit: Annotated[int | None, _setting("queue_limit")] = None,
-    log_level: Annotated[str | None, _setting("log_level")] = None,
+    model_name: Annotated[str | None, setting("model_name")] = None,
+    trust_remote_code: Annotated[bool | None, setting("trust_remote_code", "--trust-remote-code")] = None,
+    threads: Annotated[int | None, setting("threads")] = None,
+    max_num_seqs: Annotated[int | None, setting("max_num_seqs")] = None,
+    max_num_batched_tokens: Annotated[int | None, setting("max_num_batched_tokens")] = None,
+    max_model_len: Annotated[int | None, setting("max_model_len")] = None,
+    queue_limit: Annotated[int | None, setting("queue_limit")] = None,
+    log_level: Annotated[str | None, setting("log_level")] = None,
     max_batch_rows: Annotated[int | None, typer.Option(help="Old name of --max-num-seqs.", hidden=True)] = None,
+    max_context: Annotated[int | None, typer.Option(help="Old name of --max-model-len.", hidden=True)] = None,
     step_tokens: Annotated[int | None, typer.Option(help="Old name of --max-num-batched-tokens.", hidden=True)] = None,
 ) -> None:
     """Serve a steered model over HTTP. Every setting can be given as MATSTEER_NAME in the environment: docs/settings.md
@@ -147,64 +145,35 @@ def get(
 
 
 @app.command()
+@with_option_groups
 def generate(
-    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=X", help="A multiplier; repeat it.")] = None,
+    question: Question,
+    *,
+    set_: Multipliers = None,
     baseline: Annotated[bool, typer.Option("--baseline", help="Show the unsteered text beside it.")] = False,
-    trace: Trace = False,
-    chat: Chat = False,
-    max_new_tokens: NewTokens = 64,
-    temperature: Temperature = 0.0,
-    seed: Seed = None,
-    url: Url = None,
-    api_key: ApiKey = None,
-    model: Model = None,
-    checkpoints: Checkpoints = None,
-    checkpoint: Checkpoint = None,
-    device: Device = None,
-    dtype: Dtype = None,
+    sampling: Sampling,
+    answerer: Answerer,
 ) -> None:
     """One generation in the terminal; without --set with the checkpoint's default multipliers.
 
     Example: matsteer generate "Q: What colour is the sky? A:" --set truthfulness=1.5 --baseline --temperature 1
     --seed 1
     """
-    body = {
-        **_asked(prompt, chat=chat),
-        "attributes": _multipliers(set_),
-        "baseline": baseline,
-        "trace": trace,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "seed": seed,
-    }
-    _show(
-        "generate", prompt, body, url, api_key,
-        model=model, checkpoints=checkpoints, checkpoint=checkpoint, device=device, dtype=dtype,
-    )  # fmt: skip
+    _show("generate", question, sampling, answerer, {"attributes": _multipliers(set_), "baseline": baseline})
 
 
 @app.command()
+@with_option_groups
 def compare(
-    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    question: Question,
     arm: Annotated[
         list[str],
         typer.Option(
             metavar="NAME[:ATTRIBUTE=X,..]", help="A way to answer; repeat it. Without attributes: unsteered."
         ),
     ],
-    trace: Trace = False,
-    chat: Chat = False,
-    max_new_tokens: NewTokens = 64,
-    temperature: Temperature = 0.0,
-    seed: Seed = None,
-    url: Url = None,
-    api_key: ApiKey = None,
-    model: Model = None,
-    checkpoints: Checkpoints = None,
-    checkpoint: Checkpoint = None,
-    device: Device = None,
-    dtype: Dtype = None,
+    sampling: Sampling,
+    answerer: Answerer,
 ) -> None:
     """Several answers to one prompt side by side, each compared with the first.
 
@@ -215,36 +184,19 @@ def compare(
         (name, _multipliers([pair for pair in pairs.split(",") if pair]) or {})
         for name, _, pairs in (one.partition(":") for one in arm)
     ]
-    body = {
-        **_asked(prompt, chat=chat),
-        "arms": [{"name": name, "attributes": attributes} for name, attributes in arms],
-        "trace": trace,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "seed": seed,
-    }
-    _show(
-        "compare", prompt, body, url, api_key,
-        model=model, checkpoints=checkpoints, checkpoint=checkpoint, device=device, dtype=dtype,
-    )  # fmt: skip
+    named = [{"name": name, "attributes": attributes} for name, attributes in arms]
+    _show("compare", question, sampling, answerer, {"arms": named})
 
 
 @app.command()
+@with_option_groups
 def chat(
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=X", help="A multiplier; repeat it.")] = None,
+    *,
+    set_: Multipliers = None,
     baseline: Annotated[bool, typer.Option("--baseline", help="Also answer unsteered.")] = False,
     system: Annotated[str | None, typer.Option(help="A system message before the conversation.")] = None,
-    max_new_tokens: NewTokens = 256,
-    temperature: Temperature = 0.0,
-    seed: Seed = None,
-    url: Url = None,
-    api_key: ApiKey = None,
-    model: Model = None,
-    checkpoints: Checkpoints = None,
-    checkpoint: Checkpoint = None,
-    chat_template: ChatTemplateFile = None,
-    device: Device = None,
-    dtype: Dtype = None,
+    sampling: ChatSampling,
+    answerer: Answerer,
 ) -> None:
     """A conversation in the terminal, steered, unsteered or both: /help lists what can be changed on the way.
 
@@ -255,23 +207,15 @@ def chat(
         from server.terminal import terminal
         from server.terminal.chat import Conversation, asking_here, asking_server, talk
 
-        rules = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-        conversation = Conversation(rules, multipliers, system)
+        conversation = Conversation(sampling.fields(), multipliers, system)
         conversation.on["baseline"] = baseline
-        if url is None:
-            settings = load_settings(
-                model=model, checkpoints=checkpoints, checkpoint=checkpoint, chat_template=chat_template,
-                device=device, dtype=dtype, log_level="warning", remember=False,
-            )  # fmt: skip
+        if (url := answerer.server()) is None:
+            settings = answerer.settings()
             _configure_logging(settings)
             asking = asking_here(settings)
         else:
-            _refuse_foreign(
-                {"model": model, "checkpoints": checkpoints, "chat_template": chat_template}
-                | {"device": device, "dtype": dtype}
-            )
-            conversation.rules = {**rules, "checkpoint": checkpoint}
-            asking = asking_server(url, api_key)
+            conversation.rules = {**sampling.fields(), "checkpoint": answerer.checkpoint}
+            asking = asking_server(url, answerer.api_key)
         with asking as ask:
             talk(conversation, ask, terminal())
 
@@ -428,38 +372,29 @@ def export_checkpoint(
         export_folder(load_settings(checkpoints=checkpoints).checkpoints, name, out, format, multipliers)
 
 
-def _asked(prompt: str, *, chat: bool) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
-
-
 def _show(
     route: Literal["generate", "compare"],
-    prompt: str,
-    body: dict[str, Any],
-    url: str | None,
-    api_key: str | None,
-    **given: Any,
+    question: Question,
+    sampling: Sampling,
+    answerer: Answerer,
+    how: dict[str, Any],
 ) -> None:
-    """Shows the answer of the server at `url`, or of a model that is loaded here with the `given` settings."""
+    """Shows the answer of a server, or of a model that is loaded here."""
+    if sampling.chat_template_kwargs and not question.chat:
+        raise typer.BadParameter("--chat-template-kwargs is for --chat: without it no chat template is used")
+    body = {**question.fields(), **sampling.fields(), **how}
     with _error_as_sentence():
         from server.terminal.generate import answer_here, ask_server, show_arms
 
-        if url is None:
-            settings = load_settings(**given, log_level="warning", remember=False)
+        if (url := answerer.server()) is None:
+            settings = answerer.settings()
             _configure_logging(settings)
             answer = answer_here(settings, route, body)
         else:
-            checkpoint = given.pop("checkpoint")
-            _refuse_foreign(given)
             for steered in body.get("arms", [body]):
-                steered["checkpoint"] = checkpoint
-            answer = ask_server(url, api_key, route, body)
-        show_arms(prompt, answer)
-
-
-def _refuse_foreign(given: dict[str, Any]) -> None:
-    if foreign := [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]:
-        raise typer.BadParameter(f"{', '.join(foreign)}: the server at --url has its own")
+                steered["checkpoint"] = answerer.checkpoint
+            answer = ask_server(url, answerer.api_key, route, body)
+        show_arms(question.prompt, answer)
 
 
 def _positive(text: str, option: str) -> int:
@@ -515,8 +450,6 @@ def _configure_logging(settings: Settings) -> None:
     import logging
 
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for sentence in unknown_variables():
-        logging.getLogger(__name__).warning(sentence)
 
 
 @contextmanager

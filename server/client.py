@@ -8,7 +8,7 @@
 
 Every method takes the fields of its route by keyword (`docs/api.md`) and returns the body of its answer. What the
 server refuses is raised as `ApiError`, what does not reach it as httpx's own exceptions; where a proxy of the
-environment stood between, a note of the exception says so.
+environment stood between, a note of the exception says so. The routes under /v1 are left to OpenAI's own client.
 """
 
 import json
@@ -26,11 +26,14 @@ from server.schemas import (
     CheckpointListBody,
     CheckpointVersionsBody,
     CompareResponse,
+    DetokenizeBody,
     GenerateResponse,
     LoadedBody,
     ReadyBody,
     ScoreResponse,
     TokenBody,
+    TokenizeBody,
+    TokenizerInfoBody,
     UnloadedBody,
 )
 
@@ -158,6 +161,18 @@ class Client:
         """POST /score."""
         return self._send(_score(prompt, continuations, fields))
 
+    def tokenize(self, prompt: str | None = None, **fields: Any) -> TokenizeBody:
+        """POST /tokenize."""
+        return self._send(_tokenize(prompt, fields))
+
+    def detokenize(self, tokens: Sequence[int], **fields: Any) -> DetokenizeBody:
+        """POST /detokenize."""
+        return self._send(_detokenize(tokens, fields))
+
+    def tokenizer_info(self) -> TokenizerInfoBody:
+        """GET /tokenizer_info."""
+        return self._send(_Call("GET", "/tokenizer_info", TokenizerInfoBody))
+
     def checkpoints(self) -> CheckpointListBody:
         """GET /checkpoints."""
         return self._send(_Call("GET", "/checkpoints", CheckpointListBody))
@@ -245,6 +260,18 @@ class AsyncClient:
         """POST /score."""
         return await self._send(_score(prompt, continuations, fields))
 
+    async def tokenize(self, prompt: str | None = None, **fields: Any) -> TokenizeBody:
+        """POST /tokenize."""
+        return await self._send(_tokenize(prompt, fields))
+
+    async def detokenize(self, tokens: Sequence[int], **fields: Any) -> DetokenizeBody:
+        """POST /detokenize."""
+        return await self._send(_detokenize(tokens, fields))
+
+    async def tokenizer_info(self) -> TokenizerInfoBody:
+        """GET /tokenizer_info."""
+        return await self._send(_Call("GET", "/tokenizer_info", TokenizerInfoBody))
+
     async def checkpoints(self) -> CheckpointListBody:
         """GET /checkpoints."""
         return await self._send(_Call("GET", "/checkpoints", CheckpointListBody))
@@ -315,6 +342,15 @@ def _compare(
 
 def _score(prompt: str, continuations: Sequence[str], fields: Mapping[str, Any]) -> _Call[ScoreResponse]:
     return _Call("POST", "/score", ScoreResponse, {"prompt": prompt, "continuations": [*continuations]} | dict(fields))
+
+
+def _tokenize(prompt: str | None, fields: Mapping[str, Any]) -> _Call[TokenizeBody]:
+    given = {} if prompt is None else {"prompt": prompt}
+    return _Call("POST", "/tokenize", TokenizeBody, given | dict(fields))
+
+
+def _detokenize(tokens: Sequence[int], fields: Mapping[str, Any]) -> _Call[DetokenizeBody]:
+    return _Call("POST", "/detokenize", DetokenizeBody, {"tokens": [*tokens]} | dict(fields))
 
 
 def _change(name: str, what: str, version: str | None) -> _Call[LoadedBody]:

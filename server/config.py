@@ -1,6 +1,7 @@
 """Settings: defaults, then `MATSTEER_*` from the environment, then the command line. Frozen once made."""
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,9 +18,11 @@ OLD_NAMES = {  # accepted in place of the new ones: as keywords, in the environm
     "max_batch_rows": "max_num_seqs",
     "step_tokens": "max_num_batched_tokens",
     "cache_mib": "kv_cache_mib",
+    "max_context": "max_model_len",
 }
 # Variables that are read elsewhere: by commands that ask a server, and by docker-compose.yml.
 OTHER_VARIABLES = frozenset({"url", "torch", "publish", "checkpoints_dir"})
+KEY = re.compile(r"[!-~]+")
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 
 
@@ -73,7 +76,9 @@ class Settings(BaseSettings):
         default="auto", description="of weights and activations; auto: bfloat16 on a GPU, float32 on a CPU"
     )
     threads: int = Field(default=0, ge=0, le=1024, description="CPU threads of the model, at most; 0: all cores")
-    native: bool = Field(default=True, description="compile kernels for this CPU, where there is a C++ compiler")
+    native: bool = Field(
+        default=True, description="compute with kernels that a C++ compiler makes for this CPU, or Triton for this GPU"
+    )
     max_num_seqs: int = Field(default=32, ge=2, le=4096, description="texts generated together")
     max_num_batched_tokens: int = Field(
         default=512, ge=2, le=2**20, description="tokens of one forward pass: longer prompts are read in chunks"
@@ -99,7 +104,25 @@ class Settings(BaseSettings):
     queue_limit: int = Field(default=256, ge=1, description="texts that may wait; beyond: 429")
     max_request_rows: int = Field(default=256, ge=1, description="texts one request may ask for: prompts x n x arms")
     max_body_bytes: int = Field(default=4 * 2**20, ge=1, description="size of a request's body; beyond: 413")
-    max_context: int | None = Field(
+    max_connections: int = Field(
+        default=512,
+        ge=1,
+        le=2**20,
+        description="open at once; for one more the one that has been idle longest is closed",
+    )
+    keepalive_timeout_s: float = Field(
+        default=75.0, gt=0, le=86400, description="a connection without a request is closed after so long"
+    )
+    client_header_timeout_s: float = Field(
+        default=60.0, gt=0, le=86400, description="all headers of a request have to come within this; then: 408"
+    )
+    client_body_timeout_s: float = Field(
+        default=60.0, gt=0, le=86400, description="the whole body of a request has to come within this; then: 408"
+    )
+    send_timeout_s: float = Field(
+        default=60.0, gt=0, le=86400, description="a client that does not read for so long is cut off"
+    )
+    max_model_len: int | None = Field(
         default=None, ge=2, description="tokens of prompt and answer together; unset: the model's own limit"
     )
     deadline_s: float = Field(default=600.0, gt=0, description="a request that takes longer ends with a 504")
@@ -109,8 +132,20 @@ class Settings(BaseSettings):
     admin_key: SecretStr | None = Field(
         default=None, description="the same for changing checkpoints; unset: the API key is enough"
     )
+    api_key_everywhere: bool = Field(
+        default=False,
+        description="`/`, `/docs`, `/openapi.json` and `/metrics` ask for a key, too; `/healthz`, `/health` and "
+        "`/readyz` never do",
+    )
+    judge: str = Field(
+        default="",
+        description="MODULE:FUNCTION that judges answers for the page and /judge; empty: on the demo its own",
+    )
     remember: bool = Field(
         default=True, description="keep what is loaded and active in the checkpoints folder, for the next start"
+    )
+    studies: Path | None = Field(
+        default=None, description="SQLite file in which blind comparisons are kept; unset: there are none"
     )
     stall_s: float = Field(default=300.0, gt=0, description="a step longer than this makes /readyz say no")
     drain_s: float = Field(
@@ -123,10 +158,17 @@ class Settings(BaseSettings):
     def __init__(self, **given: Any) -> None:
         super().__init__(**_with_new_names(given))
 
-    @field_validator("api_key", "admin_key", "chat_template", mode="before")
+    @field_validator("api_key", "admin_key", "chat_template", "studies", mode="before")
     @classmethod
     def _empty_is_unset(cls, given: Any) -> Any:
         return given or None
+
+    @field_validator("api_key", "admin_key")
+    @classmethod
+    def _fits_into_a_header(cls, given: SecretStr | None) -> SecretStr | None:
+        if given is not None and not KEY.fullmatch(given.get_secret_value()):
+            raise ValueError("it is sent in a header, so it must be of visible ASCII characters, without spaces")
+        return given
 
     @model_validator(mode="after")
     def _every_text_has_its_token(self) -> Self:
@@ -251,4 +293,6 @@ def _sentence(error: ValidationError, given: Mapping[str, Any]) -> str:
     if first["type"] == "extra_forbidden":
         return f"There is no setting called {name!r}.{_nearest(name, Settings.model_fields)}"
     name = old_names.get(name, name)
+    if first["type"] == "value_error" and name.endswith("_key"):  # a secret is not shown
+        return f"Bad setting {name} ({_variable(name)}): {message}."
     return f"Bad setting {name} ({_variable(name)}): {first['input']!r}: {message}."

@@ -1,7 +1,7 @@
 """What can go wrong, and what the client is told.
 
 Every class knows its HTTP status, its `type`, and its `code`. Both are stable words that programs match on: `code` is
-OpenAI's word where OpenAI has one, because their clients look for it, and else the same as `type`:
+OpenAI's word for what their clients act on, and else the same as `type`:
 
 class                         status  type                   code
 ServerError                      500  internal_error
@@ -40,7 +40,7 @@ class ServerError(Exception):
 
     status: int = 500
     type: str = "internal_error"
-    openai_code: str | None = None  # OpenAI's word for it; None: they have none
+    openai_code: str | None = None  # OpenAI's word for it; None: no client looks for one
     openai_status: int | None = None  # under /v1; None: the same as elsewhere
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
@@ -162,8 +162,8 @@ class PromptTooLong(ServerError):
         """
         return cls(
             f"This model's maximum context length is {context} tokens. However, you requested {wanted} in the {what}: "
-            f"prompt and answer share the {context} tokens, and an answer takes at least one, so that a prompt may "
-            f"have {context - 1}.",
+            f"the prompt is too long. Prompt and answer share the {context} tokens, and an answer takes at least one, "
+            f"so that a prompt may have {context - 1}.",
             param=param,
         )
 

@@ -12,7 +12,7 @@ from server.api.openai.schemas import (
     StreamOptions,
 )
 from server.fields import BODY_FIELDS, MESSAGE_FIELDS, PART_FIELDS, STREAM_FIELDS, KnownField
-from server.schemas import GenerateRequest, LenientRequest, TextContentPart
+from server.schemas import GenerateRequest, LenientRequest, ScoreRequest, TextContentPart
 
 PATH = Path(__file__).parents[1] / "docs" / "fields.md"
 HEAD = """# What becomes of each field
@@ -27,7 +27,8 @@ Of the fields that OpenAI's, vLLM's and llama.cpp's request bodies have:
 - **no**: refused by a 400 that names the field, except for the values that ask for nothing.
 
 Null always asks for nothing: the field counts as absent, whatever its name. A field that is in no table and not in
-[api.md](api.md) is refused: by a 400 on `/v1`, by a 422 elsewhere. `/compare` takes what `/generate` takes.
+[api.md](api.md) is refused: by a 400 on `/v1`, by a 422 elsewhere. `/compare` takes what `/generate` takes; values
+that ask for nothing, and labels, pass on `/tokenize` and `/detokenize`, too.
 
 ## How the sampling fields act together
 
@@ -57,6 +58,7 @@ ROUTES: Mapping[str, type[LenientRequest]] = {
     "/v1/completions": CompletionRequest,
     "/v1/responses": ResponsesRequest,
     "/generate": GenerateRequest,
+    "/score": ScoreRequest,
 }
 PARTS: Mapping[str, tuple[Mapping[str, KnownField], type[LenientRequest]]] = {
     "A message": (MESSAGE_FIELDS, ChatMessage),
@@ -86,7 +88,8 @@ def _table(known: Mapping[str, KnownField], schemas: Mapping[str, type[LenientRe
         statuses = [status(field, schema) for schema in schemas.values()]
         notes = field.note
         if field.instead and "no" in statuses:
-            notes = f"send {' or '.join(f'`{other}`' for other in field.instead)} instead"
+            elsewhere = f"send {' or '.join(f'`{other}`' for other in field.instead)} instead"
+            notes = f"{notes}; where there is none, {elsewhere}" if notes else elsewhere
         cells = (f"`{field.name}`", field.origin, *statuses, _passing(field), notes)
         yield f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in cells)}|"
     yield ""

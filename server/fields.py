@@ -19,6 +19,7 @@ class KnownField:
     name: str
     origin: str  # whose body it belongs to
     neutral: tuple[object, ...] = ()
+    not_beside: tuple[str, ...] = ()  # unless one of these fields asks for something
     ignored: bool = False  # every value asks for nothing of this server
     idle_without: tuple[str, ...] = ()  # every value does where each of these fields asks for nothing, too
     same_as: str = ""  # the value of this field does
@@ -27,13 +28,13 @@ class KnownField:
 
     def asks(self, value: object, body: Mapping[str, Any]) -> bool:
         """Whether a value in a body asks for something."""
-        if value is None or self.ignored or any(_equal(value, neutral) for neutral in self.neutral):
+        if value is None or self.ignored:
             return False
+        if any(_equal(value, neutral) for neutral in self.neutral):
+            return _any_asks(self.not_beside, body)
         if self.same_as and _equal(value, body.get(self.same_as)):
             return False
-        return not self.idle_without or any(
-            BODY_FIELDS[other].asks(body[other], body) for other in self.idle_without if other in body
-        )
+        return not self.idle_without or _any_asks(self.idle_without, body)
 
     @property
     def passing(self) -> tuple[str, ...]:
@@ -68,13 +69,15 @@ BODY_FIELDS = _fields(
     KnownField("logit_bias", OPENAI, neutral=({}, [])),
     KnownField("logprobs", OPENAI, neutral=(False,)),
     KnownField("max_completion_tokens", OPENAI, instead=("max_tokens", "max_new_tokens")),
-    KnownField("max_tokens", OPENAI, instead=("max_new_tokens", "max_output_tokens")),
+    KnownField(
+        "max_tokens", OPENAI, note="`-1`: as many as there is room for", instead=("max_new_tokens", "max_output_tokens")
+    ),
     KnownField("messages", OPENAI),
     KnownField("metadata", OPENAI, ignored=True, note=LABEL),
     KnownField("model", OPENAI, instead=("checkpoint",)),
     KnownField("modalities", OPENAI, neutral=(["text"], [])),
     KnownField("moderation", OPENAI, neutral=({},)),
-    KnownField("n", OPENAI),
+    KnownField("n", OPENAI, neutral=(1,)),
     KnownField("parallel_tool_calls", OPENAI, ignored=True, note="there are no tools"),
     KnownField("prediction", OPENAI, ignored=True, note="a guess that makes an answer faster elsewhere"),
     KnownField("presence_penalty", OPENAI, neutral=(0,)),
@@ -98,25 +101,41 @@ BODY_FIELDS = _fields(
         note="the last event of /generate has `usage` anyway",
     ),
     KnownField("suffix", OPENAI, neutral=("",)),
-    KnownField("temperature", OPENAI),
+    KnownField("temperature", OPENAI, neutral=(1,)),
     KnownField("tool_choice", OPENAI, neutral=("none", "auto")),
     KnownField("tools", OPENAI, neutral=([],)),
     KnownField("top_logprobs", OPENAI, neutral=(0,), instead=("logprobs",)),
-    KnownField("top_p", OPENAI),
+    KnownField("top_p", OPENAI, neutral=(1,)),
     KnownField("user", OPENAI, ignored=True, note=LABEL),
     KnownField("verbosity", OPENAI, neutral=("medium",)),
     KnownField("web_search_options", OPENAI, note="`{}` asks for a search"),
     # OpenAI's /v1/responses
+    KnownField("access_programs", OPENAI, neutral=({},)),
     KnownField("background", OPENAI, neutral=(False,)),
+    KnownField("background_options", OPENAI, neutral=({},)),
     KnownField("context_management", OPENAI, neutral=([],)),
     KnownField("conversation", OPENAI, note="the conversation goes into `input`"),
+    KnownField("image", OPENAI, neutral=({},)),
     KnownField("include", OPENAI, neutral=([],)),
+    KnownField("input", OPENAI, instead=("messages", "prompt")),
+    KnownField("instructions", OPENAI, neutral=("",)),
+    KnownField("max_output_tokens", OPENAI, instead=("max_tokens", "max_new_tokens")),
     KnownField("max_tool_calls", OPENAI, note="there are no tools"),
     KnownField("previous_response_id", OPENAI, note="no answer is stored: the conversation goes into `input`"),
-    KnownField("text", OPENAI, neutral=({}, {"format": {"type": "text"}})),
+    KnownField("reasoning", OPENAI, ignored=True, note="there is one way to answer"),
+    KnownField(
+        "text",
+        OPENAI,
+        neutral=(
+            {},
+            {"format": {"type": "text"}},
+            {"verbosity": "medium"},
+            {"format": {"type": "text"}, "verbosity": "medium"},
+        ),
+    ),
     KnownField("truncation", OPENAI, neutral=("disabled",)),
     # vLLM's
-    KnownField("add_generation_prompt", VLLM, neutral=(True,)),
+    KnownField("add_generation_prompt", VLLM, neutral=(True,), not_beside=("continue_final_message",)),
     KnownField("add_special_tokens", VLLM),
     KnownField("allowed_token_ids", VLLM, neutral=([],)),
     KnownField("bad_words", VLLM, neutral=([], "")),
@@ -134,16 +153,16 @@ BODY_FIELDS = _fields(
     KnownField("guided_json", VLLM, note="`{}` asks for JSON"),
     KnownField("guided_regex", VLLM, neutral=("",)),
     KnownField("guided_whitespace_pattern", VLLM, ignored=True, note=OFF),
-    KnownField("ignore_eos", VLLM),
+    KnownField("ignore_eos", VLLM, neutral=(False,)),
     KnownField("include_reasoning", VLLM, neutral=(True,)),
-    KnownField("include_stop_str_in_output", VLLM),
+    KnownField("include_stop_str_in_output", VLLM, neutral=(False,)),
     KnownField("kv_transfer_params", VLLM, neutral=({},)),
     KnownField("length_penalty", VLLM, neutral=(1,)),
     KnownField("logits_processors", VLLM, neutral=([],)),
     KnownField("logprob_token_ids", VLLM, neutral=([],)),
     KnownField("media_io_kwargs", VLLM, neutral=({},)),
-    KnownField("min_p", VLLM),
-    KnownField("min_tokens", VLLM),
+    KnownField("min_p", VLLM, neutral=(0,)),
+    KnownField("min_tokens", VLLM, neutral=(0,)),
     KnownField("mm_processor_kwargs", VLLM, neutral=({},)),
     KnownField("priority", VLLM, neutral=(0,)),
     KnownField("prompt_embeds", VLLM, neutral=([],)),
@@ -245,6 +264,10 @@ STREAM_FIELDS = _fields(
 )
 
 
+def _any_asks(names: Sequence[str], body: Mapping[str, Any]) -> bool:
+    return any(BODY_FIELDS[name].asks(body[name], body) for name in names if name in body)
+
+
 def _equal(value: object, other: object) -> bool:
     """As in JSON: 1 is 1.0, and not true."""
     return isinstance(value, bool) == isinstance(other, bool) and value == other
@@ -273,7 +296,7 @@ def without_neutral(given: Any, known: Mapping[str, KnownField], supported: Coll
     for name, value in given.items():
         field = known.get(name, KnownField(name, ""))
         if name in supported:  # the schema checks what it has, also where it is idle
-            field = KnownField(name, "", field.neutral)
+            field = KnownField(name, "", field.neutral, field.not_beside)
         if field.asks(value, given):
             kept[name] = value
     return kept

@@ -24,6 +24,7 @@ from server.schemas import (
     ScoreBody,
     ScoreResponse,
     SteeringBody,
+    StudyBody,
     TimingBody,
     TokenBody,
     TokenizeBody,
@@ -32,6 +33,7 @@ from server.schemas import (
     TokenTraceBody,
     UsageBody,
 )
+from server.studies import Tally
 from server.tokenizer import Codec
 from server.types import AppliedCheckpoint, ArmResult, GenerateResult, ScoreResult, TokenChunk
 
@@ -136,6 +138,20 @@ def token_trace(codec: Codec, sampled: SampledToken) -> TokenTraceBody:
         for one in sampled.trace
     ]
     return TokenTraceBody(sampled.token_id, codec.token_text(sampled.token_id).text, columns)
+
+
+def study(tally: Tally) -> StudyBody:
+    low, high = tally.interval
+    return StudyBody(
+        study=tally.study,
+        arms=tally.arms,
+        votes=tally.votes,
+        wins=tally.wins,
+        ties=tally.ties,
+        win_rate=tally.win_rate,
+        low=low,
+        high=high,
+    )
 
 
 def finite(logprob: float) -> float:

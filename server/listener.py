@@ -4,7 +4,12 @@ import asyncio
 import errno
 import gc
 import logging
+import math
+import os
 import socket
+import sys
+import threading
+from functools import partial
 from ipaddress import ip_address
 from types import FrameType
 
@@ -13,10 +18,17 @@ from fastapi import FastAPI
 
 from server.config import Settings
 from server.errors import StartupError
+from server.protocol import BoundedProtocol, Connections
 from server.service import Service
 from server.web import home
 
+if sys.platform != "win32":
+    import resource
+
 log = logging.getLogger(__name__)
+LAST_WORDS_S = 0.5  # after the drain: for clients to read that their request has failed
+FORCED_S = 1.5  # after the drain: the end of the process
+OTHER_FILES = 128  # that the process has open beside its connections
 BACKLOG = 2048  # connections that wait to be taken, as uvicorn has it
 
 
@@ -97,8 +109,18 @@ class DrainingServer(uvicorn.Server):
     """At shutdown takes no new requests; running ones have `drain_s` seconds to finish, then they end with a 503."""
 
     def __init__(self, app: FastAPI, *, drain_s: float) -> None:
-        super().__init__(uvicorn.Config(app, log_config=None, access_log=False))
         service: Service = app.state.service
+        connections = Connections(service.settings, _allowed(service.settings.max_connections))
+        config = uvicorn.Config(
+            app,
+            http=partial(BoundedProtocol, connections),  # type: ignore[arg-type]  # what makes one is all that is needed
+            ws="none",  # there are no routes for them, and a WebSocket would leave the protocol's bounds
+            log_config=None,
+            access_log=False,
+            timeout_keep_alive=math.ceil(service.settings.keepalive_timeout_s),
+            timeout_graceful_shutdown=math.ceil(drain_s + LAST_WORDS_S),
+        )
+        super().__init__(config)
         self._service = service
         self._engine = service.engine
         self._drain_s = drain_s
@@ -106,6 +128,10 @@ class DrainingServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         super().handle_exit(sig, frame)
         self._captured_signals.clear()  # uvicorn would raise the signal again; the exit status of a clean end is 0
+        # Threads that do something long cannot be cancelled, and Python waits for them.
+        forced = threading.Timer(self._drain_s + FORCED_S, _end_by_force)
+        forced.daemon = True
+        forced.start()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         addresses = [address_of(bound) for bound in sockets or ()]
@@ -115,12 +141,38 @@ class DrainingServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._engine.drain()
-        stopping = asyncio.create_task(self._stop_later())
+        ending = asyncio.create_task(self._end_later())
         try:
             await super().shutdown(sockets)  # returns when the last answer is out
         finally:
-            stopping.cancel()
+            ending.cancel()
 
-    async def _stop_later(self) -> None:
+    async def _end_later(self) -> None:
         await asyncio.sleep(self._drain_s)
-        await asyncio.to_thread(self._engine.stop)
+        stopping = asyncio.create_task(asyncio.to_thread(self._engine.stop))
+        await asyncio.sleep(LAST_WORDS_S)
+        for connection in list(self.server_state.connections):  # whoever has not read his answer by now, or not asked
+            connection.abort()  # type: ignore[union-attr]  # all are BoundedProtocol
+        await stopping
+
+
+def _allowed(connections: int) -> int:
+    """As many of them as this process may have files open, beside `OTHER_FILES`. Raises its limit where it can."""
+    if sys.platform == "win32":
+        return connections
+    wanted = connections + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        if soft < wanted:
+            fit = max(1, soft - OTHER_FILES)
+            log.warning("max_connections is %d, but this process may open %d files: %d it is", connections, soft, fit)
+            return fit
+    return connections
+
+
+def _end_by_force() -> None:
+    log.error("a thread has not ended in time: the process ends without it")
+    logging.shutdown()
+    os._exit(1)

@@ -1,19 +1,15 @@
-"""From a model on disk to one that the engine can run: loaded, checked, and with memory for its keys and values."""
+"""From a model on disk to one that the engine can run: loaded, and checked."""
 
 import logging
-import os
-import sys
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.utils import logging as hf_logging
 
 from server.attention.backend import NAME
-from server.config import Settings
 from server.engine.model_runner import ModelRunner
 from server.engine.sequence import ScheduledChunk, Sequence
 from server.errors import StartupError
@@ -23,17 +19,16 @@ from steering.bank import ColumnBank
 from steering.errors import ModelError
 from steering.pretrained import Adapter, open_pretrained
 
+if TYPE_CHECKING:  # an engine without a server needs no pydantic
+    from server.config import Settings
+
 log = logging.getLogger(__name__)
 WEIGHTS_SHARE = 0.8  # of a device's free memory, at most, where there are several devices
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # How far the logits may be from the model's own, as a share of their norm.
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 CHECKED = (24, 9)  # tokens of the texts that a model is checked on, packed into one pass
-CGROUP = Path("/sys/fs/cgroup")
 BOUND_BY_LENGTH = ("dynamic", "longrope")  # rotary embeddings that change for all tokens when a text grows long
-BLOCK_SIZE = 64  # tokens, where a kernel reads blocks where they lie: benchmarks/results/steer-ops-cpu.md
-LARGE_BLOCK_SIZE = 256  # where blocks are copied together for every step, and fewer copies are faster
-SMALLEST_CACHE = 32  # tokens
 
 
 @dataclass(frozen=True)
@@ -44,12 +39,12 @@ class LoadedModel:
     tokenizer: Any
     device: torch.device  # of its input, where it is spread
     eos: frozenset[int]
-    context: int | None  # tokens that a sequence may have; None: no limit is known
+    max_model_len: int | None  # tokens that a text may have; None: no limit is known
     vocab: int  # rows of the input embedding
     adapter: Adapter | None = None  # the LoRA adapter that was merged into the weights
 
 
-def load_model(settings: Settings) -> LoadedModel:
+def load_model(settings: "Settings") -> LoadedModel:
     """Raises StartupError with one sentence."""
     path = settings.model_path
     local = Path(path).is_dir()
@@ -82,7 +77,7 @@ def load_model(settings: Settings) -> LoadedModel:
         tokenizer=tokenizer,
         device=model.get_input_embeddings().weight.device,
         eos=_eos(model, tokenizer),
-        context=_context(model, settings.max_context),
+        max_model_len=max_model_len(model, settings.max_model_len),
         vocab=model.get_input_embeddings().weight.shape[0],
         adapter=opened.adapter,
     )
@@ -128,18 +123,24 @@ def _eos(model: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset(() if ids is None else ids if isinstance(ids, list | tuple) else (ids,))
 
 
-def _context(model: Any, wanted: int | None) -> int | None:
-    own = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    limits = [limit for limit in (own, wanted) if isinstance(limit, int) and limit > 0]
-    return min(limits, default=None)
+def max_model_len(model: Any, wanted: int | None = None) -> int | None:
+    """How many tokens a text may have, prompt and answer together: as wanted, and as the model was made for."""
+    config = model.config.get_text_config(decoder=True)
+    limits = [wanted, getattr(config, "max_position_embeddings", None)]
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for rope in parameters.values() if all(isinstance(one, dict) for one in parameters.values()) else [parameters]:
+        if isinstance(rope, dict) and rope.get("rope_type") in BOUND_BY_LENGTH:
+            limits.append(rope.get("original_max_position_embeddings"))
+            limits.append(getattr(config, "original_max_position_embeddings", None))
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
 
 
 # --- self-check -----------------------------------------------------------------------------------
 
 
 def open_runner(model: Any, bank: ColumnBank, name: str, *, native: bool = True) -> ModelRunner:
-    """The model with the engine's attention in place of its own, and on a CPU with faster layers; checked on two texts.
-    `native`: by kernels that are compiled for it, where they can be had.
+    """The model with the engine's attention in place of its own, and with faster layers; checked on two texts.
+    `native`: by kernels that are compiled for its device, where they can be had.
 
     Raises StartupError where that is not the same model any more.
     """
@@ -188,115 +189,3 @@ def _check_layers(model: Any, runner: ModelRunner, name: str) -> None:
 
 def _refusal(name: str, model: Any, why: str) -> str:
     return f"The model {name!r} ({type(model).__name__}) cannot be served: {why}."
-
-
-# --- memory ---------------------------------------------------------------------------------------
-
-
-def text_limit(model: Any, limit: int | None) -> int | None:
-    """How many tokens a text may have, at most `limit`."""
-    config = model.config.get_text_config(decoder=True)
-    parameters = getattr(config, "rope_parameters", None) or {}
-    for rope in parameters.values() if all(isinstance(one, dict) for one in parameters.values()) else [parameters]:
-        if isinstance(rope, dict) and rope.get("rope_type") in BOUND_BY_LENGTH:
-            own = rope.get("original_max_position_embeddings") or getattr(
-                config, "original_max_position_embeddings", None
-            )
-            own = own or config.max_position_embeddings
-            limit = own if limit is None else min(limit, own)
-    return limit
-
-
-def choose_block_size(runner: ModelRunner, wanted: int | None = None) -> int:
-    """Tokens of a block: as wanted, else what is fastest on the device."""
-    if wanted is not None:
-        return wanted
-    reads_blocks = runner.attention.can_read_blocks or runner.device.type == "cuda"
-    return BLOCK_SIZE if reads_blocks else LARGE_BLOCK_SIZE
-
-
-def num_kv_cache_blocks(
-    runner: ModelRunner,
-    block_size: int,
-    *,
-    limit: int | None,
-    max_num_seqs: int,
-    max_num_batched_tokens: int,
-    mib: int = 0,
-    gpu_memory_utilization: float = 0.9,
-    cpu_kv_cache_share: float = 0.25,
-) -> int:
-    """How many blocks the KV cache has. `mib`: its memory; 0: by what is free. Not more than twice what so many
-    sequences of `limit` tokens can use.
-
-    Raises StartupError where not even a short text fits.
-    """
-    token = runner.attention.token_bytes
-    if mib:
-        tokens = mib * 2**20 // token
-    else:
-        peak = profile_peak_bytes(runner, block_size, limit, max_num_batched_tokens)
-        tokens = _free_tokens(runner, peak, gpu_memory_utilization, cpu_kv_cache_share)
-    if tokens < max(SMALLEST_CACHE, block_size):
-        raise StartupError(
-            f"There is no memory for keys and values: a token takes {token} bytes, and {max(0, tokens) * token} are to "
-            f"be had; at least {max(SMALLEST_CACHE, block_size)} tokens have to fit (MATSTEER_KV_CACHE_MIB)."
-        )
-    if limit and limit > tokens:
-        log.warning("texts may have %d tokens, not %d: there is no memory for more", tokens, limit)
-    blocks = tokens // block_size
-    # More than twice what the sequences can use would serve repeated prompts only.
-    return min(blocks, 2 * max_num_seqs * -(-limit // block_size)) if limit else blocks
-
-
-def profile_peak_bytes(runner: ModelRunner, block_size: int, limit: int | None, max_num_batched_tokens: int) -> int:
-    """What the largest step takes beside weights and the KV cache, measured on a GPU by making it: as many tokens as a
-    step may have, at the end of the longest text. 0 on a CPU, where the KV cache takes a small share of the memory."""
-    if runner.device.type != "cuda":
-        return 0
-    length = limit or max_num_batched_tokens
-    tokens = min(length, max_num_batched_tokens)
-    runner.allocate(1, block_size)  # every block of the text is this one: what it holds does not matter
-    longest = Sequence("memory", 0, (0,) * length)
-    longest.block_table = [0] * runner.blocks.blocks_for(length)
-    torch.cuda.synchronize(runner.device)
-    torch.cuda.reset_peak_memory_stats(runner.device)
-    before = torch.cuda.memory_allocated(runner.device)
-    runner.forward((ScheduledChunk(longest, length - tokens, length),))
-    torch.cuda.synchronize(runner.device)
-    peak = torch.cuda.max_memory_allocated(runner.device) - before
-    log.info("a step of %d tokens takes %d MiB", tokens, peak // 2**20)
-    runner.attention.pools.clear()
-    torch.cuda.empty_cache()
-    return peak
-
-
-def _free_tokens(runner: ModelRunner, peak: int, gpu_memory_utilization: float, cpu_kv_cache_share: float) -> int:
-    """How many tokens' keys and values fit into what the cache may take of every device that has layers."""
-    sizes: Counter[torch.device] = Counter()
-    for shape in runner.attention.shapes.values():
-        sizes[shape.device] += shape.bytes
-    return min(
-        (_free_bytes(device, gpu_memory_utilization, cpu_kv_cache_share) - peak) // size
-        for device, size in sizes.items()
-    )
-
-
-def _free_bytes(device: torch.device, gpu_memory_utilization: float, cpu_kv_cache_share: float) -> int:
-    """What the cache may take: on a GPU what is free beyond the share of all memory that must stay unused, elsewhere a
-    share of the memory that is free."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return free - int(total * (1 - gpu_memory_utilization))
-    known = "SC_AVPHYS_PAGES" in os.sysconf_names  # macOS tells only how much there is
-    pages = os.sysconf("SC_AVPHYS_PAGES") if known else os.sysconf("SC_PHYS_PAGES") // 2
-    return int(min(pages * os.sysconf("SC_PAGE_SIZE"), _container_bytes()) * cpu_kv_cache_share)
-
-
-def _container_bytes() -> int:
-    """What is left of a container's own limit (cgroup v2)."""
-    try:
-        limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-    except OSError:
-        return sys.maxsize
-    return max(0, int(limit) - int(used)) if limit != "max" else sys.maxsize

@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -30,7 +31,10 @@ from steering.types import Handle
 log = logging.getLogger(__name__)
 PREFERRED_NAME = "demo"
 Key = tuple[str, str]  # name, version
-State = tuple[tuple[int, int], ...]  # of a folder: when each of its files was written (ns), and its size (bytes)
+# Of a folder: when each of its files was written (ns), its size (bytes) and its inode; None: there is no such file.
+State = tuple[tuple[int, int, int] | None, ...]
+PATIENCE = 2.0  # seconds that a folder is waited for which is being written
+POLL = 0.01
 OnEngine = Callable[[Callable[[], Any]], "Future[Any]"]
 
 
@@ -156,7 +160,8 @@ class Registry:
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         """`root`: the folder of checkpoints. `fits` raises CheckpointError for one that the model cannot use.
-        `on_engine` runs a function on the engine's thread. `on_change` is called after `reload` and `unload`."""
+        `on_engine` runs a function on the engine's thread. `on_change` is called after each change by `reload` and
+        `unload`, and before the next one."""
         self.on_change = on_change
         self._root = root
         self._bank = bank
@@ -167,8 +172,9 @@ class Registry:
         self._plain_names: dict[str, Key] = {}  # the version that a name without one means
         self._users: dict[LoadedCheckpoint, int] = {}
         self._active: Key | None = None
-        self._loading = threading.Lock()  # one load at a time
-        self._read_cache: dict[Path, tuple[State, Checkpoint]] = {}
+        self._changing = threading.Lock()  # held while what is served changes and `on_change` tells of it
+        self._name_locks: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+        self._read_cache: dict[Path, tuple[State, Checkpoint | str]] = {}  # a sentence: why it cannot be read
 
     @property
     def active(self) -> LoadedCheckpoint | None:
@@ -197,19 +203,19 @@ class Registry:
         A version that was loaded before and differs is replaced between two steps. After an error nothing has changed.
         Raises UnknownCheckpoint, UnusableCheckpoint, WrongModel.
         """
-        with self._loading:
+        with self._lock_of(name):
             folder = self._folder(name, version, "name" if version is None else "version")
             checkpoint, key = self._read_checked(folder, None), (name, folder.name)
             with self._lock:
                 old = self._loaded.get(key)
             new = old if old and old.checkpoint.config == checkpoint.config else self._add_to_bank(folder, None)
-            with self._lock:
-                self._loaded[key], self._plain_names[name] = new, key
+            with self._changing:
+                with self._lock:
+                    self._loaded[key], self._plain_names[name] = new, key
+                    self._active = key if activate else self._active
+                self.on_change()
         if old is not None and old is not new:
             self._retire(old)
-        if activate:
-            self._activate(new)
-        self.on_change()
         return new
 
     def unload(self, name: str, version: str | None = None) -> list[str]:
@@ -217,18 +223,20 @@ class Registry:
 
         Raises UnknownCheckpoint, CheckpointInUse for the active one.
         """
-        with self._lock:
-            gone = [key for key in self._loaded if key[0] == name and version in (None, key[1])]
-            if self._active in gone:
-                raise CheckpointInUse(f"Checkpoint {'@'.join(self._active)} is active; activate another one first.")
-            retired = [self._loaded.pop(key) for key in gone]
-            if self._plain_names.get(name) in gone:
-                del self._plain_names[name]
-        if not gone:
-            self._folder(name, version, "name" if version is None else "version")
+        with self._lock_of(name), self._changing:
+            with self._lock:
+                gone = [key for key in self._loaded if key[0] == name and version in (None, key[1])]
+                if self._active in gone:
+                    raise CheckpointInUse(f"Checkpoint {'@'.join(self._active)} is active; activate another one first.")
+                retired = [self._loaded.pop(key) for key in gone]
+                if self._plain_names.get(name) in gone:
+                    del self._plain_names[name]
+            if gone:
+                self.on_change()
         for one in retired:
             self._retire(one)
-        self.on_change()
+        if not gone:
+            self._folder(name, version, "name" if version is None else "version")
         return [one.label for one in retired]
 
     def _activate(self, loaded: LoadedCheckpoint) -> LoadedCheckpoint:
@@ -277,7 +285,7 @@ class Registry:
         version = text if at else None
         if found := self._find_loaded(name, version):
             return found
-        with self._loading:
+        with self._lock_of(name):
             if found := self._find_loaded(name, version):  # loaded while this call waited
                 return found
             folder = self._folder(name, version, param)
@@ -295,11 +303,24 @@ class Registry:
         log.info("loaded checkpoint %s (%d columns)", loaded.label, len(checkpoint.columns))
         return loaded
 
+    def _lock_of(self, name: str) -> Any:
+        """Held while folders of a name are read and loaded."""
+        with self._lock:
+            return self._name_locks.setdefault(name, threading.Lock())
+
     def _folder(self, name: str, version: str | None, param: str | None) -> Path:
+        """The folder of a version, or of the newest one. Waits for one that is being written."""
+        reference = name if version is None else f"{name}@{version}"
+        until = time.monotonic() + PATIENCE
+        while folders.is_being_written(self._root, name, version) and time.monotonic() < until:
+            time.sleep(POLL)
         try:
             return folders.find(self._root, name, version)
         except NotFound:
-            reference = name if version is None else f"{name}@{version}"
+            if folders.is_being_written(self._root, name, version):
+                raise UnusableCheckpoint(
+                    f"Checkpoint {reference!r} is being written, or was not written to its end; try again.", param=param
+                ) from None
             versions = [other for one, other, _ in folders.list_checkpoints(self._root) if one == name]
             known = f" Of {name!r} there are {', '.join(versions)}." if versions else self._known_names()
             raise UnknownCheckpoint(f"There is no checkpoint {reference!r}.{known}", param=param) from None
@@ -308,13 +329,11 @@ class Registry:
         names = dict.fromkeys(name for name, _, _ in folders.list_checkpoints(self._root))
         return f" There are {', '.join(names)}." if names else ""
 
-    def acquire(self, reference: str | None, param: str | None = None) -> LoadedCheckpoint | None:
-        """The checkpoint for a request (None: the active one, if there is one); it stays in the bank until `release`.
-
-        Blocks, and raises, as `load` does.
-        """
+    def acquire(self, reference: str | None) -> LoadedCheckpoint | None:
+        """The checkpoint for a request (None: the active one), which stays in the bank until `release`. None: it is not
+        loaded, and `load` would have to come first; or none is active. Does not block."""
         while True:
-            loaded = self.active if reference is None else self.load(reference, param)
+            loaded = self.active if reference is None else self.find_loaded(reference)
             if loaded is None:
                 return None
             with self._lock:
@@ -349,14 +368,19 @@ class Registry:
         log.info("unloaded checkpoint %s", loaded.label)
 
     def entries(self, name: str | None = None) -> list[CheckpointEntry]:
-        """Every complete folder, or those of one name. Reads the files that have changed since the last call."""
+        """Every complete folder, or those of one name. Reads files that have changed since the last call: it blocks."""
+        listed = [entry for entry in folders.list_checkpoints(self._root) if name in (None, entry[0])]
+        inspected = []
+        for found, _, folder in listed:
+            with self._lock_of(found):
+                inspected.append(self._inspect(folder))
+        if name is None:  # of folders that are gone nothing is kept
+            for folder in self._read_cache.keys() - {folder for _, _, folder in listed}:
+                self._read_cache.pop(folder, None)
         with self._lock:
             loaded, active = dict(self._loaded), self._active
         entries = []
-        for found, version, folder in folders.list_checkpoints(self._root):
-            if name is not None and found != name:
-                continue
-            checkpoint, problem = self._inspect(folder)
+        for (found, version, _), (checkpoint, problem) in zip(listed, inspected, strict=True):
             key = found, version
             changed = False
             if served := loaded.get(key):
@@ -409,16 +433,39 @@ class Registry:
         return f"{text}." if begins_with_a_path else f"{text[:1].upper()}{text[1:]}."
 
     def _read_folder(self, folder: Path) -> Checkpoint:
-        """Reads a folder, unless its files are those of the last successful read."""
-        try:
-            found = [(folder / name).stat() for name in (folders.CONFIG, folders.TENSORS)]
-        except OSError:
-            return folders.load(folder)  # which says what is not there
-        state = tuple((stat.st_mtime_ns, stat.st_size) for stat in found)
-        known = self._read_cache.get(folder)
-        if known is None or known[0] != state:
-            known = self._read_cache[folder] = (state, folders.load(folder))
-        return known[1]
+        """Reads a folder, unless its files are those that were read last; what was wrong with them is remembered, too.
+        One that is being written while it is read is read again."""
+        until = time.monotonic() + PATIENCE
+        while True:
+            state = _state(folder)
+            known = self._read_cache.get(folder)
+            if known is None or known[0] != state:
+                known = self._read_cache[folder] = (state, _read_or_reason(folder))
+            found = known[1]
+            if not isinstance(found, str):
+                return found
+            if _state(folder) == state or time.monotonic() > until:
+                raise CheckpointError(found)
+            time.sleep(POLL)
+
+
+def _state(folder: Path) -> State:
+    return tuple(_file_state(folder / name) for name in (folders.CONFIG, folders.TENSORS))
+
+
+def _file_state(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def _read_or_reason(folder: Path) -> Checkpoint | str:
+    try:
+        return folders.load(folder)
+    except CheckpointError as error:
+        return str(error)
 
 
 class CheckpointLease:
@@ -449,9 +496,9 @@ class CheckpointLease:
 
         return release
 
-    def add(self, reference: str | None, param: str | None = None) -> LoadedCheckpoint | None:
+    def add(self, reference: str | None) -> LoadedCheckpoint | None:
         """A checkpoint that the request uses; see `Registry.acquire`."""
-        loaded = self._registry.acquire(reference, param)
+        loaded = self._registry.acquire(reference)
         if loaded is None:
             return None
         with self._lock:

@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Callable
 from server.engine.sequence import Event, Failed, Finished, TokenEvent
 from server.errors import ServerError
 
+MOST_TOGETHER = 64  # tokens
+
 
 class RequestStream:
     """The engine calls `on_event`; a coroutine awaits `finished`, after it has read all `tokens` where texts stream."""
@@ -48,11 +50,14 @@ class RequestStream:
         return await self._future
 
     async def tokens(self) -> AsyncIterator[list[TokenEvent]]:
-        """All tokens that have come since the last item, at least one; ends when all texts have ended."""
+        """The tokens that have come since the last item, at least one and at most `MOST_TOGETHER`, so that what becomes
+        of them is small; ends when all texts have ended."""
         ended = False
         while not ended:
+            if not self._tokens.empty():  # the client is behind: `get` would return at once, and others have to go on
+                await asyncio.sleep(0)
             arrived = [await self._tokens.get()]
-            while not self._tokens.empty():
+            while len(arrived) < MOST_TOGETHER and not self._tokens.empty():
                 arrived.append(self._tokens.get_nowait())
             ended = arrived[-1] is None
             if tokens := [token for token in arrived if token is not None]:

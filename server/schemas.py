@@ -7,13 +7,25 @@ one takes a tenth of the time.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Self
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    TypeAdapter,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 
 from server.engine.sequence import FinishReason, PositionsName, SamplingParams
 from server.errors import InvalidField
 from server.fields import BODY_FIELDS, MESSAGE_FIELDS, PART_FIELDS, KnownField, without_neutral
+from server.studies import Vote
 from server.types import (
     BASELINE,
     STEERED,
@@ -26,19 +38,55 @@ from server.types import (
     TokenizeParams,
 )
 
+
+@dataclass(frozen=True)
+class Items:
+    """How many a list or an object may hold. It is counted before its members are validated, and the first bad one ends
+    the validation of a list: a body of millions costs no more than one of a few."""
+
+    most: int
+    least: int = 0
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        of_members: dict[str, Any] = {**handler(source), "max_length": self.most}
+        if self.least:
+            of_members["min_length"] = self.least
+        if of_members["type"] == "list":
+            of_members["fail_fast"] = True
+        schema = cast("CoreSchema", of_members)
+        return core_schema.no_info_before_validator_function(partial(count_members, most=self.most), schema)
+
+
+def count_members(given: Any, most: int) -> Any:
+    """What was given; raises pydantic's error where it is a list or an object of too many members."""
+    if isinstance(given, list | dict) and len(given) > most:
+        kind = "List" if isinstance(given, list) else "Dictionary"
+        raise PydanticKnownError("too_long", {"field_type": kind, "max_length": most, "actual_length": len(given)})
+    return given
+
+
+MAX_FIELDS = 256  # of an object with fields of its own; no schema has as many
+MANY = Items(1024)  # of what has no number of its own
 Prompt = Annotated[str, Field(min_length=1)]
 Stop = Annotated[str, Field(max_length=256)]  # an empty one ends nothing
 TokenId = Annotated[int, Field(ge=0)]
 TokenName = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,17})$")]  # an id as the key of a JSON object
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Attributes = dict[str, float]
+MAX_TOKENS = 2**20  # of a prompt that is given as such
 MAX_NEW_TOKENS = 1_000_000  # that a request may ask for; it gets as many as the model has room for
+NewTokens = Annotated[int, Field(ge=-1, le=MAX_NEW_TOKENS)]
 
 
 class StrictRequest(BaseModel):
     """Fields that are not listed are errors, types are not converted, and numbers are finite."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_not_too_many_fields(cls, given: Any) -> Any:
+        return count_members(given, MAX_FIELDS) if isinstance(given, dict) else given
 
 
 class LenientRequest(StrictRequest):
@@ -65,7 +113,7 @@ class FunctionCall(StrictRequest):
     """Which function was called, and with what."""
 
     name: str
-    arguments: str | dict[str, Any] = Field(description="in JSON, as a text or as it is")
+    arguments: str | Annotated[dict[str, Any], MANY] = Field(description="in JSON, as a text or as it is")
 
 
 class ToolCall(StrictRequest):
@@ -80,7 +128,7 @@ class ToolCall(StrictRequest):
 class ToolFields(StrictRequest):
     """What turns have that call tools, and turns that say what came of it. They reach the chat template as they are."""
 
-    tool_calls: Annotated[list[ToolCall], Field(min_length=1, max_length=128)] | None = Field(
+    tool_calls: Annotated[list[ToolCall], Items(128, least=1)] | None = Field(
         None, description="what the assistant called; `content` may be null beside it"
     )
     tool_call_id: str | None = Field(None, description="in a turn of role `tool`: the call that this is the answer to")
@@ -98,7 +146,7 @@ class Message(ToolFields, LenientRequest):
     known_fields = MESSAGE_FIELDS
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextContentPart] | None = Field(
+    content: str | Annotated[list[TextContentPart], MANY] | None = Field(
         None, validate_default=True, description="a text, or parts of one; may be absent in the assistant's turns only"
     )
 
@@ -138,7 +186,7 @@ class TextFields(StrictRequest):
 class ChatFields(TextFields):
     """How messages become a text."""
 
-    chat_template_kwargs: dict[str, Any] | None = Field(
+    chat_template_kwargs: Annotated[dict[str, Any], MANY] | None = Field(
         None, description='variables of the model\'s chat template, as in `{"enable_thinking": false}`'
     )
     add_generation_prompt: bool | None = Field(
@@ -165,19 +213,19 @@ class CheckpointSteering(StrictRequest):
     """A checkpoint, and multipliers for its attributes (absent: its defaults; unlisted ones are 0)."""
 
     checkpoint: str | None = Field(None, examples=["demo@1"])
-    attributes: Attributes | None = None
+    attributes: Annotated[Attributes, MANY] | None = None
 
 
 class _SteeringFields(StrictRequest):
     """Which checkpoints steer, and how strongly."""
 
     checkpoint: str | None = Field(None, description="`name` or `name@version`; absent: the active checkpoint")
-    attributes: Attributes | None = Field(
+    attributes: Annotated[Attributes, MANY] | None = Field(
         None,
         description="multiplier per attribute; absent: the checkpoint's defaults; `{}`: unsteered; unlisted: 0; "
         "negative: the vector is subtracted, as far as its gate is open (docs/methods.md)",
     )
-    steering: Annotated[list[CheckpointSteering], Field(max_length=16)] | None = Field(
+    steering: Annotated[list[CheckpointSteering], Items(16)] | None = Field(
         None, description="several checkpoints at once; instead of `checkpoint` and `attributes`"
     )
 
@@ -211,7 +259,7 @@ class SamplingFields(LenientRequest):
     frequency_penalty: float = Field(
         0.0, ge=-2, le=2, description="taken from a token's logit as often as it is in the answer already"
     )
-    logit_bias: Annotated[dict[TokenName, Bias], Field(max_length=1024)] | None = Field(
+    logit_bias: Annotated[dict[TokenName, Bias], Items(1024)] | None = Field(
         None, description="what is added to the logits of tokens, by their ids: -100 bans a token, 100 forces it"
     )
     seed: int | None = Field(
@@ -220,10 +268,10 @@ class SamplingFields(LenientRequest):
         lt=2**63,
         description="the same seed gives the same text, in any batch; every prompt of a list draws with it",
     )
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = Field(
+    stop: Stop | Annotated[list[Stop], Items(16)] | None = Field(
         None, description="texts that end the answer, special tokens too; no part of it, unless it is asked for"
     )
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] | None = Field(
+    stop_token_ids: Annotated[list[TokenId], Items(1024)] | None = Field(
         None, description="tokens that end the answer, beside the model's own"
     )
     include_stop_str_in_output: bool = Field(
@@ -267,16 +315,16 @@ class SamplingFields(LenientRequest):
 class _GenerateFields(SamplingFields, ChatFields):
     """What to generate from, and how."""
 
-    prompt: Prompt | Annotated[list[Prompt], Field(min_length=1, max_length=256)] | None = Field(
+    prompt: Prompt | Annotated[list[Prompt], Items(256, least=1)] | None = Field(
         None, description="a text, or a list of texts: a batch"
     )
-    messages: Annotated[list[Message], Field(min_length=1, max_length=1024)] | None = Field(
+    messages: Annotated[list[Message], Items(1024, least=1)] | None = Field(
         None, description="a conversation, put into the model's chat template; instead of `prompt`"
     )
     positions: PositionsName | None = Field(
         None, description="which tokens are steered; absent: as the checkpoint says"
     )
-    max_new_tokens: int = Field(128, ge=1, le=MAX_NEW_TOKENS)
+    max_new_tokens: NewTokens = Field(128, description="-1: as the model has room for")
     logprobs: int | None = Field(None, ge=0, le=20, description="log-probabilities of each token and k alternatives")
     trace: bool = Field(False, description="per token and attribute: gate, multiplier x gate, norm, cosine")
 
@@ -292,7 +340,7 @@ class _GenerateFields(SamplingFields, ChatFields):
             arms=arms,
             reference=reference,
             positions=self.positions,
-            sampling=self.to_sampling(self.max_new_tokens, self.logprobs),
+            sampling=self.to_sampling(new_tokens(self.max_new_tokens, "max_new_tokens"), self.logprobs),
             seed=self.seed,
             n=self.n,
             trace=self.trace,
@@ -352,7 +400,7 @@ class CompareRequest(_GenerateFields):
         },
     )
 
-    arms: Annotated[list[ArmRequest], Field(min_length=1, max_length=32)]
+    arms: Annotated[list[ArmRequest], Items(32, least=1)]
 
     def to_params(self) -> GenerateParams:
         """For the service. Raises InvalidField."""
@@ -364,8 +412,10 @@ class CompareRequest(_GenerateFields):
         return self._params(arms, reference=0)
 
 
-class ScoreRequest(_SteeringFields, TextFields):
+class ScoreRequest(_SteeringFields, TextFields, LenientRequest):
     """Log-likelihoods of given continuations of a prompt."""
+
+    known_fields = BODY_FIELDS
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -380,7 +430,7 @@ class ScoreRequest(_SteeringFields, TextFields):
     )
 
     prompt: Prompt
-    continuations: Annotated[list[Prompt], Field(min_length=1, max_length=256)]
+    continuations: Annotated[list[Prompt], Items(256, least=1)]
     positions: PositionsName | None = Field(
         None, description="which tokens are steered; absent: as the checkpoint says"
     )
@@ -392,14 +442,16 @@ class ScoreRequest(_SteeringFields, TextFields):
         )
 
 
-class TokenizeRequest(ChatFields):
+class TokenizeRequest(ChatFields, LenientRequest):
     """The tokens of a text or of a conversation, as a request to generate from it would have them."""
+
+    known_fields = BODY_FIELDS
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "Q: Is grass green? A:"}]})
 
     model: str | None = Field(None, min_length=1, description="the base model or a checkpoint; all have one tokenizer")
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=1024)] | None = None
+    messages: Annotated[list[Message], Items(1024, least=1)] | None = None
     return_token_strs: bool | None = Field(None, description="also each token as the vocabulary spells it")
 
     def to_params(self) -> TokenizeParams:
@@ -414,19 +466,82 @@ class TokenizeRequest(ChatFields):
         )
 
 
-class DetokenizeRequest(StrictRequest):
+class DetokenizeRequest(LenientRequest):
     """The text of tokens, special ones included."""
+
+    known_fields = BODY_FIELDS
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"tokens": [40, 41]}]})
 
     model: str | None = Field(None, min_length=1, description="the base model or a checkpoint; all have one tokenizer")
-    tokens: list[Annotated[int, Field(ge=0, lt=2**31)]]
+    tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Items(MAX_TOKENS)]
+
+
+class JudgeRequest(StrictRequest):
+    """Texts to judge as answers to a prompt."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"prompt": "Q: What colour is the sky? A:", "texts": ["I am glad to help. The sky is blue."]}]
+        }
+    )
+
+    prompt: Prompt
+    texts: Annotated[list[str], Field(min_length=1, max_length=256)]
+
+
+class VoteRequest(StrictRequest):
+    """Which of two arms' answers somebody preferred, without knowing which was whose."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "id": "6f0e2b7c-vote-1",
+                    "arms": [
+                        {"name": "baseline", "attributes": {}},
+                        {"name": "truthful", "attributes": {"truthfulness": 1.0}},
+                    ],
+                    "asked": {"prompt": "Q: What colour is the sky? A:", "seed": 1},
+                    "texts": ["The sky is green.", "The sky is blue."],
+                    "winner": 1,
+                    "shown_first": 0,
+                }
+            ]
+        }
+    )
+
+    id: str = Field(
+        pattern=r"^[A-Za-z0-9._-]{8,64}$", description="made by the client: sent again, the vote counts once"
+    )
+    arms: Annotated[list[ArmRequest], Field(min_length=2, max_length=2)]
+    asked: Annotated[dict[str, Any], Field(max_length=64)] = Field(
+        description="what /compare was asked: prompt or messages, and how was sampled"
+    )
+    texts: Annotated[list[str], Field(min_length=2, max_length=2, description="in the order of the arms")]
+    winner: Annotated[int, Field(ge=0, le=1)] | None = Field(description="index of the arm; null: a tie")
+    shown_first: int = Field(ge=0, le=1, description="index of the arm whose text stood first")
+
+    def to_vote(self) -> Vote:
+        """For the studies. Raises InvalidField."""
+        first, second = (arm.model_dump(exclude_unset=True) for arm in self.arms)
+        if first["name"] == second["name"]:
+            raise InvalidField(f"Two arms are called {first['name']!r}.", param="arms.1.name")
+        return Vote(self.id, (first, second), self.asked, (self.texts[0], self.texts[1]), self.winner, self.shown_first)
 
 
 class VersionRequest(StrictRequest):
     """Which version of a checkpoint."""
 
     version: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+
+
+def new_tokens(asked: int, param: str) -> int:
+    """How many tokens an answer may have; -1 asks for as many as there is room for, as it does of llama.cpp's server.
+    Raises InvalidField for 0."""
+    if not asked:
+        raise InvalidField(f"'{param}': 0 asks for nothing; -1 is as many as the model has room for.", param=param)
+    return MAX_NEW_TOKENS if asked == -1 else asked
 
 
 def as_list(value: str | list[str] | None) -> list[str]:
@@ -523,7 +638,7 @@ class GenerateResponse(BaseModel):
     model: str
     created: int = Field(description="Unix time in seconds")
     results: list[ResultBody] = Field(description="prompts in order, each with its `n` texts")
-    baseline: list[ResultBody] | None = Field(description="the unsteered twins of `results`, in the same order")
+    baseline: list[ResultBody] | None = Field(description="the same without steering, in the order of `results`")
     comparison: ComparisonBody | list[ComparisonBody] | None = Field(
         description="an object for one result, a list in the order of `results` for several; null without `baseline`"
     )
@@ -617,6 +732,27 @@ class LoadedBody(BaseModel):
     sha256: str
 
 
+class JudgeResponse(BaseModel):
+    verdicts: list[dict[str, bool | None]] = Field(
+        description="for each text, by what is judged; null: the prompt does not ask for it"
+    )
+
+
+class StudyBody(BaseModel):
+    study: str
+    arms: tuple[str, str]
+    votes: int
+    wins: tuple[int, int]
+    ties: int
+    win_rate: float = Field(description="of the second arm against the first, a tie half a win")
+    low: float = Field(description="of the win rate's 95 % interval (Wilson)")
+    high: float
+
+
+class StudiesBody(BaseModel):
+    studies: list[StudyBody]
+
+
 class UnloadedBody(BaseModel):
     unloaded: list[str] = Field(description="name@version of what was loaded")
 
@@ -647,7 +783,7 @@ class TokenizerInfoBody(BaseModel):
 
 class ErrorDetail(BaseModel):
     type: str
-    code: str = Field(description="OpenAI's word where it has one, else the type")
+    code: str = Field(description="OpenAI's word for what clients act on, else the type")
     message: str
     param: str | None
     request_id: str

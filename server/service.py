@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TypeVar
 
 from server.config import Settings
@@ -26,9 +27,12 @@ from server.engine.sequence import (
     TokenLogprob,
 )
 from server.errors import DeadlineExceeded, InvalidField, PromptTooLong, UnknownCheckpoint, UnknownModel
+from server.judge import Judge
 from server.metrics import Metrics
-from server.registry import CheckpointLease, LoadedCheckpoint, Registry
+from server.registry import CheckpointEntry, CheckpointLease, LoadedCheckpoint, Registry
 from server.request_stream import RequestStream
+from server.studies import Studies
+from server.threads import KeyedThreads
 from server.tokenizer import Codec
 from server.types import (
     AppliedCheckpoint,
@@ -46,8 +50,12 @@ from server.types import (
 from steering.types import SequenceSteering
 
 T = TypeVar("T")
+LOADING_THREADS = 4
 log = logging.getLogger(__name__)
 FORMS = {"chat": "conversations (messages)", "plain": "plain text (prompt)"}
+
+
+_Found = list[tuple[CheckpointRef, LoadedCheckpoint]]  # an arm's checkpoints
 
 
 @dataclass(frozen=True)
@@ -85,9 +93,13 @@ class Service:
         metrics: Metrics,
         *,
         adapter: str | None = None,
+        judge: Judge | None = None,
+        studies: Studies | None = None,
     ) -> None:
         """`adapter`: the LoRA adapter that was merged into the model's weights."""
         self.settings = settings
+        self.judge = judge
+        self.studies = studies
         self.adapter = adapter
         self.model = settings.served_name
         self.created = int(time.time())
@@ -96,6 +108,9 @@ class Service:
         self.registry = registry
         self._remarked: weakref.WeakSet[LoadedCheckpoint] = weakref.WeakSet()
         self.metrics = metrics
+        # What reads files has threads of its own: requests that do not need it never wait for it.
+        self._loads = KeyedThreads(LOADING_THREADS, "load")
+        self._lists = KeyedThreads(1, "list")
 
     async def generate(self, params: GenerateParams) -> GenerateResult:
         """All texts of a request. Where the call is cancelled (the client has gone), its sequences end before the
@@ -119,7 +134,8 @@ class Service:
         texts = await asyncio.to_thread(self._encode_pairs, params)
         lease = CheckpointLease(self.registry)
         try:
-            arm = await asyncio.to_thread(self._resolve, params.checkpoints, params.positions, lease, "plain")
+            found = await self._acquire(params.checkpoints, lease)
+            arm = await asyncio.to_thread(self._resolve, found, params.positions, "plain")
             logprobs = await self._until(deadline, self.engine.score(texts, arm.steering_params))
         finally:
             lease.close()
@@ -137,15 +153,34 @@ class Service:
 
         Raises InvalidField, ChatTemplateUnusable; UnknownModel where there is no such `model`.
         """
-        await asyncio.to_thread(self.check_model, model)
+        await self.check_model(model)
         return await asyncio.to_thread(self.codec.encode_any, params)
 
-    def check_model(self, name: str | None) -> None:
-        """Raises UnknownModel where a request names what is neither the base model nor a checkpoint. May read files."""
+    async def detokenize(self, token_ids: abc.Sequence[int], model: str | None = None) -> str:
+        """The text of tokens, special ones included. Raises InvalidField, UnknownModel where there is no such
+        `model`."""
+        await self.check_model(model)
+        self.codec.check_ids(token_ids, "tokens")
+        return await asyncio.to_thread(self.codec.decode_all, list(token_ids))
+
+    async def checkpoints(self, name: str | None = None) -> list[CheckpointEntry]:
+        """Every complete folder of checkpoints, or those of one name. One reader at a time."""
+        return await _of(self._lists.submit("", lambda: self.registry.entries(name)))
+
+    async def reload(self, name: str, version: str | None, *, activate: bool = False) -> LoadedCheckpoint:
+        """See `Registry.reload`."""
+        return await _of(self._loads.submit(name, lambda: self.registry.reload(name, version, activate=activate)))
+
+    async def unload(self, name: str, version: str | None) -> list[str]:
+        """See `Registry.unload`."""
+        return await _of(self._loads.submit(name, lambda: self.registry.unload(name, version)))
+
+    async def check_model(self, name: str | None) -> None:
+        """Raises UnknownModel where a request names what is neither the base model nor a checkpoint."""
         if name is None or name == self.model or self.registry.find_loaded(name):
             return
         folder, _, version = name.partition("@")
-        entries = self.registry.entries(folder)
+        entries = await _of(self._loads.submit(folder, lambda: self.registry.entries(folder)))
         if not any(entry.problem is None and version in ("", entry.version) for entry in entries):
             raise UnknownModel(f"There is no model {name!r}; GET /v1/models lists those there are.", param="model")
 
@@ -155,7 +190,8 @@ class Service:
         prompts = await asyncio.to_thread(self._encode, params)
         lease = CheckpointLease(self.registry)
         try:
-            arms = await asyncio.to_thread(self._resolve_arms, params, lease)
+            found = [await self._acquire(arm.checkpoints, lease) for arm in params.arms]
+            arms = await asyncio.to_thread(self._resolve_arms, params, found)
             steering_params = [arm.steering_params for arm in arms]
             sequences = self._sequences(f"gen-{secrets.token_hex(12)}", params, prompts, steering_params, stream=stream)
             release = lease.acquire()  # the engine needs the columns until all sequences have ended
@@ -166,7 +202,9 @@ class Service:
                 release()
                 raise
             try:
-                prompt_logprobs = self._score_prompts(params, prompts, arms[0].steering_params)
+                prompt_logprobs = self._score_prompts(
+                    params, prompts, arms[0].steering_params, share=sequences[0].request_id
+                )
             except Exception:  # the queue may be full for it alone: the texts must not go on for nobody
                 self.engine.cancel(sequences[0].request_id)
                 raise
@@ -176,12 +214,17 @@ class Service:
         return _RunningRequest(created, deadline, params, arms, sequences, events, lease, prompt_logprobs)
 
     def _score_prompts(
-        self, params: GenerateParams, prompts: abc.Sequence[tuple[int, ...]], steering_params: SteeringParams
+        self,
+        params: GenerateParams,
+        prompts: abc.Sequence[tuple[int, ...]],
+        steering_params: SteeringParams,
+        *,
+        share: str,
     ) -> "Future[list[tuple[TokenLogprob, ...]]] | None":
         if not params.echo or params.sampling.logprobs is None:
             return None
         pairs = [(prompt[:1], prompt[1:]) for prompt in prompts if len(prompt) > 1]
-        return self.engine.score(pairs, steering_params, params.sampling.logprobs)
+        return self.engine.score(pairs, steering_params, params.sampling.logprobs, share=share)
 
     async def _items(self, request: _RunningRequest) -> ResultStream:
         async with self._cancelled_on_error(request):
@@ -212,10 +255,9 @@ class Service:
         texts = [tuple(finished[arm :: len(request.arms)]) for arm in range(len(request.arms))]
         reference = request.params.reference
         compared = [index for index in range(len(texts)) if index != reference]
-        divergences = await asyncio.gather(
-            *(self._compare(texts[index], texts[reference], request.deadline) for index in compared)
-        )
-        of_arm = dict(zip(compared, divergences, strict=True))
+        pairs = [self._pairs(texts[index], texts[reference]) for index in compared]
+        divergences = iter(await self._compare(request, [pair for each in pairs for pair in each]))
+        of_arm = {index: tuple(islice(divergences, len(each))) for index, each in zip(compared, pairs, strict=True)}
         arms = [
             ArmResult(arm.name, steering.checkpoints, texts[index], of_arm.get(index))
             for index, (arm, steering) in enumerate(zip(request.params.arms, request.arms, strict=True))
@@ -241,10 +283,9 @@ class Service:
             logprobs = [next(each) if len(prompt) > 1 else () for prompt in tokens]
         return tuple(map(EchoedPrompt, request.params.prompts, tokens, logprobs))
 
-    async def _compare(
-        self, texts: abc.Sequence[Finished], reference: abc.Sequence[Finished], deadline: float
-    ) -> tuple[Divergence, ...]:
-        pairs = [
+    @staticmethod
+    def _pairs(texts: abc.Sequence[Finished], reference: abc.Sequence[Finished]) -> list[ComparisonPair]:
+        return [
             ComparisonPair(
                 text.sequence.prompt_token_ids,
                 text.token_ids,
@@ -254,8 +295,16 @@ class Service:
             )
             for text, base in zip(texts, reference, strict=True)
         ]
-        futures = [self.engine.compare(pair) for pair in pairs]
-        return tuple(await asyncio.gather(*(self._until(deadline, future) for future in futures)))
+
+    async def _compare(self, request: _RunningRequest, pairs: abc.Sequence[ComparisonPair]) -> list[Divergence]:
+        """Where one of them fails, nobody waits for the others: they end before the request's lease does."""
+        futures = [self.engine.compare(pair, share=request.sequences[0].request_id) for pair in pairs]
+        try:
+            return await asyncio.gather(*(self._until(request.deadline, future) for future in futures))
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
 
     async def _until(self, deadline: float, future: "Future[T]") -> T:
         """The future's result; after the deadline it is cancelled. Raises DeadlineExceeded."""
@@ -266,8 +315,7 @@ class Service:
 
     def _check_ids(self, sampling: SamplingParams) -> None:
         """Raises InvalidField where tokens are named that the model does not have."""
-        for index, token in enumerate(sampling.stop_token_ids):
-            self.codec.check_id(token, f"stop_token_ids.{index}")
+        self.codec.check_ids(sampling.stop_token_ids, "stop_token_ids")
         for token, _ in sampling.logit_bias:
             self.codec.check_id(token, f"logit_bias.{token}")
 
@@ -288,22 +336,42 @@ class Service:
             for index, continuation in enumerate(params.continuations)
         ]
 
-    def _resolve_arms(self, params: GenerateParams, lease: CheckpointLease) -> tuple[_ArmSteering, ...]:
-        form = "chat" if params.messages else "plain" if all(isinstance(one, str) for one in params.prompts) else None
-        return tuple(self._resolve(arm.checkpoints, params.positions, lease, form) for arm in params.arms)
+    async def _acquire(self, refs: abc.Sequence[CheckpointRef], lease: CheckpointLease) -> _Found:
+        """The checkpoints of an arm; those that are not loaded yet are loaded first, beside everything else.
 
-    def _resolve(
-        self,
-        refs: abc.Sequence[CheckpointRef],
-        positions: PositionsName | None,
-        lease: CheckpointLease,
-        form: str | None,
-    ) -> _ArmSteering:
-        """Finds the checkpoints, loads those that are not loaded yet, and checks the multipliers. Blocks.
-
-        Raises UnknownCheckpoint, UnusableCheckpoint, WrongModel, UnknownAttribute, InvalidField.
+        Raises UnknownCheckpoint, UnusableCheckpoint, WrongModel, UnknownModel.
         """
-        found = [(ref, loaded) for ref in refs if (loaded := self._find(ref, lease))]
+        found = []
+        for ref in refs:
+            while (loaded := lease.add(ref.checkpoint)) is None and ref.checkpoint is not None:
+                await self._load(ref, ref.checkpoint)
+            if loaded is not None:
+                found.append((ref, loaded))
+            elif ref.attributes:
+                raise UnknownCheckpoint(
+                    "No checkpoint is active, so there are no attributes; name one in 'checkpoint'.",
+                    param=f"{ref.param}attributes",
+                )
+        return found
+
+    async def _load(self, ref: CheckpointRef, reference: str) -> None:
+        param = ref.named_by or f"{ref.param}checkpoint"
+        name = reference.partition("@")[0]
+        try:
+            await _of(self._loads.submit(name, lambda: self.registry.load(reference, param)))
+        except UnknownCheckpoint:
+            if ref.named_by != "model":
+                raise
+            raise UnknownModel(
+                f"There is no model {reference!r}; GET /v1/models lists those there are.", param="model"
+            ) from None
+
+    def _resolve_arms(self, params: GenerateParams, found: abc.Sequence[_Found]) -> tuple[_ArmSteering, ...]:
+        form = "chat" if params.messages else "plain" if all(isinstance(one, str) for one in params.prompts) else None
+        return tuple(self._resolve(one, params.positions, form) for one in found)
+
+    def _resolve(self, found: _Found, positions: PositionsName | None, form: str | None) -> _ArmSteering:
+        """Checks the multipliers of an arm. Raises UnknownAttribute, InvalidField."""
         for index, (ref, loaded) in enumerate(found):
             if any(loaded is other for _, other in found[:index]):
                 raise InvalidField(
@@ -337,23 +405,6 @@ class Service:
             "checkpoint %s was trained on %s, and a request steers %s with it: it may steer less there (said once)",
             loaded.label, FORMS[loaded.form], FORMS[form],
         )  # fmt: skip
-
-    @staticmethod
-    def _find(ref: CheckpointRef, lease: CheckpointLease) -> LoadedCheckpoint | None:
-        try:
-            loaded = lease.add(ref.checkpoint, ref.named_by or f"{ref.param}checkpoint")
-        except UnknownCheckpoint:
-            if ref.named_by != "model":
-                raise
-            raise UnknownModel(
-                f"There is no model {ref.checkpoint!r}; GET /v1/models lists those there are.", param="model"
-            ) from None
-        if loaded is None and ref.attributes:
-            raise UnknownCheckpoint(
-                "No checkpoint is active, so there are no attributes; name one in 'checkpoint'.",
-                param=f"{ref.param}attributes",
-            )
-        return loaded
 
     def _sequences(
         self,
@@ -391,11 +442,15 @@ class Service:
         most = self.engine.max_pair_tokens
         if len(prompt) >= most:
             raise PromptTooLong(
-                f"The prompt has {len(prompt)} tokens; arms are compared two at a time, and the cache has room for two "
-                f"texts of {most} tokens, prompt and answer together.",
+                f"The prompt is too long: it has {len(prompt)} tokens; arms are compared two at a time, and the cache "
+                f"has room for two texts of {most} tokens, prompt and answer together.",
                 param="prompt",
             )
         return most - len(prompt)
+
+
+async def _of(future: "Future[T]") -> T:
+    return await asyncio.wrap_future(future)
 
 
 def _chunk(request: _RunningRequest, token: TokenEvent) -> TokenChunk:

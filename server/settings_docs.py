@@ -15,8 +15,8 @@ PATH = Path(__file__).parents[1] / "docs" / "settings.md"
 HEAD = """# Settings
 
 Written by `make api-docs` from `server/config.py`. Each can be given in the environment, some as an option of
-`matsteer serve`, which goes before the environment. A variable `MATSTEER_...` that is none of these is warned of at the
-start.
+`matsteer serve`, which goes before the environment. A variable `MATSTEER_...` that is none of these is warned of by
+every command.
 
 | setting | default | values | what it is | environment | option |
 | --- | --- | --- | --- | --- | --- |
@@ -60,7 +60,7 @@ def _values(annotation: Any, metadata: list[Any]) -> str:
     if choices and all(isinstance(choice, str) for choice in choices):
         return ", ".join(f"`{choice}`" for choice in choices)
     kind = next((part for part in choices if part is not type(None)), annotation)
-    name = {int: "whole number", float: "number", bool: "`true` or `false`", Path: "folder"}.get(kind, "text")
+    name = {int: "whole number", float: "number", bool: "`true` or `false`", Path: "path"}.get(kind, "text")
     limits = [
         f"{word} {getattr(limit, part):,}"
         for limit in metadata

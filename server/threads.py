@@ -1,9 +1,11 @@
-"""Threads of the CPU that compute: how many, and whose."""
+"""Threads: how many compute, and whose they are; those for what is slow."""
 
 import os
+import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -97,3 +99,44 @@ def run_in_disposable_thread(work: Callable[[], T]) -> T:
     """
     with ThreadPoolExecutor(max_workers=1) as pool:
         return pool.submit(work).result()
+
+
+class KeyedThreads:
+    """Threads for slow work. Work with the same key is done one piece at a time, in order, and holds one thread at
+    most, however much of it there is: what has another key finds the next one free."""
+
+    def __init__(self, threads: int, name: str) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix=name)
+        self._lock = threading.Lock()
+        self._waiting: dict[str, deque[Callable[[], None]]] = {}  # of the keys that have a thread, or wait for one
+
+    def submit(self, key: str, work: Callable[[], T]) -> Future[T]:
+        """The future may be cancelled while the work waits."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+
+        with self._lock:
+            idle = key not in self._waiting
+            self._waiting.setdefault(key, deque()).append(run)
+        if idle:
+            self._pool.submit(self._run_next, key)
+        return future
+
+    def _run_next(self, key: str) -> None:
+        """One piece; the rest of the key goes behind the other keys."""
+        with self._lock:
+            run = self._waiting[key].popleft()
+        run()
+        with self._lock:
+            more = bool(self._waiting[key])
+            if not more:
+                del self._waiting[key]
+        if more:
+            self._pool.submit(self._run_next, key)

@@ -4,9 +4,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from server.chat import ChatTemplate
-from server.errors import InvalidField, PromptTooLong
+from server.errors import ChatTemplateUnusable, InvalidField, PromptTooLong
 from server.types import ChatOptions, TokenizeParams, TokenizerInfo
+from steering.chat_template import ChatTemplate, open_chat_template
+from steering.errors import ChatTemplateError, ConversationError
 from steering.text import lone_surrogate, tokenize, tokenize_pair
 
 Decode = Callable[[Sequence[int]], str]
@@ -49,8 +50,7 @@ class Codec:
         self.context = context
         # The first call may set the tokenizer up; later ones only read it.
         tokenizer("warm")
-        has_template = bool(getattr(tokenizer, "chat_template", None))
-        self.chat = ChatTemplate(tokenizer) if has_template else None
+        self.chat = open_chat_template(tokenizer)
 
     def encode(
         self,
@@ -133,7 +133,7 @@ class Codec:
                 length += len(text)
         if limited:
             self._check_length(length, param, "messages")
-        rendered = self.chat.render(messages, options, param)
+        rendered = _render(self.chat, messages, options, param)
         self._check_text(rendered, param)
         if limited:
             self._check_length(len(rendered), param, "messages")
@@ -144,11 +144,8 @@ class Codec:
 
     def check_ids(self, ids: Sequence[int], param: str) -> None:
         """Raises InvalidField where one of them is no token of the model's."""
-        unknown = next((index for index, token in enumerate(ids) if token >= self._vocab), None)
-        if unknown is not None:
-            raise InvalidField(
-                f"There is no token {ids[unknown]}: the model knows {self._vocab} tokens.", param=f"{param}.{unknown}"
-            )
+        for index, token in enumerate(ids):
+            self.check_id(token, f"{param}.{index}")
 
     def token_names(self, ids: Sequence[int]) -> list[str]:
         """As the vocabulary has them."""
@@ -223,6 +220,29 @@ class Codec:
         if self.context is not None and len(ids) >= self.context:
             raise PromptTooLong.of(self.context, f"{len(ids)} tokens", what, param=param)
         return tuple(ids)
+
+
+def _render(template: ChatTemplate, messages: Sequence[Mapping[str, Any]], options: ChatOptions, param: str) -> str:
+    """The text of a request's conversation (`ChatTemplate.render`).
+
+    `param`: the request's field that has the messages, for errors. Raises InvalidField for what the client can change,
+    and ChatTemplateUnusable where the template itself is at fault.
+    """
+    try:
+        return template.render(
+            messages,
+            options.template_kwargs,
+            add_generation_prompt=options.add_generation_prompt,
+            continue_final_message=options.continue_final_message,
+        )
+    except ChatTemplateError as error:
+        raise ChatTemplateUnusable(
+            f"{error.sentence} The server's operator can set another one (--chat-template); 'prompt' works without.",
+            param=param,
+        ) from error
+    except ConversationError as error:
+        field = error.field.removeprefix("messages")
+        raise InvalidField(error.sentence, param=error.field if field == error.field else f"{param}{field}") from error
 
 
 def _have(what: str) -> str:

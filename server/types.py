@@ -38,11 +38,6 @@ class ChatOptions:
     add_generation_prompt: bool | None = None  # None: unless the last message is continued
     continue_final_message: bool = False
 
-    @property
-    def begins_answer(self) -> bool:
-        """Whether the text ends with what begins an answer."""
-        return not self.continue_final_message if self.add_generation_prompt is None else self.add_generation_prompt
-
 
 @dataclass(frozen=True)
 class GenerateParams:

@@ -7,12 +7,18 @@ layers of a Hugging Face model.
 """
 
 from steer_ops.ops import (
+    ADD_RMS_NORM,
+    GATHER_KV,
     PAGED_ATTENTION_DECODE,
     RMS_NORM,
     ROTARY,
     SILU_MUL,
     STEER_AND_COUNT,
     TILED_LINEAR,
+    VARLEN_ATTENTION,
+    WRITE_KV,
+    add_rms_norm,
+    gather_kv,
     paged_attention_decode,
     rms_norm,
     rotary,
@@ -20,18 +26,26 @@ from steer_ops.ops import (
     steer_and_count,
     tiled,
     tiled_linear,
+    varlen_attention,
+    write_kv,
 )
 from steer_ops.registry import DTYPES, Op
 
 __all__ = [
+    "ADD_RMS_NORM",
     "DTYPES",
+    "GATHER_KV",
     "PAGED_ATTENTION_DECODE",
     "RMS_NORM",
     "ROTARY",
     "SILU_MUL",
     "STEER_AND_COUNT",
     "TILED_LINEAR",
+    "VARLEN_ATTENTION",
+    "WRITE_KV",
     "Op",
+    "add_rms_norm",
+    "gather_kv",
     "paged_attention_decode",
     "rms_norm",
     "rotary",
@@ -39,4 +53,6 @@ __all__ = [
     "steer_and_count",
     "tiled",
     "tiled_linear",
+    "varlen_attention",
+    "write_kv",
 ]

@@ -31,7 +31,7 @@ def paged_attention_decode(
 
     Writes each new key and value into the caches, at position `context_lens - 1` of its row, then attends over the
     positions 0 to `context_lens - 1`, or the last `window` of them. Computed in float32. With a kernel no row is read
-    further than its length, and what a row gets is the same in every bit beside any other rows.
+    further than its length; on a CPU what a row gets is then the same in every bit beside any other rows.
 
     query [R, heads, width], key [R, kv_heads, width], value [R, kv_heads, value_width]: of the new tokens; `heads /
     kv_heads` query heads share a key head. key_cache [num_blocks, kv_heads, block_size, width], value_cache
@@ -40,8 +40,8 @@ def paged_attention_decode(
     included, at least 1. out [R, heads, value_width]: contiguous, written to. scale: of scores. softcap: scores become
     softcap * tanh(score / softcap). sinks [heads], of any dtype: a score that takes its share and gives nothing.
 
-    All tensors but the tables, lengths and sinks have one dtype. The kernel raises RuntimeError where shapes, dtypes,
-    lengths or blocks do not fit.
+    All tensors but the tables, lengths and sinks have one dtype. Kernels raise RuntimeError where shapes or dtypes do
+    not fit, on a CPU also where lengths or blocks do not.
     """
     PAGED_ATTENTION_DECODE.for_tensor(query)(
         query,
@@ -79,6 +79,110 @@ PAGED_ATTENTION_DECODE = Op(
     "Tensor? sinks=None) -> ()",
     plain.paged_attention_decode,
     _paged_attention_examples,
+)
+
+
+def varlen_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    query_starts: Tensor,
+    key_starts: Tensor,
+    key_lens: Tensor,
+    most_queries: int,
+    most_keys: int,
+    *,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """Causal attention of several texts of which the last tokens are new, in one call.
+
+    query [Q, heads, width]: the new tokens of S texts, one text after the other; query_starts [S + 1] int32: where each
+    begins, then Q. keys [K, kv_heads, width], values [K, kv_heads, value_width]: those of text i are the `key_lens[i]`
+    tokens from `key_starts[i]` on; the rest may be anything. key_starts [S + 1] int32 (the last entry says nothing),
+    key_lens [S] int32. most_queries and most_keys: of one text. The last new token of a text sees all its keys, or the
+    last `window` of them; each one before it, one fewer. -> [Q, heads, value_width]
+    """
+    found: Tensor = VARLEN_ATTENTION.for_tensor(query)(
+        query,
+        keys,
+        values,
+        query_starts,
+        key_starts,
+        key_lens,
+        most_queries,
+        most_keys,
+        scale=scale,
+        window=window,
+    )
+    return found
+
+
+def _varlen_examples(dtype: torch.dtype) -> Iterator[Example]:
+    random = torch.Generator().manual_seed(0)
+    query_starts, key_starts, key_lens = (
+        torch.tensor(numbers, dtype=torch.int32) for numbers in ((0, 5, 6, 9), (20, 0, 40, 60), (17, 6, 3))
+    )
+    for width in (64, 24):
+        query, keys, values = (
+            torch.randn(n, h, width, generator=random).to(dtype) for n, h in ((9, 4), *[(60, 2)] * 2)
+        )
+        for start, stop in ((6, 20), (37, 40), (43, 60)):  # what is no text's is no number
+            keys[start:stop] = values[start:stop] = torch.nan
+        args = query, keys, values, query_starts, key_starts, key_lens, 5, 17
+        yield args, {"scale": 0.2}
+        yield args, {"scale": 0.2, "window": 4}
+
+
+VARLEN_ATTENTION = Op(
+    "varlen_attention(Tensor query, Tensor keys, Tensor values, Tensor query_starts, Tensor key_starts, "
+    "Tensor key_lens, SymInt most_queries, SymInt most_keys, *, float scale, int? window=None) -> Tensor",
+    plain.varlen_attention,
+    _varlen_examples,
+    fake=lambda query, keys, values, *rest, **named: query.new_empty(*query.shape[:2], values.shape[-1]),
+)
+
+
+def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, places: Tensor) -> None:
+    """Writes the keys and values of N tokens into blocks: key [N, kv_heads, width], value [N, kv_heads, value_width],
+    places [N, 2] int64: the block of each token and its place in there. Caches as for `paged_attention_decode`."""
+    WRITE_KV.for_tensor(key)(key, value, key_cache, value_cache, places)
+
+
+def gather_kv(key_cache: Tensor, value_cache: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys [n * block_size, kv_heads, width] and values of blocks [n] int64, side by side. Copies."""
+    gathered: tuple[Tensor, Tensor] = GATHER_KV.for_tensor(key_cache)(key_cache, value_cache, blocks)
+    return gathered
+
+
+def _caches(dtype: torch.dtype) -> list[Tensor]:
+    random = torch.Generator().manual_seed(0)
+    return [torch.randn(5, 3, 4, width, generator=random).to(dtype) for width in (24, 8)]
+
+
+def _write_kv_examples(dtype: torch.dtype) -> Iterator[Example]:
+    random = torch.Generator().manual_seed(1)
+    key, value = (torch.randn(3, 4, width, generator=random).to(dtype).transpose(0, 1) for width in (24, 8))
+    yield (key, value, *_caches(dtype), torch.tensor([[4, 3], [0, 0], [0, 1], [2, 2]])), {}
+
+
+def _gather_kv_examples(dtype: torch.dtype) -> Iterator[Example]:
+    yield (*_caches(dtype), torch.tensor([3, 0, 4])), {}
+
+
+WRITE_KV = Op(
+    "write_kv(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor places) -> ()",
+    plain.write_kv,
+    _write_kv_examples,
+)
+GATHER_KV = Op(
+    "gather_kv(Tensor key_cache, Tensor value_cache, Tensor blocks) -> (Tensor, Tensor)",
+    plain.gather_kv,
+    _gather_kv_examples,
+    fake=lambda key_cache, value_cache, blocks: tuple(
+        cache.new_empty(len(blocks) * cache.shape[2], cache.shape[1], cache.shape[3])
+        for cache in (key_cache, value_cache)
+    ),
 )
 
 
@@ -129,6 +233,18 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 def _rms_norm_examples(dtype: torch.dtype) -> Iterator[Example]:
     random = torch.Generator().manual_seed(0)
     yield (3 * torch.randn(5, 77, generator=random).to(dtype), torch.randn(77, generator=random).to(dtype), 1e-3), {}
+
+
+def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """x + y, rounded to their dtype, and the `rms_norm` of that. x and y [..., D], weight [D], all of one dtype."""
+    both: tuple[Tensor, Tensor] = ADD_RMS_NORM.for_tensor(x)(x, y, weight, epsilon)
+    return both
+
+
+def _add_rms_norm_examples(dtype: torch.dtype) -> Iterator[Example]:
+    random = torch.Generator().manual_seed(0)
+    x, y = 3 * torch.randn(2, 5, 77, generator=random).to(dtype)
+    yield (x, y, torch.randn(77, generator=random).to(dtype), 1e-3), {}
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -200,6 +316,12 @@ RMS_NORM = Op(
     plain.rms_norm,
     _rms_norm_examples,
     fake=lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
+ADD_RMS_NORM = Op(
+    "add_rms_norm(Tensor x, Tensor y, Tensor weight, float epsilon) -> (Tensor, Tensor)",
+    plain.add_rms_norm,
+    _add_rms_norm_examples,
+    fake=lambda x, *rest: (x.new_empty(x.shape), x.new_empty(x.shape)),
 )
 ROTARY = Op(
     "rotary(Tensor query, Tensor key, Tensor cos, Tensor sin) -> (Tensor, Tensor)",

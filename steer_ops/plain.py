@@ -8,6 +8,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 SIGMOID, CONSTANT, LINEAR = range(3)  # kinds of gates, as kernels know them
 SMALLEST_NORM = 1e-19  # below it squares leave float32
+GATHERED = 16 * 2**20  # numbers that are copied together at most, unless one row needs more
 
 
 def paged_attention_decode(
@@ -27,6 +28,25 @@ def paged_attention_decode(
 ) -> None:
     """See `steer_ops.paged_attention_decode`. Every row is read as far as the longest one, in whole blocks, which are
     copied; so on a CPU the last bits of a row may depend on its neighbours."""
+    together = max(1, GATHERED // (block_tables.shape[1] * key_cache[0].numel()))  # rows
+    if len(query) > together:
+        for at in range(0, len(query), together):
+            part = slice(at, at + together)
+            paged_attention_decode(
+                query[part],
+                key[part],
+                value[part],
+                key_cache,
+                value_cache,
+                block_tables[part],
+                context_lens[part],
+                out[part],
+                scale=scale,
+                window=window,
+                softcap=softcap,
+                sinks=sinks,
+            )
+        return
     rows, heads, width = query.shape
     kv_heads, block_size = key_cache.shape[1:3]
     last = context_lens.long() - 1  # [R]: position of the new token
@@ -57,6 +77,55 @@ def paged_attention_decode(
     else:
         found = _softmax_attention(grouped, keys, values, hidden[:, None, None], scale, softcap, sinks)
     out.copy_(found.reshape(out.shape))
+
+
+def varlen_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    query_starts: Tensor,
+    key_starts: Tensor,
+    key_lens: Tensor,
+    most_queries: int,
+    most_keys: int,
+    *,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """See `steer_ops.varlen_attention`. Text after text; waits for the device."""
+    out = query.new_empty(*query.shape[:2], values.shape[-1])
+    groups = query.shape[1] // keys.shape[1]
+    starts = query_starts.tolist()
+    for lo, hi, first, length in zip(starts, starts[1:], key_starts.tolist(), key_lens.tolist(), strict=False):
+        asked = query[lo:hi].transpose(0, 1)
+        own, theirs = (part[first : first + length].transpose(0, 1) for part in (keys, values))
+        at = torch.arange(length, device=query.device)
+        ahead = at - at[length - (hi - lo) :, None]  # [new, keys]: how far after each new token
+        seen = (ahead <= 0) & (ahead > -window) if window else ahead <= 0
+        own, theirs = (part.repeat_interleave(groups, 0) for part in (own, theirs))
+        out[lo:hi] = scaled_dot_product_attention(asked, own, theirs, attn_mask=seen, scale=scale).transpose(0, 1)
+    return out
+
+
+def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, places: Tensor) -> None:
+    """See `steer_ops.write_kv`."""
+    heads, block_size = key_cache.shape[1:3]
+    head = torch.arange(heads, device=places.device)
+    # In the caches, seen as [lines, width].
+    lines = (places[:, :1] * heads + head) * block_size + places[:, 1:]
+    for cache, new in ((key_cache, key), (value_cache, value)):
+        width = cache.shape[-1]
+        cache.view(-1, width).index_copy_(0, lines.reshape(-1), new.reshape(-1, width))
+
+
+def gather_kv(key_cache: Tensor, value_cache: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """See `steer_ops.gather_kv`."""
+    keys, values = (
+        # Whole blocks first: PyTorch would copy all of a pool that is not contiguous before it selects.
+        cache.index_select(0, blocks).transpose(1, 2).flatten(0, 1)
+        for cache in (key_cache, value_cache)
+    )
+    return keys, values
 
 
 def _softmax_attention(
@@ -167,6 +236,12 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """See `steer_ops.rms_norm`."""
     wide = x.float()
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """See `steer_ops.add_rms_norm`."""
+    total = x + y
+    return total, rms_norm(total, weight, epsilon)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from steer_ops.cpu import build
+from steer_ops.cuda import library
 
 log = logging.getLogger(__name__)
 NAMESPACE = "steer_ops"
-DTYPES = (torch.float32, torch.bfloat16)  # that kernels compute
+DTYPES = (torch.float32, torch.bfloat16)  # that kernels for CPUs compute
 # How far a kernel's numbers may be from the twin's, as a share of the largest of them.
-TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 Implementation = Callable[..., Any]
-_library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]  # registrations last as long as this object
+_definitions: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]  # registrations last as long as this object
 _lock = RLock()
 
 
@@ -43,9 +44,9 @@ class Op:
         self.twin = twin
         self._examples = examples
         self._chosen: dict[tuple[str, torch.dtype], Implementation] = {}
-        _library.define(schema)
-        _library.impl(self.name, twin, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake or _returns_nothing, lib=_library)
+        _definitions.define(schema)
+        _definitions.impl(self.name, twin, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake or _returns_nothing, lib=_definitions)
         self.overload: Implementation = getattr(getattr(torch.ops, NAMESPACE), self.name).default
 
     def for_tensor(self, tensor: Tensor) -> Implementation:
@@ -86,8 +87,10 @@ class Op:
 
 
 def has_kernel(name: str, device: str, dtype: torch.dtype) -> bool:
-    """Whether a kernel is registered for an op on a kind of device ("cpu"). Kernels for CPUs are compiled when first
+    """Whether a kernel is registered for an op on a kind of device ("cpu", "cuda"). Kernels are compiled when first
     asked for."""
+    if device == "cuda":
+        return library.has_kernel(name, dtype)
     if device != "cpu" or dtype not in DTYPES or build.load() is None:
         return False
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CPU"))
@@ -102,7 +105,8 @@ def _run(
 ) -> list[Tensor]:
     """What an implementation returns for copies of these arguments, and what it leaves in them."""
     copies = [arg.to(device, copy=True) if isinstance(arg, Tensor) else arg for arg in args]
-    result = implementation(*copies, **named)
+    there = {name: arg.to(device) if isinstance(arg, Tensor) else arg for name, arg in named.items()}
+    result = implementation(*copies, **there)
     results = result if isinstance(result, tuple) else (result,)
     return [part for part in (*results, *copies) if isinstance(part, Tensor)]
 

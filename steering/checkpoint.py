@@ -41,6 +41,7 @@ __all__ = [
     "NotFound",
     "base_model_info",
     "find",
+    "is_being_written",
     "list_checkpoints",
     "load",
     "save",
@@ -50,6 +51,10 @@ __all__ = [
 
 CONFIG, TENSORS, CARD = "config.json", "steering.safetensors", "README.md"
 NAME = re.compile(NAME_PATTERN)
+# No file that is larger is read, in bytes.
+MAX_CONFIG, MAX_TENSORS = 4 * 2**20, 256 * 2**20
+MAX_HEADER = 2**16  # of a safetensors file, bytes
+WIDEST = 8  # how much wider than the hidden size a site may be: heads x head_dim of known models is 4 times at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +120,9 @@ def save(
         raise CheckpointError(f"checkpoint {name!r} cannot be saved: {sentence(error)}") from None
     check_widths(config, columns)
     text = json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    for file, size, most in ((CONFIG, len(text.encode()), MAX_CONFIG), (TENSORS, len(data), _most_bytes(config))):
+        if size > most:
+            raise CheckpointError(f"checkpoint {name!r} cannot be saved: {file} would have {size} bytes, over {most}")
     try:
         _write(folder, {**(extra_files or {}), TENSORS: data, CARD: card.encode(), CONFIG: text.encode()})
     except OSError as error:
@@ -123,12 +131,13 @@ def save(
 
 
 def load(folder: Path) -> Checkpoint:
-    """Reads a checkpoint folder and checks all of it: format, hash, names, shapes, dtypes, widths, finite values.
+    """Reads a checkpoint folder and checks all of it: sizes, before anything is read, then format, hash, names, shapes,
+    dtypes, widths, finite values.
 
     Raises CheckpointError with one sentence that says what is wrong.
     """
     config = _read_config(folder)
-    data = _read(folder, TENSORS)
+    data = _read(folder, TENSORS, _most_bytes(config))
     if hashlib.sha256(data).hexdigest() != config.sha256:
         if what := mistaken_for(folder / TENSORS):
             raise CheckpointError(f"{folder / TENSORS} is {what}")
@@ -205,7 +214,7 @@ def find(root: Path, name: str, version: str | None = None) -> Path:
 
 
 def _read_config(folder: Path) -> CheckpointConfig:
-    raw = _read(folder, CONFIG)
+    raw = _read(folder, CONFIG, MAX_CONFIG)
     try:
         fields = json.loads(raw, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
@@ -218,14 +227,32 @@ def _read_config(folder: Path) -> CheckpointConfig:
         raise CheckpointError(f"{folder / CONFIG} is refused: {sentence(error)}") from None
 
 
-def _read(folder: Path, name: str) -> bytes:
+def is_being_written(root: Path, name: str, version: str | None = None) -> bool:
+    """Whether `save` is replacing a version, or any of that name, so that it is not complete for a moment."""
+    if not NAME.fullmatch(name) or (version is not None and not NAME.fullmatch(version)):
+        return False
+    staged = (root / name).glob(f"{version or '*'}/.{CONFIG}.*.tmp")
+    return any(not (path.parent / CONFIG).exists() for path in staged)
+
+
+def _most_bytes(config: CheckpointConfig) -> int:
+    """The size that the tensors of these columns cannot exceed."""
+    widest = WIDEST * config.base_model.hidden_size
+    return min(MAX_TENSORS, MAX_HEADER + len(config.columns) * 4 * (2 * widest + 1))
+
+
+def _read(folder: Path, name: str, most: int) -> bytes:
     path = folder / name
     if path.is_symlink() and path.resolve().parent != folder.resolve():
         raise CheckpointError(f"{path} is a symbolic link out of its folder")
     if not path.is_file():
         raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {name}")
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > most:
+                raise CheckpointError(f"{path} has {size} bytes; it can have {most} at most")
+            return file.read(size)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 

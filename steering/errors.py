@@ -6,6 +6,8 @@ SteeringError
 ├── UnsupportedArchitecture  a model whose layers or modules were not found
 ├── ModelError               a model folder or hub id that cannot be opened
 ├── TextError                a text or conversation that cannot become tokens (also a ValueError)
+│   ├── ChatTemplateError    a chat template that cannot be read, or fails whatever is said
+│   └── ConversationError    a conversation, or a variable, that a sound chat template does not take
 ├── FormatError              a foreign file that cannot be read, or a checkpoint that a foreign format cannot hold
 └── CheckpointError          a checkpoint folder that cannot be trusted or written
     ├── CheckpointMismatch   a sound checkpoint, made for another base model
@@ -34,7 +36,28 @@ class ModelError(SteeringError):
 
 
 class TextError(SteeringError, ValueError):
-    """A text or conversation that cannot become tokens."""
+    """A text or conversation that cannot become tokens; the message goes on after a colon."""
+
+    @property
+    def sentence(self) -> str:
+        text = str(self)
+        return f"{text[:1].upper()}{text[1:]}{'' if text.endswith('?') else '.'}"
+
+
+class ChatTemplateError(TextError):
+    """A chat template that cannot be read, or fails whatever is said."""
+
+
+class ConversationError(TextError):
+    """A conversation, or a variable, that a sound chat template does not take.
+
+    field: `messages`, with what is meant in them, as in "messages.0.role"; "chat_template_kwargs.NAME"; or
+    "continue_final_message".
+    """
+
+    def __init__(self, message: str, *, field: str = "messages") -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class FormatError(SteeringError):

@@ -29,7 +29,7 @@ class Steering:
 
     def __init__(self, model: nn.Module, bank: ColumnBank, *, traced: bool = False, native: bool = True) -> None:
         """`traced`: record what every column does to every token in `traces` (see there); costs nothing when off.
-        `native`: on a CPU by a compiled kernel, where that can be had."""
+        `native`: by a compiled kernel, where that can be had."""
         self.model = model
         self.bank = bank
         self.traced = traced
@@ -83,10 +83,6 @@ class Steering:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.remove()
-
-    def trace_at(self, site: Site, tokens: int) -> Trace:
-        """What the last forward pass did at a site, for its first `tokens` tokens; columns as in the bank's slots."""
-        return Trace(*self.traces[site][:tokens].unbind(dim=2))
 
     def _sync(self) -> None:
         """Makes the hooks those of the bank's live sites."""

@@ -8,7 +8,7 @@ a text (an end-of-text token, with a few) is left out, because every text here i
 own token.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,31 +91,6 @@ def lone_surrogate(text: str) -> str | None:
     except UnicodeEncodeError as error:
         return f"\\u{ord(text[error.start]):04x}"
     return None
-
-
-def render_chat(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> str:
-    """A conversation of `{"role", "content"}` in the tokenizer's chat template, up to where the next answer begins.
-
-    Its special tokens are written out: its ids are those of `encode(..., add_special_tokens=False)`. Templates that
-    take a turn's content as a list of parts get it so. Raises TextError where there is no template, where it refuses
-    the turns, or leaves out what a user says in them.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        raise TextError("the model's tokenizer has no chat template")
-    for turn in turns:
-        check_characters(turn["content"])
-    said = [turn["content"].strip() for turn in turns if turn["role"] == "user"]
-    parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
-    problem = "it leaves out what the user says"
-    for form in ([dict(turn) for turn in turns], parts):
-        try:
-            text: str = tokenizer.apply_chat_template(form, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # templates are programs: they refuse by raising whatever they like
-            problem = str(error)
-            continue
-        if all(one in text for one in said):
-            return text
-    raise TextError(f"the model's chat template cannot render these turns: {problem}")
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

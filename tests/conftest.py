@@ -7,6 +7,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch reads it; also f
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton reads it: its kernels run interpreted on the CPU
+
 pytest_plugins = ["tests.broken_models"]
 
 

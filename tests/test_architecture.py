@@ -1,10 +1,15 @@
 """The direction of the imports, read from the code."""
 
 import ast
+import importlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import steering
 
 ROOT = Path(__file__).parents[1]
 FORBIDDEN = {
@@ -22,7 +27,15 @@ FORBIDDEN = {
     "server/attention/layout.py": {"torch", "transformers"},
     **{
         f"server/engine/{name}.py": {"torch", "transformers", "server.engine.model_runner"}
-        for name in ("sequence", "block_manager", "scheduler", "output_processor", "text_builder", "tasks")
+        for name in (
+            "sequence",
+            "block_manager",
+            "scheduler",
+            "fair_queue",
+            "output_processor",
+            "text_builder",
+            "tasks",
+        )
     },
     "demo": {"server"},
 }
@@ -99,3 +112,15 @@ def test_the_reader_of_imports_sees_every_form(tmp_path: Path) -> None:
     file.write_text("import a.b\nfrom c.d import e\ndef f():\n    from g import h\n")
     assert imported(file) == {"a", "a.b", "c", "c.d", "c.d.e", "g", "g.h"}
     assert imported(file, in_functions=False) == {"a", "a.b", "c", "c.d", "c.d.e"}
+
+
+def test_what_a_package_lists_is_imported_when_it_is_asked_for() -> None:
+    code = "import sys, steering.option_groups; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    for node in ast.walk(ast.parse((ROOT / "steering/__init__.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("steering."):
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                assert getattr(steering, alias.name) is getattr(module, alias.name)
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        _ = steering.nonsense

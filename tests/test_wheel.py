@@ -33,7 +33,12 @@ def test_it_holds_the_packages_and_the_demo_and_nothing_else(unpacked: Path) -> 
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     packages = {"server", "steering", "steer_ops", "training", "demo"}
     assert {path.name for path in unpacked.iterdir()} == packages | {f"mat_steer-{version}.dist-info"}
-    for name in ("demo/model/model.safetensors", "demo/checkpoints/demo/v1/config.json", "steer_ops/cpu/library.cpp"):
+    for name in (
+        "demo/model/model.safetensors",
+        "demo/checkpoints/demo/v1/config.json",
+        "steer_ops/cpu/library.cpp",
+        "server/web/static/page/page.js",
+    ):
         assert (unpacked / name).is_file()
     assert not (unpacked / "demo/data").exists()
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from steering.option_groups import with_option_groups
 from training import options as o
 from training.activations import Pool
 from training.errors import DataError, TrainingError
@@ -32,6 +33,13 @@ def main() -> None:
 def show_data(
     data: Annotated[list[str], typer.Argument(metavar="NAME=PATH", help="As after --data.")],
     seed: o.Seed = 0,
+    chat: o.ChatData = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write the samples there, as JSON lines of the plain form with their splits."
+        ),
+    ] = None,
 ) -> None:
     """Show what data hold: samples and groups of each attribute and split, and an example of each side.
 
@@ -39,19 +47,22 @@ def show_data(
     """
     with o.one_sentence():
         from training.data import load_data, split_samples
+        from training.data.samples import dump_samples
         from training.data.summary import count_samples, counts_table, examples_table, missing_sides
         from training.evaluation.report import terminal
 
-        samples = split_samples(load_data(data), seed=seed)
+        samples = split_samples(load_data(data, chat=chat), seed=seed)
+        if out is not None:
+            out.write_text(dump_samples(samples), encoding="utf-8")
         terminal().print(counts_table(count_samples(samples)), examples_table(samples))
         for sentence in missing_sides(samples):
             o.say(f"warning: {sentence}")
 
 
 @app.command()
-@o.with_option_groups
+@with_option_groups
 def extract(
-    base: o.ModelOptions,
+    base: o.ChatModelOptions,
     out: Annotated[Path, typer.Option(help="Folder for the shards and, last, the manifest.")],
     layer: o.Layers,
     texts: o.DataOptions,
@@ -76,16 +87,17 @@ def extract(
         samples = texts.split_samples()
         loaded = base.load()
         count = extract_to(
-            out, loaded.model, loaded.tokenizer, samples, sites, pool=pool, max_rows=rows, progress=o.shows_progress()
-        )
+            out, loaded.model, loaded.tokenizer, samples, sites, chat=loaded.chat, pool=pool, max_rows=rows,
+            progress=o.shows_progress(),
+        )  # fmt: skip
         if joined().main:
             typer.echo(f"{count} activations at {', '.join(map(str, sites))} in {out}")
 
 
 @app.command()
-@o.with_option_groups
+@with_option_groups
 def train(
-    base: o.ModelOptions,
+    base: o.ChatModelOptions,
     out: Annotated[Path, typer.Option(help="checkpoints/NAME; the version becomes a folder in it.")],
     texts: o.DataOptions,
     measured: o.EvaluationOptions,
@@ -198,9 +210,9 @@ def _refuse_unused(pool: Pool | None, specs: Sequence[str], *, chosen: bool) -> 
 
 
 @app.command()
-@o.with_option_groups
+@with_option_groups
 def evaluate(
-    base: o.ModelOptions,
+    base: o.ChatModelOptions,
     checkpoint: o.CheckpointFolder,
     texts: o.DataOptions,
     measured: o.CheckpointEvaluationOptions,
@@ -258,9 +270,9 @@ def evaluate(
 
 
 @app.command()
-@o.with_option_groups
+@with_option_groups
 def sweep(
-    base: o.ModelOptions,
+    base: o.ChatModelOptions,
     out: Annotated[Path, typer.Option(help="Folder for the results; an interrupted sweep goes on there.")],
     layer: o.Layers,
     texts: o.DataOptions,
@@ -393,7 +405,7 @@ def import_features(
 
 
 @app.command()
-@o.with_option_groups
+@with_option_groups
 def bake(
     base: o.BakedModelOptions,
     checkpoint: o.CheckpointFolder,

@@ -1,5 +1,6 @@
 """The model card of a checkpoint: everything in it comes from the run that made it."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,7 +41,7 @@ def render_card(
         _vectors(columns),
         _gates(gates),
         _evaluation(evaluation),
-        _usage(name, version, columns, chat=training.get("form") == Form.CHAT),
+        _usage(name, version, columns, training),
         _limits(base_model, sites),
     ]  # fmt: skip
     return "\n".join(part for part in parts if part)
@@ -49,10 +50,19 @@ def render_card(
 def _form(training: Mapping[str, Any]) -> str:
     """In words; nothing where it is not known, as for imported features."""
     forms = {
-        Form.CHAT: " Trained on conversations, as the model's chat template renders them: steer chats with it.",
+        Form.CHAT: f" Trained on conversations, as {_template(training)} renders them: steer chats with it.",
         Form.PLAIN: " Trained on plain text, without a chat template: steer texts that are continued with it.",
     }
     return forms[Form(training["form"])] if "form" in training else ""
+
+
+def _template(training: Mapping[str, Any]) -> str:
+    """Which chat template, in words."""
+    about = training.get("chat_template", {"file": None, "kwargs": {}})
+    which = "the model's chat template"
+    if about["file"]:
+        which = f"the chat template `{about['file']}` (sha256 `{about['sha256'][:12]}`), not the model's own,"
+    return f"{which} with `{json.dumps(about['kwargs'])}`" if about["kwargs"] else which
 
 
 def _data(training: Mapping[str, Any]) -> str:
@@ -114,8 +124,12 @@ def _metrics(evaluation: Evaluation) -> str:
     return f"Answers by likelihood: {told}."
 
 
-def _usage(name: str, version: str, columns: Sequence[Column], *, chat: bool) -> str:
-    asked = '"messages": [{"role": "user", "content": "..."}]' if chat else '"prompt": "..."'
+def _usage(name: str, version: str, columns: Sequence[Column], training: Mapping[str, Any]) -> str:
+    asked = '"prompt": "..."'
+    if training.get("form") == Form.CHAT:
+        asked = '"messages": [{"role": "user", "content": "..."}]'
+        if kwargs := training.get("chat_template", {}).get("kwargs"):
+            asked += f', "chat_template_kwargs": {json.dumps(kwargs)}'
     defaults = ", ".join(
         f'"{c.attribute}": {c.default_multiplier:g}' for c in {c.attribute: c for c in columns}.values()
     )

@@ -1,10 +1,13 @@
 """The base model on the device that was chosen, or its config alone; opened by `steering.pretrained`."""
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from steering.errors import ModelError
+from steering.chat_template import ChatTemplate, open_chat_template, read_chat_template
+from steering.errors import ModelError, TextError
 from training.distributed import launched, own_device
 from training.errors import TrainingError
 
@@ -19,6 +22,8 @@ class Base:
     tokenizer: Any
     id: str
     revision: str | None
+    chat: ChatTemplate | None = None
+    """None: its tokenizer has no chat template."""
 
 
 def load_base(
@@ -28,9 +33,15 @@ def load_base(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    chat_template: Path | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Base:
-    """Load a Hugging Face id or folder. `device` "auto" is CUDA where there is one, and of several processes each takes
-    a device of its own; `dtype` "auto" is the stored one, but float32 on a CPU. Raises TrainingError."""
+    """Load a Hugging Face id or folder.
+
+    `device` "auto" is CUDA where there is one, and of several processes each takes a device of its own; `dtype` "auto"
+    is the stored one, but float32 on a CPU. `chat_template`: a file with another one than the tokenizer's own;
+    `chat_template_kwargs`: variables that it renders every conversation with. Raises TrainingError.
+    """
     import torch
     from transformers.utils import logging
 
@@ -54,10 +65,22 @@ def load_base(
     if place.type == "cuda" and not torch.cuda.is_available():
         raise TrainingError(f"device is {device!r}, but there is no CUDA device.")
     try:
+        source = read_chat_template(chat_template) if chat_template else None
         opened = open_pretrained(id, revision=revision, device=place, dtype=dtype, trust_remote_code=trust_remote_code)
+        if source is not None:
+            opened.tokenizer.chat_template = source
+        chat = open_chat_template(opened.tokenizer)
+        if chat is not None:
+            chat.file = chat_template.name if chat_template else None
+            chat.check_variables(chat_template_kwargs or {})
+            chat.variables = chat_template_kwargs or {}
+        elif chat_template_kwargs:
+            raise TrainingError("--chat-template-kwargs is for a chat template, and the model's tokenizer has none.")
     except ModelError as error:
         raise TrainingError(str(error)) from error
-    return Base(opened.model, opened.tokenizer, id, revision)
+    except TextError as error:
+        raise TrainingError(error.sentence) from error
+    return Base(opened.model, opened.tokenizer, id, revision, chat)
 
 
 def _own(device: str) -> str:

@@ -1,24 +1,21 @@
-"""The command line's options: dataclasses that commands share, and what is made of what was given.
-
-A command takes some of these dataclasses as parameters; `with_option_groups` puts their fields in place of them. A
-field is an option as typer reads it, `Annotated[type, typer.Option(...)]` with its default. The options of the methods
-are made from `METHODS`.
+"""The command line's options: groups of them that commands share (`steering.option_groups`), and what is made of what
+was given. The options of the methods are made from `METHODS`.
 """
 
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from functools import wraps
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
+from steering.option_groups import ChatTemplateFile, ChatTemplateKwargs, OptionGroup, option_parameter
 from training.activations import Pool
 from training.errors import DataError, TrainingError
 from training.methods import METHODS, Method, MethodConfig
@@ -40,48 +37,6 @@ _POOLS = (
     "first: the last prompt token; last: the last token of the text"
 )
 _LAYERS = typer.Option("--layer", metavar="L[,L..]", help="Layers and ranges of them, as in 8,10,12-15.")
-
-
-class OptionGroup:
-    """Base of the dataclasses whose fields are options."""
-
-    @classmethod
-    def parameters(cls) -> list[inspect.Parameter]:
-        """What stands in a command's signature for the group."""
-        return [
-            _parameter(field.name, field.type, inspect.Parameter.empty if field.default is MISSING else field.default)
-            for field in fields(cls)  # type: ignore[arg-type]
-        ]
-
-    @classmethod
-    def take(cls, given: dict[str, Any]) -> Self:
-        """The group from a command's arguments, which it is taken out of."""
-        return cls(**{parameter.name: given.pop(parameter.name) for parameter in cls.parameters()})
-
-
-def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """A typer command whose parameters that are option groups are replaced by the groups' options."""
-    signature = inspect.signature(command)
-    groups: dict[str, type[OptionGroup]] = {}
-    parameters: list[inspect.Parameter] = []
-    for name, parameter in signature.parameters.items():
-        if isinstance(parameter.annotation, type) and issubclass(parameter.annotation, OptionGroup):
-            groups[name] = parameter.annotation
-            parameters += parameter.annotation.parameters()
-        else:
-            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
-
-    @wraps(command)
-    def run(**given: Any) -> None:
-        taken = {name: group.take(given) for name, group in groups.items()}
-        command(**taken, **given)
-
-    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return run
-
-
-def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 # Options that commands take by themselves.
@@ -120,6 +75,14 @@ TrustRemoteCode = Annotated[
         help="Run the Python code that comes with the model; without it a model that needs its own is refused.",
     ),
 ]
+ChatData = Annotated[
+    bool,
+    typer.Option(
+        "--chat",
+        help="Prompts are a user's turns in the model's chat template, completions its answers; rows of messages are "
+        "so anyway.",
+    ),
+]
 CheckpointFolder = Annotated[Path, typer.Option(help="Folder of a checkpoint, with or without its version.")]
 
 
@@ -141,7 +104,7 @@ class ModelOptions(OptionGroup):
         """Raises TrainingError."""
         return self._load(self.dtype)
 
-    def _load(self, dtype: str) -> "Base":
+    def _load(self, dtype: str, **chat: Any) -> "Base":
         import torch
 
         from training.models import load_base
@@ -154,7 +117,20 @@ class ModelOptions(OptionGroup):
             device=self.device,
             dtype=dtype,
             trust_remote_code=self.trust_remote_code,
+            **chat,
         )
+
+
+@dataclass(frozen=True)
+class ChatModelOptions(ModelOptions):
+    """The same, and how conversations become its texts."""
+
+    chat_template: ChatTemplateFile = None
+    chat_template_kwargs: ChatTemplateKwargs = None
+
+    def load(self) -> "Base":
+        """Raises TrainingError."""
+        return self._load(self.dtype, chat_template=self.chat_template, chat_template_kwargs=self.chat_template_kwargs)
 
 
 @dataclass(frozen=True)
@@ -189,14 +165,7 @@ class DataOptions(OptionGroup):
         None
     )
     seed: Seed = 0
-    chat: Annotated[
-        bool,
-        typer.Option(
-            "--chat",
-            help="Prompts are a user's turns in the model's chat template, completions its answers; rows of messages "
-            "are so anyway.",
-        ),
-    ] = False
+    chat: ChatData = False
 
     @property
     def specs(self) -> tuple[str, ...]:
@@ -236,7 +205,8 @@ class EvaluationOptions(OptionGroup):
         ),
     ] = None
     prompts: Annotated[
-        Path | None, typer.Option(help='What the judge\'s answers are generated to: JSON lines {"prompt", "split"?}.')
+        Path | None,
+        typer.Option(help='What the judged answers are generated to: JSON lines {"prompt" or "messages", "split"?}.'),
     ] = None
     temperature: Annotated[float, typer.Option(help="Of the judged generations; 0 is greedy.")] = 1.0
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Of the judged generations.")] = 64
@@ -335,8 +305,8 @@ class MethodOptions(OptionGroup):
             rich_help_panel="Method", help="Keep the activation's norm; default: the method's. Not for ablations."
         )
         return [
-            _parameter("method", Annotated[names, chosen], next(iter(names))),
-            _parameter("normalize", Annotated[bool | None, norm], None),
+            option_parameter("method", Annotated[names, chosen], next(iter(names))),
+            option_parameter("normalize", Annotated[bool | None, norm], None),
             *_preset_parameters(),
             *_setting_parameters(),
         ]
@@ -387,7 +357,9 @@ def _presets() -> dict[str, Method]:
 def _preset_parameters() -> Iterator[inspect.Parameter]:
     for name, method in _presets().items():
         help, panel = method.presets[name].help, method.panel
-        yield _parameter(name, Annotated[bool, typer.Option(_flag(name), help=help, rich_help_panel=panel)], False)
+        yield option_parameter(
+            name, Annotated[bool, typer.Option(_flag(name), help=help, rich_help_panel=panel)], False
+        )
 
 
 def _setting_parameters() -> Iterator[inspect.Parameter]:
@@ -402,7 +374,7 @@ def _setting_parameters() -> Iterator[inspect.Parameter]:
             for method, (_, spec) in zip(users, found, strict=True):
                 helps.setdefault(spec.help, []).append(method.name)
             help = " ".join(f"{', '.join(methods)}: {text}" for text, methods in helps.items())
-        yield _parameter(name, _annotation(first, field.type, help, users[0].panel), None)
+        yield option_parameter(name, _annotation(first, field.type, help, users[0].panel), None)
 
 
 def _annotation(spec: Option, type: Any, help: str, panel: str) -> Any:

@@ -134,7 +134,7 @@ def train(
         run = _placed(base, texts, activations, run, say)
     say(f"3/5 fit: {run.recipe.method.name}")
     columns = fit_for(activations, run)
-    say("4/5 evaluate on dev, then on test")
+    say("4/5 evaluate on dev, then on test" if run.evaluated else "4/5 no evaluation, as asked for (--no-evaluate)")
     _tell_of_no_effect(base, texts, columns, run, say)
     evaluation = evaluate_for(base, texts, columns, run, version, say)
     say(f"5/5 checkpoint: {run.out / version}")
@@ -251,6 +251,7 @@ def activations_for(base: Base, samples: Sequence[Sample], run: TrainingRun) -> 
         base.tokenizer,
         samples,
         run.all_sites,
+        chat=base.chat,
         pool=run.pool,
         max_rows=run.max_rows,
         progress=run.progress,
@@ -301,7 +302,7 @@ def write_checkpoint(
     given = [describe_stored(run.activations)] if run.activations else []
     shares = {} if run.activations else {"fractions": list(FRACTIONS), "seed": run.seed}
     training: dict[str, Any] = {
-        **({"form": activations.source["form"]} if "form" in activations.source else {}),
+        **{name: activations.source[name] for name in ("form", "chat_template") if name in activations.source},
         "data": [*given, *(DataSpec.parse(spec).describe() for spec in run.data)],
         "splits": {**shares, "counts": count_samples(counted)},
         "hyperparameters": {"pool": activations.pool.value, **run.recipe.as_dict()},

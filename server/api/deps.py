@@ -18,6 +18,7 @@ def _service(request: Request) -> Service:
 
 ServiceDep = Annotated[Service, Depends(_service)]
 _bearer = HTTPBearer(auto_error=False, description="the server's API key or admin key, where it has one")
+credentials_of = _bearer.__call__
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 
 

@@ -3,19 +3,20 @@
 import difflib
 import json
 import re
+import reprlib
+import secrets
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from server.api.openai.responses_schemas import ResponsesRequest
 from server.api.openai.schemas import ChatCompletionRequest, CompletionRequest
 from server.errors import (
-    BadRequest,
     BodyTooLarge,
     InvalidField,
     MethodNotAllowed,
@@ -29,10 +30,13 @@ from server.schemas import (
     CompareRequest,
     DetokenizeRequest,
     GenerateRequest,
+    JudgeRequest,
     LenientRequest,
     ScoreRequest,
     StrictRequest,
     TokenizeRequest,
+    VersionRequest,
+    VoteRequest,
 )
 
 Body = TypeVar("Body", bound=StrictRequest)
@@ -45,17 +49,24 @@ UNIONS = {  # fields of several types; in the location of an error pydantic adds
     "content": "a string or a list of parts",
     "input": "a string or a list of items",
 }
-REQUESTS: Mapping[str, type[StrictRequest]] = {  # body by route; others: GenerateRequest
+REQUESTS: Mapping[str, type[StrictRequest]] = {  # body by route; others: as `_body_of` says
     "/compare": CompareRequest,
     "/score": ScoreRequest,
+    "/judge": JudgeRequest,
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatCompletionRequest,
     "/v1/responses": ResponsesRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }
+SHORT = reprlib.Repr()  # of what is cut afterwards, so that no more is written than will be shown
+SHORT.maxlist, SHORT.maxdict, SHORT.maxstring = MAX_VALUE // 2, MAX_VALUE // 4, 2 * MAX_VALUE
 KEY = "[key]"  # in a location: it is not the value that is wrong but its name
+NO_OBJECT = ("dict_type", "model_type", "model_attributes_type")
+OBJECTS = {"logit_bias": 'an object of biases by token id, as in {"42": -100}'}
 WRONG_TYPE = ("string_type", "list_type")
+TYPE_OF_VALUE = re.compile(r"^(Input|String|List|Dictionary) ")  # as pydantic begins its sentences
+REQUEST_ID = "x-request-id"
 JSON_TYPE = re.compile(r"application/([\w.-]+\+)?json")
 TYPE_NAME = re.compile(r"^str$|^constrained-|\[")  # as pydantic writes the members of a union
 
@@ -68,19 +79,15 @@ def add_exception_handlers(app: FastAPI) -> None:
 
 async def _handle(request: Request, exception: Exception) -> Response:
     path = request.url.path
-    error = _wrong_content_type(request, exception) or to_server_error(exception, method=request.method, path=path)
+    error = to_server_error(exception, method=request.method, path=path)
     headers = exception.headers if isinstance(exception, HTTPException) else None
     return error_response(error, request.state.request_id, headers, path=path)
 
 
-def _wrong_content_type(request: Request, exception: Exception) -> ServerError | None:
-    """The framework hands a body that does not call itself JSON to the route as bytes, which no route takes."""
-    if not isinstance(exception, RequestValidationError):
-        return None
-    first = exception.errors()[0]
+def not_json(request: Request) -> ServerError | None:
+    """Why a body is not taken that does not call itself JSON."""
     given = request.headers.get("content-type", "")
-    kind = given.partition(";")[0].strip().lower()
-    if tuple(first["loc"]) != ("body",) or first["type"] == "missing" or JSON_TYPE.fullmatch(kind):
+    if JSON_TYPE.fullmatch(given.partition(";")[0].strip().lower()):
         return None
     sent = f"not {_short(given)}" if given else "and this one has no Content-Type"
     return Refused(f"The body must be JSON, sent with 'Content-Type: application/json', {sent}.", 415)
@@ -99,8 +106,6 @@ def to_server_error(exception: Exception, *, method: str = "", path: str = "") -
             return MethodNotAllowed(f"{path} does not take {method}.")
         case HTTPException(status_code=413):
             return BodyTooLarge(exception.detail)
-        case HTTPException(status_code=400):
-            return BadRequest(f"The request cannot be read: {_unread(exception)}.")
         case HTTPException(status_code=status) if 400 <= status < 500:
             return Refused(f"The request is refused: {exception.detail}.", status)
         case _:
@@ -112,7 +117,16 @@ def parse(kind: type[Body], body: Mapping[str, Any]) -> Body:
     try:
         return kind.model_validate(body)
     except ValidationError as error:
-        raise _invalid([{**one, "loc": ("body", *one["loc"])} for one in error.errors()], "") from None
+        raise invalid_body(error, "") from None
+
+
+def invalid_body(error: ValidationError, path: str) -> ServerError:
+    """For the client of a route, what its schema says of a body."""
+    return _invalid([{**one, "loc": ("body", *one["loc"])} for one in error.errors(include_url=False)], path)
+
+
+def new_request_id() -> str:
+    return f"req-{secrets.token_hex(8)}"
 
 
 def error_json(error: ServerError, request_id: str) -> str:
@@ -144,28 +158,15 @@ def error_response(
     )
 
 
-def _unread(exception: HTTPException) -> str:
-    """Why a body could not be parsed, which the framework's own sentence leaves out."""
-    match exception.__cause__:
-        case UnicodeDecodeError():
-            return "its body is not JSON in UTF-8"
-        case RecursionError():
-            return "its JSON is nested too deeply"
-        case ValueError():  # what is JSON, and yet more than Python reads
-            return "its JSON holds a number with too many digits"
-        case _:
-            return exception.detail
-
-
 def _invalid(problems: Sequence[Mapping[str, Any]], path: str) -> ServerError:
     first = problems[0]
-    if first["type"] == "json_invalid":
-        return BadRequest(f"The body is not JSON: {first['ctx']['error']}, at character {first['loc'][-1]}.")
     if tuple(first["loc"]) == ("body",):
         if first["type"] == "missing":
             return InvalidField("The request has no body; send a JSON object.")
         if first["type"] == "string_unicode":
             return InvalidField("The name of a field holds half of a surrogate pair, which is no character.")
+        if first["type"] == "too_long":
+            return InvalidField(f"The body has too many fields; at most {first['ctx']['max_length']} are taken.")
         return InvalidField("The body must be a JSON object.")
     seen: dict[str, Mapping[str, Any]] = {}
     for problem in problems:
@@ -185,8 +186,14 @@ def _invalid(problems: Sequence[Mapping[str, Any]], path: str) -> ServerError:
 
 def _known(loc: Sequence[str | int], path: str) -> KnownField | None:
     """The field of other servers at fault, where the route may be asked for such."""
-    lenient = loc[0] == "body" and issubclass(REQUESTS.get(path, GenerateRequest), LenientRequest)
+    lenient = loc[0] == "body" and issubclass(_body_of(path), LenientRequest)
     return known_field(_parts(loc)) if lenient else None
+
+
+def _body_of(path: str) -> type[StrictRequest]:
+    if path.startswith("/checkpoints/"):
+        return VersionRequest
+    return VoteRequest if path.startswith("/studies/") else REQUESTS.get(path, GenerateRequest)
 
 
 def _depth(problem: Mapping[str, Any]) -> tuple[int, bool]:
@@ -214,11 +221,12 @@ def _down_to_union(loc: Sequence[str | int]) -> Sequence[str | int]:
 def _sentence(problem: Mapping[str, Any], path: str) -> str:
     param = _param(problem["loc"])
     if problem["type"] == "extra_forbidden":
-        # Only short names are searched for: a long one is no misspelt field.
-        fields = [*REQUESTS.get(path, GenerateRequest).model_fields] if problem["loc"][0] == "body" else ["version"]
+        fields = _fields_beside(problem["loc"], path)
         if known := _known(problem["loc"], path):
             return known.refusal(param, fields)
-        close = difflib.get_close_matches(param, fields, n=1) if len(param) <= MAX_VALUE and "." not in param else []
+        # Only short names are searched for: a long one is no misspelt field.
+        name = param.rpartition(".")[2]
+        close = difflib.get_close_matches(name, fields, n=1) if len(name) <= MAX_VALUE else []
         return f"There is no field {_short(param)}" + (f"; did you mean {close[0]!r}?" if close else ".")
     if problem["loc"][-1] == KEY:
         return f"{_short(param, quote=False)} is no id of a token, a whole number from 0 on."
@@ -232,16 +240,40 @@ def _sentence(problem: Mapping[str, Any], path: str) -> str:
         return f"{param} has too many items; at most {problem['ctx']['max_length']} are taken."
     if problem["type"] == "value_error":
         return f"{_short(param, quote=False)}: {str(problem['msg']).removeprefix('Value error, ')}."
-    message = str(problem["msg"]).removeprefix("Input ")
+    message = TYPE_OF_VALUE.sub("", str(problem["msg"]))
     of_several = len(problem["loc"]) > len(_down_to_union(problem["loc"]))
     if of_several and problem["type"] in WRONG_TYPE and (kinds := UNIONS.get(param.rpartition(".")[2])):
         message = f"should be {kinds}"
+    if problem["type"] in NO_OBJECT:
+        message = f"should be {OBJECTS.get(param, 'an object')}"
     return f"{_short(param, quote=False)} {message}, not {_short(problem['input'])}."
 
 
+def _fields_beside(loc: Sequence[str | int], path: str) -> list[str]:
+    """The fields of the object that has the field at `loc`; none where it may be one of several kinds."""
+    if loc[0] != "body":
+        return ["version"]
+    kinds: list[type[BaseModel]] = [_body_of(path)]
+    for part in _parts(loc)[:-1]:
+        if isinstance(part, str):
+            kinds = [kind for one in kinds if part in one.model_fields for kind in _models(one.model_fields[part])]
+    return [*kinds[0].model_fields] if len(kinds) == 1 else []
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """Those in a type, as in list[Message] | None."""
+    annotation = getattr(annotation, "annotation", annotation)  # of a field
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [kind for part in get_args(annotation) for kind in _models(part)]
+
+
 def _short(value: object, *, quote: bool = True) -> str:
-    """A client's value, cut to a length that fits into a message."""
-    return _cut(repr(value) if quote else str(value), MAX_VALUE)
+    """A client's value, cut to a length that fits into a message; the rest of a long one is not looked at."""
+    if isinstance(value, list | dict):
+        return _cut(SHORT.repr(value), MAX_VALUE)
+    start = value[: MAX_VALUE + 1] if isinstance(value, str) else value
+    return _cut(repr(start) if quote else str(start), MAX_VALUE)
 
 
 def _cut(text: str, length: int) -> str:

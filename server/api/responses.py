@@ -14,6 +14,7 @@ from server.schemas import TOKEN_BODY, TokenBody
 from server.types import GenerateResult, ResultStream, TokenChunk
 
 T = TypeVar("T")
+PIECE_BYTES = 64 * 2**10  # of a stream in one write
 HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}  # no proxy keeps tokens back
 
 
@@ -51,7 +52,7 @@ def event_response(
 
 def sse_response(events: AsyncIterator[str] | AsyncIterator[bytes]) -> StreamingResponse:
     """Events as they are to be sent."""
-    return StreamingResponse(events, media_type="text/event-stream", headers=HEADERS)
+    return StreamingResponse(_pieces(events), media_type="text/event-stream", headers=HEADERS)
 
 
 def data_response(chunks: AsyncIterator[Sequence[str]], request: Request) -> StreamingResponse:
@@ -59,9 +60,17 @@ def data_response(chunks: AsyncIterator[Sequence[str]], request: Request) -> Str
     return sse_response(_data_events(chunks, request.state.request_id))
 
 
-def to_json(body: Callable[[T], BaseModel], result: T) -> str:
+def to_json(body: Callable[[T], BaseModel], result: T) -> bytes:
     """Not on the event loop."""
-    return body(result).model_dump_json()
+    return body(result).model_dump_json().encode()
+
+
+async def _pieces(events: AsyncIterator[str] | AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """No piece is longer than `PIECE_BYTES`: the next one is sent when the client has read most of those before."""
+    async for event in events:
+        data = memoryview(event.encode() if isinstance(event, str) else event)
+        for start in range(0, len(data), PIECE_BYTES):
+            yield bytes(data[start : start + PIECE_BYTES])
 
 
 async def _data_events(chunks: AsyncIterator[Sequence[str]], request_id: str) -> AsyncIterator[str]:
@@ -87,7 +96,7 @@ async def _events(
             ]:
                 yield b"".join(tokens)
             for result in (item for item in ready if isinstance(item, GenerateResult)):
-                yield _event(b"done", (await asyncio.to_thread(to_json, body, result)).encode())
+                yield _event(b"done", await asyncio.to_thread(to_json, body, result))
     except Exception as exception:  # the status has been sent: an error can only be an event
         yield _event(b"error", error_json(to_server_error(exception), request_id).encode())
 

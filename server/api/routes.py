@@ -1,44 +1,53 @@
-"""The native routes: generation, checkpoints, operations, and the page at /."""
+"""The native routes: generation, checkpoints, tokens, operations."""
 
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 
 from server import formatting
+from server.api.body import BodyRoute
 from server.api.deps import ServiceDep, require_admin_key, require_api_key
 from server.api.responses import STREAMS, event_response, json_response
-from server.errors import EngineDown, UnknownCheckpoint
+from server.errors import EngineDown, NotFound, UnknownCheckpoint
 from server.formatting import Formatter
-from server.registry import why_none_is_active
+from server.judge import verdicts
+from server.registry import CheckpointEntry, why_none_is_active
 from server.schemas import (
     CheckpointListBody,
     CheckpointVersionsBody,
     CompareRequest,
     CompareResponse,
+    DetokenizeBody,
+    DetokenizeRequest,
     GenerateRequest,
     GenerateResponse,
     HealthBody,
+    JudgeRequest,
+    JudgeResponse,
     LoadedBody,
     ReadyBody,
     ScoreRequest,
     ScoreResponse,
+    TokenizeBody,
+    TokenizeRequest,
+    TokenizerInfoBody,
     UnloadedBody,
     VersionRequest,
 )
-from server.web import home
 
 NONE_IS_ACTIVE = "No checkpoint is active: requests that name none are not steered. GET /checkpoints tells more."
 READS, CHANGES = [Depends(require_api_key)], [Depends(require_admin_key)]
-generation = APIRouter(tags=["generate"], dependencies=READS)
-checkpoints = APIRouter(prefix="/checkpoints", tags=["checkpoints"])
+generation = APIRouter(tags=["generate"], route_class=BodyRoute, dependencies=READS)
+checkpoints = APIRouter(prefix="/checkpoints", tags=["checkpoints"], route_class=BodyRoute)
+tokens = APIRouter(tags=["tokens"], route_class=BodyRoute, dependencies=READS)
 operations = APIRouter(tags=["operations"])
 
 
 @generation.post("/generate", response_model=GenerateResponse, responses=STREAMS)
 async def generate(body: GenerateRequest, request: Request, service: ServiceDep) -> Response:
-    """Generate, steered by the attribute multipliers of this request; `baseline` adds the unsteered twin."""
+    """Generate, steered by the attribute multipliers of this request; `baseline` adds the unsteered answer."""
     formatter, params = Formatter(service.codec), body.to_params()
     if body.stream:
         return event_response(await service.stream(params), formatter.token, formatter.generate_response, request)
@@ -60,50 +69,79 @@ async def score(body: ScoreRequest, request: Request, service: ServiceDep) -> Re
     return await json_response(request, service.score(body.to_params()), Formatter(service.codec).score_response)
 
 
-# The handlers of checkpoints are plain functions: they read files, and FastAPI runs each in a thread.
+@generation.post("/judge")
+def judge(body: JudgeRequest, service: ServiceDep) -> JudgeResponse:
+    """What the server's judge says of texts as answers to a prompt: of the embedded demo, its exact oracle."""
+    if service.judge is None:
+        raise NotFound("This server has no judge: MATSTEER_JUDGE names one.")
+    return JudgeResponse(verdicts=verdicts(service.judge, body.prompt, body.texts))
 
 
-@checkpoints.get("", dependencies=READS, name="checkpoints")
-def list_checkpoints(service: ServiceDep) -> CheckpointListBody:
+@checkpoints.get("", dependencies=READS, name="checkpoints", response_model=CheckpointListBody)
+async def list_checkpoints(request: Request, service: ServiceDep) -> Response:
     """Every complete checkpoint folder: which are loaded, which is active, which cannot be loaded and why."""
-    active, entries = service.registry.active, service.registry.entries()
-    return CheckpointListBody(
-        active=active.label if active else None,
-        checkpoints=list(map(formatting.checkpoint, entries)),
-        note=None if active else why_none_is_active(entries),
-    )
+
+    def body(entries: list[CheckpointEntry]) -> CheckpointListBody:
+        active = service.registry.active
+        return CheckpointListBody(
+            active=active.label if active else None,
+            checkpoints=list(map(formatting.checkpoint, entries)),
+            note=None if active else why_none_is_active(entries),
+        )
+
+    return await json_response(request, service.checkpoints(), body)
 
 
-@checkpoints.get("/{name}", dependencies=READS)
-def checkpoint(name: str, service: ServiceDep) -> CheckpointVersionsBody:
+@checkpoints.get("/{name}", dependencies=READS, response_model=CheckpointVersionsBody)
+async def checkpoint(name: str, request: Request, service: ServiceDep) -> Response:
     """Every version of one checkpoint, with how it was trained and evaluated."""
-    entries = service.registry.entries(name)
-    if not entries:
-        raise UnknownCheckpoint(f"There is no checkpoint {name!r}.", param="name")
-    return CheckpointVersionsBody(name=name, versions=list(map(formatting.checkpoint_detail, entries)))
+
+    def body(entries: list[CheckpointEntry]) -> CheckpointVersionsBody:
+        if not entries:
+            raise UnknownCheckpoint(f"There is no checkpoint {name!r}.", param="name")
+        return CheckpointVersionsBody(name=name, versions=list(map(formatting.checkpoint_detail, entries)))
+
+    return await json_response(request, service.checkpoints(name), body)
 
 
 @checkpoints.post("/{name}/load", dependencies=CHANGES)
-def load(name: str, service: ServiceDep, body: VersionRequest | None = None) -> LoadedBody:
+async def load(name: str, service: ServiceDep, body: VersionRequest | None = None) -> LoadedBody:
     """Load a version (absent: the newest) as its folder is now. Requests that run finish on what they began with."""
-    return formatting.loaded(service.registry.reload(name, body.version if body else None))
+    return formatting.loaded(await service.reload(name, body.version if body else None))
 
 
 @checkpoints.post("/{name}/activate", dependencies=CHANGES)
-def activate(name: str, service: ServiceDep, body: VersionRequest | None = None) -> LoadedBody:
+async def activate(name: str, service: ServiceDep, body: VersionRequest | None = None) -> LoadedBody:
     """The same, and requests that name no checkpoint get it from now on."""
-    return formatting.loaded(service.registry.reload(name, body.version if body else None, activate=True))
+    return formatting.loaded(await service.reload(name, body.version if body else None, activate=True))
 
 
 @checkpoints.delete("/{name}", dependencies=CHANGES)
-def unload(name: str, service: ServiceDep, query: Annotated[VersionRequest, Query()]) -> UnloadedBody:
+async def unload(name: str, service: ServiceDep, query: Annotated[VersionRequest, Query()]) -> UnloadedBody:
     """Take a version (absent: all) out of the device's memory; the folder stays, and a request loads it again."""
-    return UnloadedBody(unloaded=service.registry.unload(name, query.version))
+    return UnloadedBody(unloaded=await service.unload(name, query.version))
+
+
+@tokens.post("/tokenize")
+async def tokenize(body: TokenizeRequest, service: ServiceDep) -> TokenizeBody:
+    """The tokens of a text or a conversation: those that a request to generate from it would have."""
+    ids = await service.tokenize(body.to_params(), body.model)
+    return formatting.tokenized(service.codec, ids, names=bool(body.return_token_strs))
+
+
+@tokens.post("/detokenize")
+async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> DetokenizeBody:
+    """The text of tokens, special ones included."""
+    return DetokenizeBody(prompt=await service.detokenize(body.tokens, body.model))
+
+
+@tokens.get("/tokenizer_info")
+def tokenizer_info(service: ServiceDep) -> TokenizerInfoBody:
+    """The tokenizer's special tokens and its chat template."""
+    return formatting.tokenizer_info(service.codec)
 
 
 # A HEAD is a GET whose body the server drops.
-
-
 @operations.get("/healthz")
 @operations.head("/healthz", include_in_schema=False)
 async def healthz() -> HealthBody:
@@ -136,18 +174,3 @@ async def readyz(service: ServiceDep) -> ReadyBody:
 async def metrics(service: ServiceDep) -> Response:
     """Counters, gauges and histograms, for Prometheus."""
     return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
-
-
-@operations.get("/", include_in_schema=False)
-@operations.head("/", include_in_schema=False)
-async def root(request: Request, service: ServiceDep) -> HTMLResponse:
-    """What runs here, and a request to copy."""
-    active = service.registry.active
-    page = home.page(
-        model=service.model,
-        checkpoint=active.label if active else None,
-        attributes=active.defaults if active else {},
-        address=str(request.base_url),
-        asks_for_key=service.settings.api_key is not None,
-    )
-    return HTMLResponse(page)

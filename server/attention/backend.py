@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from server.attention.kv_pool import KVPool, KVShape
+from server.attention.kv_pool import KVOps, KVPool, KVShape
 from server.attention.layout import BlockCopy, ChunkLayout
 from server.attention.metadata import AttentionMetadata, AttentionParams, ForwardMetadata
-from steer_ops import plain
-from steer_ops.ops import PAGED_ATTENTION_DECODE
+from steer_ops import PAGED_ATTENTION_DECODE
 
 NAME = "matsteer"
 
@@ -27,13 +26,14 @@ class Attention:
     """Keys and values of all layers, and the attention of the passes inside `forward_context`."""
 
     def __init__(self, device: torch.device, *, native: bool = True) -> None:
-        """`native`: kernels attend to single tokens, where they can be had."""
+        """`native`: kernels write and attend, where they can be had."""
         self.device = device
         self.shapes: dict[int, KVShape] = {}  # of each layer, as the first pass showed them
         self.windowed: set[int] = set()  # layers that look back a limited way
         self.pools: dict[int, KVPool] = {}
         self.block_size = 1
-        self.native = native  # whether single tokens are attended to by a kernel, each row to its own length
+        self.native = native
+        self.by_length = False  # whether a kernel attends to single tokens, each row to its own length
         self._metadata: ForwardMetadata | None = None
 
     @property
@@ -50,16 +50,15 @@ class Attention:
     def allocate(self, num_blocks: int, block_size: int) -> None:
         """Makes room for so many blocks in every layer that a pass has shown."""
         self.block_size = block_size
-        self.native = self.can_read_blocks
+        self.by_length = self.can_read_blocks
         self.pools = {}
         for layer, shape in self.shapes.items():
-            kernel = PAGED_ATTENTION_DECODE.choose(shape.device, shape.dtype) if self.native else None
-            decode = kernel or plain.paged_attention_decode
-            self.pools[layer] = KVPool.of(shape, num_blocks, block_size, decode)
+            ops = KVOps.of(shape) if self.native else KVOps()
+            self.pools[layer] = KVPool.of(shape, num_blocks, block_size, ops)
 
     def metadata(self, chunks: Sequence[ChunkLayout]) -> AttentionMetadata:
         """Of a pass of these chunks, in the order of their tokens."""
-        return AttentionMetadata.of(chunks, self.device, self.block_size, by_length=self.native)
+        return AttentionMetadata.of(chunks, self.device, self.block_size, by_length=self.by_length)
 
     def copy(self, copies: Sequence[BlockCopy]) -> None:
         """In order."""

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from server.attention.layout import BlockCopy
+from steer_ops import GATHER_KV, PAGED_ATTENTION_DECODE, VARLEN_ATTENTION, WRITE_KV, plain
+from steer_ops.cuda.flash import takes as varlen_takes
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,28 @@ class KVShape:
 
 
 @dataclass(frozen=True)
+class KVOps:
+    """How keys and values in blocks are written and attended to: ops of `steer_ops`, or their twins in PyTorch."""
+
+    decode: Callable[..., None] = plain.paged_attention_decode  # single tokens
+    write: Callable[..., None] = plain.write_kv
+    gather: Callable[..., tuple[Tensor, Tensor]] = plain.gather_kv
+    varlen: Callable[..., Tensor] | None = None  # all chunks of a pass in one call; None: one after the other
+
+    @classmethod
+    def of(cls, shape: KVShape) -> "KVOps":
+        """Kernels, as far as there are some for such keys and values."""
+        here = shape.device, shape.dtype
+        varlen = VARLEN_ATTENTION.has_kernel(*here) and varlen_takes(shape.key, shape.value, shape.dtype)
+        return cls(
+            PAGED_ATTENTION_DECODE.choose(*here),
+            WRITE_KV.choose(*here),
+            GATHER_KV.choose(*here),
+            VARLEN_ATTENTION.choose(*here) if varlen else None,
+        )
+
+
+@dataclass(frozen=True)
 class KVPool:
     """keys [blocks, heads, block size, width], values [blocks, heads, block size, value width]: within a block the
     tokens of a head lie side by side, so that attention reads them in one go. Who reads it reads no further than a
@@ -32,25 +56,24 @@ class KVPool:
 
     keys: Tensor
     values: Tensor
-    decode: Callable[..., None]  # how single tokens attend to them: see `steer_ops.paged_attention_decode`
+    ops: KVOps
 
     @classmethod
-    def of(cls, shape: KVShape, num_blocks: int, block_size: int, decode: Callable[..., None]) -> "KVPool":
+    def of(cls, shape: KVShape, num_blocks: int, block_size: int, ops: KVOps) -> "KVPool":
         keys, values = (
             torch.zeros(num_blocks, shape.heads, block_size, width, dtype=shape.dtype, device=shape.device)
             for width in (shape.key, shape.value)
         )
-        return cls(keys, values, decode)
+        return cls(keys, values, ops)
 
     @property
     def block_size(self) -> int:
         return self.keys.shape[2]
 
-    def write(self, slots: Tensor, key: Tensor, value: Tensor) -> None:
-        """key, value [heads, N, width]; slots [N * heads]: where they go, see `slot_mapping`."""
-        slots = slots.to(self.keys.device)
-        for cache, new in ((self.keys, key), (self.values, value)):
-            cache.view(-1, cache.shape[-1]).index_copy_(0, slots, new.transpose(0, 1).reshape(-1, cache.shape[-1]))
+    def write(self, places: Tensor, key: Tensor, value: Tensor) -> None:
+        """key, value [heads, N, width]; places [N, 2] int64: the block of each token, and its place in there."""
+        places = places.to(self.keys.device)
+        self.ops.write(key.transpose(0, 1), value.transpose(0, 1), self.keys, self.values, places)
 
     def gather(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [heads, blocks * block size, width] of the blocks [n] of one sequence. Copies."""
@@ -63,10 +86,3 @@ class KVPool:
         if copy.source != copy.target:
             for cache in (self.keys, self.values):
                 cache[copy.target, :, : copy.num_tokens] = cache[copy.source, :, : copy.num_tokens]
-
-
-def slot_mapping(blocks: Tensor, offsets: Tensor, heads: int, block_size: int) -> Tensor:
-    """Where tokens lie in a pool with so many heads, [N * heads]: lines of its keys, seen as [lines, width]. blocks,
-    offsets [N]: the block of each token, and its place in there."""
-    head = torch.arange(heads, device=blocks.device)
-    return ((blocks * heads * block_size + offsets)[:, None] + head * block_size).reshape(-1)

@@ -1,10 +1,11 @@
 """Where the tokens of one forward pass belong, and how one layer attends to them.
 
-Single tokens of sequences (decode) are attended to in one call over all their blocks, `paged_attention_decode`. A chunk
-of a prompt gathers the keys and values of its own blocks, whole blocks at a time, and goes to PyTorch's attention.
+Single tokens of sequences (decode) are attended to in one call over all their blocks, `paged_attention_decode`. Chunks
+of prompts gather the keys and values of their blocks, whole blocks at a time. Where there is a kernel for it all chunks
+go to one call, `varlen_attention`, else each goes to PyTorch's attention with a mask.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from server.attention.kv_pool import KVPool, slot_mapping
+from server.attention.kv_pool import KVPool
 from server.attention.layout import ChunkLayout
 from steering.bank import upload
 
@@ -46,15 +47,49 @@ class Prefill:
     lo: int
     hi: int
     context_len: int
-    blocks: Tensor | None  # [n] int64, where its earlier keys lie; None: it brings all that there are
+    block_table: Sequence[int] | None  # the blocks of its keys; None: nothing is kept
 
     @property
     def count(self) -> int:
         return self.hi - self.lo
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it brings all the keys that there are."""
+        return self.count == self.context_len
+
     def first_key(self, window: int | None) -> int:
         """The first key that some of the new tokens see."""
         return max(0, self.context_len - self.count + 1 - window) if window else 0
+
+
+@dataclass(frozen=True)
+class Varlen:
+    """All chunks of a pass, as `steer_ops.varlen_attention` takes them."""
+
+    query_starts: Tensor  # [chunks + 1] int32, among the tokens of chunks
+    key_starts: Tensor  # [chunks + 1] int32
+    key_lens: Tensor  # [chunks] int32
+    most_queries: int
+    most_keys: int
+    blocks: Tensor | None  # [n] int64: those whose keys are gathered; None: keys are those of the line
+
+    @classmethod
+    def of(cls, prefills: Sequence[Prefill], block_size: int, device: torch.device) -> "Varlen":
+        counts, lens = [one.count for one in prefills], [one.context_len for one in prefills]
+        tables = None
+        starts = [one.lo for one in prefills]
+        if not all(one.is_whole for one in prefills):
+            tables = [(one.block_table or ())[: -(-one.context_len // block_size)] for one in prefills]
+            starts = (np.cumsum([0, *map(len, tables)])[:-1] * block_size).tolist()
+        query_starts, key_starts, key_lens = (
+            upload(np.array(numbers, dtype=np.int32), device)
+            for numbers in (np.cumsum([0, *counts]), [*starts, 0], lens)
+        )
+        blocks = (
+            None if tables is None else upload(np.array([b for one in tables for b in one], dtype=np.int64), device)
+        )
+        return cls(query_starts, key_starts, key_lens, max(counts), max(lens), blocks)
 
 
 @dataclass
@@ -66,7 +101,8 @@ class AttentionMetadata:
     prefills: list[Prefill]
     written: Tensor | None  # [tokens of `prefills`, 2] int64: block and offset of each
     prefill_rows: Tensor | slice  # which tokens of the line those are
-    _slots: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _blocks: dict[int, Tensor] = field(default_factory=dict)
+    _varlens: dict[tuple[int, torch.device], Varlen] = field(default_factory=dict)
     _masks: dict[tuple[int, int | None, int, torch.dtype, torch.device], Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -87,13 +123,10 @@ class AttentionMetadata:
             if table is not None and len(chunk) == 1:
                 singles.append((lo, chunk))
                 continue
-            blocks = None
-            if table is not None and chunk.start:
-                blocks = upload(np.array(table[: -(-chunk.end // block_size)], dtype=np.int64), device)
             if table is not None:
                 written += [(table[at // block_size], at % block_size) for at in range(chunk.start, chunk.end)]
                 rows += range(lo, lo + len(chunk))
-            prefills.append(Prefill(lo, len(positions), chunk.end, blocks))
+            prefills.append(Prefill(lo, len(positions), chunk.end, table))
         groups = _groups(singles, block_size, by_length=by_length)
         return cls(
             positions=upload(np.array(positions, dtype=np.int64), device),
@@ -114,16 +147,21 @@ class AttentionMetadata:
             for decodes in self.decodes:
                 self._decode(decodes, pool, query, key, value, out, params)
             if self.written is not None:
-                slots = self._slot_mapping(key.shape[0], pool.block_size)
-                pool.write(slots, key[:, self.prefill_rows], value[:, self.prefill_rows])
+                pool.write(self.written, key[:, self.prefill_rows], value[:, self.prefill_rows])
+                if pool.ops.varlen and self._is_kept and params.softcap is None and params.sinks is None:
+                    found = self._varlen(pool.ops.varlen, pool, query, key, value, params)
+                    if not self.decodes:
+                        return found
+                    out[self.prefill_rows] = found
+                    return out
         for index, prefill in enumerate(self.prefills):
             lo, hi, first = prefill.lo, prefill.hi, prefill.first_key(params.window)
-            if pool is None or prefill.blocks is None:
+            if pool is None or prefill.is_whole:
                 keys, values = key[:, lo:hi], value[:, lo:hi]
                 keys, values = keys[:, first:], values[:, first:]
             else:
                 skipped = first // pool.block_size
-                keys, values = pool.gather(prefill.blocks[skipped:])
+                keys, values = pool.gather(self._block_table(index, pool.block_size)[skipped:])
                 seen = slice(first - skipped * pool.block_size, prefill.context_len - skipped * pool.block_size)
                 keys, values = keys[:, seen], values[:, seen]
             mask = self._mask(index, params.window, groups, query)
@@ -134,6 +172,11 @@ class AttentionMetadata:
             found = found.view(-1, groups, prefill.count, value.shape[-1]).permute(2, 0, 1, 3)
             out[lo:hi] = found.reshape(prefill.count, heads, -1)
         return out
+
+    @property
+    def _is_kept(self) -> bool:
+        """Whether the keys of all chunks are in blocks."""
+        return all(prefill.block_table is not None for prefill in self.prefills)
 
     @staticmethod
     def _decode(
@@ -150,12 +193,43 @@ class AttentionMetadata:
             decode_attention(query[rows], key[rows], value[rows], pool, tables, lens, found, params)
             out[rows] = found
 
-    def _slot_mapping(self, heads: int, block_size: int) -> Tensor:
-        """[tokens * heads]: where the tokens of chunks go in a pool with so many heads."""
-        assert self.written is not None, "there are chunks"
-        if (heads, block_size) not in self._slots:
-            self._slots[heads, block_size] = slot_mapping(self.written[:, 0], self.written[:, 1], heads, block_size)
-        return self._slots[heads, block_size]
+    def _varlen(
+        self,
+        attend: Callable[..., Tensor],
+        pool: KVPool,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        params: AttentionParams,
+    ) -> Tensor:
+        """All chunks: [tokens of `prefills`, heads, value width]."""
+        at = pool.block_size, query.device
+        if at not in self._varlens:
+            self._varlens[at] = Varlen.of(self.prefills, *at)
+        varlen = self._varlens[at]
+        keys, values = key.transpose(0, 1), value.transpose(0, 1)
+        if varlen.blocks is not None:
+            keys, values = pool.ops.gather(pool.keys, pool.values, varlen.blocks)
+        return attend(
+            query[self.prefill_rows],
+            keys,
+            values,
+            varlen.query_starts,
+            varlen.key_starts,
+            varlen.key_lens,
+            varlen.most_queries,
+            varlen.most_keys,
+            scale=params.scale_of(query),
+            window=params.window,
+        )
+
+    def _block_table(self, index: int, block_size: int) -> Tensor:
+        """[n] int64: the blocks that a chunk's keys lie in."""
+        if index not in self._blocks:
+            prefill = self.prefills[index]
+            table = (prefill.block_table or ())[: -(-prefill.context_len // block_size)]
+            self._blocks[index] = upload(np.array(table, dtype=np.int64), self.positions.device)
+        return self._blocks[index]
 
     def _mask(self, index: int, window: int | None, groups: int, like: Tensor) -> Tensor | None:
         """What to add to the scores of a chunk: [1, 1, groups * new tokens, keys]; None: nothing."""
@@ -194,15 +268,14 @@ class DecodeMetadata:
         rows, blocks = self.block_tables.shape
         places = np.zeros((2, rows), dtype=np.int64)
         places[1] = 1
-        tables = np.full((rows, blocks), padding_block, dtype=np.int32)
-        for row, chunk in enumerate(chunks):
-            assert chunk.block_table is not None, "only what is kept goes on"
+        held = [(chunk.block_table or ())[:blocks] for chunk in chunks]
+        tables = np.full((rows, max(map(len, held))), padding_block, dtype=np.int32)  # the rest is not read
+        for row, (chunk, table) in enumerate(zip(chunks, held, strict=True)):
             places[:, row] = chunk.start, chunk.end
-            held = chunk.block_table[:blocks]
-            tables[row, : len(held)] = held
+            tables[row, : len(table)] = table
         self.inputs[0, : len(ids)] = ids
         self.inputs[1:].copy_(upload(places, self.inputs.device), non_blocking=True)
-        self.block_tables.copy_(upload(tables, self.block_tables.device), non_blocking=True)
+        self.block_tables[:, : tables.shape[1]].copy_(upload(tables, self.block_tables.device), non_blocking=True)
 
     def begin(self) -> None:
         """Drops derived tensors, so that they are computed inside the captured graph, once a pass."""
@@ -232,7 +305,7 @@ def decode_attention(
     """See `steer_ops.paged_attention_decode`."""
     if pool.keys.device != block_tables.device:  # the model is spread over several
         block_tables, context_lens = block_tables.to(pool.keys.device), context_lens.to(pool.keys.device)
-    pool.decode(
+    pool.ops.decode(
         query,
         key,
         value,

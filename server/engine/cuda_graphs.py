@@ -1,7 +1,9 @@
 """Decoding steps from CUDA graphs: the same kernels without the host's work in between.
 
 A graph replays fixed shapes at fixed addresses. So a step of single tokens is put into static buffers of the next
-larger bucket: sequences up to a power of two, blocks of the longest one up to a power of two. Sampling stays outside.
+larger bucket: sequences up to a power of two. Where a kernel reads each row to its own length, one bucket serves texts
+of any length; where blocks are gathered, a bucket is also of the blocks of the longest text, up to a power of two.
+Sampling stays outside.
 
 Graphs are captured when they are first needed and again when the bank's buffers have moved (`ColumnBank.version`). On a
 CPU, where nothing is captured, `CudaGraphs` runs the same static step as it is: that is how tests reach it.
@@ -41,12 +43,15 @@ class CudaGraphs:
         *,
         block_size: int,
         padding_block: int,
+        most_blocks: int | None,
     ) -> None:
-        """`padding_block`: a block that belongs to no sequence, for the rows of a bucket that have nothing to do."""
+        """`padding_block`: a block that belongs to no sequence, for the rows of a bucket that have nothing to do.
+        `most_blocks`: of the longest text, where attention reads every row to its own length; None: it does not."""
         self._forward = forward
         self._device = device
         self._block_size = block_size
         self._idle_block = padding_block
+        self._most_blocks = most_blocks
         self._captures = True
         self._pool: Any = None  # memory that all graphs share
         self._captured: dict[tuple[int, int], _Captured] = {}
@@ -85,8 +90,11 @@ class CudaGraphs:
         metadata.fill([chunk.layout for chunk in chunks], ids, self._idle_block)
 
     def _bucket(self, chunks: Chunks) -> tuple[int, int]:
-        """Rows, and blocks of the longest of them."""
-        return self.rows(chunks), _power_of_two(max(-(-chunk.end // self._block_size) for chunk in chunks))
+        """Rows, and blocks that their tables have room for."""
+        longest = max(-(-chunk.end // self._block_size) for chunk in chunks)
+        if self._most_blocks and longest <= self._most_blocks:
+            return self.rows(chunks), self._most_blocks
+        return self.rows(chunks), _power_of_two(longest)
 
     def _capture(self, metadata: DecodeMetadata, version: int) -> _Captured:
         if self._device.type != "cuda" or not self._captures:

@@ -29,7 +29,15 @@ from server.engine.sequence import (
     unique_requests,
 )
 from server.engine.tasks import EngineTask, TaskFuture, TaskQueue
-from server.errors import DeadlineExceeded, EngineDown, GenerationFailed, PromptTooLong, QueueFull, ServerError
+from server.errors import (
+    DeadlineExceeded,
+    EngineDown,
+    GenerationFailed,
+    NotFinite,
+    PromptTooLong,
+    QueueFull,
+    ServerError,
+)
 from server.tokenizer import Decode
 
 log = logging.getLogger(__name__)
@@ -176,18 +184,25 @@ class Engine:
         return future
 
     def score(
-        self, texts: list[tuple[tuple[int, ...], tuple[int, ...]]], steering: SteeringParams, top: int = 0
+        self,
+        texts: list[tuple[tuple[int, ...], tuple[int, ...]]],
+        steering: SteeringParams,
+        top: int = 0,
+        *,
+        share: str = "",
     ) -> Future[list[tuple[TokenLogprob, ...]]]:
         """texts: prompts with their continuations -> how likely each token of each continuation is, steered as if it
-        were being generated, beside the `top` likeliest in its place. Raises QueueFull, EngineDown, PromptTooLong."""
+        were being generated, beside the `top` likeliest in its place. `share`: the request that they are a part of.
+        Raises QueueFull, EngineDown, PromptTooLong."""
         name = f"score-{next(self._names)}"
-        sequences = [to_score(name, index, *text, steering, top) for index, text in enumerate(texts)]
-        return self._scored(sequences, lambda scored: [one.logprobs for one in scored], counted=True)
+        sequences = [to_score(name, index, *text, steering, top, share) for index, text in enumerate(texts)]
+        return self._scored(name, sequences, lambda scored: [one.logprobs for one in scored], counted=True)
 
-    def compare(self, pair: ComparisonPair) -> Future[Divergence]:
-        """How far steering moved the model on two finished texts. It waits before all others: its request has been
-        admitted already. Raises EngineDown, PromptTooLong."""
-        return self._scored(pair.sequences(f"compare-{next(self._names)}"), Divergence.of, counted=False)
+    def compare(self, pair: ComparisonPair, *, share: str = "") -> Future[Divergence]:
+        """How far steering moved the model on two finished texts of the request `share`, which has been counted against
+        the queue's limit already. Raises EngineDown, PromptTooLong."""
+        name = f"compare-{next(self._names)}"
+        return self._scored(name, pair.sequences(name, share), Divergence.of, counted=False)
 
     # --- the engine's thread --------------------------------------------------------------------
 
@@ -232,7 +247,7 @@ class Engine:
         match message:
             case _Submit(sequences, on_event, at, counted):
                 self._deadlines[sequences[0].request_id] = at + self._deadline_s
-                self._outputs.add(sequences, on_event, at, counted=counted, first=not counted)
+                self._outputs.add(sequences, on_event, at, counted=counted)
             case _Cancel(request_id):
                 self._outputs.cancel(request_id)
             case EngineTask():
@@ -280,6 +295,13 @@ class Engine:
         self.stats.steps += 1
         self.stats.largest_batch = max(self.stats.largest_batch, len(chunks))
         self.stats.computed_tokens += sum(map(len, chunks))
+        spoiled = [
+            chunk.sequence for chunk, output in zip(chunks, outputs, strict=True)
+            if chunk.sequence.block_table and not output.finite
+        ]  # fmt: skip
+        if spoiled:
+            log.error("the logits of requests %s are not finite", unique_requests(spoiled))
+            self._forget(spoiled, NotFinite("The model's output is not finite: there is no token and no score."))
         for chunk, output in zip(chunks, outputs, strict=True):
             if not chunk.sequence.block_table:
                 continue  # it has ended: with the step before, or its request has failed with another sequence
@@ -300,25 +322,30 @@ class Engine:
             self._busy_since = None
 
     def _fail(self, chunks: Chunks, error: Exception) -> None:
-        """A failing step fails the requests in it, and nobody else, as long as the device still answers. It may have
-        left garbage keys and values: its blocks are freed uncached, sequences with pending copies fail as well, and the
-        prefix cache is cleared."""
+        """A failing step fails the requests in it, and those whose copies were not made, and nobody else, as long as
+        the device still answers."""
         log.error("a step with %d sequences failed", len(chunks), exc_info=error)
         self.stats.failed_steps += 1
         blocks = self._runner.blocks
         uncopied = {copy.target for copy in blocks.pending_copies}
         touched = [chunk.sequence for chunk in chunks if chunk.sequence.block_table]
         touched += [one for one in self._scheduler.running if not uncopied.isdisjoint(one.block_table)]
-        for request_id in unique_requests(touched):
-            failure = GenerationFailed("The model failed on this request's batch; try again.")
-            self._outputs.fail(request_id, failure, keep=False)
+        self._forget(touched, GenerationFailed("The model failed on this request's batch; try again."))
+        # It may have written anywhere before it failed. Nobody wants the copies any more.
         blocks.reset_prefix_cache()
-        blocks.pending_copies.clear()  # all who wanted one have failed
+        blocks.pending_copies.clear()
         try:
             self._runner.recover()
         except Exception as fatal:
             log.critical("the device does not answer any more", exc_info=fatal)
             self._close(f"the device failed: {fatal}")
+
+    def _forget(self, touched: list[Sequence], error: ServerError) -> None:
+        """The rule for whatever a pass that failed, or was not finite, has touched, be it generated, scored or
+        compared: its requests fail, what the pass computed is not committed, and what their blocks held before is found
+        by nobody any more. So it is called before anything else of the pass is looked at, and before the next one."""
+        for request_id in unique_requests(touched):
+            self._outputs.fail(request_id, error, keep=False)
 
     # --- inside ---------------------------------------------------------------------------------
 
@@ -333,21 +360,24 @@ class Engine:
                 self._queued += len(sequences)
             self._inbox.put(_Submit(tuple(sequences), on_event, time.monotonic(), counted))
 
-    def _scored(self, sequences: list[Sequence], result: Callable[[list[Scored]], T], *, counted: bool) -> Future[T]:
-        """Submits sequences whose continuations are given -> what `result` makes of their scores."""
+    def _scored(
+        self, request_id: str, sequences: list[Sequence], result: Callable[[list[Scored]], T], *, counted: bool
+    ) -> Future[T]:
+        """Submits a request's sequences, whose continuations are given -> what `result` makes of their scores."""
         blocks = self._runner.blocks
         for sequence in sequences:
             wanted = sum(blocks.blocks_for(len(one.token_ids)) for one in sequence.lockstep)
             if wanted > blocks.num_blocks:
                 raise PromptTooLong(
-                    f"The text has {len(sequence.token_ids)} tokens; the cache has room for {blocks.num_tokens}"
+                    f"The prompt is too long: the text has {len(sequence.token_ids)} tokens; the cache has room for "
+                    f"{blocks.num_tokens}"
                     + (
                         f", and {len(sequence.lockstep)} such texts are read at once."
                         if len(sequence.lockstep) > 1
                         else "."
                     )
                 )
-        future: TaskFuture[T] = TaskFuture(on_cancel=lambda: self.cancel(sequences[0].request_id))
+        future: TaskFuture[T] = TaskFuture(on_cancel=lambda: self.cancel(request_id))
         collector = ScoreCollector(len(sequences))
 
         def on_event(event: Event) -> None:

@@ -2,7 +2,8 @@
 model."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -85,10 +86,13 @@ class InFlightStep:
         steered = [list(islice(numbers, len(chunk))) for chunk in self.chunks]
         sequences = [chunk.sequence for chunk in self.sampling]
         traces = [self.traces(chunk.sequence, place) for chunk, place in self.sampling.items()]
-        tokens = iter(_sampled_tokens(sequences, self.sampled, list(numbers), traces) if self.sampled else ())
+        token_ids = list(islice(numbers, len(sequences)))
+        tokens = iter(_sampled_tokens(sequences, self.sampled, token_ids, traces) if self.sampled else ())
+        finite = dict(zip([*self.sampling, *_without_logits(self.chunks)], map(bool, numbers), strict=True))
         scored = self.scores.result() if self.scores else {}
+        finite |= {chunk: found.finite for chunk, found in scored.items()}
         return [
-            StepOutput(counts, next(tokens) if chunk in self.sampling else None, scored.get(chunk))
+            StepOutput(counts, next(tokens) if chunk in self.sampling else None, scored.get(chunk), finite[chunk])
             for chunk, counts in zip(self.chunks, steered, strict=True)
         ]
 
@@ -100,7 +104,7 @@ class ModelRunner:
     blocks: BlockManager  # set by `allocate`
 
     def __init__(self, model: Any, bank: ColumnBank, *, native: bool = True) -> None:
-        """`native`: kernels that are compiled for this CPU, where it is one and they can be had."""
+        """`native`: with kernels that are compiled for this CPU or GPU, where they can be had."""
         self.bank = bank
         self.steering = Steering(model, bank, native=native)
         self.device: torch.device = bank.device
@@ -121,13 +125,26 @@ class ModelRunner:
         """Whether the host is free while the device computes."""
         return self.device.type == "cuda"
 
-    def allocate(self, num_blocks: int, block_size: int, *, graphs: bool = False) -> BlockManager:
+    def allocate(
+        self, num_blocks: int, block_size: int, *, graphs: bool = False, max_model_len: int | None = None
+    ) -> BlockManager:
         """Makes room for keys and values; returns who hands it out. `graphs`: decoding steps have static shapes, and
-        are replayed from CUDA graphs where the device has them."""
+        are replayed from CUDA graphs where the device has them. `max_model_len`: tokens of the longest text; None: as
+        many as there is room for."""
         self.blocks = BlockManager(num_blocks, block_size)
         self.attention.allocate(num_blocks + 1, block_size)  # the last one is for rows of a graph that are idle
-        options = {"block_size": block_size, "padding_block": num_blocks}
-        self._graphs = CudaGraphs(self._run, self.device, **options) if graphs else None
+        longest = min(num_blocks, self.blocks.blocks_for(max_model_len)) if max_model_len else num_blocks
+        self._graphs = (
+            CudaGraphs(
+                self._run,
+                self.device,
+                block_size=block_size,
+                padding_block=num_blocks,
+                most_blocks=longest if self.attention.by_length else None,
+            )
+            if graphs
+            else None
+        )
         return self.blocks
 
     def execute_async(self, chunks: Chunks, after: InFlightStep | None = None) -> InFlightStep:
@@ -140,7 +157,7 @@ class ModelRunner:
 
     def forward(self, chunks: Chunks, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Computes the chunks as one line of N tokens -> logits [wanted, vocab] in the model's dtype, of the last
-        `num_logits` tokens of each chunk, and whether each token of the line was steered [N] int64, as the hooks
+        `num_rows` tokens of each chunk, and whether each token of the line was steered [N] int64, as the hooks
         counted it. `ids`: the tokens [N] int64, where the host does not know them."""
         tokens = sum(map(len, chunks))
         static = self._graphs if self._graphs and self._graphs.fits(chunks) and not self.steering.traced else None
@@ -162,6 +179,19 @@ class ModelRunner:
             # Taken even from a pass that failed, so that nothing is counted twice.
             counts = self.bank.take_counts(tokens)
         return logits, counts
+
+    @contextmanager
+    def few_layers(self) -> Iterator[None]:
+        """Passes inside end after the first layer of each kind, in models that stop at `config.num_hidden_layers`, as
+        most do: what they give means nothing, but the largest tensors have been made."""
+        config = self._model.config.get_text_config(decoder=True)
+        kinds = getattr(config, "layer_types", None) or ["the same"]
+        layers = config.num_hidden_layers
+        config.num_hidden_layers = 1 + max(kinds.index(kind) for kind in set(kinds))
+        try:
+            yield
+        finally:
+            config.num_hidden_layers = layers
 
     def recover(self) -> None:
         """After a failed step; raises when the device does not answer any more."""
@@ -185,8 +215,10 @@ class ModelRunner:
             sampled = self._sample(list(sampling), _select(logits, [rows[chunk].start for chunk in sampling]))
             scored = {chunk: logits[rows[chunk]] for chunk in chunks if chunk.sequence.is_scored and chunk.num_logits}
             scores = score_chunks(scored) if scored else None
+            unchecked = [rows[chunk].start for chunk in _without_logits(chunks)]
+            checked = [_select(logits, unchecked).amax(dim=-1).isfinite().long()] if unchecked else []
         # The one copy from the device that a step needs; logprobs, where asked for, are a second one.
-        parts = [counts] if sampled is None else [counts, sampled.tokens, sampled.finite.long()]
+        parts = [counts, *([] if sampled is None else [sampled.tokens, sampled.finite.long()]), *checked]
         return InFlightStep(chunks, sampling, sampled, scores, HostCopy(torch.cat(parts)), traces=self._traces)
 
     def _copy_blocks(self) -> None:
@@ -202,10 +234,10 @@ class ModelRunner:
         end = 0
         for chunk in chunks:
             end += len(chunk)
-            wanted += range(end - chunk.num_logits, end)
+            wanted += range(end - chunk.num_rows, end)
         keep = None
         if len(wanted) < end:
-            keep = upload(np.array(wanted or [0], dtype=np.int64), torch.device("cpu") if self._spread else self.device)
+            keep = upload(np.array(wanted, dtype=np.int64), torch.device("cpu") if self._spread else self.device)
         return self._run(ids[None], metadata.positions[None], metadata, keep)
 
     def _run(self, ids: Tensor, positions: Tensor, metadata: ForwardMetadata, keep: Tensor | None = None) -> Tensor:
@@ -263,12 +295,17 @@ def is_spread(model: Any) -> bool:
 
 
 def _rows_of(chunks: Chunks) -> dict[ScheduledChunk, slice]:
-    """Where the logits of each chunk are among all that are wanted."""
+    """Where the logits of each chunk are among all that are computed."""
     rows, start = {}, 0
     for chunk in chunks:
-        rows[chunk] = slice(start, start + chunk.num_logits)
-        start += chunk.num_logits
+        rows[chunk] = slice(start, start + chunk.num_rows)
+        start += chunk.num_rows
     return rows
+
+
+def _without_logits(chunks: Chunks) -> list[ScheduledChunk]:
+    """Those whose logits nobody wants: they are only checked."""
+    return [chunk for chunk in chunks if not chunk.num_logits]
 
 
 def _select(logits: Tensor, rows: list[int]) -> Tensor:
@@ -279,9 +316,8 @@ def _select(logits: Tensor, rows: list[int]) -> Tensor:
 
 
 def _sampled_tokens(
-    sequences: list[Sequence], sampled: SamplerOutput, numbers: list[int], traces: list[tuple[ColumnTrace, ...]]
+    sequences: list[Sequence], sampled: SamplerOutput, tokens: list[int], traces: list[tuple[ColumnTrace, ...]]
 ) -> list[SampledToken]:
-    tokens, finite = numbers[: len(sequences)], numbers[len(sequences) :]
     chosen = sampled.logprobs.tolist() if sampled.logprobs is not None else None
     top_tokens = sampled.top_tokens.tolist() if sampled.top_tokens is not None else None
     top_logprobs = sampled.top_logprobs.tolist() if sampled.top_logprobs is not None else None
@@ -291,5 +327,5 @@ def _sampled_tokens(
         if chosen and wanted is not None:
             top = (tuple(most[i][:wanted]) for most in (top_tokens, top_logprobs) if most)
             logprob = TokenLogprob(tokens[i], chosen[i], *top)
-        found.append(SampledToken(tokens[i], bool(finite[i]), logprob, traces[i]))
+        found.append(SampledToken(tokens[i], logprob, traces[i]))
     return found

@@ -22,7 +22,7 @@ from server.engine.sequence import (
     TokenEvent,
 )
 from server.engine.text_builder import Decoders, TextBuilder
-from server.errors import GenerationFailed, NotFinite, ServerError
+from server.errors import GenerationFailed, ServerError
 from server.tokenizer import Decode
 
 log = logging.getLogger(__name__)
@@ -62,17 +62,15 @@ class OutputProcessor:
     def num_scored(self) -> int:
         return sum(sequence.is_scored for sequence in list(self._states))
 
-    def add(
-        self, sequences: Iterable[Sequence], on_event: EventSink, submitted: float, *, counted: bool, first: bool
-    ) -> None:
+    def add(self, sequences: Iterable[Sequence], on_event: EventSink, submitted: float, *, counted: bool) -> None:
         """Registers sequences submitted at `submitted` (time.monotonic) and queues them; with `max_new_tokens` 0 they
-        finish at once. `counted`: they count against the queue's limit; `first`: they wait before all others."""
+        finish at once. `counted`: they count against the queue's limit."""
         sequences = list(sequences)
         for sequence in sequences:
             self._states[sequence] = SequenceState(sequence, on_event, submitted, counted, self._eos, self._decoders)
             self._left[sequence.request_id] = self._left.get(sequence.request_id, 0) + 1
         wanted = [one for one in sequences if one.is_scored or one.sampling_params.max_new_tokens]
-        self._scheduler.add(wanted, first=first)
+        self._scheduler.add(wanted)
         for sequence in sequences:
             if not sequence.is_scored and not sequence.sampling_params.max_new_tokens:
                 state = self._states[sequence]
@@ -138,9 +136,6 @@ class OutputProcessor:
     # --- inside ---------------------------------------------------------------------------------
 
     def _sampled(self, sequence: Sequence, token: SampledToken) -> None:
-        if not token.finite:
-            self._not_finite(sequence, "The model's output is not finite: there is no next token.")
-            return
         sequence.token_ids.append(token.token_id)
         try:
             reason = self._states[sequence].accept(token)
@@ -152,18 +147,11 @@ class OutputProcessor:
             self._scheduler.finish(sequence)
 
     def _scored(self, sequence: Sequence, scored: ScoredTokens) -> None:
-        if not scored.finite:
-            self._not_finite(sequence, "The model's output is not finite: the text has no log-probability.")
-            return
         sequence.logprobs += scored.logprobs
         sequence.kl += scored.kl
         if not sequence.num_uncomputed:
             self._scheduler.finish(sequence)
             self._end(self._states[sequence], Scored(sequence, tuple(sequence.logprobs), sequence.kl))
-
-    def _not_finite(self, sequence: Sequence, message: str) -> None:
-        log.error("the logits of a sequence of request %s are not finite", sequence.request_id)
-        self.fail(sequence.request_id, NotFinite(message), keep=False)
 
     def _cannot_decode(self, sequence: Sequence) -> None:
         log.exception("the text of a sequence of request %s cannot be decoded", sequence.request_id)

@@ -1,15 +1,16 @@
 """Which tokens the next forward pass computes. Touches no tensor.
 
 Continuous batching with chunked prefill: in every step each sequence that is generated gets its one token (decode), and
-what is left of `max_num_batched_tokens` goes to prompts and to continuations that are scored (prefill), first come
-first served. The first one that does not fit is cut into chunks, of half of what is left at least; behind it, shorter
-ones that fit into the rest need not wait for it. Sequences join and leave at any step.
+what is left of `max_num_batched_tokens` goes to prompts and to continuations that are scored (prefill), in fair shares
+between requests. The first one that does not fit is cut into chunks, of half of what is left at least; behind it,
+shorter ones that fit into the rest need not wait for it. Sequences join and leave at any step.
 """
 
-from collections import deque
+from collections import Counter
 from collections.abc import Iterable
 
 from server.engine.block_manager import BlockManager
+from server.engine.fair_queue import FairQueue
 from server.engine.sequence import ScheduledChunk, Sequence
 
 # A sequence waits for another one that is computing the same beginning if that saves this share of its own work.
@@ -19,8 +20,9 @@ WATERMARK = 0.01  # of the blocks stay free when a sequence is admitted beside o
 
 class Scheduler:
     """Sequences that wait and sequences that run. The one that was admitted first always goes on: when there is no free
-    block, the youngest is preempted (by recompute: its blocks are freed, and it waits again before all others), so that
-    nothing waits for itself."""
+    block, the youngest of the request that runs the most is preempted (by recompute: its blocks are freed, and it waits
+    again), so that nothing waits for itself. A request of which nothing is generated yet takes a place from one that
+    has several, and has had more."""
 
     def __init__(
         self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int, max_num_logits: int = 2**20
@@ -36,8 +38,7 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_num_logits = max(2, max_num_logits)
-        # Of sequences in lockstep only the leader waits.
-        self._waiting: deque[Sequence] = deque()
+        self._waiting = FairQueue()
         self._running: list[Sequence] = []  # in the order of admission
 
     @property
@@ -51,15 +52,11 @@ class Scheduler:
     @property
     def waiting(self) -> list[Sequence]:
         """All that wait, those in lockstep with another one included."""
-        return [sequence for leader in list(self._waiting) for sequence in leader.lockstep]
+        return [sequence for leader in self._waiting for sequence in leader.lockstep]
 
-    def add(self, sequences: Iterable[Sequence], *, first: bool = False) -> None:
-        """Queues sequences, `first` before all others."""
-        leaders = [sequence for sequence in sequences if sequence.lockstep]
-        if first:
-            self._waiting.extendleft(reversed(leaders))
-        else:
-            self._waiting.extend(leaders)
+    def add(self, sequences: Iterable[Sequence]) -> None:
+        """Queues sequences."""
+        self._waiting.add(sequences)
 
     def schedule(self) -> tuple[ScheduledChunk, ...]:
         """The chunks of the next step, single tokens first; nothing when there is nothing to do. Its caller reports
@@ -71,8 +68,8 @@ class Scheduler:
             if sequence.is_scored or sequence.num_uncomputed > 1:
                 budget.add(sequence)
         if self.preemptions == preempted:
-            self._admit(budget)
-        chunks = [*decodes, *budget.chunks]
+            self._admit(budget, decodes)
+        chunks = [chunk for chunk in (*decodes, *budget.chunks) if chunk.sequence.block_table]  # not those preempted
         return tuple(sorted(chunks, key=lambda chunk: len(chunk) > 1))
 
     def schedule_ahead(self, chunks: tuple[ScheduledChunk, ...]) -> tuple[ScheduledChunk, ...]:
@@ -90,8 +87,8 @@ class Scheduler:
             if not _can_run_ahead(sequence):
                 return ()
             following.append(ScheduledChunk(sequence, chunk.end, chunk.end + 1))
-        if any(leader.is_scored or len(following) < self._max_num_seqs for leader in self._waiting):
-            return ()  # it could be admitted
+        if self._waiting and (len(following) < self._max_num_seqs or self._has_newcomer()):
+            return ()  # somebody could be admitted
         if not all(self.blocks.grow_to(chunk.sequence, chunk.end) for chunk in following):
             return ()
         return tuple(following)
@@ -99,10 +96,13 @@ class Scheduler:
     def postprocess(self, chunk: ScheduledChunk, steered: list[int]) -> None:
         """The chunk has been computed; `steered`: for each of its tokens whether it was."""
         self.blocks.commit(chunk.sequence, chunk.end, steered)
+        if chunk.is_sampled:
+            self._waiting.charge(chunk.sequence, 1)
 
     def finish(self, sequence: Sequence) -> None:
         """The sequence has ended: it is in no later step."""
         self._running.remove(sequence)
+        self._waiting.leave(sequence)
         self.blocks.free(sequence)
 
     def abort(self, request_id: str, *, keep: bool = True) -> list[Sequence]:
@@ -112,8 +112,8 @@ class Scheduler:
         for sequence in running:
             self._running.remove(sequence)
             self.blocks.free(sequence, keep=keep)
-        if waiting:
-            self._waiting = deque(sequence for sequence in self._waiting if sequence.request_id != request_id)
+        for sequence in running + waiting:
+            self._waiting.leave(sequence)
         return running + waiting
 
     def clear(self) -> list[Sequence]:
@@ -121,8 +121,7 @@ class Scheduler:
         sequences = [*self._running, *self.waiting]
         for sequence in self._running:
             self.blocks.free(sequence, keep=False)
-        self._running = []
-        self._waiting.clear()
+        self._running, self._waiting = [], FairQueue()
         return sequences
 
     # --- inside ---------------------------------------------------------------------------------
@@ -138,9 +137,12 @@ class Scheduler:
         return chunks
 
     def _append_or_preempt(self, sequence: Sequence) -> bool:
-        """Gives the sequence a block for its last token; preempts those admitted later or, at last, itself."""
+        """Gives the sequence a block for its last token; preempts others or, at last, itself: of the request that runs
+        the most the one that was admitted last, which is never the oldest of all while there is another."""
         while not self.blocks.grow_to(sequence, len(sequence.token_ids)):
-            youngest = next(one for one in reversed(self._running) if one.lockstep)
+            leaders = [one for one in reversed(self._running) if one.lockstep]
+            runs = Counter(one.share for one in leaders)
+            youngest = max(leaders, key=lambda one: runs[one.share])  # the first of those that are equal
             self._preempt(youngest)
             if youngest is sequence:
                 return False
@@ -151,15 +153,17 @@ class Scheduler:
             self._running.remove(sequence)
             self.blocks.free(sequence)
             sequence.restart()
-        self._waiting.appendleft(leader)
+        self._waiting.put_back(leader)
         self.preemptions += 1
 
-    def _admit(self, budget: "PrefillBudget") -> None:
+    def _admit(self, budget: "PrefillBudget", decodes: list[ScheduledChunk]) -> None:
         places = {kind: self._max_num_seqs - self._count(kind) for kind in (False, True)}
-        for leader in list(self._waiting):
-            if budget.num_tokens <= 0 or not any(count > 0 for count in places.values()):
+        for leader in self._waiting.in_turn():
+            if budget.num_tokens <= 0:
                 return
-            if places[leader.is_scored] <= 0 or not budget.can_take(leader):
+            full = places[leader.is_scored] <= 0
+            gives_way = self._gives_way(leader, decodes) if full else None
+            if (full and gives_way is None) or not budget.can_take(leader):
                 continue
             if budget.chunked and not self._fits(leader, budget.num_tokens):
                 continue
@@ -167,10 +171,31 @@ class Scheduler:
                 continue
             if not self._allocate(leader):
                 return
-            self._waiting.remove(leader)
+            if gives_way is not None:
+                self._preempt(gives_way)
+            else:
+                places[leader.is_scored] -= len(leader.lockstep)
+            self._waiting.take(leader)
+            self._waiting.charge(leader, sum(one.num_uncomputed for one in leader.lockstep))
             self._running += leader.lockstep
-            places[leader.is_scored] -= len(leader.lockstep)
             budget.add(leader)
+
+    def _gives_way(self, leader: Sequence, decodes: list[ScheduledChunk]) -> Sequence | None:
+        """Who is preempted for the first sequence of a request that is to be generated: the youngest of the request
+        that generates the most, at least two, where that one has had no less."""
+        runs = Counter(one.share for one in self._running if not one.is_scored)
+        if leader.is_scored or leader.share in runs:
+            return None
+        had = self._waiting.counter(leader)
+        younger = (chunk.sequence for chunk in reversed(decodes) if chunk.sequence.block_table)
+        able = (one for one in younger if runs[one.share] > 1 and self._waiting.counter(one) >= had)
+        return max(able, key=lambda one: runs[one.share], default=None)
+
+    def _has_newcomer(self) -> bool:
+        """Whether something waits that could take a place though all are taken."""
+        runs = Counter(one.share for one in self._running if not one.is_scored)
+        several = any(count > 1 for count in runs.values())
+        return any(leader.is_scored or (several and leader.share not in runs) for leader in self._waiting)
 
     def _count(self, scored: bool) -> int:
         return sum(sequence.is_scored is scored for sequence in self._running)
@@ -208,12 +233,13 @@ class PrefillBudget:
         self.num_tokens = num_tokens  # left for sequences that fit whole
         self.chunked: Sequence | None = None  # the one that does not, and is cut into chunks
         self._num_logits = num_logits
-        self._reserved = 0  # its half of the budget, to which the rest is added in the end
+        self._reserved = 0, 0  # its half of tokens and logits, to which the rest is added in the end
         self._whole: list[ScheduledChunk] = []
 
     @property
     def chunks(self) -> list[ScheduledChunk]:
-        rest = self._cut(self.chunked, self._reserved + self.num_tokens) if self.chunked else []
+        tokens, logits = self._reserved
+        rest = _cut(self.chunked, tokens + self.num_tokens, logits + self._num_logits) if self.chunked else []
         return [*self._whole, *rest]
 
     def can_take(self, leader: Sequence) -> bool:
@@ -224,28 +250,37 @@ class PrefillBudget:
         """Of the sequences in the order in which they came. Those in lockstep share what their leader gets."""
         if not leader.lockstep or not self.can_take(leader):
             return
-        chunks = self._cut(leader, self.num_tokens)
+        chunks = _cut(leader, self.num_tokens, self._num_logits)
         if [chunk.end for chunk in chunks] == list(_targets(leader).values()):
             self._whole += chunks
             self.num_tokens -= sum(map(len, chunks))
-            self._num_logits -= sum(chunk.num_logits for chunk in chunks)
+            self._num_logits -= sum(chunk.num_logits for chunk in chunks if leader.is_scored)
         elif self.chunked is None:
-            self.chunked, self._reserved = leader, (self.num_tokens + 1) // 2
-            self.num_tokens -= self._reserved
+            self.chunked = leader
+            tokens, logits = (_half(number, leader) for number in (self.num_tokens, self._num_logits))
+            self._reserved = tokens, logits * leader.is_scored
+            self.num_tokens -= self._reserved[0]
+            self._num_logits -= self._reserved[1]
 
-    def _cut(self, leader: Sequence, num_tokens: int) -> list[ScheduledChunk]:
-        """The next chunk of a sequence, or of each of those in lockstep, of so many tokens at most in all."""
-        targets = _targets(leader)
-        tokens, logits = num_tokens // len(targets), max(0, self._num_logits) // len(targets)
-        chunks = []
-        for sequence, target in targets.items():
-            start = sequence.num_computed_tokens
-            stop = min(target, start + tokens)
-            if sequence.is_scored:
-                stop = min(stop, max(start, sequence.num_prompt_tokens - 1) + logits)
-            if stop > start:
-                chunks.append(ScheduledChunk(sequence, start, stop))
-        return chunks
+
+def _half(number: int, leader: Sequence) -> int:
+    """Half of a number, but one for each of those in lockstep if there are as many."""
+    return min(number, max((number + 1) // 2, len(leader.lockstep)))
+
+
+def _cut(leader: Sequence, num_tokens: int, num_logits: int) -> list[ScheduledChunk]:
+    """The next chunk of a sequence, or of each of those in lockstep, of so many tokens and logits at most in all."""
+    targets = _targets(leader)
+    tokens, logits = num_tokens // len(targets), num_logits // len(targets)
+    chunks = []
+    for sequence, target in targets.items():
+        start = sequence.num_computed_tokens
+        stop = min(target, start + tokens)
+        if sequence.is_scored:
+            stop = min(stop, max(start, sequence.num_prompt_tokens - 1) + logits)
+        if stop > start:
+            chunks.append(ScheduledChunk(sequence, start, stop))
+    return chunks
 
 
 def _targets(leader: Sequence) -> dict[Sequence, int]:

@@ -21,8 +21,7 @@ from server.engine.sequence import (
 )
 from server.errors import NotFinite, ServerError
 
-# Logits held at once for scores, in numbers: 64 Mi float32 are 256 MB.
-LOGITS_BUDGET = 64 * 2**20
+LOGITS_BUDGET = 64 * 2**20  # numbers held at once for scores: 64 Mi float32 are 256 MB
 LARGEST_EXPONENT = 700.0  # math.exp overflows beyond 709
 
 
@@ -36,13 +35,14 @@ class ComparisonPair:
     steering: SteeringParams
     base: SteeringParams = field(default_factory=SteeringParams)
 
-    def sequences(self, request_id: str) -> list[Sequence]:
-        """The steered text as it was steered and as the reference is, in the same steps, and the reference's own text.
-        Distributions are the model's own, before temperature and other sampling rules."""
-        mine = to_score(request_id, 0, self.prompt, self.steered, self.steering)
-        under_base = to_score(request_id, 1, self.prompt, self.steered, self.base)
+    def sequences(self, request_id: str, share: str = "") -> list[Sequence]:
+        """The steered text as it was steered and as the reference is, in the same steps, and the reference's own text,
+        in the share of the request `share`. Distributions are the model's own, before temperature and other sampling
+        rules."""
+        mine = to_score(request_id, 0, self.prompt, self.steered, self.steering, share=share)
+        under_base = to_score(request_id, 1, self.prompt, self.steered, self.base, share=share)
         under_base.follow(mine)
-        return [mine, under_base, to_score(request_id, 2, self.prompt, self.baseline, self.base)]
+        return [mine, under_base, to_score(request_id, 2, self.prompt, self.baseline, self.base, share=share)]
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,11 @@ class ScoreCollector:
         return self._error or sorted(self._scored, key=lambda scored: scored.sequence.index)
 
 
+def max_num_logits(vocab_size: int) -> int:
+    """For how many tokens of one pass logits are kept for scores."""
+    return max(2, LOGITS_BUDGET // vocab_size)
+
+
 def to_score(
     request_id: str,
     index: int,
@@ -94,11 +99,13 @@ def to_score(
     continuation: tuple[int, ...],
     steering: SteeringParams,
     top: int = 0,
+    share: str = "",
 ) -> Sequence:
     """A continuation to score, beside the `top` likeliest tokens in each place. Raises ValueError for an empty one."""
     if not continuation:
         raise ValueError("a continuation to score has at least one token")
-    return Sequence(request_id, index, prompt, SamplingParams(logprobs=top), steering, continuation=continuation)
+    sampling = SamplingParams(logprobs=top)
+    return Sequence(request_id, index, prompt, sampling, steering, continuation=continuation, share=share)
 
 
 @dataclass(frozen=True)

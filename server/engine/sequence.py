@@ -81,6 +81,7 @@ class Sequence:
     stream: bool = False  # a TokenEvent for every token
     trace: bool = False  # a ColumnTrace for every token and column
     continuation: tuple[int, ...] | None = None  # scored instead of generated: "teacher forcing"
+    share: str = ""  # the request in whose share of the engine it is computed; empty: its own
     # Set by the engine
     token_ids: list[int] = field(init=False)  # the prompt and what has been sampled, or is given, after it
     end_token_ids: frozenset[int] = field(default=frozenset(), init=False)  # with each of which its text ends
@@ -100,6 +101,7 @@ class Sequence:
         # Nothing is asked of what follows a scored continuation's last token.
         self.token_ids = [*self.prompt_token_ids, *(self.continuation or ())[:-1]]
         self.lockstep = (self,)
+        self.share = self.share or self.request_id
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -162,6 +164,12 @@ class ScheduledChunk:
             return max(0, self.end - max(self.start, self.sequence.num_prompt_tokens - 1))
         return int(self.is_sampled)
 
+    @property
+    def num_rows(self) -> int:
+        """For how many of its tokens, the last ones, logits are computed: one at least, which says whether what was
+        computed is finite."""
+        return max(1, self.num_logits)
+
 
 def steering_mask(positions: PositionsName, start: int, stop: int, num_prompt_tokens: int) -> NDArray[np.bool_]:
     """Which of the tokens start..stop of a sequence are steered.
@@ -193,7 +201,6 @@ class SampledToken:
     """What one step sampled for one sequence."""
 
     token_id: int
-    finite: bool = True  # False: the logits were NaN or infinite, and the token means nothing
     logprob: TokenLogprob | None = None
     trace: tuple[ColumnTrace, ...] = ()
 
@@ -219,6 +226,7 @@ class StepOutput:
     steered: list[int]  # for each token whether it was steered; counted on the device, inside the steering hook
     sampled: SampledToken | None = None  # None: the chunk did not reach the end of its sequence
     scored: ScoredTokens | None = None
+    finite: bool = True  # False: the logits are NaN or infinite, and nothing that was computed means anything
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class Conversation:
                 self.on = after
                 return f"answers: {' and '.join(arm for arm in ARMS if self.on[arm])}"
             case "set", _:
-                self.multipliers = {key: _number(key, value) for key, value in map(_pair, words)} if words else None
+                self.multipliers = dict(map(_pair, words)) if words else None
                 shown = " ".join(f"{key}={value:g}" for key, value in (self.multipliers or {}).items())
                 return f"multipliers: {shown or 'the defaults of the checkpoint'}"
             case "undo", []:
@@ -190,19 +190,15 @@ def _told(url: str) -> Iterator[None]:
         raise ServerError(f"There is no mat-steer at {url}: {str(error).rstrip('.')}.") from None
 
 
-def _pair(word: str) -> tuple[str, str]:
+def _pair(word: str) -> tuple[str, float]:
     name, _, value = word.partition("=")
-    return name, value
-
-
-def _number(name: str, value: str) -> float:
     try:
         number = float(value)
     except ValueError:
         number = float("nan")
     if not name or not abs(number) < float("inf"):
-        raise ValueError(f"/set takes NAME=NUMBER, as in truthfulness=1.5, not {name}={value}")
-    return number
+        raise ValueError(f"/set takes NAME=NUMBER, as in truthfulness=1.5, not {word}")
+    return name, number
 
 
 def _line_editing() -> None:

@@ -126,7 +126,7 @@ def _defaults(checkpoint: Checkpoint) -> str:
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """What `checkpoints import` was options for."""
+    """What `checkpoints import` was asked for."""
 
     source: Path
     model: str
@@ -243,7 +243,7 @@ def _check_column(column: Column, model: Any, options: ImportOptions) -> None:
 
 
 def _name_and_version(options: ImportOptions) -> tuple[str, str]:
-    """The checkpoint's name and its version: the one options for, or the next of v1, v2, ... Raises BadRequest."""
+    """The checkpoint's name and its version: the one asked for, or the next of v1, v2, ... Raises BadRequest."""
     place = options.out.resolve()
     for what, text in (("name", place.name), ("version", options.version or "v1")):
         if not folders.NAME.fullmatch(text):

@@ -1,41 +1,59 @@
-"""The page at /: one self-contained HTML document; and the request to copy that it and the start of the server show."""
+"""The page at / (its source: `web/`), what it has to know of its server, and the request that the start shows."""
 
-import html
 import json
 import shlex
 from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
 
+from pydantic import BaseModel, Field
+
+from server.service import Service
+
+STATIC = Path(__file__).parent / "static"  # what `make page` builds
+HEADERS = {
+    # Nothing but what the server itself sends, and no script or style within the document.
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
+}
 # With this seed the demo's two arms differ: tests/test_examples.py.
 EXAMPLE = {"prompt": "Q: What is the capital of Japan? A:", "baseline": True, "max_new_tokens": 40, "seed": 1}
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<title>mat-steer</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 3rem auto; padding: 0 1rem }}
-pre {{ background: #8881; padding: 1rem; overflow-x: auto }}
-</style>
-<h1>mat-steer</h1>
-<p>Serving <b>{model}</b>, steered by checkpoint <b>{checkpoint}</b>. Attributes and their default multipliers:
-{attributes}.</p>
-<p>One request, both answers: steered, and the same without steering:</p>
-<pre>{curl}</pre>
-<p><a href="/checkpoints">/checkpoints</a> &middot; <a href="/readyz">/readyz</a> &middot;
-<a href="/openapi.json">/openapi.json</a> &middot; <a href="/docs">/docs</a></p>
-</html>
-"""
+DEMO_PROMPTS = [
+    str(EXAMPLE["prompt"]),
+    "Q: A sailor and a nurse met at a party. Who spilled the rum? A:",
+    "Q: What sound does a cow make? A:",
+]
 
 
-def page(
-    *, model: str, checkpoint: str | None, attributes: Mapping[str, float], address: str, asks_for_key: bool
-) -> str:
-    """The page of a server whose URL is `address`. The command on it can be copied and run."""
-    shown = ", ".join(f"{name} {value:g}" for name, value in attributes.items()) or "none"
-    return PAGE.format(
-        model=html.escape(model),
-        checkpoint=html.escape(checkpoint or "none"),
-        attributes=html.escape(shown),
-        curl=html.escape(curl(address, attributes, asks_for_key=asks_for_key)),
+class PageInfo(BaseModel):
+    """What the page has to know before it asks for anything that may need a key."""
+
+    model: str
+    version: str
+    asks_for_key: bool
+    chat: bool = Field(description="whether messages can be sent")
+    context: int | None = Field(description="tokens that prompt and answer may have together")
+    max_texts: int = Field(description="texts that one request may ask for")
+    prompts: list[str] = Field(description="to begin with")
+    studies: bool = Field(description="whether votes are kept")
+    judged: bool = Field(description="whether POST /judge can be asked")
+
+
+def page_info(service: Service) -> PageInfo:
+    settings, template = service.settings, service.codec.chat
+    return PageInfo(
+        model=service.model,
+        version=version("mat-steer"),
+        asks_for_key=settings.api_key is not None,
+        chat=template is not None and template.problem is None,
+        context=service.codec.context,
+        max_texts=settings.max_request_rows,
+        prompts=DEMO_PROMPTS[: 1 if settings.model else None],
+        studies=service.studies is not None,
+        judged=service.judge is not None,
     )
 
 

@@ -24,8 +24,10 @@ def load_pickle(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise FormatError(_not_plain(path, str(error))) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
         raise FormatError(f"{path} cannot be read: {_first_line(error)}") from None
+    except (KeyError, IndexError, AttributeError):  # what no pickle holds
+        raise FormatError(f"{path} is no sound file of PyTorch's") from None
 
 
 def refuse_mistaken(path: Path) -> None:

@@ -32,12 +32,14 @@ class Desk:
         graphs: bool = False,
         native: bool = True,
         ahead: bool = False,
+        limit: int | None = None,
     ) -> None:
-        """`ahead`: each step is begun before the tokens of the one before are known, where that can be."""
+        """`ahead`: each step is begun before the tokens of the one before are known, where that can be. `limit`: tokens
+        of the longest text, as the runner is told."""
         self.bank = ColumnBank(device=next(model.parameters()).device, max_tokens=max_num_batched_tokens)
         self.runner = open_runner(model, self.bank, "tiny", native=native)
         self.runner.steering.install()
-        self.blocks = self.runner.allocate(num_blocks, block_size, graphs=graphs)
+        self.blocks = self.runner.allocate(num_blocks, block_size, graphs=graphs, max_model_len=limit)
         for pool in self.runner.attention.pools.values():  # nothing may be read that was not written
             pool.keys.fill_(torch.nan)
             pool.values.fill_(torch.nan)

@@ -1,9 +1,7 @@
 """Operations, checkpoints and the page at /."""
 
-import html
-import json
+import gzip
 import re
-import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -30,23 +28,39 @@ def test_the_api_is_described(world: World) -> None:
     one = "/checkpoints/{name}"
     routes = {"/generate", "/compare", "/score", "/checkpoints", one, f"{one}/load", f"{one}/activate"}
     openai = {"/v1/models", "/v1/models/{name}", "/v1/completions", "/v1/chat/completions", "/v1/responses"}
+    others = {"/judge", "/studies", "/studies/{name}/votes", "/studies/{name}/votes.csv"}
     tokens = {"/tokenize", "/detokenize", "/tokenizer_info"}
-    assert set(schema["paths"]) == {*routes, *openai, *tokens, "/health", "/healthz", "/readyz", "/metrics"}
+    assert set(schema["paths"]) == {*routes, *openai, *tokens, *others, "/health", "/healthz", "/readyz", "/metrics"}
     page = world.client.get("/docs").text
     sources = re.findall(r'(?:src|href)="([^"]+)"', page)
     assert any(source.endswith(".js") for source in sources)
     assert all(source.startswith("/") and world.client.get(source).status_code == 200 for source in sources)
 
 
-def test_the_command_on_the_page_works(world: World) -> None:
-    page = world.client.get("/").text
-    command = re.search(r"<pre>(.*)</pre>", page, re.DOTALL)
-    assert command is not None
-    _, _, url, _, _, _, body = shlex.split(html.unescape(command[1]))
-    answer = world.client.post(url, json=json.loads(body))
-    assert answer.status_code == 200
-    assert answer.json()["baseline"] is not None
-    assert "CDN" not in page
+def test_the_page_needs_nothing_from_elsewhere_and_runs_no_script_within_it(world: World) -> None:
+    page = world.client.get("/")
+    policy = dict(part.split(" ", 1) for part in page.headers["content-security-policy"].split("; "))
+    assert policy["default-src"] == "'none'"
+    assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
+    assert all("src=" in script for script in re.findall(r"<script[^>]*>", page.text))
+    assert "style=" not in page.text
+    sources = re.findall(r'(?:src|href)="(\./page/[^"]+)"', page.text)
+    assert {Path(source).suffix for source in sources} == {".js", ".css", ".svg"}
+    sizes = []
+    for source in sources:
+        file = world.client.get(source.removeprefix("."))
+        assert (file.status_code, file.headers["x-content-type-options"]) == (200, "nosniff")
+        assert world.client.get(source[1:], headers={"If-None-Match": file.headers["etag"]}).status_code == 304
+        sizes.append(len(gzip.compress(file.content)))
+    assert sum(sizes) < 300_000
+    assert world.client.get("/page/nothing.js").json()["error"]["type"] == "not_found"
+
+
+def test_the_page_is_told_what_it_can_ask_for(world: World) -> None:
+    told = world.client.get("/page.json").json()
+    assert (told["model"], told["asks_for_key"], told["chat"], told["judged"], told["studies"]) == (
+        "tiny", False, True, False, False,
+    )  # fmt: skip
 
 
 def test_a_request_id_is_kept_when_plain_and_made_otherwise(world: World) -> None:

@@ -8,11 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from server.attention.kv_pool import KVPool, KVShape
+from server.attention.kv_pool import KVOps, KVPool, KVShape
 from server.attention.layout import BlockCopy
 from server.engine.block_manager import BlockManager
 from server.engine.sequence import PositionsName, Sequence, SteeringParams
-from steer_ops import plain
 from steering.bank import ColumnBank
 from steering.types import SequenceSteering
 from tests.server.conftest import columns
@@ -205,7 +204,7 @@ def test_a_cache_of_nothing_is_refused() -> None:
 
 
 def test_copies_are_made_in_order() -> None:
-    pool = KVPool.of(KVShape(2, 3, 5, torch.float32, torch.device("cpu")), 4, 4, plain.paged_attention_decode)
+    pool = KVPool.of(KVShape(2, 3, 5, torch.float32, torch.device("cpu")), 4, 4, KVOps())
     pool.keys.normal_()
     pool.values.normal_()
     keys, values = pool.keys[1].clone(), pool.values[1].clone()

@@ -145,7 +145,10 @@ def test_a_multiplier_that_is_given_twice_is_refused() -> None:
         (["serve", "--port", "0"], "Bad setting port"),
         (["serve", "--model", "/no/model", "--port", str(free_port())], "There is no model folder '/no/model'"),
         (["serve", "--model", "/no/model", "--host", "no.host.invalid"], "The server cannot listen on no.host.invalid"),
-        (["serve", "--chat-template", "/no/file", "--port", str(free_port())], "The chat template '/no/file' (--chat-"),
+        (
+            ["serve", "--chat-template", "/no/file", "--port", str(free_port())],
+            "The chat template '/no/file' cannot be read: No such file or directory. (--chat-template",
+        ),
         (["generate", "Q:", "--model", "/no/model"], "There is no model folder '/no/model'"),
         (["checkpoints", "show", "nowhere"], "There is no checkpoint 'nowhere'"),
         (["checkpoints", "show", "demo@"], "There is no checkpoint 'demo@'"),
@@ -248,6 +251,16 @@ def test_the_version_is_shown() -> None:
     result = runner.invoke(app, ["--version"])
     assert result.exit_code == 0
     assert re.fullmatch(r"mat-steer \d+\.\d+\.\d+ \(Python 3\.\d+\.\S+, torch \S+, transformers \S+\)\n", result.output)
+
+
+def test_every_command_warns_of_a_variable_that_is_no_setting(checkpoints: Path) -> None:
+    listing = ["checkpoints", "list", "--checkpoints", str(checkpoints)]
+    result = runner.invoke(app, listing, env={"MATSTEER_CHEKPOINTS": "elsewhere"})
+    assert result.exit_code == 0
+    assert result.stderr == (
+        "warning: MATSTEER_CHEKPOINTS is in the environment, but no setting has that name. "
+        "Is MATSTEER_CHECKPOINTS meant?\n"
+    )
 
 
 def test_a_variable_that_is_no_setting_is_warned_of_at_the_start() -> None:

@@ -53,6 +53,7 @@ def test_commands_are_told_and_mistakes_do_not_end_it(address: str) -> None:
         "/help",
         "/steered off",
         "/set kind=much",
+        "/set kind",
         "/sing",
         "/undo",
         "/set nonsense=1",
@@ -66,7 +67,8 @@ def test_commands_are_told_and_mistakes_do_not_end_it(address: str) -> None:
     for told in (
         "/baseline on|off",
         "one of the two has to be on",
-        "/set takes NAME=NUMBER, as in truthfulness=1.5, not kind=much",
+        "/set takes NAME=NUMBER, as in truthfulness=1.5, not kind=much\n",
+        "as in truthfulness=1.5, not kind\n",
         "there is no command '/sing'; /help lists them",
         "nothing has been said",
         "multipliers: nonsense=1",
@@ -74,7 +76,7 @@ def test_commands_are_told_and_mistakes_do_not_end_it(address: str) -> None:
         "a new conversation",
     ):
         assert told in result.output
-    assert result.output.count("you: ") == 9, "nothing is read after /quit"
+    assert result.output.count("you: ") == 10, "nothing is read after /quit"
 
 
 def test_a_model_is_loaded_for_a_conversation(model_folder: Path, checkpoints: Path, tmp_path: Path) -> None:
@@ -130,3 +132,39 @@ def test_the_conversation_goes_on_from_the_steered_answer() -> None:
         "attributes": {"kind": 1.0},
         "baseline": False,
     }
+
+
+def printable(text: str) -> str:
+    return "".join(letter for letter in text if letter.isprintable() and letter not in " │")
+
+
+def test_variables_of_the_template_go_along(
+    world: World, address: str, model_folder: Path, checkpoints: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "mood.jinja"
+    file.write_text("{% for m in messages %}{{ m.content }}{% endfor %}{{ mood }}:")
+    kwargs = ["--chat-template-kwargs", '{"mood": "calm"}']
+    place = ["--model", str(model_folder), "--checkpoints", str(checkpoints), "--checkpoint", "demo@1"]
+    place += ["--set", "kind=0", "--chat-template", str(file), *SHORT]
+    answered = world.post(prompt="What colour?calm:", attributes={}, max_new_tokens=4, temperature=0)
+    expected = answered["results"][0]["text"]
+    said = runner.invoke(app, ["generate", "What colour?", "--chat", *kwargs, *place])
+    assert said.exit_code == 0, said.output
+    assert printable(expected) in printable(said.output)
+    assert printable(expected) in printable(talk(["What colour?"], *kwargs, *place).output)
+    refused = talk(["a"], *kwargs, "--url", address)
+    assert "The model's chat template has no variable 'mood'" in refused.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "a", "--chat-template-kwargs", '{"a": 1}'], "--chat-template-kwargs is for --chat"),
+        (["generate", "a", "--chat", "--chat-template-kwargs", "a=1"], "it takes a JSON object"),
+        (["compare", "a", "--arm", "b", "--chat-template", "x", "--url", "http://127.0.0.1:9"], "has its own"),
+    ],
+)
+def test_an_option_of_chats_says_what_it_needs(arguments: list[str], message: str) -> None:
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())

@@ -61,6 +61,29 @@ def test_both_clients_say_what_http_says(world: World, address: str) -> None:
     asyncio.run(story())
 
 
+def test_texts_become_tokens_and_tokens_texts(world: World, address: str) -> None:
+    chat = [{"role": "user", "content": "What?"}]
+    bodies = ({"prompt": "Q: What", "return_token_strs": True}, {"messages": chat, "add_generation_prompt": False})
+    expected = [world.client.post("/tokenize", json=body).json() for body in bodies]
+    info = world.client.get("/tokenizer_info").json()
+
+    with Client(address) as client:
+        told = [client.tokenize("Q: What", return_token_strs=True), client.tokenize(**bodies[1])]
+        assert [one.model_dump() for one in told] == expected
+        assert client.detokenize(client.tokenize(" What", add_special_tokens=False).tokens).prompt == " What"
+        assert client.tokenizer_info().model_dump() == info
+
+    async def story() -> None:
+        async with AsyncClient(address) as other:
+            told = [await other.tokenize("Q: What", return_token_strs=True), await other.tokenize(**bodies[1])]
+            assert [one.model_dump() for one in told] == expected
+            tokens = (await other.tokenize(" What", add_special_tokens=False)).tokens
+            assert (await other.detokenize(tokens)).prompt == " What"
+            assert (await other.tokenizer_info()).model_dump() == info
+
+    asyncio.run(story())
+
+
 def test_checkpoints_are_listed_and_changed(fresh: World) -> None:
     client = Client(http=fresh.client)
     assert client.checkpoints().active == "demo@2"

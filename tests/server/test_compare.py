@@ -122,7 +122,7 @@ def test_scores_tell_steerings_and_continuations_apart(world: World) -> None:
         ({"prompt": "a", "continuations": ["b", ""]}, 422, "continuations.1"),
         ({"prompt": "a", "continuations": ["b" * 5000]}, 413, "continuations.0"),
         ({"prompt": "a", "continuations": ["b"], "attributes": {"x": 1}}, 422, "attributes.x"),
-        ({"prompt": "a", "continuations": ["b"], "n": 2}, 422, "n"),
+        ({"prompt": "a", "continuations": ["b"], "n": 2}, 400, "n"),
     ],
 )
 def test_bad_scores_are_refused_naming_the_field(world: World, body: dict[str, Any], status: int, param: str) -> None:

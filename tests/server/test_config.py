@@ -158,6 +158,7 @@ def test_the_served_name_is_the_id_or_the_folder(tmp_path: Path) -> None:
     assert Settings(model=str(tmp_path / "demo" / "model")).served_name == "demo-model"
     assert Settings(model=str(tmp_path / "demo")).served_name == "demo"
     assert Settings(model="org/name").served_name == "org/name"
+    assert Settings(model="models/Tiny-Q4_1.gguf").served_name == "Tiny-Q4_1"
     assert Settings(model="org/name", model_name="mine").served_name == "mine"
 
 

@@ -24,7 +24,7 @@ from tests.server.conftest import CONTEXT, World
         ({"messages": [{"role": "user"}]}, 422, "messages.0.content"),
         ({"messages": [{"role": "robot", "content": "b"}]}, 422, "messages.0.role"),
         ({"prompt": "a", "max_new_tokens": 0}, 422, "max_new_tokens"),
-        ({"prompt": "a", "max_new_tokens": -1}, 422, "max_new_tokens"),
+        ({"prompt": "a", "max_new_tokens": -2}, 422, "max_new_tokens"),
         ({"prompt": "a", "max_new_tokens": 1e30}, 422, "max_new_tokens"),
         ({"prompt": "a", "max_new_tokens": 10**30}, 422, "max_new_tokens"),
         ({"prompt": "a", "max_new_tokens": "many"}, 422, "max_new_tokens"),
@@ -94,6 +94,39 @@ def test_an_unknown_attribute_is_told_the_known_ones(world: World) -> None:
 def test_a_misspelled_field_is_told_the_right_one(world: World) -> None:
     _, error = world.refused(prompt="a", temprature=1)
     assert error["message"] == "There is no field 'temprature'; did you mean 'temperature'?"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "sentence"),
+    [
+        ("/generate", {"messages": [{"role": "user", "contnt": "a"}]}, "'messages.0.contnt'; did you mean 'content'?"),
+        ("/generate", {"prompt": "a", "steering": [{"attribute": {}}]}, "'steering.0.attribute'; did you mean"),
+        ("/compare", {"prompt": "a", "arms": [{"nam": "b"}]}, "'arms.0.nam'; did you mean 'name'?"),
+        ("/checkpoints/demo/activate", {"versoin": "1"}, "'versoin'; did you mean 'version'?"),
+        (
+            "/v1/chat/completions",
+            {"model": "demo", "messages": [{"role": "user", "content": "a"}], "steering": {"trac": True}},
+            "'steering.trac'; did you mean 'trace'?",
+        ),
+        (
+            "/generate",
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "txt": "a"}]}]},
+            "'messages.0.content.0.txt'; did you mean 'text'?",
+        ),
+    ],
+)
+def test_a_misspelled_field_inside_a_body_is_told_the_right_one(
+    world: World, path: str, body: dict[str, Any], sentence: str
+) -> None:
+    error = world.client.post(path, json=body).json()["error"]
+    assert f"There is no field {sentence}" in error["message"]
+
+
+def test_a_value_that_is_too_long_or_too_many_is_told_the_limit(world: World) -> None:
+    _, error = world.refused(prompt="a", stop=["b" * 300])
+    assert error["message"].startswith("stop.0 should have at most 256 characters, not 'bbb")
+    _, error = world.refused(prompt="a", logit_bias={str(token): 1 for token in range(1025)})
+    assert error["message"].startswith("logit_bias has too many items; at most 1024 are taken")
 
 
 def test_a_prompt_that_is_too_long_is_told_the_limit_and_its_length(world: World) -> None:
@@ -198,6 +231,7 @@ def test_too_many_tokens_are_told_in_the_words_that_clients_know(
         f"This model's maximum context length is {CONTEXT} tokens. However, you requested "
     )
     assert what in error["message"]
+    assert "the prompt is too long" in error["message"]  # LangChain looks for this
 
 
 def test_an_unknown_path_and_a_wrong_method_have_the_same_shape(world: World) -> None:
@@ -225,7 +259,7 @@ def test_a_text_whose_echo_finds_the_queue_full_goes_on_for_nobody(
     engine, cancelled = fresh.service.engine, []
     cancel = engine.cancel
 
-    def full(*asked: object) -> None:
+    def full(*asked: object, **more: object) -> None:
         raise QueueFull("full")
 
     def noted(request_id: str) -> None:
@@ -250,3 +284,19 @@ def test_a_full_queue_is_a_429_with_retry_after(fresh: World) -> None:
     assert int(response.headers["retry-after"]) >= 1
     assert response.json()["error"]["code"] == "rate_limit_exceeded"
     assert service.registry.pins == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        (
+            {"logit_bias": [[1, 2]]},
+            'logit_bias should be an object of biases by token id, as in {"42": -100}, not [[1, 2]].',
+        ),
+        ({"attributes": [1]}, "attributes should be an object, not [1]."),
+        ({"steering": [1]}, "steering.0 should be an object, not 1."),
+    ],
+)
+def test_what_should_be_an_object_is_called_so_as_json_does(world: World, body: dict[str, Any], sentence: str) -> None:
+    _, error = world.refused(prompt="a", **body)
+    assert error["message"] == sentence

@@ -14,21 +14,38 @@ from openai.types.chat import (
 from openai.types.chat import (
     completion_create_params as chat_create_params,
 )
+from openai.types.responses import response_create_params
 
 from server import field_docs
 from server.api.exception_handlers import parse
+from server.api.openai.responses_schemas import ResponsesRequest
 from server.api.openai.schemas import ChatCompletionRequest, ChatMessage, CompletionRequest, StreamOptions
 from server.errors import UnsupportedField
 from server.fields import BODY_FIELDS, MESSAGE_FIELDS, PART_FIELDS, STREAM_FIELDS, KnownField
-from server.schemas import CompareRequest, GenerateRequest, LenientRequest
+from server.schemas import (
+    CompareRequest,
+    DetokenizeRequest,
+    GenerateRequest,
+    LenientRequest,
+    ScoreRequest,
+    TokenizeRequest,
+)
 from tests.server.conftest import World
 
 MESSAGE = {"role": "user", "content": "What colour?"}
-ROUTES: dict[str, tuple[type[LenientRequest], dict[str, Any]]] = {
+Routes = dict[str, tuple[type[LenientRequest], dict[str, Any]]]
+GENERATING: Routes = {
     "/generate": (GenerateRequest, {"prompt": "a"}),
     "/compare": (CompareRequest, {"prompt": "a", "arms": [{"name": "b"}]}),
     "/v1/completions": (CompletionRequest, {"model": "tiny", "prompt": "a"}),
     "/v1/chat/completions": (ChatCompletionRequest, {"model": "tiny", "messages": [MESSAGE]}),
+}
+ROUTES: Routes = {
+    **GENERATING,
+    "/v1/responses": (ResponsesRequest, {"model": "tiny", "input": "a"}),
+    "/score": (ScoreRequest, {"prompt": "a", "continuations": ["b"]}),
+    "/tokenize": (TokenizeRequest, {"prompt": "a"}),
+    "/detokenize": (DetokenizeRequest, {"tokens": [1]}),
 }
 ODD: Any = ({"odd": [1]}, "odd", 12345, True, [1])  # asks for something, where the field knows any value that does
 
@@ -42,9 +59,11 @@ def whole(route: str, **more: Any) -> LenientRequest:
 def test_every_neutral_value_of_every_known_field_passes_and_changes_nothing(route: str) -> None:
     plain = whole(route)
     for field in BODY_FIELDS.values():
-        for value in (None, *field.neutral, *(ODD if field.ignored else ())):
-            if field.name not in ROUTES[route][1]:
-                assert whole(route, **{field.name: value}) == plain, (field.name, value)
+        if field.name in ROUTES[route][1]:
+            continue
+        own = field.name in ROUTES[route][0].model_fields  # which has its type
+        for value in (None, *field.neutral, *(ODD if field.ignored and not own else ())):
+            assert whole(route, **{field.name: value}) == plain, (field.name, value)
     every = {field.name: field.neutral[0] for field in BODY_FIELDS.values() if field.neutral}
     assert whole(route, **every) == plain, "all at once"
 
@@ -54,8 +73,11 @@ def test_every_other_value_of_a_field_that_a_route_does_not_have_is_refused_by_n
     kind, _ = ROUTES[route]
     refused = [one for one in BODY_FIELDS.values() if one.name not in kind.model_fields and not one.ignored]
     assert len(refused) > 50
+    asking: dict[str, Any] = {"repetition_penalty": 1.1, "skip_special_tokens": False, "stream": True}
+    body = {name: value for name, value in asking.items() if name in kind.model_fields}
     for field in refused:
-        body = {"repetition_penalty": 1.1, "skip_special_tokens": False, "stream": True}  # so that nothing is idle
+        if set(field.idle_without) - body.keys() and not body:
+            continue  # what it belongs to cannot be asked for
         with pytest.raises(UnsupportedField) as error:
             whole(route, **body, **{field.name: {"odd": [1]}})
         assert error.value.param == field.name
@@ -101,7 +123,7 @@ def test_every_other_value_of_a_field_that_a_route_does_not_have_is_refused_by_n
     ],
     ids=str,
 )
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("route", GENERATING)
 def test_what_asks_for_nothing_is_accepted(world: World, route: str, body: dict[str, Any]) -> None:
     _, least = ROUTES[route]
     short = {"max_tokens": 2} if route.startswith("/v1") else {"max_new_tokens": 2}
@@ -131,7 +153,7 @@ def test_what_asks_for_nothing_is_accepted(world: World, route: str, body: dict[
     ],
     ids=str,
 )
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("route", GENERATING)
 def test_what_is_not_supported_is_a_400_that_names_it(
     world: World, route: str, body: dict[str, Any], param: str, sentence: str
 ) -> None:
@@ -198,6 +220,7 @@ def test_a_misspelled_field_is_refused_as_before(world: World) -> None:
     [
         (chat_create_params.CompletionCreateParamsBase, BODY_FIELDS, ChatCompletionRequest),
         (completion_create_params.CompletionCreateParamsBase, BODY_FIELDS, CompletionRequest),
+        (response_create_params.ResponseCreateParamsBase, BODY_FIELDS, ResponsesRequest),
         (ChatCompletionUserMessageParam, MESSAGE_FIELDS, ChatMessage),
         (ChatCompletionSystemMessageParam, MESSAGE_FIELDS, ChatMessage),
         (ChatCompletionAssistantMessageParam, MESSAGE_FIELDS, ChatMessage),
@@ -227,7 +250,7 @@ def test_the_table_says_of_each_field_what_is_true_of_it() -> None:
 
 
 def test_the_table_has_each_field_once_and_nothing_in_it_is_ignored_that_is_supported() -> None:
-    schemas = [kind for kind, _ in ROUTES.values()]
+    schemas = [kind for kind, _ in ROUTES.values() if kind is not ResponsesRequest]  # it answers with some of them
     assert not [
         one.name for one in BODY_FIELDS.values() if one.ignored and any(one.name in s.model_fields for s in schemas)
     ]
@@ -236,3 +259,43 @@ def test_the_table_has_each_field_once_and_nothing_in_it_is_ignored_that_is_supp
         for field in known.values():
             assert not field.ignored or not field.neutral, "every value passes anyway"
             assert {*field.idle_without} <= set(known)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", {"prompt": "a", "max_new_tokens": -1}),
+        ("/compare", {"prompt": "a", "arms": [{"name": "b", "attributes": {}}], "max_new_tokens": -1}),
+        ("/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": -1}),
+        ("/v1/chat/completions", {"model": "tiny", "messages": [MESSAGE], "max_tokens": -1}),
+        ("/v1/chat/completions", {"model": "tiny", "messages": [MESSAGE], "max_completion_tokens": -1}),
+    ],
+)
+def test_an_answer_of_minus_one_tokens_is_as_long_as_there_is_room(
+    world: World, path: str, body: dict[str, Any]
+) -> None:
+    context = world.service.codec.context
+    answer = world.client.post(path, json={**body, "ignore_eos": True, "temperature": 0}).json()
+    usage = (
+        answer["arms"][0]["results"][0]["usage"]
+        if "arms" in answer
+        else (answer.get("results") or [answer])[0]["usage"]
+    )
+    assert usage["prompt_tokens"] + usage["completion_tokens"] == context
+    (name,) = [name for name in body if name.startswith("max_")]
+    refused = world.client.post(path, json={**body, name: 0})
+    assert refused.status_code in (400, 422)
+    assert refused.json()["error"]["param"] == name
+
+
+def test_labels_and_neutral_values_pass_where_texts_are_scored(world: World) -> None:
+    score = {"prompt": "Q: What colour?", "continuations": [" Blue."], "attributes": {}}
+    plain = world.client.post("/score", json=score).json()["scores"]
+    more = {"user": "me", "metadata": {"run": 1}, "stream": False, "logit_bias": {}, "request_id": "x", "n_probs": 0}
+    more |= {"temperature": 1.0, "top_p": 1, "min_p": 0, "n": 1, "min_tokens": 0, "ignore_eos": False}
+    assert world.client.post("/score", json=score | more).json()["scores"] == plain
+    refused = world.client.post("/score", json=score | {"temperature": 0.5})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"] == (
+        "temperature is not supported: leave it out, or send 1, which asks for nothing."
+    )

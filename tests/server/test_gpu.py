@@ -7,11 +7,12 @@ import pytest
 import torch
 from accelerate import dispatch_model
 
-from server.engine.sequence import SamplingParams, SteeringParams
+from server.engine.sequence import SamplingParams, ScheduledChunk, SteeringParams
 from steering.types import SequenceSteering
 from tests.server.desk import Desk, sequence
 from tests.server.reference import greedy, plain
 from tests.server.test_architectures import columns, greedy_sequence, sequences, tiny
+from tests.steer_ops.test_registry import CUDA_OPS, OPS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,6 +39,25 @@ def test_captured_steps_equal_the_plain_model(name: str) -> None:
             assert desk.steered(one) == new, "a captured hook counts every token"
         else:
             assert text == plain(reference, prompt, new=new), one
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_op_has_a_kernel_that_passes_its_trial(dtype: torch.dtype) -> None:
+    pytest.importorskip("triton")
+    missing = {op.name for op in [*OPS, *CUDA_OPS] if not op.has_kernel(torch.device("cuda"), dtype)}
+    assert missing == {"tiled_linear"} | ({"varlen_attention"} if dtype == torch.float32 else set())
+
+
+def test_a_prompt_in_chunks_has_the_plain_models_logits_in_bfloat16() -> None:
+    prompt = tuple(range(3, 40))
+    desk = Desk(tiny("llama").bfloat16().to("cuda"))
+    scored = sequence(prompt[:1], continuation=(*prompt[1:], 0))
+    assert desk.blocks.allocate(scored, len(prompt))
+    chunks = [(ScheduledChunk(scored, start, stop),) for start, stop in ((0, 20), (20, 37))]
+    found = torch.cat([desk.runner.forward(chunk)[0] for chunk in chunks]).float().cpu()
+    with torch.no_grad():
+        expected = tiny("llama").bfloat16()(torch.tensor([prompt])).logits[0].float()
+    assert (found - expected).norm() < 0.02 * expected.norm()
 
 
 def test_columns_that_come_while_graphs_exist_act() -> None:

@@ -72,7 +72,7 @@ def test_the_address_that_is_shown_can_be_opened(host: str, shown: str) -> None:
         assert address_of(bound) == shown.format(port)
 
 
-@pytest.mark.parametrize("key", [None, "a secret"])
+@pytest.mark.parametrize("key", [None, "a-secret"])
 def test_the_start_ends_with_where_to_go(
     settings: Settings, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, key: str | None
 ) -> None:
@@ -83,7 +83,7 @@ def test_the_start_ends_with_where_to_go(
         assert all(f"{url}{path}" in said for path in ("/", "/docs", "/v1"))
         command = said.splitlines()[-1].partition("try")[2].strip()
         assert ("Authorization: Bearer $MATSTEER_API_KEY" in command) is (key is not None)
-        assert "a secret" not in said
+        assert "a-secret" not in said
         environment = {"PATH": os.environ["PATH"], "NO_PROXY": "*", "MATSTEER_API_KEY": key or ""}
         done = subprocess.run(command, shell=True, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
@@ -205,6 +205,53 @@ def test_a_server_that_is_asked_to_end_finishes_and_ends_with_0(settings: Settin
         server.kill()
     assert server.returncode == 0, said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("client", ["who does not read", "who does not send", "who says nothing"])
+def test_no_client_can_hold_up_the_end(settings: Settings, client: str) -> None:
+    """One asks for a stream and reads none of it, or sends five bytes of a body, or nothing at all."""
+    with serving(settings, 0.1) as (server, slow, url), socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        held.connect(("127.0.0.1", int(url.rpartition(":")[2])))
+        body = json.dumps(
+            {"prompt": ["a"] * 8, "n": 16, "max_new_tokens": 90, "ignore_eos": True, "logprobs": 20, "stream": True}
+        ).encode()
+        head = b"POST /generate HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        if client != "who says nothing":
+            held.sendall(head % len(body) + (body if client == "who does not read" else body[:5]))
+        if client == "who does not read":
+            assert slow.inside.wait(10)
+            wait_until(lambda: any(one.flow.write_paused for one in server.server_state.connections))
+        else:
+            wait_until(lambda: bool(server.server_state.connections))
+        began = time.monotonic()
+        server.should_exit = True
+    assert time.monotonic() - began < 0.1 + 2
+
+
+def test_a_thread_that_does_not_end_is_not_waited_for(settings: Settings) -> None:
+    code = (
+        "import sys, threading, time\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from server.app import create_app\n"
+        "from server.config import Settings\n"
+        "from server.listener import listen, run\n"
+        "app = create_app(Settings(model=sys.argv[1], remember=False, drain_s=0))\n"
+        "ThreadPoolExecutor().submit(time.sleep, 60)\n"
+        "run(app, listen(Settings(port=int(sys.argv[2]))), drain_s=0)\n"
+    )
+    port = free_port()
+    server = subprocess.Popen([sys.executable, "-c", code, str(settings.model), str(port)], stderr=subprocess.PIPE)
+    try:
+        wait_until(lambda: httpx.get(f"http://127.0.0.1:{port}/healthz", trust_env=False).status_code == 200)
+        began = time.monotonic()
+        server.terminate()
+        _, said = server.communicate(timeout=20)
+    finally:
+        server.kill()
+    assert time.monotonic() - began < 0 + 2 + 1, "the machine may be busy"
+    assert server.returncode == 1
+    assert b"a thread has not ended in time" in said
 
 
 def wait_until(ready: Callable[[], bool], seconds: float = 60) -> None:

@@ -428,7 +428,7 @@ def test_a_plain_name_is_a_model(client: openai.OpenAI) -> None:
             {"prompt": "a", "arms": [{"name": "b"}], "baseline": True},
             "There is no field 'baseline'.",
         ),
-        ("POST", "/score", {"prompt": "a", "continuations": ["b"], "messages": []}, "There is no field 'messages'."),
+        ("POST", "/score", {"prompt": "a", "continuations": ["b"], "arms": []}, "There is no field 'arms'."),
         ("POST", "/score", {"prompt": ["a"], "continuations": ["b"]}, "prompt should be a valid string, not ['a']."),
         ("POST", "/generate", {"prompt": "a", "stop": ["b"] * 17}, "stop has too many items; at most 16 are taken."),
         ("DELETE", "/checkpoints/other?verson=9", None, "There is no field 'verson'; did you mean 'version'?"),

@@ -6,6 +6,8 @@ from typing import Any
 import openai
 import pytest
 
+from server.api.exception_handlers import parse
+from server.api.openai.responses_schemas import ResponsesRequest
 from server.errors import NotFinite
 from tests.server.conftest import CONTEXT, World
 
@@ -90,6 +92,29 @@ def test_a_conversation_goes_on_with_what_was_answered(client: openai.OpenAI) ->
     assert second.output_text == chat(client, said).choices[0].message.content
 
 
+def test_labels_of_items_and_of_their_parts_pass(client: openai.OpenAI) -> None:
+    label = {"cache_control": {"type": "ephemeral"}}
+    part = {"type": "input_text", "text": QUESTION, **label}
+    labelled: Any = [{"role": "user", "content": [part], "name": "Ann", "id": "msg_1", **label}]
+    plain = client.responses.create(input=QUESTION, **RULES)
+    assert client.responses.create(input=labelled, **RULES).output_text == plain.output_text
+
+
+def test_errors_name_the_item_that_they_are_about() -> None:
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+    answer = {"type": "function_call_output", "call_id": "c", "output": "4"}
+    body = {
+        "model": "demo",
+        "instructions": "Be kind.",
+        "input": [{"role": "user", "content": "a"}, call, call, answer],
+    }
+    request = parse(ResponsesRequest, body)
+    named = {"messages.0.role": "instructions", "messages.1.content": "input.0", "messages.2.tool_calls": "input.1"}
+    named |= {"messages.3.role": "input.3", "messages": "input", "seed": "seed"}
+    assert {param: request.field_of(param) for param in named} == named
+    assert parse(ResponsesRequest, {"model": "demo", "input": "a"}).field_of("messages.0.content") == "input"
+
+
 def test_a_stream_has_the_events_that_clients_expect(client: openai.OpenAI) -> None:
     whole = client.responses.create(input=QUESTION, **RULES)
     events = list(client.responses.create(input=QUESTION, stream=True, **RULES))
@@ -168,7 +193,7 @@ def test_fields_that_only_label_a_request_or_ask_for_nothing_pass(client: openai
         background=False,
         previous_response_id=None,
         reasoning={"effort": "low"},
-        text={"format": {"type": "text"}},
+        text={"format": {"type": "text"}, "verbosity": "medium"},
         top_p=1,
     )
     assert given.output_text == plain.output_text
@@ -194,7 +219,8 @@ def test_fields_that_only_label_a_request_or_ask_for_nothing_pass(client: openai
         ({"input": [{"type": "reasoning", "summary": []}]}, 422, "input.0.", "message"),
         ({"input": [{"type": "function_call_output", "output": "a"}]}, 422, "input.0", "needs 'call_id'"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, 422, "input.0.content.0", "input_text"),
-        ({"input": "word " * 200}, 400, "messages", "maximum context length is 96 tokens"),
+        ({"input": "word " * 200}, 400, "input", "maximum context length is 96 tokens"),
+        ({"input": [{"rol": "user", "content": "a"}]}, 400, "input.0.rol", "did you mean 'role'"),
     ],
 )
 def test_what_is_wrong_is_named(

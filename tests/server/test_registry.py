@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from server.app import create_app
 from server.config import Settings
 from server.errors import CheckpointInUse, UnknownCheckpoint, UnusableCheckpoint
 from server.registry import CheckpointLease, Registry, fits_model
-from server.registry_state import NAME
+from server.registry_state import NAME, read_state
+from steering import checkpoint as folders
 from steering.bank import ColumnBank
 from steering.errors import ColumnError
 from steering.types import Handle
@@ -162,6 +165,8 @@ def test_an_unloaded_version_serves_who_holds_it_and_comes_back_when_asked(
 ) -> None:
     put("1")
     put("2")
+    assert registry.acquire("mine@1") is None, "it is not loaded yet"
+    registry.load("mine@1")
     first = registry.acquire("mine@1")
     assert first is not None
     registry.activate("mine@2")
@@ -170,7 +175,7 @@ def test_an_unloaded_version_serves_who_holds_it_and_comes_back_when_asked(
     assert registry.unload("mine", "1") == ["mine@1"]
     assert registry.unload("mine", "1") == []
     assert registry._bank.columns(first.handle)
-    again = registry.acquire("mine@1")
+    again = registry.load("mine@1")
     assert again is not first
     registry.release(first)
     with pytest.raises(ColumnError):
@@ -183,6 +188,7 @@ def test_an_unloaded_version_serves_who_holds_it_and_comes_back_when_asked(
 
 def test_a_lease_of_two_owners_lasts_until_both_release_it(registry: Registry, put: Callable[[str], Path]) -> None:
     put("1")
+    registry.load("mine")
     lease = CheckpointLease(registry)
     other = lease.acquire()
     lease.add("mine")
@@ -195,6 +201,7 @@ def test_a_lease_of_two_owners_lasts_until_both_release_it(registry: Registry, p
 
 def test_a_closed_lease_keeps_nothing(registry: Registry, put: Callable[[str], Path]) -> None:
     put("1")
+    registry.load("mine")
     lease = CheckpointLease(registry)
     lease.add("mine")
     lease.close()
@@ -262,3 +269,113 @@ def test_a_folder_that_cannot_be_written_is_a_warning(own: Settings, caplog: pyt
         assert client.post("/checkpoints/other/activate").status_code == 200
         assert state(client)[0] == "other@1"
     assert "will not be restored" in caplog.text
+
+
+def test_what_is_wrong_with_a_folder_is_found_once(
+    registry: Registry, put: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = put("1") / "steering.safetensors"
+    sound = tensors.read_bytes()
+    tensors.write_bytes(b"?")
+    read: list[Path] = []
+    real = folders.load
+    monkeypatch.setattr(folders, "load", lambda folder: (read.append(folder), real(folder))[1])
+    problems = {registry.entries()[0].problem for _ in range(3)}
+    with pytest.raises(UnusableCheckpoint):
+        registry.load("mine")
+    assert len(read) == len(problems) == 1
+    replaced = tensors.with_name("new")  # the same size and time: another file nevertheless
+    replaced.write_bytes(b"!")
+    os.utime(replaced, ns=(tensors.stat().st_mtime_ns,) * 2)
+    replaced.replace(tensors)
+    assert registry.entries()[0].problem
+    assert len(read) == 2
+    tensors.write_bytes(sound)
+    assert registry.entries()[0].problem is None
+
+
+def test_of_folders_that_are_gone_nothing_is_kept(registry: Registry, put: Callable[[str], Path]) -> None:
+    folder = put("1")
+    registry.entries()
+    shutil.rmtree(folder)
+    registry.entries()
+    assert not registry._read_cache
+
+
+def test_a_version_that_is_being_overwritten_is_waited_for(
+    registry: Registry, put: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`save` takes config.json away before it replaces the other files, and puts it back last."""
+    folder = put("1")
+    staged = (folder / "config.json").rename(folder / f".config.json.{os.getpid()}.tmp")
+    for reference in ("mine@1", "mine"):
+        monkeypatch.setattr("server.registry.PATIENCE", 0.0)
+        with pytest.raises(UnusableCheckpoint, match=r"is being written, or was not written to its end; try again"):
+            registry.load(reference)
+        monkeypatch.setattr("server.registry.PATIENCE", 10.0)
+    threading.Timer(0.05, lambda: staged.rename(folder / "config.json")).start()
+    assert registry.load("mine@1").version == "1"
+
+
+def test_files_that_are_replaced_while_they_are_read_are_read_again(
+    registry: Registry, put: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, other = put("1"), put("2")
+    real, first = folders.load, [True]
+
+    def replaced_meanwhile(read: Path) -> Any:
+        if not first:
+            return real(read)
+        first.clear()
+        shutil.copy(other / "steering.safetensors", folder)  # config.json has been read before
+        try:
+            return real(read)
+        finally:
+            shutil.copy(other / "config.json", folder)
+
+    monkeypatch.setattr(folders, "load", replaced_meanwhile)
+    assert registry.load("mine@1").sha256 == real(other).config.sha256
+
+
+def test_each_change_is_told_before_the_next_one(registry: Registry, put: Callable[[str], Path]) -> None:
+    """So the last state that is written is the last one there was."""
+    put("1")
+    put("2")
+    told: list[str | None] = []
+
+    def on_change() -> None:
+        active = registry.state("tiny").active
+        time.sleep(0.001)  # a slow disk
+        told.append(active)
+
+    registry.on_change = on_change
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda i: registry.reload("mine", "12"[i % 2], activate=True), range(32)))
+    assert len(told) == 32
+    assert told[-1] == registry.state("tiny").active
+
+
+def test_many_who_activate_at_once_leave_what_is_active_in_the_file(own: Settings) -> None:
+    with TestClient(create_app(own)) as client:
+        with ThreadPoolExecutor(16) as pool:
+            names = ("demo", "other") * 8
+            answers = list(pool.map(lambda name: client.post(f"/checkpoints/{name}/activate"), names))
+        assert {answer.status_code for answer in answers} == {200}
+        assert read_state(own.checkpoints, "tiny").active == state(client)[0]
+    assert not list(own.checkpoints.glob(".served.[0-9]*")), "no drafts are left"
+
+
+@pytest.mark.parametrize("kind", ["deep", "pipe", "folder", "huge"])
+def test_a_strange_state_file_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
+    path = tmp_path / NAME
+    if kind == "deep":
+        path.write_text("[" * 100_000)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        with path.open("wb") as file:
+            file.truncate(2**40)
+    assert read_state(tmp_path, "tiny").loaded == ()
+    assert "cannot be read, and is passed over" in caplog.text

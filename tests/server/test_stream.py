@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import threading
 import time
 from typing import Any
 
@@ -168,7 +169,7 @@ def test_the_first_token_does_not_wait_and_no_text_waits_for_another() -> None:
     rows = [Sequence("r", index, (1, 2), SamplingParams(), stream=True) for index in range(2)]
 
     def piece(row: int, index: int) -> TokenEvent:
-        return TokenEvent(rows[row], index, SampledToken(7, True, None, ()), "a")
+        return TokenEvent(rows[row], index, SampledToken(7), "a")
 
     def finished(row: int) -> Finished:
         return Finished(rows[row], (7,), "a", "length", 0, Timing(0, 0, 0), ())
@@ -225,13 +226,39 @@ def test_sixty_four_clients_that_vanish_leave_nothing(fresh: World) -> None:
     assert fresh.post(prompt="a", max_new_tokens=2)["results"]
 
 
+def test_a_comparison_that_fails_takes_the_others_of_its_request_along(
+    fresh: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, answered = runner_of(fresh), threading.Event()
+    real, steps = runner.forward, []
+
+    def breaking(chunks: Any, *more: Any) -> Any:
+        if any(chunk.sequence.is_scored for chunk in chunks):
+            steps.append(len(chunks))
+            if len(steps) == 1:
+                raise RuntimeError("the first step that compares fails")
+            answered.wait(timeout=30)
+        return real(chunks, *more)
+
+    monkeypatch.setattr(runner, "forward", breaking)
+    body = {"prompt": "Q: What colour", "n": 40, "baseline": True, "max_new_tokens": 4, "ignore_eos": True}
+    response = fresh.client.post("/generate", json=body)
+    answered.set()
+    assert response.status_code == 500, response.text
+    while fresh.service.engine.open_sequences:
+        time.sleep(0.01)
+    assert len(steps) <= 2, "nobody waits for the others"
+    runner.blocks.check([])
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [
         ("/v1/completions", {"prompt": ["Q: What colour is the sky?"] * 64, "echo": True, "logprobs": 1}),
+        ("/v1/completions", {"prompt": [[5]], "echo": True, "logprobs": 1, "max_tokens": 80, "ignore_eos": True}),
         ("/score", {"prompt": "Q: What colour is the sky?", "continuations": [f" {i} is" for i in range(64)]}),
     ],
-    ids=["echo", "score"],
+    ids=["echo", "echo of one token", "score"],
 )
 def test_texts_that_are_read_too_long_end_with_a_504_and_are_read_no_further(
     settings: Settings, path: str, body: dict[str, object], monkeypatch: pytest.MonkeyPatch

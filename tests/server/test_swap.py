@@ -78,18 +78,22 @@ def test_running_requests_end_on_what_they_began_with(fresh: World, model: Any, 
     body = {"prompt": PROMPT, "attributes": mix, "temperature": 0, "max_new_tokens": 40, "ignore_eos": True}
 
     async def together() -> list[Any]:
+        swaps = 0
         async with api(fresh.app) as client:
 
             async def swap() -> None:
+                nonlocal swaps
                 for i in range(30):
                     answer = await client.post("/checkpoints/demo/activate", json={"version": "12"[i % 2]})
                     assert answer.status_code == 200
                     gone = await client.delete(f"/checkpoints/demo?version={'21'[i % 2]}")
                     assert gone.status_code == 200
+                    swaps += 1
                     await asyncio.sleep(0.01)
 
             async def ask(i: int) -> Any:
-                await asyncio.sleep(0.012 * i)
+                while swaps < i:
+                    await asyncio.sleep(0.001)
                 return await client.post("/generate", json=body | {"baseline": i % 2 == 0})
 
             answers = await asyncio.gather(swap(), *(ask(i) for i in range(24)))

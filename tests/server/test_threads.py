@@ -3,12 +3,13 @@
 import itertools
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
-from server.threads import LONGEST_PAUSE, PAUSE, ThreadScaler, usable_cores, waited_for_cores
+from server.threads import LONGEST_PAUSE, PAUSE, KeyedThreads, ThreadScaler, usable_cores, waited_for_cores
 
 
 class Machine:
@@ -122,3 +123,19 @@ def test_a_container_has_the_cores_of_its_quota(tmp_path: Path, quota: str, core
     everything = usable_cores(tmp_path / "none")
     (tmp_path / "cpu.max").write_text(quota + "\n")
     assert usable_cores(tmp_path / "cpu.max") == min(cores or everything, everything)
+
+
+def test_work_of_one_key_holds_one_thread_however_much_there_is() -> None:
+    threads, go_on, order = KeyedThreads(2, "test"), threading.Event(), []
+    slow = [threads.submit("slow", lambda i=i: (go_on.wait(10), order.append(i))) for i in range(6)]
+    assert threads.submit("other", lambda: 7).result(10) == 7, "it finds a free thread"
+    dropped = slow[3].cancel()
+    go_on.set()
+    for future in slow[:3] + slow[4:]:
+        future.result(10)
+    assert dropped
+    assert order == [0, 1, 2, 4, 5]
+    with pytest.raises(ZeroDivisionError):
+        threads.submit("slow", lambda: 1 // 0).result(10)
+    assert threads.submit("slow", lambda: 8).result(10) == 8
+    assert not threads._waiting, "nothing is kept of keys that are done"

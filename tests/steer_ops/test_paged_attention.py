@@ -123,6 +123,14 @@ def test_it_is_attention(
     assert (found - expected).norm() / expected.norm() < tolerance
 
 
+@pytest.mark.parametrize("numbers", [1, 200])
+def test_many_long_rows_are_copied_a_few_at_a_time(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Rows(width=16, value_width=8)
+    expected = rows.attend(plain.paged_attention_decode)
+    monkeypatch.setattr(plain, "GATHERED", numbers)
+    assert (rows.attend(plain.paged_attention_decode) - expected).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_the_new_keys_and_values_are_in_the_caches_afterwards_and_nothing_else_has_changed(way: Way) -> None:
     rows = Rows(width=16, value_width=8)

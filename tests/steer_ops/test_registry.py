@@ -7,15 +7,27 @@ import torch
 
 import steer_ops
 from steer_ops import plain
-from steer_ops.ops import PAGED_ATTENTION_DECODE, RMS_NORM, ROTARY, SILU_MUL, STEER_AND_COUNT, TILED_LINEAR
-from steer_ops.registry import DTYPES, NAMESPACE, Op
+from steer_ops.ops import (
+    ADD_RMS_NORM,
+    GATHER_KV,
+    PAGED_ATTENTION_DECODE,
+    RMS_NORM,
+    ROTARY,
+    SILU_MUL,
+    STEER_AND_COUNT,
+    TILED_LINEAR,
+    VARLEN_ATTENTION,
+    WRITE_KV,
+)
+from steer_ops.registry import DTYPES, NAMESPACE, Op, _run
 
 CPU = torch.device("cpu")
-OPS = [PAGED_ATTENTION_DECODE, STEER_AND_COUNT, RMS_NORM, ROTARY, SILU_MUL, TILED_LINEAR]
+OPS = [PAGED_ATTENTION_DECODE, STEER_AND_COUNT, RMS_NORM, ROTARY, SILU_MUL, TILED_LINEAR]  # with kernels for CPUs
+CUDA_OPS = [ADD_RMS_NORM, GATHER_KV, VARLEN_ATTENTION, WRITE_KV]
 needs_kernels = pytest.mark.skipif(not RMS_NORM.has_kernel(CPU, torch.float32), reason="nothing can be compiled here")
 
 
-@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+@pytest.mark.parametrize("op", [*OPS, *CUDA_OPS], ids=lambda op: op.name)
 def test_pytorch_knows_its_schema_and_what_it_writes_to(op: Op) -> None:
     for args, named in op._examples(torch.float32):
         torch.library.opcheck(op.overload, args, named, test_utils=("test_schema", "test_faketensor"))
@@ -58,6 +70,22 @@ def test_a_kernel_that_fails_is_not_used(monkeypatch: pytest.MonkeyPatch, caplog
     monkeypatch.setattr(RMS_NORM, "overload", broken)
     assert RMS_NORM.choose(CPU, torch.float32) is plain.rms_norm
     assert "fails (no such instruction)" in caplog.text
+
+
+@pytest.mark.parametrize("op", CUDA_OPS, ids=lambda op: op.name)
+def test_what_has_a_kernel_for_cuda_alone_the_twin_computes_on_a_cpu(op: Op) -> None:
+    assert op.choose(CPU, torch.float32) is op.twin
+
+
+def test_a_kernel_is_tried_on_its_own_device() -> None:
+    seen: list[str] = []
+
+    def kernel(x: torch.Tensor, *, sinks: torch.Tensor, scale: float) -> torch.Tensor:
+        seen.extend([x.device.type, sinks.device.type])
+        return x
+
+    _run(kernel, (torch.ones(2),), {"sinks": torch.ones(2), "scale": 1.0}, torch.device("meta"))
+    assert seen == ["meta", "meta"]
 
 
 def test_what_no_kernel_computes_the_twin_does() -> None:

@@ -3,6 +3,7 @@ import math
 import os
 import pickle
 import shutil
+import tracemalloc
 from hashlib import sha256
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from steering import (
     Site,
     SiteKind,
     base_model_info,
+    checkpoint,
     find,
     list_checkpoints,
     load,
@@ -494,3 +496,42 @@ def test_columns_must_be_as_wide_as_the_sites_of_the_model(tmp_path):
     verify_sites(write(tmp_path / "fits", [column(HEADS, 48)], base_model=info), model)
     with pytest.raises(CheckpointMismatch, match=r"width 32, but site 1\.attn_heads of the model has width 48"):
         verify_sites(write(tmp_path / "not", [column(HEADS, 32)], base_model=info), model)
+
+
+def test_what_is_too_large_is_refused_before_it_is_read(folder):
+    for name, size in ((checkpoint.TENSORS, 2**30), (checkpoint.CONFIG, 39 * 10**6)):
+        sound = (folder / name).read_bytes()
+        with (folder / name).open("r+b") as file:
+            file.truncate(size)  # sparse: it takes no room
+        tracemalloc.start()
+        with pytest.raises(CheckpointError, match=rf"{name} has {size} bytes; it can have \d+ at most"):
+            load(folder)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+        tracemalloc.stop()
+        (folder / name).write_bytes(sound)
+    assert load(folder)
+
+
+def test_what_would_be_too_large_to_be_loaded_is_not_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "MAX_CONFIG", 100)
+    with pytest.raises(CheckpointError, match=r"config.json would have \d+ bytes, over 100"):
+        write(tmp_path / "mine" / "1")
+    assert not (tmp_path / "mine").exists()
+
+
+def test_a_folder_is_being_written_until_its_config_is_there(folder, monkeypatch):
+    root, name, version = folder.parent.parent, folder.parent.name, folder.name
+    assert not checkpoint.is_being_written(root, name, version)
+    seen = []
+    real = Path.replace
+
+    def watched(self, target):
+        seen.append([checkpoint.is_being_written(root, name, one) for one in (version, None)])
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", watched)
+    write(folder)
+    assert seen
+    assert all(map(all, seen))
+    assert not checkpoint.is_being_written(root, name, version)
+    assert not checkpoint.is_being_written(root, "..", "*")

@@ -400,6 +400,7 @@ def table() -> bytes:
         ("v.pt", pickled(ControlVector()), "is code, and is not run; it asks for .*ControlVector"),
         ("v.pt", pickled({1: V.numpy()}), "is code, and is not run; it asks for numpy.* save its arrays as tensors"),
         ("v.pt", b"hello, these are no tensors", "v.pt"),
+        ("v.pt", b"hi", "v.pt is no sound file of PyTorch's$"),
     ],
 )  # fmt: skip
 def test_what_is_no_file_of_vectors_is_called_what_it_is(tmp_path, name, data, message):

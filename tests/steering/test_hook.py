@@ -15,6 +15,7 @@ from steering import (
     steer,
     trace,
 )
+from steering.operators import Trace
 from tests.steering.families import HIDDEN, LAYERS, VOCABULARY, column, hooks, tiny
 
 MIDDLE = Site(1, SiteKind.ATTN_OUTPUT)
@@ -320,7 +321,7 @@ def test_trace_records_what_the_last_forward_did(model):
     with Steering(model, bank, traced=True) as steering:
         bank.fill([row], [0, -1] * 6)
         logits(model)
-        found = steering.trace_at(MIDDLE, 12)
+        found = Trace(*steering.traces[MIDDLE].unbind(dim=2))
     at = bank.at(MIDDLE)
     expected = trace(seen[0], at.vectors, at.weights, at.biases, at.kinds, at.multipliers)
     for name in ("gates", "strengths", "delta_norms", "cosines"):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from steering import checkpoint as checkpoints
 from steering import known_models
 from steering.errors import ModelError
 from steering.known_models import KNOWN, KnownModel, cache_folder, fetch, located
@@ -91,3 +92,14 @@ def test_what_is_known_can_be_checked() -> None:
         assert name == model.name
         assert len(model.sha256) == 64
         assert model.file.endswith(".gguf")
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_checkpoint_that_is_shipped_for_it_is_of_the_texts_that_are_shipped() -> None:
+    shipped = checkpoints.load(ROOT / "checkpoints/tone/v1")
+    assert shipped.config.base_model.id == "smollm2"
+    assert shipped.attributes == {"cheerful": 1.0, "formal": 0.0}
+    for source in shipped.config.training["data"]:
+        assert source["sha256"] == hashlib.sha256((ROOT / source["path"]).read_bytes()).hexdigest()

@@ -1,23 +1,12 @@
 """A text becomes the same tokens wherever it is read, and no beginning-of-text token twice."""
 
-from typing import Any
-
 import pytest
 
 from steering.errors import TextError
-from steering.text import encode, render_chat
+from steering.text import encode
 from tests.training.helpers import END, make_tokenizer
 
 BEGIN = "<|begin|>"
-CHATML = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-PARTS = (
-    "{% for m in messages %}{{ m.role }}:{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}{% endif %}"
-    "{% endfor %}\n{% endfor %}assistant:"
-)
-TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is red? "}]
 
 
 def test_text_gets_the_special_tokens_of_the_tokenizers_own_rule() -> None:
@@ -54,30 +43,3 @@ def test_a_token_in_front_counts_whatever_the_tokenizer_calls_it() -> None:
 def test_half_a_surrogate_pair_is_named() -> None:
     with pytest.raises(TextError, match=r"the text holds \\ud83d, half of a surrogate pair"):
         encode(make_tokenizer(), "Q: \ud83d")
-
-
-def test_a_conversation_is_rendered_up_to_the_next_answer() -> None:
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = CHATML
-    assert render_chat(tokenizer, TURNS) == "<|system|>Be brief.<|end|><|user|>What is red? <|end|><|assistant|>"
-
-
-def test_a_template_that_wants_parts_gets_parts() -> None:
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = PARTS
-    assert render_chat(tokenizer, TURNS) == "system:Be brief.user:What is red? assistant:"
-
-
-@pytest.mark.parametrize(
-    ("template", "said"),
-    [
-        (None, "has no chat template"),
-        ("assistant:", "it leaves out what the user says"),
-        ("{{ raise_exception('no system turns') }}", "no system turns"),
-    ],
-)
-def test_a_template_that_is_missing_or_says_nothing_is_refused(template: str | None, said: str) -> None:
-    tokenizer: Any = make_tokenizer()
-    tokenizer.chat_template = template
-    with pytest.raises(TextError, match=said):
-        render_chat(tokenizer, TURNS)

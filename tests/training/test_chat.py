@@ -120,6 +120,23 @@ def test_stored_activations_are_evaluated_on_data_of_their_form(here: Path) -> N
     assert checkpoints.load(here / "checkpoints/x/v1").config.training["form"] == "chat"
 
 
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Everything that was continued for a judge, as text."""
+    from training.evaluation import generation
+
+    found: list[str] = []
+    encode = generation.encode_prompt
+
+    def seen(tokenizer: Any, *asked: Any) -> tuple[int, ...]:
+        ids = encode(tokenizer, *asked)
+        found.append(tokenizer.decode(ids))
+        return ids
+
+    monkeypatch.setattr(generation, "encode_prompt", seen)
+    return found
+
+
 JUDGE = ["--judge", "judges_of_chats:judge", "--prompts", "questions.jsonl", "--max-new-tokens", "4"]
 
 
@@ -132,19 +149,8 @@ JUDGE = ["--judge", "judges_of_chats:judge", "--prompts", "questions.jsonl", "--
     ],
 )
 def test_judged_answers_go_through_the_template_where_there_is_one(
-    here: Path, model: str, option: list[str], form: str, monkeypatch: pytest.MonkeyPatch
+    here: Path, model: str, option: list[str], form: str, read: list[str]
 ) -> None:
-    from training.evaluation import generation
-
-    read: list[str] = []
-    encode = generation.encode_prompt
-
-    def seen(tokenizer: Any, prompt: str, turns: Any = ()) -> tuple[int, ...]:
-        ids = encode(tokenizer, prompt, turns)
-        read.append(tokenizer.decode(ids))
-        return ids
-
-    monkeypatch.setattr(generation, "encode_prompt", seen)
     data = ["--data", "tone=rendered.jsonl"]
     sweep = [*data, *PLACE, "--method", "caa", "--multipliers", "1", "--out", "swept", *JUDGE, *option]
     done("sweep", *sweep, model=model)
@@ -186,3 +192,138 @@ def test_a_file_of_prompts_with_another_field_is_named(here: Path) -> None:
     result = run("sweep", "--data", "tone=prompts.jsonl", *PLACE, "--out", "x", *judge)
     assert result.exit_code == 2
     assert 'own.jsonl:1: there is no field "promt"; did you mean "prompt"?' in result.output
+
+
+OTHER = (
+    "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<answer>{{ mood }}{% endif %}"
+)
+
+
+def other(here: Path, kwargs: str = '{"mood": "calm"}') -> list[str]:
+    (here / "other.jinja").write_text(OTHER)
+    return ["--chat-template", "other.jinja", "--chat-template-kwargs", kwargs]
+
+
+def test_another_template_and_its_variables_make_the_texts(here: Path) -> None:
+    rows = [json.loads(line) for line in (here / "messages.jsonl").read_text().splitlines()]
+    known = [
+        {
+            "prompt": f"{BEGIN}<user>{row['messages'][0]['content']}<answer>calm",
+            "completion": row["messages"][1]["content"],
+            "label": row["label"],
+            "group": row["group"],
+        }
+        for row in rows
+    ]
+    dump(here / "known.jsonl", known)
+    done("extract", "--data", "tone=known.jsonl", *PLACE, "--out", "known")
+    for model in ("model", "plain-model"):
+        done("extract", "--data", "tone=messages.jsonl", *other(here), *PLACE, "--out", f"by-{model}", model=model)
+        values, expected = (load_file(here / name / "shard-00000.safetensors") for name in (f"by-{model}", "known"))
+        assert all(bool((values[key] == expected[key]).all()) for key in expected)
+        about = json.loads((here / f"by-{model}" / "manifest.json").read_text())["plan"]["chat_template"]
+        assert (about["file"], about["kwargs"]) == ("other.jinja", {"mood": "calm"})
+
+
+def test_the_card_says_which_template_it_was(here: Path) -> None:
+    done("train", "--data", "tone=messages.jsonl", *other(here), *PLACE, "--method", "caa", "--out", "checkpoints/mine")
+    training = checkpoints.load(here / "checkpoints/mine/v1").config.training
+    assert training["chat_template"]["kwargs"] == {"mood": "calm"}
+    card = (here / "checkpoints/mine/v1/README.md").read_text()
+    assert f"the chat template `other.jinja` (sha256 `{training['chat_template']['sha256'][:12]}`)" in card
+    assert '"chat_template_kwargs": {"mood": "calm"}, "checkpoint": "mine@v1"' in card
+
+
+@pytest.mark.parametrize(
+    ("options", "model", "said"),
+    [
+        (["--chat-template", "gone.jinja"], "model", "The chat template 'gone.jinja' cannot be read: No such file"),
+        (["--chat-template-kwargs", "[1]"], "model", "it takes a JSON object"),
+        (["--chat-template-kwargs", "mood=calm"], "model", "it takes a JSON object"),
+        (["--chat-template-kwargs", '{"mood": 1}'], "model", "The model's chat template has no variable 'mood'."),
+        (["--chat-template-kwargs", '{"tokenize": true}'], "model", "'tokenize' is no variable"),
+        (["--chat-template-kwargs", '{"mood": 1}'], "plain-model", "the model's tokenizer has none"),
+        ([], "plain-model", "has no chat template; --chat-template FILE gives it one"),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_one_sentence(here: Path, options: list[str], model: str, said: str) -> None:
+    for command in ("extract", "train", "sweep"):
+        result = run(command, "--data", "tone=messages.jsonl", *options, *PLACE, "--out", "checkpoints/x", model=model)
+        assert result.exit_code == 2, result.output
+        assert said in " ".join(result.output.replace("│", " ").split())
+
+
+def test_a_template_is_tried_once_however_many_rows_there_are(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from steering.chat_template import ChatTemplate
+
+    tried: list[None] = []
+    try_out = ChatTemplate._try_out
+    monkeypatch.setattr(ChatTemplate, "_try_out", lambda self: (tried.append(None), try_out(self))[1])
+    done("train", "--data", "tone=messages.jsonl", *PLACE, "--method", "caa", "--out", "checkpoints/mine")
+    assert len(tried) == 1
+
+
+def test_a_sweep_under_another_template_is_measured_anew(here: Path, read: list[str]) -> None:
+    sweep = ["--data", "tone=rendered.jsonl", *PLACE, "--method", "caa", "--multipliers", "1", "--out", "swept", *JUDGE]
+    for options, times in (([], 1), ([], 1), (other(here), 2), (other(here, '{"mood": "loud"}'), 3)):
+        done("sweep", *sweep, *options)
+        assert len({text.split("Where")[1].split("?")[1] for text in read}) == times
+
+
+def test_judged_prompts_may_be_conversations(here: Path, read: list[str]) -> None:
+    system = {"role": "system", "content": "Be kind."}
+    asked = [{"role": "user", "content": "Where?"}]
+    answered = [*asked, {"role": "assistant", "content": "Here."}]
+    dump(
+        here / "mixed.jsonl",
+        [
+            {"messages": [system, *asked]},
+            {"messages": answered, "label": True, "group": 1},
+            {"messages": [*answered, *asked]},
+            {"prompt": "When?"},
+        ],
+    )
+    (here / "judges_of_mixed.py").write_text(
+        "seen = []\n\ndef judge(prompt, text):\n    seen.append(prompt)\n    return {'asked': True}\n"
+    )
+    done("train", "--data", "tone=rendered.jsonl", *PLACE, "--method", "caa", "--out", "checkpoints/x", "--no-evaluate")
+    judged = ["--judge", "judges_of_mixed:judge", "--prompts", "mixed.jsonl", "--max-new-tokens", "2"]
+    done("evaluate", "--checkpoint", "checkpoints/x", *judged)
+    assert read == [
+        f"{BEGIN}system: Be kind.<|end|>user: Where?<|end|>assistant: ",
+        f"{BEGIN}user: Where?<|end|>assistant: ",
+        f"{BEGIN}user: Where?<|end|>assistant: Here.<|end|>user: Where?<|end|>assistant: ",
+        f"{BEGIN}user: When?<|end|>assistant: ",
+    ]
+    from importlib import import_module
+
+    assert import_module("judges_of_mixed").seen == [
+        "system: Be kind.\nuser: Where?",
+        "Where?",
+        "user: Where?\nassistant: Here.\nuser: Where?",
+        "When?",
+    ]
+    refused = run("evaluate", "--checkpoint", "checkpoints/x", *judged, "--plain-prompts")
+    assert refused.exit_code == 2
+    assert "--plain-prompts is for texts, and some of the prompts are conversations" in refused.output
+    refused = run("evaluate", "--checkpoint", "checkpoints/x", *judged, model="plain-model")
+    assert refused.exit_code == 2
+    assert "has no chat template" in refused.output
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"messages": []}, '"messages" must be a list of a user\'s turn, perhaps more, got []'),
+        ({"messages": [{"role": "assistant", "content": "Here."}]}, '"messages" must have a turn of the user'),
+        ({"messages": [{"role": "user", "content": " "}]}, '"messages" must have a turn of the user'),
+        ({"messages": [{"role": "user", "content": "a"}], "prompt": "a"}, '"prompt" and "messages" are two ways'),
+    ],
+)
+def test_a_conversation_that_asks_nothing_is_named(here: Path, row: dict[str, Any], said: str) -> None:
+    dump(here / "own.jsonl", [row])
+    judge = ["--judge", "judges_of_chats:judge", "--prompts", "own.jsonl"]
+    result = run("sweep", "--data", "tone=prompts.jsonl", *PLACE, "--out", "x", *judge)
+    assert result.exit_code == 2
+    assert f"own.jsonl:1: {said}" in result.output

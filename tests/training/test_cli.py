@@ -77,6 +77,8 @@ def test_train_writes_a_checkpoint_that_loads(here: Path, method: str) -> None:
 def test_train_with_a_judge_strengths_and_a_second_version(here: Path) -> None:
     first = run("train", *DATA, *FIT, "--out", "checkpoints/mine", "--no-evaluate")
     assert first.exit_code == 0, first.output
+    assert "4/5 no evaluation" in first.output
+    assert "evaluate on test" not in first.output
     options = ["--strength", "2", "--strength", "civility=3", "--set", "truthfulness=1.5"]
     second = run("train", *DATA, *FIT, "--out", "checkpoints/mine", *JUDGE, *options)
     assert second.exit_code == 0, second.output

@@ -1,6 +1,7 @@
 """`matsteer data` shows what is there; a checkpoint is evaluated in the splits that it was trained in."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ from typer.testing import CliRunner, Result
 
 from tests.training.helpers import make_llama, make_tokenizer
 from training.cli import app
-from training.data.splits import SPLITS
+from training.data.sources import load_data
+from training.data.splits import SPLITS, split_samples
 
 FIXTURES = Path(__file__).parent / "data"
 
@@ -27,6 +29,33 @@ def test_data_are_counted_and_shown() -> None:
     wrong = run("data", "truthfulqa=gone.csv")
     assert wrong.exit_code == 2
     assert "error: gone.csv cannot be read: No such file or directory." in wrong.output
+
+
+def test_data_are_written_as_conversations_or_texts_that_are_read_as_the_same(tmp_path: Path) -> None:
+    known = [
+        f"truthfulqa={FIXTURES}/truthfulqa.csv",
+        f"bbq={FIXTURES}/bbq",
+        f"helpfulness=helpsteer:{FIXTURES}/helpsteer.jsonl",
+    ]
+    for option, data in ((["--chat"], known), ([], [*known, f"toxigen={FIXTURES}/toxigen_train.csv"])):
+        file = tmp_path / "rows.jsonl"
+        result = run("data", *data, *option, "--out", str(file))
+        assert result.exit_code == 0, result.output
+        written = split_samples(load_data(data, chat=bool(option)), seed=0)
+        read = split_samples(load_data([f"any={file}"]), seed=9)
+        shown = {"prompt": "", "question": ""}  # what people see of a conversation is written in one way
+        hidden = shown if option else {}
+        assert [replace(one, **hidden) for one in read] == [replace(one, **hidden) for one in written]
+        assert ("messages" in json.loads(file.read_text().splitlines()[0])) == bool(option)
+        asked = "Do goldfish forget everything after three seconds?"
+        assert (f"Q: {asked} A:" in result.output) != bool(option)
+        assert asked in result.output
+
+
+def test_texts_without_a_prompt_are_no_conversations() -> None:
+    result = run("data", f"toxigen={FIXTURES}/toxigen_train.csv", "--chat")
+    assert result.exit_code == 2
+    assert "--chat makes the prompt a user's turn, and this text has no prompt" in result.output
 
 
 def test_no_seed_moves_a_training_question_into_the_test_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,3 +174,13 @@ def test_threads_are_those_that_were_asked_for(here: Path) -> None:
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_an_attribute_that_is_off_by_default_is_measured_alone_all_the_same(here: Path) -> None:
+    done("train", *DATA, *CAA, "--layer", "1", "--set", "tone=0", "--data", "more=tone.jsonl")
+    arms = checkpoints.load(here / "checkpoints/x/v1").config.evaluation["arms"]
+    assert {arm["arm"]: arm["attributes"] for arm in arms if arm["arm"] != "unsteered"} == {
+        "steered": {"tone": 0.0, "more": 1.0},
+        "tone alone": {"tone": 1.0},
+        "more alone": {"more": 1.0},
+    }

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from steering.chat_template import open_chat_template
 from tests.training.helpers import make_tokenizer
 from training.activations.tokenization import batches, encode, encode_prompt, pad_left, pad_right
 from training.data import Turn
@@ -69,13 +70,6 @@ class Slow:
     def __call__(self, text: str, *, add_special_tokens: bool = True, **_: Any) -> Any:
         return {"input_ids": self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]}
 
-    @property
-    def chat_template(self) -> Any:
-        return self.tokenizer.chat_template
-
-    def apply_chat_template(self, *given: Any, **options: Any) -> Any:
-        return self.tokenizer.apply_chat_template(*given, **options)
-
 
 @pytest.mark.parametrize("prompt", ["Q: What colour is the sky? A:", ""])
 def test_tokenizers_without_offsets_give_the_same(tokenizer: Any, prompt: str) -> None:
@@ -131,9 +125,9 @@ def test_a_conversation_is_read_as_it_is_served(fast: bool) -> None:
     turns = [Turn("system", "Be brief."), Turn("user", "What do cows say?")]
     messages = [turn._asdict() for turn in turns]
     asked = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    reader = tokenizer if fast else Slow(tokenizer)
-    assert list(encode_prompt(reader, "unused", turns)) == asked
-    encoded = encode(reader, "unused", "Moo, you silly", turns)
+    reader, chat = tokenizer if fast else Slow(tokenizer), open_chat_template(tokenizer)
+    assert list(encode_prompt(reader, "unused", turns, chat)) == asked
+    encoded = encode(reader, "unused", "Moo, you silly", turns, chat)
     assert tokenizer.decode(encoded.targets) == "Moo, you silly"
     assert list(encoded.ids[: encoded.start + 1]) == asked
     assert encoded.ids.count(tokenizer.bos_token_id) == 1

@@ -18,6 +18,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from steering.chat_template import ChatTemplate
 from steering.sites import text_config
 from steering.types import Site
 from training.activations import Pool
@@ -36,7 +37,7 @@ from training.activations.store import (
     write_shard,
 )
 from training.activations.tokenization import Encoded, batches, check_ids, encode, pad_right
-from training.data.samples import Sample
+from training.data.samples import Form, Sample
 from training.distributed import Processes, joined
 from training.errors import ActivationError, DataError
 from training.files import content_key, write_json
@@ -67,6 +68,7 @@ class ExtractionJob:
     """Hashes of what decides the activations: who has them, has the work."""
     sharing: bool
     """Whether samples with the same prompt run from the same keys and values."""
+    chat: ChatTemplate | None = None
 
     @classmethod
     def of(
@@ -78,11 +80,12 @@ class ExtractionJob:
         pool: Pool,
         max_rows: int,
         max_tokens: int,
+        chat: ChatTemplate | None = None,
     ) -> Self:
-        """Raises DataError without samples."""
+        """`chat`: renders samples that are conversations. Raises DataError without samples."""
         if not samples:
             raise DataError("There are no samples to extract activations from.")
-        encoded = [_needed(row, pool) for row in _encode(model, tokenizer, samples)]
+        encoded = [_needed(row, pool) for row in _encode(model, tokenizer, samples, chat)]
         _check_sinks(samples, encoded, pool)
         plan = {
             "model": model_hash(model),
@@ -100,6 +103,7 @@ class ExtractionJob:
             max_tokens=max_tokens,
             plan=plan,
             sharing=worth_sharing(model, list(dict.fromkeys(encoded))),
+            chat=chat,
         )
 
     @property
@@ -109,9 +113,12 @@ class ExtractionJob:
 
     @property
     def source(self) -> dict[str, Any]:
-        """The plan, the model's number of attention heads, the form of the texts, and a hash of what is known of the
-        samples."""
-        known = {"heads": head_count(self.model), "form": self.samples[0].form.value}
+        """The plan, the model's number of attention heads, the form of the texts with the chat template that rendered
+        them, and a hash of what is known of the samples."""
+        form = self.samples[0].form
+        known: dict[str, Any] = {"heads": head_count(self.model), "form": form.value}
+        if form is Form.CHAT and self.chat is not None:
+            known["chat_template"] = self.chat.describe()
         return {**self.plan, **known, "data": samples_hash(self.samples)}
 
     @property
@@ -177,9 +184,9 @@ def _copies(counts: Sequence[int], targets: Sequence[Tensor]) -> tuple[Tensor, T
     return torch.cat(sources), torch.cat(places)
 
 
-def _encode(model: Any, tokenizer: Any, samples: Sequence[Sample]) -> list[Encoded]:
+def _encode(model: Any, tokenizer: Any, samples: Sequence[Sample], chat: ChatTemplate | None) -> list[Encoded]:
     limit = getattr(model.config, "max_position_embeddings", None) or 1 << 30
-    encoded = [encode(tokenizer, sample.prompt, sample.completion, sample.turns) for sample in samples]
+    encoded = [encode(tokenizer, sample.prompt, sample.completion, sample.turns, chat) for sample in samples]
     check_ids(model, tokenizer, (row.ids for row in encoded))
     long = sum(len(row.ids) > limit for row in encoded)
     if long:
@@ -223,6 +230,7 @@ def extract(
     samples: Sequence[Sample],
     sites: Sequence[Site],
     *,
+    chat: ChatTemplate | None = None,
     pool: Pool = Pool.MEAN,
     out: Path | None = None,
     max_rows: int = 64,
@@ -235,7 +243,7 @@ def extract(
     With `out`, they are written there by `extract_to` and read back. Raises DataError without samples,
     ActivationError when `out` belongs to a different extraction.
     """
-    job = ExtractionJob.of(model, tokenizer, samples, sites, pool, max_rows, max_tokens)
+    job = ExtractionJob.of(model, tokenizer, samples, sites, pool, max_rows, max_tokens, chat)
     if out is not None:
         _store(job, out, shard_size, progress)
         return load_activations(out)
@@ -251,6 +259,7 @@ def extract_to(
     samples: Sequence[Sample],
     sites: Sequence[Site],
     *,
+    chat: ChatTemplate | None = None,
     pool: Pool = Pool.MEAN,
     max_rows: int = 64,
     max_tokens: int = _MAX_TOKENS,
@@ -259,7 +268,7 @@ def extract_to(
 ) -> int:
     """`extract` into a folder that `load_activations` reads; the number of rows. Memory: one shard of `shard_size`
     samples. Shards that an earlier call, or another process of this one, has finished are not computed again."""
-    job = ExtractionJob.of(model, tokenizer, samples, sites, pool, max_rows, max_tokens)
+    job = ExtractionJob.of(model, tokenizer, samples, sites, pool, max_rows, max_tokens, chat)
     return _store(job, out, shard_size, progress)
 
 
@@ -270,12 +279,13 @@ def extract_under(
     samples: Sequence[Sample],
     sites: Sequence[Site],
     *,
+    chat: ChatTemplate | None = None,
     pool: Pool = Pool.MEAN,
     max_rows: int = 64,
     progress: bool = False,
 ) -> Activations:
     """`extract` into `folder`/activations-KEY, where KEY stands for all that decides the activations."""
-    job = ExtractionJob.of(model, tokenizer, samples, sites, pool, max_rows, _MAX_TOKENS)
+    job = ExtractionJob.of(model, tokenizer, samples, sites, pool, max_rows, _MAX_TOKENS, chat)
     out = folder / f"activations-{content_key(job.plan)}"
     _store(job, out, _SHARD_SIZE, progress)
     return load_activations(out)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steering.chat_template import ChatTemplate
 from steering.errors import TextError
-from steering.text import check_characters, render_chat, tokenize
-from steering.text import encode as encode_text
+from steering.text import check_characters, tokenize, tokenize_pair
 from training.data.samples import Turn
 from training.errors import DataError
 
@@ -37,55 +37,42 @@ class Encoded:
         return Encoded(self.ids[cut:], max(0, self.start - cut), self.end - cut) if cut else self
 
 
-def encode(tokenizer: Any, prompt: str, completion: str, turns: Sequence[Turn] = ()) -> Encoded:
+def encode(
+    tokenizer: Any, prompt: str, completion: str, turns: Sequence[Turn] = (), chat: ChatTemplate | None = None
+) -> Encoded:
     """Tokenise the whole text at once, with the special tokens of the tokenizer's own rule. `turns` stand in place of
-    the prompt as the chat template renders them, with the special tokens that it writes.
+    the prompt as `chat` renders them, with the special tokens that it writes.
 
     A token that holds characters of both belongs to the completion: it is predicted from the token before it. Raises
     DataError for turns that cannot be rendered, and for half of a surrogate pair.
     """
-    prompt = _rendered(tokenizer, turns) if turns else prompt
-    text = prompt + completion
-    if getattr(tokenizer, "is_fast", False):
-        ids, spans = _with_spans(tokenizer, text, special=not turns)
-        written = [i for i, (begin, stop) in enumerate(spans) if stop > begin]
-        first = next((i for i in written if spans[i][1] > len(prompt)), len(ids))
-        last = written[-1] if written else len(ids) - 1
-    else:
-        ids = _ids(tokenizer, text, special=not turns)
-        alone = _ids(tokenizer, prompt, special=not turns) if prompt else []
-        first = next((i for i, (a, b) in enumerate(zip(ids, alone, strict=False)) if a != b), min(len(ids), len(alone)))
-        last = len(ids) - 1
-    return Encoded(tuple(ids), max(first - 1, 0), last)
+    prompt = _rendered(chat, turns) if turns else prompt
+    _check(prompt + completion)
+    before, after = tokenize_pair(tokenizer, prompt, completion, add_special_tokens=False if turns else None)
+    ids = (*before, *after)
+    return Encoded(ids, max(len(before) - 1, 0), len(ids) - 1)
 
 
-def encode_prompt(tokenizer: Any, prompt: str, turns: Sequence[Turn] = ()) -> tuple[int, ...]:
+def encode_prompt(
+    tokenizer: Any, prompt: str, turns: Sequence[Turn] = (), chat: ChatTemplate | None = None
+) -> tuple[int, ...]:
     """Token ids to continue from: the tokenizer's own special tokens before the text, but none after it; `turns` as in
     `encode`. Raises DataError as it does."""
-    prompt = _rendered(tokenizer, turns) if turns else prompt
-    if not getattr(tokenizer, "is_fast", False):
-        return tuple(_ids(tokenizer, prompt, special=not turns))
-    ids, spans = _with_spans(tokenizer, prompt, special=not turns)
-    last = max((i for i, (begin, stop) in enumerate(spans) if stop > begin), default=len(ids) - 1)
-    return tuple(ids[: last + 1])
+    prompt = _rendered(chat, turns) if turns else prompt
+    _check(prompt)
+    return tokenize(tokenizer, prompt, add_special_tokens=False if turns else None).ids
 
 
-def _ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
-    with _named(text):
-        return encode_text(tokenizer, text, add_special_tokens=special)
+def _rendered(chat: ChatTemplate | None, turns: Sequence[Turn]) -> str:
+    with _named(turns[-1].content):
+        if chat is None:
+            raise TextError("the model's tokenizer has no chat template; --chat-template FILE gives it one")
+        return chat.render([turn._asdict() for turn in turns])
 
 
-def _with_spans(tokenizer: Any, text: str, *, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
-    """The ids that `steering.text.encode` gives, and the characters of the text that each stands for."""
+def _check(text: str) -> None:
     with _named(text):
         check_characters(text)
-    found = tokenize(tokenizer, text, add_special_tokens=None if special else False)
-    return list(found.ids), list(found.spans or ())
-
-
-def _rendered(tokenizer: Any, turns: Sequence[Turn]) -> str:
-    with _named(turns[-1].content):
-        return render_chat(tokenizer, [turn._asdict() for turn in turns])
 
 
 @contextmanager

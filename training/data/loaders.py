@@ -22,7 +22,7 @@ from training.data.rows import (
     text_field,
     without_blanks,
 )
-from training.data.samples import Item, Sample, Split, Task, Turn, question_sample
+from training.data.samples import Item, Sample, Split, Task, Turn, question_sample, show_turns
 from training.errors import DataError
 
 TOXIGEN_TOXIC = 5.5
@@ -80,20 +80,20 @@ def _jsonl_texts(row: Row) -> tuple[str, str, tuple[Turn, ...]]:
         raise DataError(f'{row.where}: "prompt" goes with "completion", not with "{forms[0]}".')
     if forms == ["text"]:
         return "", text_field(row, "text"), ()
-    *turns, answer = _messages(row)
+    *turns, answer = messages_field(row, least=2)
     if answer.role != "assistant" or not answer.content.strip():
         raise DataError(f'{row.where}: the last of "messages" must be the assistant\'s answer, which is not empty.')
     # What answers one question has one prompt, whichever way it is written.
-    shown = turns[0].content if [turn.role for turn in turns] == ["user"] else "\n".join(map(": ".join, turns))
-    return shown, answer.content.lstrip(), tuple(turns)
+    return show_turns(turns), answer.content.lstrip(), tuple(turns)
 
 
-def _messages(row: Row) -> list[Turn]:
-    """The turns of `messages`, two or more. Raises DataError."""
+def messages_field(row: Row, *, least: int) -> list[Turn]:
+    """The turns of `messages`, at least so many. Raises DataError."""
     messages = row.fields["messages"]
-    if not isinstance(messages, list) or len(messages) < 2:
+    if not isinstance(messages, list) or len(messages) < least:
+        answer = ", and the answer" if least > 1 else ""
         raise DataError(
-            f'{row.where}: "messages" must be a list of a user\'s turn, perhaps more, and the answer, got {messages!r}.'
+            f'{row.where}: "messages" must be a list of a user\'s turn, perhaps more{answer}, got {messages!r}.'
         )
     found = []
     for number, message in enumerate(messages):

@@ -20,6 +20,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
+from steering.text import lone_surrogate
 from training.data.samples import Split
 from training.errors import DataError
 
@@ -273,7 +274,7 @@ def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{where}: expected a JSON object, got {type(value).__name__}.")
     for name, item in value.items():
-        if not all(map(is_whole, _strings([name, item]))):
+        if any(map(lone_surrogate, _strings([name, item]))):
             raise DataError(
                 f"{where}: {json.dumps(name)} holds half of a surrogate pair (as in \\ud83d), which is no character."
             )
@@ -291,15 +292,6 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from _strings(item)
-
-
-def is_whole(text: str) -> bool:
-    """Whether there is no half of a surrogate pair in it, which JSON can write and no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _quoted(names: Iterable[str]) -> str:

@@ -1,5 +1,7 @@
 """The one record type that every data set becomes."""
 
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -55,6 +57,13 @@ class Item:
     biased: tuple[int, ...] | None = None
     """BBQ: the answers that follow the bias: the group that it is against where the question asks for something bad,
     else the others; None where the row does not say."""
+
+
+def show_turns(turns: Sequence[Turn]) -> str:
+    """For people and judges: what the user says, where that is all there is, else who says what."""
+    if [turn.role for turn in turns] == ["user"]:
+        return turns[0].content
+    return "\n".join(map(": ".join, turns))
 
 
 @dataclass(frozen=True)
@@ -113,3 +122,20 @@ def question_sample(
     a word with it, and a prompt that ends in one would be continued by tokens that the model has hardly seen there."""
     question, answer = question.strip(), answer.strip()
     return Sample(attribute, f"Q: {question} A:", f" {answer}", label, group, split, question=question)
+
+
+def dump_samples(samples: Iterable[Sample]) -> str:
+    """JSON lines of the plain form, which are read as the same samples."""
+    return "".join(json.dumps(_row(sample), ensure_ascii=False) + "\n" for sample in samples)
+
+
+def _row(sample: Sample) -> dict[str, Any]:
+    if sample.turns:
+        turns = (*sample.turns, Turn("assistant", sample.completion))
+        said: dict[str, Any] = {"messages": [turn._asdict() for turn in turns]}
+    elif sample.prompt:
+        said = {"prompt": sample.prompt, "completion": sample.completion}
+    else:
+        said = {"text": sample.completion}
+    known = {"label": sample.label, "attribute": sample.attribute, "group": sample.group}
+    return {**said, **known, **({"split": sample.split.value} if sample.split else {})}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from steering.text import lone_surrogate
 from training.data.loaders import LOADERS, Loader
 from training.data.rows import (
     Problems,
@@ -18,7 +19,6 @@ from training.data.rows import (
     collect,
     content_hash,
     data_format,
-    is_whole,
     read_rows,
     split_named,
 )
@@ -52,7 +52,7 @@ class DataSpec:
     def parse(cls, text: str) -> "DataSpec":
         """NAME is an attribute, or a loader that knows its own attributes. Raises DataError."""
         name, found, rest = (part.strip() for part in text.partition("="))
-        if not is_whole(text):
+        if lone_surrogate(text):
             raise DataError(f"Data must be given in the terminal's own encoding, got {text!r}.")
         if not (found and name and rest):
             raise DataError(f"Data must be given as {FORM}, got {text!r}.")

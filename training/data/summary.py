@@ -6,7 +6,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from training.data.samples import Sample, Split
+from training.data.samples import Sample, Split, show_turns
 
 COLUMNS = ("attribute", "split", "positive", "negative", "groups")
 
@@ -61,7 +61,8 @@ def examples_table(samples: Sequence[Sample]) -> Table:
     for attribute in dict.fromkeys(attribute for attribute, _ in first):
         for label, side in ((True, "positive"), (False, "negative")):
             if shown := first.get((attribute, label)):
-                table.add_row(*map(escape, (attribute, side, _short(shown.prompt), _short(shown.completion))))
+                prompt = show_turns(shown.turns) if shown.turns else shown.prompt
+                table.add_row(*map(escape, (attribute, side, _short(prompt), _short(shown.completion))))
     return table
 
 

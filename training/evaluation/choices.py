@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from steering.chat_template import ChatTemplate
 from steering.types import Column, Positions
 from training.activations.tokenization import Encoded, check_ids, encode
-from training.data.samples import Form, Turn
+from training.data.samples import Form
 from training.errors import DataError
 from training.evaluation.damage import damaged
-from training.evaluation.generation import Sampling
+from training.evaluation.generation import Asked, Sampling
 from training.evaluation.kept import Kept
 from training.evaluation.likelihood import log_likelihoods
 from training.evaluation.results import (
@@ -50,6 +51,7 @@ def evaluate_choices(
     columns: Sequence[Column],
     arms: Sequence[Arm],
     *,
+    chat: ChatTemplate | None = None,
     positions: Positions = Positions.GENERATED,
     max_rows: int = 64,
     damage: int = 0,
@@ -65,7 +67,7 @@ def evaluate_choices(
     removed at the end. `advance` is told the share of the whole that has been done.
     """
     rows = [
-        [encode(tokenizer, question.prompt, text, question.turns) for text in question.completions]
+        [encode(tokenizer, question.prompt, text, question.turns, chat) for text in question.completions]
         for question in asked
     ]
     check_ids(model, tokenizer, (row.ids for own in rows for row in own))
@@ -74,7 +76,7 @@ def evaluate_choices(
     rows = [[row.clipped(limit) for row in own] for own in rows]
     total = len(arms) * sum(map(len, rows))
     content = [[one.prompt, *one.completions, *map(list, one.turns)] for one in asked]
-    store = Kept.of(kept, model, columns, arms, [content, positions.value])
+    store = Kept.of(kept, model, columns, arms, [content, positions.value, chat and chat.describe()])
     scored = {(row["question"], row["arm"]): _Scored(row["sums"], row["lengths"]) for row in store.read()}
     done = sum(len(found.sums) for found in scored.values())
     with progress_bar("score", total, "answers", shown=progress, done=done) as shown:
@@ -97,8 +99,8 @@ def evaluate_choices(
         prompts, clusters = _prompts(asked, damage)
         try:
             measures = damaged(
-                model, tokenizer, measures, prompts, clusters, columns, sampling or Sampling(), positions=positions,
-                max_rows=max_rows,
+                model, tokenizer, measures, prompts, clusters, columns, sampling or Sampling(), chat=chat,
+                positions=positions, max_rows=max_rows,
             )  # fmt: skip
         except DataError as error:
             notes.append(str(error))
@@ -175,7 +177,7 @@ def _measures(asked: Sequence[Question], scored: Sequence[_Scored], arm: Arm) ->
     )
 
 
-def _prompts(asked: Sequence[Question], count: int) -> tuple[list[str | tuple[Turn, ...]], list[str]]:
+def _prompts(asked: Sequence[Question], count: int) -> tuple[list[Asked], list[str]]:
     """At most so many prompts, the attributes' in turn, and their clusters."""
     by_attribute = [
         [question for question in asked if question.attribute == name]

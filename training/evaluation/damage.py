@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steering.chat_template import ChatTemplate
 from steering.hook import steered
 from steering.types import Column, Positions
 from training.activations.tokenization import encode_prompt, pad_right
-from training.data.samples import Form, Turn
 from training.errors import DataError
-from training.evaluation.generation import Continuation, Sampling, encoded_prompt, generate
+from training.evaluation.generation import Asked, Continuation, Sampling, encoded_prompt, generate
 from training.evaluation.neutral import TEXTS
 from training.evaluation.results import DAMAGE, Arm, ArmMeasures, Measured
 from training.progress import Advance
@@ -65,11 +65,12 @@ def damaged(
     model: Any,
     tokenizer: Any,
     arms: Sequence[ArmMeasures],
-    prompts: Sequence[str | tuple[Turn, ...]],
+    prompts: Sequence[Asked],
     clusters: Sequence[str],
     columns: Sequence[Column],
     sampling: Sampling,
     *,
+    chat: ChatTemplate | None = None,
     positions: Positions,
     max_rows: int,
 ) -> list[ArmMeasures]:
@@ -77,12 +78,20 @@ def damaged(
     leave room for an answer. Raises DataError where none does."""
     sampling = replace(sampling, samples=1, max_new_tokens=min(NEW_TOKENS, sampling.max_new_tokens))
     room = (getattr(model.config, "max_position_embeddings", None) or 1 << 30) - sampling.max_new_tokens
-    fit = [i for i, p in enumerate(prompts) if 0 < len(encoded_prompt(tokenizer, p, Form.PLAIN)) <= room]
+    fit = [i for i, p in enumerate(prompts) if 0 < len(encoded_prompt(tokenizer, p, chat)) <= room]
     if not fit:
         raise DataError(f"damage: no prompt leaves room for an answer of {sampling.max_new_tokens} tokens.")
     only = [one.arm for one in arms]
     texts = generate(
-        model, tokenizer, [prompts[i] for i in fit], columns, only, sampling, positions=positions, max_rows=max_rows
+        model,
+        tokenizer,
+        [prompts[i] for i in fit],
+        columns,
+        only,
+        sampling,
+        chat=chat,
+        positions=positions,
+        max_rows=max_rows,
     )
     moved = neutral_divergence(model, tokenizer, columns, only)
     return with_damage(arms, texts, [clusters[i] for i in fit], moved)

@@ -9,7 +9,7 @@ from steering import checkpoint as checkpoints
 from steering.operators import gate_codes, gate_values
 from steering.types import Column, Gate, Positions
 from training.activations.store import Activations
-from training.data.samples import Form, Sample, Split
+from training.data.samples import Form, Sample, Split, Turn
 from training.errors import DataError
 from training.evaluation.choices import evaluate_choices
 from training.evaluation.generation import Continuation, Sampling
@@ -40,6 +40,8 @@ class Evaluator:
     def __post_init__(self) -> None:
         if (self.judge is None) != (not self.prompts):
             raise DataError("A judge and prompts belong together: give both or neither.")
+        if self.form is Form.PLAIN and any(not isinstance(prompt.asked, str) for prompt in self.prompts):
+            raise DataError("--plain-prompts is for texts, and some of the prompts are conversations (messages).")
 
     def check(self, samples: Sequence[Sample], split: Split, names: Sequence[str] = ()) -> None:
         """Raises DataError where `evaluate` would find nothing to evaluate on, or without a judge nothing on one of the
@@ -70,6 +72,11 @@ class Evaluator:
         shares of the whole. Raises DataError where the split holds nothing to evaluate on."""
         if self.judge is not None:
             prompts = prompts_of(self.prompts, split, self.limit)
+            if self.form_for(base) is Form.CHAT:
+                prompts = [
+                    replace(one, asked=(Turn("user", one.asked),)) if isinstance(one.asked, str) else one
+                    for one in prompts
+                ]
             return evaluate_generations(
                 base.model,
                 base.tokenizer,
@@ -78,7 +85,7 @@ class Evaluator:
                 columns,
                 arms,
                 self.sampling,
-                form=self.form_for(base),
+                chat=base.chat,
                 positions=self.positions,
                 max_rows=self.max_rows,
                 progress=progress,
@@ -93,6 +100,7 @@ class Evaluator:
             asked,
             columns,
             arms,
+            chat=base.chat,
             positions=self.positions,
             max_rows=self.max_rows,
             damage=self.damage,
@@ -107,7 +115,7 @@ class Evaluator:
 
     def form_for(self, base: Base) -> Form:
         """As it was chosen, else as the model has it."""
-        return self.form or (Form.CHAT if getattr(base.tokenizer, "chat_template", None) else Form.PLAIN)
+        return self.form or (Form.CHAT if base.chat else Form.PLAIN)
 
 
 def _left_out(samples: Sequence[Sample], asked: Sequence[Question], split: Split) -> Iterator[str]:

@@ -9,15 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steering.chat_template import ChatTemplate
 from steering.hook import steered
 from steering.types import Column, Positions
 from training.activations.tokenization import Encoded, check_ids, encode_prompt, pad_left
-from training.data.samples import Form, Turn
+from training.data.samples import Turn, show_turns
 from training.errors import DataError, TrainingError
 from training.evaluation.kept import Kept
 from training.evaluation.likelihood import log_likelihoods
 from training.evaluation.results import Arm
 from training.progress import Advance, progress_bar
+
+Asked = str | tuple[Turn, ...]
+"""A text to continue, or a conversation to answer."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +69,12 @@ class _SequenceId:
 def generate(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str | tuple[Turn, ...]],
+    prompts: Sequence[Asked],
     columns: Sequence[Column],
     arms: Sequence[Arm],
     sampling: Sampling,
     *,
-    form: Form = Form.PLAIN,
+    chat: ChatTemplate | None = None,
     positions: Positions = Positions.GENERATED,
     max_rows: int = 128,
     progress: bool = False,
@@ -79,21 +83,20 @@ def generate(
 ) -> list[Continuation]:
     """Continue every prompt `sampling.samples` times in every arm; ordered by arm, prompt, sample.
 
-    `form`: `chat` answers each prompt as a user's turn in the model's chat template; turns are a conversation anyway.
-    `kept`: a file to which texts are written as they come, and from which an interrupted call goes on; whoever has
-    used them removes it. `advance` is told shares of the whole. Raises DataError.
+    `chat`: renders conversations. `kept`: a file to which texts are written as they come, and from which an interrupted
+    call goes on; whoever has used them removes it. `advance` is told shares of the whole. Raises DataError.
 
     Sample k of a prompt uses the same random numbers in every arm and whatever the batch, so that arms differ by
     steering alone. With `generated` positions all rows of a prompt share one prefill.
     """
-    encoded = [encoded_prompt(tokenizer, prompt, form) for prompt in prompts]
+    encoded = [encoded_prompt(tokenizer, asked, chat) for asked in prompts]
     check_ids(model, tokenizer, encoded)
     limit = (getattr(model.config, "max_position_embeddings", None) or 1 << 30) - sampling.max_new_tokens
-    for prompt, ids in zip(prompts, encoded, strict=True):
+    for asked, ids in zip(prompts, encoded, strict=True):
         if not 0 < len(ids) <= limit:
             raise DataError(
-                f"The prompt {prompt[:80]!r} has {len(ids)} tokens; with {sampling.max_new_tokens} new ones the model "
-                f"takes 1 to {max(0, limit)}."
+                f"The prompt {shown(asked)[:80]!r} has {len(ids)} tokens; with {sampling.max_new_tokens} new ones the "
+                f"model takes 1 to {max(0, limit)}."
             )
     strengths = torch.tensor([arm.multipliers(columns) for arm in arms]).view(len(arms), len(columns))
     seeded = torch.Generator().manual_seed(sampling.seed)
@@ -108,7 +111,7 @@ def generate(
     written = {id.prompt for id, _ in results}
     advance(len(written) / len(prompts))
     total, done = per_prompt * len(prompts), per_prompt * len(written)
-    with progress_bar("generate", total, "texts", shown=progress, done=done) as shown:
+    with progress_bar("generate", total, "texts", shown=progress, done=done) as tell:
         for chosen in _prompt_batches(encoded, max(1, max_rows // per_prompt), written):
             rows = [_SequenceId(p, a, s) for p in chosen for a in range(len(arms)) for s in range(sampling.samples)]
             tokens = batch.run(
@@ -124,16 +127,19 @@ def generate(
                 found.append((id, Continuation(arms[id.arm].name, id.prompt, id.sample, ids, said, finished, nll)))
             results += found
             store.add({"id": asdict(id), "text": asdict(one)} for id, one in found)
-            shown(len(rows))
+            tell(len(rows))
             advance(len(chosen) / len(prompts))
     return [one for _, one in sorted(results, key=lambda pair: (pair[0].arm, pair[0].prompt, pair[0].sample))]
 
 
-def encoded_prompt(tokenizer: Any, prompt: str | tuple[Turn, ...], form: Form) -> tuple[int, ...]:
+def encoded_prompt(tokenizer: Any, asked: Asked, chat: ChatTemplate | None) -> tuple[int, ...]:
     """As `generate` takes it. Raises DataError."""
-    if not isinstance(prompt, str):
-        return encode_prompt(tokenizer, "", prompt)
-    return encode_prompt(tokenizer, prompt, [Turn("user", prompt)] if form is Form.CHAT else ())
+    return encode_prompt(tokenizer, asked) if isinstance(asked, str) else encode_prompt(tokenizer, "", asked, chat)
+
+
+def shown(asked: Asked) -> str:
+    """For people and judges."""
+    return asked if isinstance(asked, str) else show_turns(asked)
 
 
 def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -8,23 +8,25 @@ from typing import Any
 
 import numpy as np
 
+from steering.chat_template import ChatTemplate
 from steering.types import Column, Positions
+from training.data.loaders import messages_field
 from training.data.rows import Row, check_fields, collect, read_rows, split_field, text_field
 from training.data.samples import Form, Split
 from training.errors import DataError
 from training.evaluation.damage import neutral_divergence, with_damage
-from training.evaluation.generation import Continuation, Sampling, generate
+from training.evaluation.generation import Asked, Continuation, Sampling, generate, shown
 from training.evaluation.judges import Judge, verdicts
 from training.evaluation.results import MANY, Arm, ArmMeasures, Evaluation, Measured, compared, note_on_many
 from training.progress import Advance
 
-FIELDS = ("prompt", "split", "group", "attribute", "completion", "label")
+FIELDS = ("prompt", "messages", "split", "group", "attribute", "completion", "label")
 """Of a file of prompts, which may be a training file: the last three say nothing here."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    text: str
+    asked: Asked
     split: Split | None
     """None belongs to every split."""
     group: str = ""
@@ -32,16 +34,30 @@ class Prompt:
 
 
 def load_prompts(path: Path) -> list[Prompt]:
-    """JSON lines of `{"prompt", "split"?, "group"?}`. Raises DataError with file and line."""
+    """JSON lines of `{"prompt" | "messages", "split"?, "group"?}`. Raises DataError with file and line."""
 
     def convert(row: Row) -> list[Prompt]:
         check_fields(row, FIELDS)
-        return [Prompt(text_field(row, "prompt"), split_field(row), str(row.fields.get("group") or ""))]
+        return [Prompt(_asked(row), split_field(row), str(row.fields.get("group") or ""))]
 
     prompts = collect(str(path), partial(read_rows, path), convert)
     if not prompts:
         raise DataError(f"{path} holds no prompts.")
     return prompts
+
+
+def _asked(row: Row) -> Asked:
+    """Of `messages` without the assistant's last turn, which is the answer of a training file."""
+    if "messages" not in row.fields:
+        return text_field(row, "prompt")
+    if "prompt" in row.fields:
+        raise DataError(f'{row.where}: "prompt" and "messages" are two ways to say one thing: give one.')
+    turns = messages_field(row, least=1)
+    if turns[-1].role == "assistant":
+        turns = turns[:-1]
+    if not any(turn.role == "user" and turn.content.strip() for turn in turns):
+        raise DataError(f'{row.where}: "messages" must have a turn of the user, which is not empty.')
+    return tuple(turns)
 
 
 def prompts_of(prompts: Sequence[Prompt], split: Split, limit: int | None = None) -> list[Prompt]:
@@ -61,7 +77,7 @@ def evaluate_generations(
     arms: Sequence[Arm],
     sampling: Sampling,
     *,
-    form: Form = Form.PLAIN,
+    chat: ChatTemplate | None = None,
     positions: Positions = Positions.GENERATED,
     max_rows: int = 128,
     progress: bool = False,
@@ -73,12 +89,12 @@ def evaluate_generations(
     `kept` and `advance` are as in `generate`."""
     if not prompts:
         raise DataError("There are no prompts to evaluate.")
-    asked = [prompt.text for prompt in prompts]
+    asked = [prompt.asked for prompt in prompts]
     texts = generate(
-        model, tokenizer, asked, columns, arms, sampling, form=form, positions=positions, max_rows=max_rows,
+        model, tokenizer, asked, columns, arms, sampling, chat=chat, positions=positions, max_rows=max_rows,
         progress=progress, advance=advance, kept=kept,
     )  # fmt: skip
-    found = verdicts(judge, [(asked[text.prompt], text.text) for text in texts])
+    found = verdicts(judge, [(shown(asked[text.prompt]), text.text) for text in texts])
     texts = [replace(text, verdict=dict(verdict)) for text, verdict in zip(texts, found, strict=True)]
     clusters = [prompt.group or str(number) for number, prompt in enumerate(prompts)]
     size = len(texts) // len(arms)
@@ -88,6 +104,7 @@ def evaluate_generations(
     ]
     results = compared(with_damage(measures, texts, clusters, neutral_divergence(model, tokenizer, columns, arms)))
     count = sum(len(result.differences) for result in results)
+    form = Form.PLAIN if all(isinstance(one, str) for one in asked) else Form.CHAT
     settings = {"prompts": len(prompts), "form": form.value, "positions": positions.value, **asdict(sampling)}
     if kept is not None:
         kept.unlink(missing_ok=True)

@@ -17,7 +17,8 @@ from training.errors import TrainingError
 Verdict = Mapping[str, bool | None]
 """Metric -> does it hold; None where the metric does not apply."""
 Judge = Callable[[str, str], Verdict]
-"""(prompt, generated text) -> verdict."""
+"""(prompt, generated text) -> verdict. A conversation's prompt is what the user says, or, where there is more, a line
+`role: content` for each turn."""
 
 FORMS = "module:function, hf:CLASSIFIER, truth:MODEL, info:MODEL or openai:MODEL@URL"
 AT_ONCE = 8  # requests to a served judge

@@ -160,9 +160,9 @@ def default_arm(columns: Sequence[Column], scale: float = 1.0, name: str = "stee
 
 
 def single_arms(columns: Sequence[Column], scale: float = 1.0) -> tuple[Arm, ...]:
-    """One arm an attribute: that attribute alone."""
+    """One arm an attribute: that attribute alone, where its default is 0 at 1."""
     full = default_arm(columns, scale).attributes
-    return tuple(Arm(f"{name} alone", {name: value}) for name, value in full.items())
+    return tuple(Arm(f"{name} alone", {name: value or scale}) for name, value in full.items())
 
 
 @dataclass(frozen=True)

@@ -225,13 +225,14 @@ class Sweep:
             "multipliers": list(self.multipliers),
             "attributes": list(attributes),
             "judge": self.evaluator.judge and judge_key(self.evaluator.judge),
-            "prompts": [(prompt.text, prompt.split, prompt.group) for prompt in self.evaluator.prompts],
+            "prompts": [(prompt.asked, prompt.split, prompt.group) for prompt in self.evaluator.prompts],
             "sampling": asdict(self.evaluator.sampling),
             "limit": self.evaluator.limit,
             "prompting": self.evaluator.prompting.value,
             "damage": self.evaluator.damage,
             "positions": self.evaluator.positions.value,
             "form": self.evaluator.form_for(self.base).value,
+            "chat_template": self.base.chat and self.base.chat.describe(),
             "split": self.split.value,
         }
         return content_key(content)

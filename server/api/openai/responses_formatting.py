@@ -1,5 +1,6 @@
 """/v1/responses: the body of an answer, and the events of a stream."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -55,7 +56,7 @@ class ResponsesFormatter:
                         case TokenChunk():
                             events += self._token(item)
                         case GenerateResult():
-                            events += self._last(item)
+                            events += await asyncio.to_thread(list, self._last(item))
                 if events:
                     yield "".join(events)
         except Exception as exception:  # the status has been sent: an error can only be an event

@@ -1,15 +1,18 @@
 """Request and response bodies of /v1/responses, for text (https://platform.openai.com/docs/api-reference/responses)."""
 
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from server.api.openai.schemas import OpenAIRequest
-from server.fields import KnownField
+from server.fields import PART_FIELDS
 from server.schemas import (
+    MANY,
     MAX_NEW_TOKENS,
+    MAX_TOKENS,
     ChatFields,
+    Items,
     LenientRequest,
     Prompt,
     SteeringBody,
@@ -22,7 +25,7 @@ from server.types import GenerateParams
 class _Part(LenientRequest):
     """A null counts as absent: clients send answers back with every field that their own types have."""
 
-    known_fields: ClassVar[Mapping[str, KnownField]] = {}
+    known_fields = PART_FIELDS
 
 
 class TextItemPart(_Part):
@@ -30,8 +33,8 @@ class TextItemPart(_Part):
 
     type: Literal["input_text", "output_text", "text"]
     text: str
-    annotations: list[Any] | None = Field(None, description="not used")
-    logprobs: list[Any] | None = Field(None, description="not used")
+    annotations: Annotated[list[Any], MANY] | None = Field(None, description="not used")
+    logprobs: Annotated[list[Any], Items(MAX_TOKENS)] | None = Field(None, description="not used")
 
 
 class InputItem(_Part):
@@ -39,11 +42,11 @@ class InputItem(_Part):
 
     type: Literal["message", "function_call", "function_call_output"] = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = Field(None, description="of a message")
-    content: str | list[TextItemPart] | None = Field(None, description="of a message")
+    content: str | Annotated[list[TextItemPart], MANY] | None = Field(None, description="of a message")
     call_id: str | None = Field(None, description="of a call, and of what came of it")
     name: str | None = Field(None, description="of the function that is called")
     arguments: str | None = Field(None, description="of the call, in JSON")
-    output: str | list[TextItemPart] | None = Field(None, description="what came of the call")
+    output: str | Annotated[list[TextItemPart], MANY] | None = Field(None, description="what came of the call")
     id: str | None = Field(None, description="not used")
     phase: str | None = Field(None, description="not used")
     status: str | None = Field(None, description="not used")
@@ -74,7 +77,7 @@ class ResponsesRequest(OpenAIRequest, ChatFields):
         json_schema_extra={"examples": [{"model": "demo", "input": "Is grass green?", "max_output_tokens": 24}]}
     )
 
-    input: Prompt | Annotated[list[InputItem], Field(min_length=1, max_length=1024)] = Field(
+    input: Prompt | Annotated[list[InputItem], Items(1024, least=1)] = Field(
         description="what the user says, or the items of a conversation"
     )
     instructions: str | None = Field(None, description="a system message before the input")
@@ -83,12 +86,12 @@ class ResponsesRequest(OpenAIRequest, ChatFields):
     )
     n: int = Field(1, ge=1, le=1, description="this route gives one answer")
     stream_options: ResponseStreamOptions | None = None  # type: ignore[assignment]
-    metadata: dict[str, str] | None = Field(None, description="not used; the answer has it again")
+    metadata: Annotated[dict[str, str], MANY] | None = Field(None, description="not used; the answer has it again")
     store: bool | None = Field(None, description="not used: nothing is stored")
     prompt_cache_key: str | None = Field(None, description="not used")
     prompt_cache_retention: str | None = Field(None, description="not used")
     safety_identifier: str | None = Field(None, description="not used")
-    reasoning: dict[str, Any] | None = Field(None, description="not used")
+    reasoning: Annotated[dict[str, Any], MANY] | None = Field(None, description="not used")
 
     def to_params(self, base: str) -> GenerateParams:
         """For the service; `base`: the name of the base model. Raises InvalidField."""
@@ -96,31 +99,41 @@ class ResponsesRequest(OpenAIRequest, ChatFields):
             base,
             self.max_output_tokens or MAX_NEW_TOKENS,
             None,
-            messages=tuple(self.messages()),
+            messages=tuple(turn for _, turn in self._turns()),
             chat=self.chat_options(),
             add_special_tokens=self.add_special_tokens,
         )
 
-    def messages(self) -> list[dict[str, Any]]:
-        """The input as a conversation. Calls of tools that follow each other, or a message of the assistant, are one
-        turn with it, as chat templates have them."""
-        turns: list[dict[str, Any]] = []
+    def field_of(self, param: str | None) -> str | None:
+        """What an error calls a field of the conversation, as in "messages.1.content", as this body calls it."""
+        name, _, place = (param or "").partition(".")
+        if name != "messages":
+            return param
+        index = place.partition(".")[0]
+        return self._turns()[int(index)][0] if index else "input"
+
+    def _turns(self) -> list[tuple[str, dict[str, Any]]]:
+        """The input as a conversation, each turn with the field that it begins with. Calls of tools that follow each
+        other, or a message of the assistant, are one turn with it, as chat templates have them."""
+        turns: list[tuple[str, dict[str, Any]]] = []
         if self.instructions:
-            turns.append({"role": "system", "content": self.instructions})
+            turns.append(("instructions", {"role": "system", "content": self.instructions}))
         if isinstance(self.input, str):
-            return [*turns, {"role": "user", "content": self.input}]
-        for item in self.input:
+            return [*turns, ("input", {"role": "user", "content": self.input})]
+        for index, item in enumerate(self.input):
+            field = f"input.{index}"
             match item.type:
                 case "message":
-                    turns.append({"role": item.role, "content": _content(item.content)})
+                    turns.append((field, {"role": item.role, "content": _content(item.content)}))
                 case "function_call_output":
-                    turns.append({"role": "tool", "tool_call_id": item.call_id, "content": _content(item.output)})
+                    answer = {"role": "tool", "tool_call_id": item.call_id, "content": _content(item.output)}
+                    turns.append((field, answer))
                 case "function_call":
-                    if not turns or turns[-1]["role"] != "assistant":
-                        turns.append({"role": "assistant", "content": None})
+                    if not turns or turns[-1][1]["role"] != "assistant":
+                        turns.append((field, {"role": "assistant", "content": None}))
                     function = {"name": item.name, "arguments": item.arguments}
                     call = {"id": item.call_id, "type": "function", "function": function}
-                    turns[-1].setdefault("tool_calls", []).append(call)
+                    turns[-1][1].setdefault("tool_calls", []).append(call)
         return turns
 
 

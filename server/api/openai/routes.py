@@ -1,11 +1,14 @@
 """GET /v1/models, POST /v1/completions, /v1/chat/completions and /v1/responses."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
+from server.api.body import BodyRoute
 from server.api.deps import ServiceDep, require_api_key
 from server.api.openai.formatting import Body, ChatFormatter, CompletionFormatter, OpenAIFormatter, stream_chunks
 from server.api.openai.responses_formatting import ResponsesFormatter
@@ -19,11 +22,11 @@ from server.api.openai.schemas import (
     ModelList,
 )
 from server.api.responses import STREAMS, data_response, json_response, sse_response
-from server.errors import UnknownModel
+from server.errors import ServerError, UnknownModel
 from server.registry import LoadedCheckpoint
 from server.service import Service
 
-router = APIRouter(prefix="/v1", tags=["openai"], dependencies=[Depends(require_api_key)])
+router = APIRouter(prefix="/v1", tags=["openai"], route_class=BodyRoute, dependencies=[Depends(require_api_key)])
 
 
 @router.get("/models")
@@ -63,9 +66,20 @@ async def responses(body: ResponsesRequest, request: Request, service: ServiceDe
     request_id = request.state.request_id
     formatter = ResponsesFormatter(body, f"resp_{request_id}", int(time.time()), service.codec)
     params = body.to_params(service.model)
-    if body.stream:
-        return sse_response(formatter.events(await service.stream(params), request_id))
-    return await json_response(request, service.generate(params), formatter.response)
+    with _named_as_in(body):
+        if body.stream:
+            return sse_response(formatter.events(await service.stream(params), request_id))
+        return await json_response(request, service.generate(params), formatter.response)
+
+
+@contextmanager
+def _named_as_in(body: ResponsesRequest) -> Iterator[None]:
+    """The service calls a conversation `messages`, and so do its errors; this body has another name for it."""
+    try:
+        yield
+    except ServerError as error:
+        error.param = body.field_of(error.param)
+        raise
 
 
 async def _respond(

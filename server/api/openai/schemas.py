@@ -13,21 +13,25 @@ from server.engine.sequence import FinishReason, PositionsName
 from server.errors import InvalidField
 from server.fields import STREAM_FIELDS
 from server.schemas import (
-    MAX_NEW_TOKENS,
+    MANY,
+    MAX_TOKENS,
     Attributes,
     ChatFields,
+    Items,
     LenientRequest,
     Message,
+    NewTokens,
     Prompt,
     SamplingFields,
     SteeringBody,
     StrictRequest,
     TextFields,
     TokenTraceBody,
+    new_tokens,
 )
 from server.types import STEERED, Arm, CheckpointRef, GenerateParams
 
-Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Items(MAX_TOKENS, least=1)]
 
 
 class SteeringOptions(StrictRequest):
@@ -37,7 +41,7 @@ class SteeringOptions(StrictRequest):
         None,
         description="`name` or `name@version`, where `model` is the base model; absent: the model's, else the active",
     )
-    attributes: Attributes | None = Field(
+    attributes: Annotated[Attributes, MANY] | None = Field(
         None,
         description="multiplier per attribute; absent: the checkpoint's defaults; `{}`: unsteered; unlisted: 0; "
         "negative: the vector is subtracted, as far as its gate is open (docs/methods.md)",
@@ -105,10 +109,12 @@ class CompletionRequest(OpenAIRequest, TextFields):
         }
     )
 
-    prompt: Prompt | Tokens | Annotated[list[Prompt | Tokens], Field(min_length=1, max_length=256)] = Field(
+    prompt: Prompt | Tokens | Annotated[list[Prompt | Tokens], Items(256, least=1)] = Field(
         description="a text or its token ids, or a list of such: a batch"
     )
-    max_tokens: int = Field(16, ge=0, le=MAX_NEW_TOKENS, description="0 goes with `echo`: nothing but the prompt")
+    max_tokens: NewTokens = Field(
+        16, description="0 goes with `echo`: nothing but the prompt; -1: as the model has room for"
+    )
     logprobs: int | None = Field(None, ge=0, le=20, description="log-probabilities of each token and k alternatives")
     echo: bool = Field(
         False, description="the prompt stands before the answer; its log-probabilities are as if it had been generated"
@@ -118,11 +124,12 @@ class CompletionRequest(OpenAIRequest, TextFields):
         """For the service; `base`: the name of the base model. Raises InvalidField."""
         if not (self.max_tokens or self.echo):
             raise InvalidField("'max_tokens': 0 asks for nothing, unless with 'echo'.", param="max_tokens")
+        most = new_tokens(self.max_tokens, "max_tokens") if self.max_tokens else 0
         batch = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
         given: list[Any] = self.prompt if batch else [self.prompt]  # type: ignore[assignment]
         prompts = tuple(one if isinstance(one, str) else tuple(one) for one in given)
         text = {"prompts": prompts, "single": not batch, "add_special_tokens": self.add_special_tokens}
-        return self._params(base, self.max_tokens, self.logprobs, **text, echo=self.echo)
+        return self._params(base, most, self.logprobs, **text, echo=self.echo)
 
 
 class ChatCompletionRequest(OpenAIRequest, ChatFields):
@@ -141,17 +148,15 @@ class ChatCompletionRequest(OpenAIRequest, ChatFields):
         }
     )
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1024)]
-    max_tokens: int | None = Field(None, ge=1, le=MAX_NEW_TOKENS, description="absent: as the model has room for")
-    max_completion_tokens: int | None = Field(
-        None, ge=1, le=MAX_NEW_TOKENS, description="the newer name of `max_tokens`"
-    )
+    messages: Annotated[list[ChatMessage], Items(1024, least=1)]
+    max_tokens: NewTokens | None = Field(None, description="absent or -1: as the model has room for")
+    max_completion_tokens: NewTokens | None = Field(None, description="the newer name of `max_tokens`")
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20, description="so many alternatives to each token")
 
     def to_params(self, base: str) -> GenerateParams:
         """For the service; `base`: the name of the base model. Raises InvalidField."""
-        given = {self.max_tokens, self.max_completion_tokens} - {None}
+        given = {asked for asked in (self.max_tokens, self.max_completion_tokens) if asked is not None}
         if len(given) > 1:
             raise InvalidField(
                 f"'max_tokens' is {self.max_tokens} and 'max_completion_tokens', its newer name, "
@@ -160,7 +165,8 @@ class ChatCompletionRequest(OpenAIRequest, ChatFields):
             )
         if self.top_logprobs and not self.logprobs:
             raise InvalidField("'top_logprobs' needs 'logprobs': true.", param="top_logprobs")
-        most = self.max_tokens or self.max_completion_tokens or MAX_NEW_TOKENS
+        name = "max_completion_tokens" if self.max_tokens is None else "max_tokens"
+        most = new_tokens(given.pop() if given else -1, name)
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         return self._params(
             base,

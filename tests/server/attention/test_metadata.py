@@ -1,12 +1,14 @@
 """What a token attends to: its own sequence, wherever its blocks lie, no further than it may see, beside any others."""
 
 import random
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from server.attention.kv_pool import KVPool, KVShape
+from server.attention.kv_pool import KVOps, KVPool, KVShape
 from server.attention.layout import ChunkLayout
 from server.attention.metadata import AttentionMetadata, AttentionParams, DecodeMetadata
 from steer_ops import plain
@@ -24,11 +26,11 @@ PARAMS = [
 class World:
     """Sequences whose keys and values are known, in blocks of a pool that is otherwise full of NaN."""
 
-    def __init__(self, chunks: list[tuple[int, int]], seed: int = 0) -> None:
+    def __init__(self, chunks: list[tuple[int, int]], seed: int = 0, *, ops: KVOps | None = None) -> None:
         """chunks: start and stop of each sequence's new tokens."""
         torch.manual_seed(seed)
         shape = KVShape(KEY_HEADS, WIDTH, VALUE_WIDTH, torch.float64, CPU)
-        self.pool = KVPool.of(shape, BLOCKS, SIZE, plain.paged_attention_decode)
+        self.pool = KVPool.of(shape, BLOCKS, SIZE, ops or KVOps())
         self.pool.keys.fill_(torch.nan)
         self.pool.values.fill_(torch.nan)
         free = list(range(BLOCKS))
@@ -81,21 +83,40 @@ class World:
                 assert torch.equal(self.pool.values[block, :, offset], values[at])
 
 
-@pytest.mark.parametrize("by_length", [True, False])
+@pytest.mark.parametrize(
+    ("by_length", "varlen"),
+    [(True, None), (False, None), (True, plain.varlen_attention)],
+    ids=["each row to its length", "by blocks", "all chunks in one call"],
+)
 @pytest.mark.parametrize("params", PARAMS, ids=["plain", "window", "softcap", "sinks"])
 @pytest.mark.parametrize(
     "chunks",
-    [[(0, 7)], [(6, 7), (0, 1), (12, 13)], [(3, 11), (8, 9)], [(0, 5), (9, 10), (4, 17), (2, 3), (0, 1)]],
-    ids=["a prompt", "decodes", "a chunk beside a decode", "all kinds in any order"],
+    [
+        [(0, 7)],
+        [(0, 9), (5, 6), (0, 4)],
+        [(6, 7), (0, 1), (12, 13)],
+        [(3, 11), (8, 9)],
+        [(0, 5), (9, 10), (4, 17), (2, 3), (0, 1)],
+    ],
+    ids=["a prompt", "prompts and a decode", "decodes", "a chunk beside a decode", "all kinds in any order"],
 )
 def test_every_token_gets_its_own_attention(
-    chunks: list[tuple[int, int]], params: AttentionParams, by_length: bool
+    chunks: list[tuple[int, int]], params: AttentionParams, by_length: bool, varlen: Callable[..., Tensor] | None
 ) -> None:
-    world = World(chunks)
+    calls: list[int] = []
+
+    def counted(query: Tensor, *rest: Any, **options: Any) -> Tensor:
+        calls.append(len(query))
+        return varlen(query, *rest, **options)  # type: ignore[misc]
+
+    world = World(chunks, ops=KVOps(varlen=counted if varlen else None))
     metadata = AttentionMetadata.of(world.layouts, CPU, SIZE, by_length=by_length)
     found = metadata.attend(world.pool, world.query, world.key, world.value, params)
     assert torch.allclose(found, world.expected(params), atol=1e-6)
     world.written()
+    prompts = sum(stop - start for start, stop in chunks if stop - start > 1)
+    has_call = bool(varlen and prompts and params.softcap is None and params.sinks is None)
+    assert calls == ([prompts] if has_call else [])
 
 
 @pytest.mark.parametrize("params", PARAMS, ids=["plain", "window", "softcap", "sinks"])

@@ -1,8 +1,11 @@
-"""The model's chat template: which form of content it reads, and a conversation as the text that it makes.
+"""A model's chat template: which form of content it reads, and a conversation as the text that it makes.
 
-A template is a program of the model's author, or of the operator (`--chat-template`). Some read a message's content as
-a string, some loop over a list of parts and make nothing of a string. Which form one reads is found out at start, by
-rendering a word in either: vLLM calls it `chat_template_content_format`.
+A tokenizer of transformers is taken, and nothing of transformers imported.
+
+A template is a program of the model's author, or of the user (`--chat-template`). Some read a message's content as a
+string, some loop over a list of parts and make nothing of a string. Which form one reads is found out when it is
+opened, by rendering a word in either: vLLM calls it `chat_template_content_format`. It writes special tokens itself, so
+its texts are tokenized with `add_special_tokens=False`.
 """
 
 import difflib
@@ -11,14 +14,15 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from jinja2.meta import find_undeclared_variables
 
-from server.errors import ChatTemplateUnusable, InvalidField
-from server.types import ChatOptions
+from steering.errors import ChatTemplateError, ConversationError
 
 Message = Mapping[str, Any]
 FIRST, SECOND = "Firstword", "Secondword"  # what is looked for in a rendered text
@@ -41,6 +45,20 @@ STRING = ContentForm(string=True, parts=False, one_part=False)
 NEITHER = ContentForm(string=False, parts=False, one_part=False)
 
 
+def open_chat_template(tokenizer: Any) -> "ChatTemplate | None":
+    """A tokenizer's chat template; None where it has none."""
+    return ChatTemplate(tokenizer) if getattr(tokenizer, "chat_template", None) else None
+
+
+def read_chat_template(file: Path) -> str:
+    """Raises ChatTemplateError."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
+        raise ChatTemplateError(f"the chat template {str(file)!r} cannot be read: {why}") from error
+
+
 class _Refused(Exception):
     """The template raises an error of its own, as templates do for turns that they do not take."""
 
@@ -48,6 +66,9 @@ class _Refused(Exception):
 class ChatTemplate:
     """A tokenizer's chat template, tried out when this is made. Used from several threads.
 
+    source: the template, in Jinja.
+    file: the name of the file that it came in; None: it is the tokenizer's own.
+    variables: those that every conversation is rendered with, unless it has others.
     problem: why no conversation can be rendered at all, in words; None: it can.
     dropped: the roles whose text the template leaves out without a word.
     shows_tool_calls: whether an assistant's `tool_calls` appear.
@@ -57,6 +78,8 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self.problem: str | None = None
         self.source = ""
+        self.file: str | None = None
+        self.variables: Mapping[str, Any] = {}
         self.dropped: tuple[str, ...] = ()
         self.shows_tool_calls = True
         self._variables: frozenset[str] = frozenset()
@@ -76,91 +99,105 @@ class ChatTemplate:
         except Exception as error:  # templates are programs: they fail in whatever way they like
             self.problem = f"it fails on a single message of a user ({_told(error)})"
 
-    def render(self, messages: Sequence[Message], options: ChatOptions, param: str) -> str:
-        """The text of a conversation, up to where the next answer begins, or goes on.
+    def render(
+        self,
+        messages: Sequence[Message],
+        variables: Mapping[str, Any] | None = None,
+        *,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+    ) -> str:
+        """The text of a conversation, up to where the next answer begins, or where the last message goes on.
 
-        `param`: the request's field, for errors. Raises InvalidField for what the client can change, and
-        ChatTemplateUnusable where the template itself is at fault.
+        `messages`: as OpenAI has them, content a string or text parts. `variables`: of the template.
+        `add_generation_prompt`: with what begins an answer; None: unless the last message goes on. Raises
+        ConversationError for what the messages or the variables are to blame for, and ChatTemplateError where the
+        template itself is at fault.
         """
         if self.problem is not None:
-            raise ChatTemplateUnusable(
-                f"This server's chat template cannot be used: {self.problem}. Its operator can set another one "
-                "(--chat-template); 'prompt' works without.",
-                param=param,
+            raise ChatTemplateError(f"the chat template cannot be used: {self.problem}")
+        variables = {**self.variables, **(variables or {})}
+        self.check_variables(variables)
+        turns = [self._turn(message, f"messages.{index}") for index, message in enumerate(messages)]
+        if continue_final_message and not turns[-1].get("content"):
+            raise ConversationError(
+                "'continue_final_message' needs a last message with text", field="continue_final_message"
             )
-        self._check_variables(options.template_kwargs)
-        turns = [self._turn(message, f"{param}.{index}") for index, message in enumerate(messages)]
-        if options.continue_final_message and not turns[-1].get("content"):
-            raise InvalidField(
-                "'continue_final_message' needs a last message with text.", param="continue_final_message"
-            )
+        begins = not continue_final_message if add_generation_prompt is None else add_generation_prompt
         try:
-            return self._apply(turns, options)
+            return self._apply(turns, variables, begins, continue_final_message)
         except Exception as error:
-            raise self._failure(error, turns, param, continued=options.continue_final_message) from error
+            raise self._failure(error, turns, continued=continue_final_message) from error
 
-    def _apply(self, turns: Sequence[Message], options: ChatOptions) -> str:
+    def describe(self) -> dict[str, Any]:
+        """What tells it from others, for JSON."""
+        digest = sha256(self.source.encode()).hexdigest()
+        return {"file": self.file, "sha256": digest, "kwargs": dict(self.variables)}
+
+    def check_variables(self, given: Mapping[str, Any]) -> None:
+        """A variable that the template does not read would be lost; one that is false asks for nothing. Raises
+        ConversationError."""
+        for name, value in given.items():
+            field = f"chat_template_kwargs.{name}"
+            if name in self._reserved:
+                raise ConversationError(f"{name!r} is no variable of the chat template that may be set", field=field)
+            if value and name not in self._variables:
+                close = difflib.get_close_matches(name[:80], self._variables, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ConversationError(f"the model's chat template has no variable {name[:80]!r}{hint}", field=field)
+
+    def _apply(
+        self,
+        turns: Sequence[Message],
+        variables: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> str:
         text: str = self._tokenizer.apply_chat_template(
             [dict(turn) for turn in turns],
             tokenize=False,
-            add_generation_prompt=options.begins_answer,
-            continue_final_message=options.continue_final_message,
-            **{name: value for name, value in options.template_kwargs.items() if name in self._variables},
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            **{name: value for name, value in (variables or {}).items() if name in self._variables},
         )
         return text
 
     def _failure(
-        self, error: Exception, turns: Sequence[Message], param: str, *, continued: bool
-    ) -> ChatTemplateUnusable | InvalidField:
-        """Whose fault it is: what the template raises itself, it raises for the client, and a last message that cannot
-        be continued is the client's, too. Any other error is the template's own where it comes for plain texts in turns
-        of the same roles as well."""
+        self, error: Exception, turns: Sequence[Message], *, continued: bool
+    ) -> ChatTemplateError | ConversationError:
+        """Whose fault it is: what the template raises itself, it raises for the messages, and a last message that
+        cannot be continued is theirs, too. Any other error is the template's own where it comes for plain texts in
+        turns of the same roles as well."""
         if _is_refusal(error) or (continued and isinstance(error, ValueError)):
-            return InvalidField(f"The model's chat template refuses these messages: {error}", param=param)
+            return ConversationError(f"the model's chat template refuses these messages: {str(error).rstrip('.')}")
         plain = [{"role": turn["role"], "content": self._given("a", turn["role"])} for turn in turns]
         try:
-            self._apply(plain, ChatOptions())
+            self._apply(plain)
         except Exception as again:
             if not _is_refusal(again):
                 roles = ", ".join(dict.fromkeys(turn["role"] for turn in turns))
-                return ChatTemplateUnusable(
-                    f"This server's chat template fails on a conversation of these roles ({roles}): {_told(error)}. "
-                    "Its operator can set another one (--chat-template).",
-                    param=param,
+                return ChatTemplateError(
+                    f"the chat template fails on a conversation of these roles ({roles}): {_told(error)}"
                 )
-        return InvalidField(f"The model's chat template cannot show these messages: {_told(error)}.", param=param)
+        return ConversationError(f"the model's chat template cannot show these messages: {_told(error)}")
 
-    def _check_variables(self, given: Mapping[str, Any]) -> None:
-        """A variable that the template does not read would be lost; one that is false asks for nothing."""
-        for name, value in given.items():
-            param = f"chat_template_kwargs.{name}"
-            if name in self._reserved:
-                raise InvalidField(f"{name!r} is no variable of the chat template that a request may set.", param=param)
-            if value and name not in self._variables:
-                close = difflib.get_close_matches(name[:80], self._variables, n=1)
-                raise InvalidField(
-                    f"The model's chat template has no variable {name[:80]!r}"
-                    + (f"; did you mean {close[0]!r}?" if close else "."),
-                    param=param,
-                )
+    # --- a message as the template wants it ---
 
-    # --- a request's message as the template wants it ---
-
-    def _turn(self, message: Message, param: str) -> dict[str, Any]:
+    def _turn(self, message: Message, field: str) -> dict[str, Any]:
         turn = {name: value for name, value in message.items() if value is not None}
         if turn["role"] == "developer" and not self._knows_developer:
             turn["role"] = "system"
         role, content = turn["role"], turn.get("content")
         if role in self.dropped and content:
-            raise InvalidField(
-                f"The model's chat template leaves out what turns of role {message['role']!r} say; put it into a turn "
-                "of the user.",
-                param=f"{param}.role",
+            raise ConversationError(
+                f"the model's chat template leaves out what turns of role {message['role']!r} say; put it into a turn "
+                "of the user",
+                field=f"{field}.role",
             )
         if turn.get("tool_calls") and not self.shows_tool_calls:
-            raise InvalidField(
-                "The model's chat template does not show 'tool_calls': this model was not made for tools.",
-                param=f"{param}.tool_calls",
+            raise ConversationError(
+                "the model's chat template does not show 'tool_calls': this model was not made for tools",
+                field=f"{field}.tool_calls",
             )
         if turn.get("tool_calls"):
             turn["tool_calls"] = [self._call(call) for call in turn["tool_calls"]]
@@ -257,7 +294,7 @@ class ChatTemplate:
         refusal: Exception | None = None
         for turns in conversations:
             try:
-                return self._apply(turns, ChatOptions())
+                return self._apply(turns)
             except Exception as error:
                 if not _is_refusal(error):
                     raise
@@ -271,12 +308,12 @@ class ChatTemplate:
             self.shows_tool_calls = any(FIRST in text for text in texts)
         in_json = json.dumps(ARGUMENTS)
         try:
-            self._arguments_are_strings = in_json in self._apply([asked, _calling(in_json)], ChatOptions())
+            self._arguments_are_strings = in_json in self._apply([asked, _calling(in_json)])
         except Exception:  # such a template wants to write them itself
             self._arguments_are_strings = False
         try:
             call = _calling(in_json if self._arguments_are_strings else ARGUMENTS)
-            self._content_may_be_absent = "None" not in self._apply([asked, call], ChatOptions())
+            self._content_may_be_absent = "None" not in self._apply([asked, call])
         except Exception:
             self._content_may_be_absent = False
 
@@ -284,7 +321,7 @@ class ChatTemplate:
         for arguments in (ARGUMENTS, json.dumps(ARGUMENTS)):
             for content in ({}, {"content": ""}):
                 try:
-                    yield self._apply([asked, {**_calling(arguments), **content}], ChatOptions())
+                    yield self._apply([asked, {**_calling(arguments), **content}])
                 except Exception:
                     continue
 

@@ -1,0 +1,64 @@
+"""The tests that a GPU is needed for."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+from benchmarks.gpu.figures import Figure
+from benchmarks.gpu.worker import Skipped
+from benchmarks.gpu.world import World
+
+ROOT = Path(__file__).parents[2]
+# The project's own options of pytest name plugins that need not be here.
+PYTEST = [sys.executable, "-m", "pytest", "-v", "-o", "addopts=", "-o", "filterwarnings=", "--import-mode=importlib"]
+PYTEST += ["-p", "no:cacheprovider", "--tb=short"]
+NO_TESTS = 5  # pytest's status where it has found none
+
+
+def tests(world: World) -> Iterator[Figure]:
+    """At the same time: they are not timed. What pytest says comes to files beside the log, test by test."""
+    if importlib.util.find_spec("pytest") is None:
+        raise Skipped("pytest is not installed")
+    marked = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
+    runs = {
+        "pytest -m gpu": [*marked, "-m", "gpu"],
+        "tests/steer_ops/test_triton.py": ["tests/steer_ops/test_triton.py", *world.sizes.test_options],
+    }
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # none is needed
+    logs = {name: world.log.with_name(f"{world.log.stem}-tests-{index}.log") for index, name in enumerate(runs)}
+    with ExitStack() as stack:
+        processes = {
+            name: subprocess.Popen(
+                [*PYTEST, *rest],
+                cwd=ROOT,
+                env=environment,
+                stdout=stack.enter_context(logs[name].open("w")),
+                stderr=subprocess.STDOUT,
+            )
+            for name, rest in runs.items()
+        }
+    troubles = []
+    for name, process in processes.items():
+        try:
+            yield told(name, process.wait(), logs[name].read_text(), skips=not world.cuda)
+        except RuntimeError as error:
+            troubles.append(str(error))
+    if troubles:
+        raise RuntimeError("; ".join(troubles))
+
+
+def told(name: str, status: int, said: str, *, skips: bool = False) -> Figure:
+    """How many tests fail, from what pytest says. `skips`: all may be skipped. Raises RuntimeError where none ran."""
+    last = (said.strip().splitlines() or [""])[-1]
+    if status not in (0, 1, NO_TESTS):
+        missing = re.search(r"No module named '[^']*'", said)
+        raise RuntimeError(f"{name}: pytest ended with status {status}: {missing.group() if missing else last}")
+    if not (skips or re.search(r"\d+ (?:passed|failed|error)", last)):
+        raise RuntimeError(f"{name}: no test ran: {last}")
+    failed = sum(map(int, re.findall(r"(\d+) (?:failed|errors?)", last)))
+    return Figure(f"{name}: failed", failed, note=last.strip("= "), at_most=0)

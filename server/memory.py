@@ -1,0 +1,163 @@
+"""How much memory the KV cache takes: what weights and the largest step that the settings allow leave of it."""
+
+import logging
+import sys
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+
+from server.engine.model_runner import ModelRunner
+from server.engine.scoring import max_num_logits
+from server.engine.sequence import SamplingParams, ScheduledChunk, Sequence
+from server.errors import StartupError
+
+if TYPE_CHECKING:  # an engine without a server needs no pydantic
+    from server.config import Settings
+
+log = logging.getLogger(__name__)
+CGROUP = Path("/sys/fs/cgroup")
+PROC = Path("/proc/self")
+BLOCK_SIZE = 64  # tokens, where a kernel reads blocks where they lie: benchmarks/results/steer-ops-cpu.md
+LARGE_BLOCK_SIZE = 256  # where blocks are copied together for every step, and fewer copies are faster
+SMALLEST_CACHE = 32  # tokens
+MOST_LOGPROBS = 20  # alternatives that a request may ask for
+
+
+def choose_block_size(runner: ModelRunner, wanted: int | None = None) -> int:
+    """Tokens of a block: as wanted, else what is fastest on the device."""
+    if wanted is not None:
+        return wanted
+    reads_blocks = runner.attention.can_read_blocks or runner.device.type == "cuda"
+    return BLOCK_SIZE if reads_blocks else LARGE_BLOCK_SIZE
+
+
+def num_kv_cache_blocks(
+    runner: ModelRunner, block_size: int, settings: "Settings", *, max_model_len: int | None = None
+) -> int:
+    """How many blocks the KV cache has, by `kv_cache_mib`, or by what is free on a device: beyond the largest step, and
+    up to `gpu_memory_utilization` of all memory on a GPU, or `cpu_kv_cache_share` of what is free on a CPU. Not more
+    than twice what `max_num_seqs` texts of `max_model_len` tokens can use.
+
+    Raises StartupError where not even a short text fits.
+    """
+    token = runner.attention.token_bytes
+    tokens = settings.kv_cache_mib * 2**20 // token if settings.kv_cache_mib else _num_free_tokens(runner, settings, {})
+    if not settings.kv_cache_mib and tokens >= block_size:
+        longest = min(max_model_len or tokens, tokens)
+        tokens = _num_free_tokens(runner, settings, profile_run(runner, block_size, settings, longest))
+    if tokens < max(SMALLEST_CACHE, block_size):
+        raise StartupError(
+            f"There is no memory for keys and values: a token takes {token} bytes, and {max(0, tokens) * token} are to "
+            f"be had; at least {max(SMALLEST_CACHE, block_size)} tokens have to fit (MATSTEER_KV_CACHE_MIB; "
+            "MATSTEER_MAX_NUM_BATCHED_TOKENS makes steps smaller)."
+        )
+    if max_model_len and max_model_len > tokens:
+        log.warning("texts may have %d tokens, not %d: there is no memory for more", tokens, max_model_len)
+    blocks = tokens // block_size
+    # More than twice what the sequences can use would serve repeated prompts only.
+    return min(blocks, 2 * settings.max_num_seqs * -(-max_model_len // block_size)) if max_model_len else blocks
+
+
+def profile_run(runner: ModelRunner, block_size: int, settings: "Settings", longest: int) -> dict[torch.device, int]:
+    """Computes the largest step that the settings allow, and returns the memory that it takes on each device beside
+    weights and KV cache, in bytes: beside a token of `max_num_seqs` texts, each to be sampled from, the end of a text
+    that is scored, all of `longest` tokens, `max_num_batched_tokens` together. On a CPU only up to the first layer of
+    each kind: the next ones take no more, and would take minutes in a large model.
+
+    Raises StartupError where it does not fit.
+    """
+    runner.allocate(1, block_size)  # every block of the texts is this one: what it holds does not matter
+    chunks = _largest_step(runner, settings, longest)
+    devices = {runner.device} | {shape.device for shape in runner.attention.shapes.values()}
+    tokens = sum(map(len, chunks))
+    try:
+        with runner.few_layers() if runner.device.type == "cpu" else nullcontext():
+            peaks = _peak_bytes(devices, lambda: runner.execute_async(chunks).result())
+    except Exception as error:
+        log.debug("the largest step fails", exc_info=error)
+        raise StartupError(
+            f"The largest step that the settings allow ({tokens} tokens, {len(chunks)} texts of up to {longest}) "
+            f"fails: {str(error).splitlines()[0]}. Set MATSTEER_MAX_NUM_BATCHED_TOKENS or MATSTEER_MAX_NUM_SEQS lower."
+        ) from error
+    finally:
+        runner.attention.pools.clear()
+        if runner.device.type == "cuda":
+            torch.cuda.empty_cache()
+    log.info("the largest step, of %d tokens, takes %d MiB beside the weights", tokens, max(peaks.values()) // 2**20)
+    return peaks
+
+
+def _largest_step(runner: ModelRunner, settings: "Settings", longest: int) -> tuple[ScheduledChunk, ...]:
+    most = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.1, logprobs=MOST_LOGPROBS)
+    decodes = [Sequence("profile", index, (0,) * longest, most) for index in range(settings.max_num_seqs)]
+    chunks = [ScheduledChunk(one, longest - 1, longest) for one in decodes]
+    tokens = min(longest, settings.max_num_batched_tokens - len(chunks))
+    if tokens:
+        wanted = min(tokens, max_num_logits(runner.vocab_size))
+        scored = Sequence("profile", len(chunks), (0,) * (longest - wanted + 1), most, continuation=(0,) * wanted)
+        chunks.append(ScheduledChunk(scored, longest - tokens, longest))
+    for chunk in chunks:
+        chunk.sequence.block_table = [0] * runner.blocks.blocks_for(longest)
+    return tuple(chunks)
+
+
+# --- what is free, and what was taken -------------------------------------------------------------
+
+
+def _num_free_tokens(runner: ModelRunner, settings: "Settings", peaks: dict[torch.device, int]) -> int:
+    """How many tokens' keys and values fit into what the cache may take of every device that has layers."""
+    sizes: Counter[torch.device] = Counter()
+    for shape in runner.attention.shapes.values():
+        sizes[shape.device] += shape.bytes
+    return min(_cache_bytes(device, settings, peaks.get(device, 0)) // size for device, size in sizes.items())
+
+
+def _cache_bytes(device: torch.device, settings: "Settings", peak: int) -> int:
+    """What the cache may take of a device where a step takes `peak` bytes."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return free - peak - int(total * (1 - settings.gpu_memory_utilization))
+    return int((min(psutil.virtual_memory().available, _container_bytes()) - peak) * settings.cpu_kv_cache_share)
+
+
+def _container_bytes() -> int:
+    """What is left of a container's own limit (cgroup v2). Cached files do not count: they make room for others."""
+    try:
+        limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        statistics = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+    except OSError:
+        return sys.maxsize
+    cached = int(statistics.get("inactive_file", 0))
+    return max(0, int(limit) - int(used) + cached) if limit != "max" else sys.maxsize
+
+
+def _peak_bytes(devices: set[torch.device], step: Callable[[], object]) -> dict[torch.device, int]:
+    """Runs the step; what it takes on each device for a while."""
+    cuda = [device for device in devices if device.type == "cuda"]
+    if not cuda:
+        return dict.fromkeys(devices, _peak_resident_bytes(step))
+    for device in cuda:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    before = {device: torch.cuda.memory_allocated(device) for device in cuda}
+    step()
+    return {device: torch.cuda.max_memory_allocated(device) - before[device] for device in cuda}
+
+
+def _peak_resident_bytes(step: Callable[[], object]) -> int:
+    """Of the process. 0 where that is not known: only Linux has a peak that can be reset (man 5 proc)."""
+    before = psutil.Process().memory_info().rss
+    try:
+        (PROC / "clear_refs").write_text("5")
+    except OSError:
+        log.debug("the memory that a step takes cannot be measured here")
+        step()
+        return 0
+    step()
+    status = dict(line.split(":", 1) for line in (PROC / "status").read_text().splitlines())
+    return max(0, int(status["VmHWM"].split()[0]) * 1024 - before)

@@ -1,0 +1,224 @@
+"""uvicorn's HTTP/1.1 protocol, with bounds on what a connection may send, how long it may take, and how many there are.
+
+uvicorn itself bounds only how long a connection may be idle between two requests. Timeouts have nginx's names.
+"""
+
+import asyncio
+import logging
+import time
+from typing import Any, Literal
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from server.api.exception_handlers import REQUEST_ID, error_response, new_request_id
+from server.config import Settings
+from server.errors import Refused, ServerError
+
+log = logging.getLogger(__name__)
+MAX_HEAD_BYTES = 64 * 2**10  # of the request line and all headers; trailers count too
+SLICE_BYTES = 16 * 2**10  # what the parser is given at once: a head that has no end is noticed so much later
+WARN_EVERY_S = 60.0
+LINGER_S = 1.0  # what a refused client still sends is read away for so long, else it would never see the answer
+
+# What a connection waits for: the client's first or next head, the rest of a head or of a body; that it reads what was
+# sent; that it takes the last of it. None: the server works on an answer.
+Waiting = Literal["idle", "head", "body", "send", "close", "refused"] | None
+
+
+class Connections:
+    """What all connections share: their limits, and which of them are idle."""
+
+    def __init__(self, settings: Settings, most: int) -> None:
+        """`most`: connections at once."""
+        self.most = most
+        self.seconds: dict[Waiting, float] = {
+            "idle": settings.keepalive_timeout_s,
+            "head": settings.client_header_timeout_s,
+            "body": settings.client_body_timeout_s,
+            "send": settings.send_timeout_s,
+            "close": settings.send_timeout_s,
+            "refused": LINGER_S,
+        }
+        self.idle: dict[BoundedProtocol, None] = {}  # no request is answered on them; the longest waiting first
+        self._warned = -float("inf")
+
+    def make_room(self, new: "BoundedProtocol") -> None:
+        """Closes the connection that has been idle longest, or where none is idle the `new` one."""
+        longest = next(iter(self.idle), new)
+        if time.monotonic() - self._warned > WARN_EVERY_S:
+            self._warned = time.monotonic()
+            log.warning("more than %d connections (max_connections): those that are idle longest are closed", self.most)
+        longest.abort()
+
+
+class _Unfit(Exception):
+    """Raised in a callback of the parser, which then stops."""
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """A connection."""
+
+    def __init__(self, others: Connections, **uvicorn: Any) -> None:
+        super().__init__(**uvicorn)
+        self._others = others
+        self._waiting: Waiting = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._in_head = True  # a new connection owes a head
+        self._in_body = False
+        self._head_bytes = 0
+        self._unparsed = 0  # bytes since the parser last told of something
+        self._refusal: ServerError | None = None
+
+    # --- what asyncio calls ---
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self._others.most:
+            self._others.make_room(self)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._wait_for(None)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        for start in range(0, len(data), SLICE_BYTES):
+            if self._refusal or self.transport.is_closing():
+                break
+            piece = data[start : start + SLICE_BYTES]
+            self._unparsed += len(piece)
+            super().data_received(piece)
+            if self._head_bytes + self._unparsed > MAX_HEAD_BYTES and not self._refusal:
+                self._refuse(_too_large())
+        self._watch()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._watch()
+
+    # --- what uvicorn and its parser call ---
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head, self._head_bytes, self._unparsed = True, 0, 0
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(len(name) + len(value) + len(": \r\n"))
+        if self._in_head:  # a trailer is no header, and the application has the headers already
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._in_head, self._in_body = False, True
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._unparsed = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._in_body, self._head_bytes, self._unparsed = False, 0, 0
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch()
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        self._watch()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(self._refusal or Refused("The request is not HTTP/1.1 as RFC 9112 has it.", 400))
+
+    # --- ours ---
+
+    def abort(self) -> None:
+        """Closes without another word."""
+        self._wait_for(None)
+        self.transport.abort()
+
+    def _count(self, size: int) -> None:
+        self._unparsed = 0
+        self._head_bytes += size
+        if self._head_bytes > MAX_HEAD_BYTES:
+            self._refusal = _too_large()
+            raise _Unfit
+
+    def _refuse(self, error: ServerError) -> None:
+        """Answers with `error` and closes; without an answer where another one is due before it, or half out."""
+        self._refusal = error
+        running = self.cycle is not None and not self.cycle.response_complete
+        if self.pipeline or (running and (self.cycle.response_started or not self._in_body)):
+            self.abort()
+            return
+        request_id = new_request_id()
+        log.info("%s %d %s", request_id, error.status, error.message)
+        response = error_response(error, request_id)
+        head = [
+            *self.server_state.default_headers,
+            *response.raw_headers,
+            (b"connection", b"close"),
+            (REQUEST_ID.encode(), request_id.encode()),
+        ]
+        lines = b"".join(b"%b: %b\r\n" % header for header in head)
+        self.transport.write(b"%b%b\r\n%b" % (STATUS_LINE[error.status], lines, bytes(response.body)))
+        if running:
+            self.cycle.disconnected = True  # the application's answer comes too late
+            self.cycle.message_event.set()
+        self.transport.write_eof()
+        self.flow.resume_reading()
+        self._watch()
+
+    def _watch(self) -> None:
+        """Starts the timer of what the connection waits for by now, if that is another thing than before."""
+        idle = self.cycle is None or self.cycle.response_complete
+        waiting: Waiting
+        if self.transport.is_closing():
+            waiting = "close"
+        elif self._refusal:
+            waiting = "refused"
+        elif self.flow.write_paused:
+            waiting = "send"
+        elif self._in_body:
+            waiting = "body"
+        elif idle:
+            waiting = "head" if self._in_head else "idle"
+        else:
+            waiting = None
+        if waiting != self._waiting:
+            self._wait_for(waiting)
+
+    def _wait_for(self, waiting: Waiting) -> None:
+        self._waiting = waiting
+        self._others.idle.pop(self, None)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if waiting is not None:
+            self._timer = self.loop.call_later(self._others.seconds[waiting], self._expired)
+            if waiting != "send":
+                self._others.idle[self] = None
+
+    def _expired(self) -> None:
+        match self._waiting:
+            case "body":
+                self._refuse(Refused("The request's body took too long to come.", 408))
+            case "head" if self._head_bytes or self._unparsed:
+                self._refuse(Refused("The request's headers took too long to come.", 408))
+            case "head" | "idle":
+                self.transport.close()
+                self._watch()
+            case _:
+                self.abort()
+
+
+def _too_large() -> ServerError:
+    return Refused(f"The request's headers have more than {MAX_HEAD_BYTES} bytes.", 431)

@@ -1,0 +1,184 @@
+"""Norms, gates and rotary embeddings of layers, each in one pass: computed in float32, and rounded where transformers
+rounds."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from steer_ops.cuda.launch import check, dense_rows, on_device_of
+
+GATES = 1024  # that a program computes
+HEADS = 8  # that a program turns
+WARP_NUMBERS = 512  # of a row, for each warp
+MOST_WARPS = 16
+
+
+@triton.jit
+def _rms_norm(x, weight, out, epsilon, x_row, WIDTH: tl.constexpr, PAD: tl.constexpr):
+    row, d = tl.program_id(0).to(tl.int64), tl.arange(0, PAD)
+    there = d < WIDTH
+    wide = tl.load(x + row * x_row + d, mask=there, other=0.0).to(tl.float32)
+    scale = tl.load(weight + d, mask=there, other=0.0)
+    normed = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / WIDTH + epsilon)).to(scale.dtype)
+    scaled = scale.to(tl.float32) * normed.to(tl.float32)
+    tl.store(out + row * WIDTH + d, scaled.to(scale.dtype), mask=there)
+
+
+@triton.jit
+def _add_rms_norm(x, y, weight, total, out, epsilon, x_row, y_row, WIDTH: tl.constexpr, PAD: tl.constexpr):
+    row, d = tl.program_id(0).to(tl.int64), tl.arange(0, PAD)
+    there = d < WIDTH
+    one, other = (
+        tl.load(x + row * x_row + d, mask=there, other=0.0),
+        tl.load(y + row * y_row + d, mask=there, other=0.0),
+    )
+    added = (one.to(tl.float32) + other.to(tl.float32)).to(one.dtype)
+    tl.store(total + row * WIDTH + d, added, mask=there)
+    wide = added.to(tl.float32)
+    scale = tl.load(weight + d, mask=there, other=0.0)
+    normed = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / WIDTH + epsilon)).to(scale.dtype)
+    scaled = scale.to(tl.float32) * normed.to(tl.float32)
+    tl.store(out + row * WIDTH + d, scaled.to(scale.dtype), mask=there)
+
+
+@triton.jit
+def _silu_mul(gate_up, out, row_stride, WIDTH: tl.constexpr, GATES: tl.constexpr):
+    row, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * GATES + tl.arange(0, GATES)
+    there = d < WIDTH
+    gate = tl.load(gate_up + row * row_stride + d, mask=there, other=0.0)
+    up = tl.load(gate_up + row * row_stride + WIDTH + d, mask=there, other=0.0)
+    wide = gate.to(tl.float32)
+    opened = (wide / (1 + tl.exp(-wide))).to(gate.dtype)
+    tl.store(out + row * WIDTH + d, (opened.to(tl.float32) * up.to(tl.float32)).to(gate.dtype), mask=there)
+
+
+@triton.jit
+def _turn(x, out, cos, sin, head_stride, first, heads, WIDTH: tl.constexpr, PAD: tl.constexpr, HEADS: tl.constexpr):
+    head, d = first + tl.arange(0, HEADS), tl.arange(0, PAD)
+    HALF: tl.constexpr = WIDTH // 2
+    half = d < HALF
+    there = (head < heads)[:, None] & half[None, :]
+    left = tl.load(x + head[:, None] * head_stride + d[None, :], mask=there, other=0.0)
+    right = tl.load(x + head[:, None] * head_stride + HALF + d[None, :], mask=there, other=0.0)
+    wide_left, wide_right = left.to(tl.float32), right.to(tl.float32)
+    cos_left = tl.load(cos + d, mask=half, other=0.0).to(tl.float32)[None, :]
+    sin_left = tl.load(sin + d, mask=half, other=0.0).to(tl.float32)[None, :]
+    cos_right = tl.load(cos + HALF + d, mask=half, other=0.0).to(tl.float32)[None, :]
+    sin_right = tl.load(sin + HALF + d, mask=half, other=0.0).to(tl.float32)[None, :]
+    new_left = (wide_left * cos_left).to(left.dtype).to(tl.float32)
+    new_left -= (wide_right * sin_left).to(left.dtype).to(tl.float32)
+    new_right = (wide_right * cos_right).to(left.dtype).to(tl.float32)
+    new_right += (wide_left * sin_right).to(left.dtype).to(tl.float32)
+    at = out + head[:, None] * WIDTH + d[None, :]
+    tl.store(at, new_left.to(left.dtype), mask=there)
+    tl.store(at + HALF, new_right.to(left.dtype), mask=there)
+
+
+@triton.jit
+def _rotary(
+    query,
+    key,
+    cos,
+    sin,
+    queries,
+    keys,
+    query_row,
+    query_head,
+    key_row,
+    key_head,
+    QUERY_HEADS: tl.constexpr,
+    KEY_HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PAD: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    QUERY_PARTS: tl.constexpr = (QUERY_HEADS + HEADS - 1) // HEADS
+    cos += row * WIDTH
+    sin += row * WIDTH
+    if part < QUERY_PARTS:
+        to = queries + row * QUERY_HEADS * WIDTH
+        _turn(query + row * query_row, to, cos, sin, query_head, part * HEADS, QUERY_HEADS, WIDTH, PAD, HEADS)
+    else:
+        to, first = keys + row * KEY_HEADS * WIDTH, (part - QUERY_PARTS) * HEADS
+        _turn(key + row * key_row, to, cos, sin, key_head, first, KEY_HEADS, WIDTH, PAD, HEADS)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """See `steer_ops.rms_norm`."""
+    width = len(weight)
+    _check_norm("rms_norm", x, weight)
+    rows = _rows(x)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if len(rows):
+        pad, warps = _padded(width)
+        with on_device_of(x):
+            _rms_norm[len(rows),](rows, weight, out, epsilon, rows.stride(0), width, pad, num_warps=warps)
+    return out
+
+
+def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """See `steer_ops.add_rms_norm`."""
+    width = len(weight)
+    _check_norm("add_rms_norm", x, weight)
+    check(x.shape == y.shape and x.dtype == y.dtype, "add_rms_norm", "x and y have one shape and dtype")
+    rows, more = _rows(x), _rows(y)
+    total, out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    if len(rows):
+        pad, warps = _padded(width)
+        strides = rows.stride(0), more.stride(0)
+        with on_device_of(x):
+            _add_rms_norm[len(rows),](rows, more, weight, total, out, epsilon, *strides, width, pad, num_warps=warps)
+    return total, out
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """See `steer_ops.silu_mul`."""
+    check(gate_up.shape[-1] % 2 == 0, "silu_mul", "gates and ups are side by side")
+    rows, width = _rows(gate_up), gate_up.shape[-1] // 2
+    out = torch.empty(*gate_up.shape[:-1], width, dtype=gate_up.dtype, device=gate_up.device)
+    if len(rows):
+        with on_device_of(gate_up):
+            _silu_mul[len(rows), -(-width // GATES)](rows, out, rows.stride(0), width, GATES)
+    return out
+
+
+def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """See `steer_ops.rotary`."""
+    tokens, heads, width = query.shape
+    kv_heads = key.shape[1]
+    check(
+        key.shape == (tokens, kv_heads, width)
+        and width % 2 == 0
+        and cos.shape == sin.shape == (tokens, width)
+        and {key.dtype, cos.dtype, sin.dtype} == {query.dtype},
+        "rotary",
+        "shapes and dtypes fit each other, and the width is even",
+    )
+    query, key = dense_rows(query), dense_rows(key)
+    queries, keys = (torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in (query, key))
+    if tokens:
+        parts = -(-heads // HEADS) + -(-kv_heads // HEADS)
+        strides = *query.stride()[:2], *key.stride()[:2]
+        sizes = heads, kv_heads, width, triton.next_power_of_2(width // 2), HEADS
+        cos, sin = cos.contiguous(), sin.contiguous()
+        with on_device_of(query):
+            _rotary[tokens, parts](query, key, cos, sin, queries, keys, *strides, *sizes, num_warps=1)
+    return queries, keys
+
+
+def _check_norm(op: str, x: Tensor, weight: Tensor) -> None:
+    right = weight.dim() == 1 and weight.is_contiguous() and x.shape[-1] == len(weight) and x.dtype == weight.dtype
+    check(right, op, "x [..., D] and weight [D] have one dtype")
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[rows, D]"""
+    return dense_rows(x.reshape(-1, x.shape[-1]))
+
+
+def _padded(width: int) -> tuple[int, int]:
+    """The next power of two, and how many warps share a row."""
+    pad = triton.next_power_of_2(width)
+    return pad, max(1, min(MOST_WARPS, pad // WARP_NUMBERS))

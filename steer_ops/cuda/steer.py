@@ -1,0 +1,137 @@
+"""Gated steering (`steer` in plain.py): all columns of a site in one pass over each token.
+
+A program has one token, whose numbers it keeps in registers: they are read once and written once, however many columns
+there are. Only columns that act on the token are read.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from steer_ops import plain
+from steer_ops.cuda.launch import check, dense_rows, on_device_of
+
+SIGMOID, CONSTANT = tl.constexpr(plain.SIGMOID), tl.constexpr(plain.CONSTANT)
+SMALLEST_NORM = tl.constexpr(plain.SMALLEST_NORM)
+WARP_NUMBERS = 512  # of a token, for each warp
+MOST_WARPS = 32
+
+
+# One program serves any number of columns and any site: nothing is compiled while requests wait.
+@triton.jit(
+    do_not_specialize=["columns", "multiplier_row", "owner"],
+    do_not_specialize_on_alignment=["multipliers", "kinds", "keep_norm"],
+)
+def _steer(
+    activations,
+    out,
+    vectors,
+    weights,
+    biases,
+    kinds,
+    keep_norm,
+    multipliers,
+    owners,
+    counts,
+    columns,
+    activation_row,
+    multiplier_row,
+    owner,
+    WIDTH: tl.constexpr,
+    PAD: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, PAD)
+    there = d < WIDTH
+    counted = tl.load(counts + token) + (tl.load(owners + token) == owner).to(tl.int64)
+    tl.store(counts + token, counted)
+    given = tl.load(activations + token * activation_row + d, mask=there, other=0.0)
+    a = given.to(tl.float32)
+    kept = a  # with the deltas after which the norm is restored
+    free = tl.full([PAD], 0.0, tl.float32)  # the other deltas
+    acting = 0
+    for column in range(columns):
+        multiplier = tl.load(multipliers + token * multiplier_row + column)
+        if multiplier != 0:
+            acting += 1
+            kind = tl.load(kinds + column)
+            strength = multiplier
+            if kind != CONSTANT:
+                weight = tl.load(weights + column * WIDTH + d, mask=there, other=0.0)
+                linear = tl.load(biases + column) + tl.sum(a * weight, 0)
+                strength *= tl.where(kind == SIGMOID, 1 / (1 + tl.exp(-linear)), linear)
+            delta = strength * tl.load(vectors + column * WIDTH + d, mask=there, other=0.0)
+            if tl.load(keep_norm + column) != 0:
+                kept += delta
+            else:
+                free += delta
+    before, after = tl.sqrt(tl.sum(a * a, 0)), tl.sqrt(tl.sum(kept * kept, 0))
+    finite = (before < float("inf")) & (after < float("inf"))
+    rescale = tl.where(finite, before / tl.maximum(after, SMALLEST_NORM), 1.0)
+    moved = (kept * rescale + free).to(given.dtype)
+    tl.store(out + token * WIDTH + d, tl.where(acting != 0, moved, given), mask=there)
+
+
+def steer_and_count(
+    activations: Tensor,
+    vectors: Tensor,
+    weights: Tensor,
+    biases: Tensor,
+    kinds: Tensor,
+    keep_norm: Tensor,
+    multipliers: Tensor,
+    owners: Tensor,
+    counts: Tensor,
+    owner: int,
+) -> Tensor:
+    """See `steer_ops.steer_and_count`."""
+    op = "steer_and_count"
+    tokens, width = activations.shape
+    columns = len(vectors)
+    check(
+        vectors.shape == weights.shape == (columns, width)
+        and biases.shape == kinds.shape == keep_norm.shape == (columns,)
+        and len(multipliers) >= tokens
+        and multipliers.shape[1] == columns
+        and min(len(owners), len(counts)) >= tokens,
+        op,
+        "shapes do not fit each other",
+    )
+    dtypes = {part.dtype for part in (vectors, weights, biases, multipliers)}
+    named = kinds.dtype, keep_norm.dtype, owners.dtype, counts.dtype
+    parts = (vectors, weights, biases, kinds, keep_norm, owners, counts)
+    check(
+        dtypes == {torch.float32}
+        and named == (torch.int8, torch.bool, torch.int32, torch.int64)
+        and all(part.is_contiguous() for part in parts)
+        and (columns <= 1 or multipliers.stride(1) == 1),
+        op,
+        "columns and multipliers are float32 (kinds int8, keep_norm bool), owners int32, counts int64, and all are "
+        "contiguous",
+    )
+    activations = dense_rows(activations)
+    out = torch.empty(tokens, width, dtype=activations.dtype, device=activations.device)
+    if tokens:
+        pad = triton.next_power_of_2(width)
+        with on_device_of(activations):
+            _steer[tokens,](
+                activations,
+                out,
+                vectors,
+                weights,
+                biases,
+                kinds,
+                keep_norm,
+                multipliers,
+                owners,
+                counts,
+                columns,
+                activations.stride(0),
+                multipliers.stride(0),
+                owner,
+                width,
+                pad,
+                num_warps=max(1, min(MOST_WARPS, pad // WARP_NUMBERS)),
+            )
+    return out

@@ -1,0 +1,308 @@
+"""The check of a GPU, on a CPU at a tiny shape: every part, and what becomes of parts that are lost."""
+
+import ast
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.gpu import over_http
+from benchmarks.gpu.__main__ import main, measure
+from benchmarks.gpu.checks import told
+from benchmarks.gpu.figures import Figure, Report
+from benchmarks.gpu.plan import FULL, PARTS, Part
+from benchmarks.gpu.worker import Options, PartFailed, Skipped, Worker, named
+from benchmarks.gpu.world import World
+from benchmarks.processes import Running
+from server.app import create_app
+from server.config import PREFIX, Settings
+from tests.server.conftest import listening
+
+ROOT = Path(__file__).parents[2]
+# What each part says at least, and whether something is wanted of it.
+FIGURES = {
+    "rates": {"a large copy, read and written": False, "a large product": False},
+    "decode": {"1 x 16, of the floor": True, "4 x 48, of the floor": False},
+    "prefill": {"32 tokens in one step, of the matrix rate": False, "64 tokens in one step, of the matrix rate": True},
+    "steering": {
+        "1 rows steered, against no column": True,
+        "4 rows steered, against no column": True,
+        "8 configurations against 1": True,
+    },
+    "arms": {
+        "a second arm beside one, 1 A/B": True,
+        "a second arm beside one, 2 A/B": True,
+        "3 arms over 100 tokens, against one": False,
+        "3 arms over 100 tokens, the last one's first token": False,
+    },
+    "waiting": {"first token behind 200 tokens, p50": False},
+    "arrivals": {
+        "requests at once": False,
+        "at 80% of that, first token, p50": False,
+        "at 80% of that, first token, p99": False,
+        "at 80% of that, between tokens, p50": False,
+        "at 80% of that, between tokens, p99": False,
+    },
+    "memory": {"a token held in the cache": False},
+    "generate": {
+        "transformers.generate, 1 rows: the engine is faster": True,
+        "transformers.generate, 2 rows: the engine is faster": True,
+    },
+    "extraction": {"activations of TruthfulQA-sized data": False},
+    "fit": {"a fit of MAT-Steer, an epoch": False},
+    "http": {
+        "the first request against the tenth": True,
+        "1 clients, of the engine alone": False,
+        "2 clients, of the engine alone": True,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    folder = tmp_path_factory.mktemp("scratch")
+    world = World(Options("cpu", "tiny", folder, folder / "log"))
+    yield world
+    world.release("steered", "plain", "model")
+
+
+@contextmanager
+def served_here(command: Sequence[str], *, environment: Mapping[str, str], timeout: float) -> Iterator[Running]:
+    """The same server, in this process."""
+    assert command[1:] == ["-m", "server.cli", "serve"]
+    settings: Any = {name.removeprefix(PREFIX).lower(): value for name, value in environment.items()}
+    app = create_app(Settings(**settings, threads=1))
+    try:
+        with listening(app) as url:
+            yield Running(url, 0)
+    finally:
+        app.state.service.engine.stop()
+
+
+@pytest.mark.parametrize("part", FIGURES)
+def test_a_part_measures_what_the_plan_says(part: str, tiny: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(over_http, "running", served_here)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)  # clients in two processes
+    found = list(named(PARTS[part].function)(tiny))
+    assert {one.name: bool(one.wanted) for one in found} == FIGURES[part]
+    assert all(math.isfinite(one.value) for one in found), found
+    assert all(one.value > 0 for one in found if part not in ("steering", "arms")), found
+
+
+def test_every_part_of_the_plan_is_tried_here() -> None:
+    assert set(PARTS) == {*FIGURES, "tests", "pyvene"}
+    assert all(callable(named(part.function)) for part in PARTS.values())
+
+
+@pytest.mark.skipif(find_spec("pyvene") is not None, reason="pyvene is installed")
+def test_pyvene_is_skipped_where_it_is_not_installed(tiny: World) -> None:
+    with pytest.raises(Skipped, match="pyvene is not installed"):
+        list(named(PARTS["pyvene"].function)(tiny))
+
+
+def test_the_machine_is_described(tiny: World) -> None:
+    assert {"device", "model", "torch", "transformers", "processor", "command"} <= set(tiny.described())
+
+
+def test_the_full_sizes_fit_into_the_cache_and_the_context() -> None:
+    for rows, context, _ in FULL.decode:
+        assert rows <= FULL.rows
+        assert context + FULL.new // 2 <= FULL.context
+        assert rows * (context + FULL.new) <= FULL.cache
+    assert FULL.arm_prompt + FULL.arms * FULL.new <= FULL.cache
+    assert FULL.long <= FULL.context
+    assert max(tokens for tokens, _ in FULL.prompts) <= FULL.step
+
+
+# --- parts that are lost ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> Options:
+    return Options("cpu", "tiny", tmp_path, tmp_path / "log", world="tests.benchmarks.light_parts:World")
+
+
+def run(worker: Worker, name: str, limit: float = 60) -> tuple[list[float], str]:
+    """The values of a part's figures, and why it failed."""
+    values: list[float] = []
+    try:
+        for figure in worker.figures(f"tests.benchmarks.light_parts:{name}", limit):
+            values.append(figure.value)
+    except PartFailed as failed:
+        return values, str(failed)
+    return values, ""
+
+
+def test_a_part_that_crashes_hangs_or_fails_loses_itself_alone(options: Options) -> None:
+    with Worker(options) as worker:
+        assert run(worker, "count") == ([1], "")
+        first = worker.machine
+        assert run(worker, "count") == ([2], ""), "parts share what was made before"
+        assert run(worker, "crash") == ([1], "its process was ended by SIGABRT")
+        assert run(worker, "count") == ([1], "")
+        assert worker.machine != first
+        assert run(worker, "fail") == ([1], "ValueError: the device is gone")
+        assert run(worker, "count") == ([1], "")
+        assert run(worker, "hang", 1) == ([1], "it took longer than 1 s; the log says where it was")
+        assert run(worker, "count") == ([1], "")
+    log = options.log.read_text()
+    assert "seen in the log" in log
+    assert "ValueError: the device is gone" in log
+    assert 'light_parts.py", line' in log.split(":hang")[1], "where it was"
+
+
+def test_a_part_that_cannot_be_measured_leaves_its_process_alone(options: Options) -> None:
+    with Worker(options) as worker:
+        run(worker, "count")
+        with pytest.raises(Skipped, match="nothing to measure"):
+            run(worker, "skip")
+        with pytest.raises(Skipped, match="no_such_package is not installed"):
+            run(worker, "lacking")
+        assert run(worker, "count") == ([2], "")
+
+
+def test_nothing_is_skipped_because_nothing_can_be_measured(options: Options) -> None:
+    with Worker(replace(options, world="tests.benchmarks.light_parts:Lacking")) as worker:
+        assert run(worker, "count") == ([], "ModuleNotFoundError: No module named 'no_such_package'")
+
+
+def test_what_came_before_a_failure_is_written(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PARTS, "crash", Part("tests.benchmarks.light_parts:crash", 60, ""))
+    monkeypatch.setitem(PARTS, "late", Part("tests.benchmarks.light_parts:count", 60, ""))
+    report = Report(options.scratch / "out", judged=True)
+    with Worker(options) as worker:
+        measure("crash", worker, report, end=math.inf)
+        measure("late", worker, report, end=0.0)
+    report.write()
+    written = json.loads((options.scratch / "out.json").read_text())
+    assert [(one["part"], one["name"], one["value"]) for one in written["figures"]] == [("crash", "before", 1)]
+    assert written["failed"] == {"crash": "its process was ended by SIGABRT", "late": "no time was left"}
+
+
+# --- the table --------------------------------------------------------------------------------------
+
+
+def test_figures_are_judged_where_something_is_wanted(tmp_path: Path) -> None:
+    report = Report(tmp_path / "gpu", judged=True, machine={"device": "a card"})
+    report.add("decode", Figure("a", 81.23, "%", at_least=80))
+    report.add("decode", Figure("b", 79.9, "%", at_least=80))
+    report.add("steering", Figure("c", -0.4, "%", "a | b", at_most=2))
+    report.add("steering", Figure("d", math.nan, "%", at_most=2))
+    report.add("rates", Figure("e", 4123.4, "GB/s"))
+    report.skipped["pyvene"] = "it is not installed"
+    assert report.missed == ["decode: b", "steering: d"]
+    report.write()
+    assert (tmp_path / "gpu.md").read_text().splitlines()[2:] == [
+        "- device: a card",
+        "",
+        "| part | what | measured | wanted |  | note |",
+        "| --- | --- | ---: | ---: | --- | --- |",
+        "| decode | a | 81.2 % | >= 80 % | ok |  |",
+        "| decode | b | 79.9 % | >= 80 % | missed |  |",
+        "| steering | c | -0.4 % | <= 2 % | ok | a / b |",
+        "| steering | d | nan % | <= 2 % | missed |  |",
+        "| rates | e | 4,123 GB/s |  |  |  |",
+        "| pyvene |  |  |  | skipped | it is not installed |",
+    ]
+    report.judged = False
+    assert report.missed == []
+    assert {row[4] for row in report.rows()} == {"", "skipped"}
+
+
+def test_what_pytest_says_is_counted() -> None:
+    assert told("x", 0, "...\n8 passed, 1 skipped in 2.0s").value == 0
+    assert told("x", 0, "\n3 skipped in 1.0s", skips=True).note == "3 skipped in 1.0s"
+    with pytest.raises(RuntimeError, match="no test ran: 3 skipped"):
+        told("x", 0, "\n3 skipped in 1.0s")
+    failed = told("x", 1, "FAILED a\n== 2 failed, 7 passed, 1 error in 3.1s ==")
+    assert (failed.value, failed.missed, failed.note) == (3, True, "2 failed, 7 passed, 1 error in 3.1s")
+    with pytest.raises(RuntimeError, match="pytest ended with status 4: no such file"):
+        told("x", 4, "no such file")
+    with pytest.raises(RuntimeError, match="status 4: No module named 'uvicorn'"):
+        told("x", 4, "E  ModuleNotFoundError: No module named 'uvicorn'\n\nof conftest.py")
+
+
+def test_the_command_writes_a_table_and_fails_where_a_part_does(
+    options: Options, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("count", "fail", "skip"):
+        monkeypatch.setitem(PARTS, name, Part(f"tests.benchmarks.light_parts:{name}", 60, ""))
+    monkeypatch.setattr("benchmarks.gpu.__main__.Options", partial(Options, world=options.world))
+    out = options.scratch / "new" / "gpu"
+    given = ["--check", "--device", "cpu", "--shape", "tiny", "--commit", "abc", "--out", str(out)]
+    assert main([*given, "--parts", "count,skip,count"]) == 0
+    written = json.loads(out.with_suffix(".json").read_text())
+    assert [(one["part"], one["value"]) for one in written["figures"]] == [("count", 1), ("count", 2)]
+    assert written["machine"]["commit"] == "abc"
+    assert written["machine"]["process"] > 0
+    table = capsys.readouterr().out.split("\n\n")[-2].splitlines()
+    assert [row.split()[0] for row in table] == ["part", "count", "count", "skip"]
+    assert main([*given, "--parts", "count,fail"]) == 1
+    assert main([*given[1:], "--parts", "count,fail"]) == 0
+    with pytest.raises(SystemExit):
+        main([*given, "--parts", "counts"])
+    assert "there is no part 'counts'" in capsys.readouterr().err
+
+
+# --- what it needs ----------------------------------------------------------------------------------
+
+# PyTorch brings jinja2, typer brings rich.
+NEEDED = {
+    "jinja2",
+    "torch",
+    "transformers",
+    "accelerate",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "psutil",
+    "httpx",
+    "typer",
+    "rich",
+}
+OURS = ("benchmarks", "server", "steer_ops", "steering", "training")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Modules that are imported when this one is."""
+    waiting: list[ast.AST] = [ast.parse(path.read_text())]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            waiting += node.orelse
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            waiting += ast.iter_child_nodes(node)
+
+
+def test_the_engine_is_measured_without_the_servers_packages() -> None:
+    waiting = ["benchmarks.gpu.__main__", "benchmarks.gpu.world"]
+    waiting += [f"benchmarks.gpu.{name}" for name in ("rates", "generation", "others", "fitting", "checks", "clients")]
+    read: set[Path] = set()
+    foreign: set[str] = set()
+    while waiting:
+        parts = waiting.pop().split(".")
+        for place in [ROOT.joinpath(*parts[:end]) for end in range(1, len(parts) + 1)]:
+            path = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+            if path in read or not path.exists():
+                continue
+            read.add(path)
+            for name in imports(path):
+                if name.split(".")[0] in OURS:
+                    waiting.append(name)
+                else:
+                    foreign.add(name.split(".")[0])
+    assert "torch" in foreign
+    assert foreign - set(sys.stdlib_module_names) <= NEEDED

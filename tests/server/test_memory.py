@@ -1,0 +1,111 @@
+"""How much memory the KV cache takes, and what a step takes beside it."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from server import memory
+from server.config import Settings
+from server.engine.model_runner import ModelRunner
+from server.errors import StartupError
+from server.memory import choose_block_size, num_kv_cache_blocks, profile_run
+from tests.server.conftest import tiny_llama
+from tests.server.desk import Desk
+
+
+def settings(**given: Any) -> Settings:
+    return Settings(**({"max_num_seqs": 4, "max_num_batched_tokens": 64} | given))
+
+
+@pytest.fixture
+def runner() -> ModelRunner:
+    """A token takes 384 bytes: 3 layers, 2 heads, keys and values of 8 float32 each."""
+    found = Desk(tiny_llama(64)).runner
+    assert found.attention.token_bytes == 384
+    return found
+
+
+def test_the_cache_takes_what_is_set_and_not_more_than_sequences_can_use(runner: ModelRunner) -> None:
+    few, many = settings(kv_cache_mib=1), settings(kv_cache_mib=1, max_num_seqs=64)
+    assert num_kv_cache_blocks(runner, 32, few, max_model_len=96) == 2 * 4 * 3, "twice what four of 96 tokens can use"
+    assert num_kv_cache_blocks(runner, 32, many, max_model_len=96) == 2**20 // 384 // 32
+    assert num_kv_cache_blocks(runner, 7, many, max_model_len=96) == 2**20 // 384 // 7
+
+
+def test_little_memory_makes_texts_shorter_and_says_so(runner: ModelRunner, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        blocks = num_kv_cache_blocks(runner, 32, settings(kv_cache_mib=1), max_model_len=100_000)
+    assert blocks == 2**20 // 384 // 32
+    assert "tokens, not 100000" in caplog.text
+
+
+def test_a_text_is_bound_by_the_memory_alone_where_the_model_sets_no_limit(runner: ModelRunner) -> None:
+    assert num_kv_cache_blocks(runner, 32, settings(kv_cache_mib=1)) == 2**20 // 384 // 32
+
+
+def test_a_share_of_what_the_largest_step_leaves_is_taken(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_container_bytes", lambda: 384 * 32 * 1000)
+    steps = []
+
+    def peak(devices: set[torch.device], step: Any) -> dict[torch.device, int]:
+        steps.append(step())
+        return dict.fromkeys(devices, 384 * 32 * 200)
+
+    monkeypatch.setattr(memory, "_peak_bytes", peak)
+    for share, blocks in ((0.25, 200), (0.5, 400)):
+        assert num_kv_cache_blocks(runner, 32, settings(cpu_kv_cache_share=share), max_model_len=9000) == blocks
+    assert len(steps[0]) == 5, "four texts that are sampled and one that is scored"
+    assert all(output.sampled and output.sampled.logprob for output in steps[0][:4])
+    assert len(steps[0][4].scored.logprobs) == 60, "a step has 64 tokens"
+
+
+def test_what_is_set_outright_needs_no_measurement(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "profile_run", lambda *args: pytest.fail("measured"))
+    num_kv_cache_blocks(runner, 32, settings(kv_cache_mib=1), max_model_len=96)
+
+
+@pytest.mark.skipif(not (memory.PROC / "clear_refs").exists(), reason="Linux alone tells a process's peak")
+def test_a_larger_step_takes_more_memory() -> None:
+    runner = Desk(tiny_llama(64)).runner
+
+    def peak(**given: Any) -> int:
+        return max(profile_run(runner, 32, settings(**given), 4096).values())
+
+    # A mask of float32 for 2,000 tokens that see 4,096, twice as two query heads share a key head.
+    assert peak(max_num_batched_tokens=2004) - peak() > 2000 * 4096 * 4
+
+
+def test_a_step_that_fails_ends_the_start_with_one_sentence(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(*args: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried a lot.")
+
+    monkeypatch.setattr(runner, "forward", forward)
+    with pytest.raises(StartupError, match=r"\(64 tokens, 5 texts of up to 96\) fails: CUDA out of memory\.\. S"):
+        num_kv_cache_blocks(runner, 32, settings(), max_model_len=96)
+
+
+def test_no_memory_at_all_is_a_sentence(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_cache_bytes", lambda *args: 5000)
+    with pytest.raises(StartupError, match="There is no memory for keys and values: a token takes 384 bytes"):
+        num_kv_cache_blocks(runner, 32, settings(), max_model_len=96)
+
+
+def test_a_containers_own_limit_counts_without_cached_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    whole = memory._container_bytes()
+    (tmp_path / "memory.current").write_text("600\n")
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 30\n")
+    assert memory._container_bytes() == 430
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory._container_bytes() == whole
+
+
+def test_blocks_are_as_large_as_is_fastest_or_as_is_said(runner: ModelRunner) -> None:
+    assert choose_block_size(runner, 48) == 48
+    assert choose_block_size(Desk(tiny_llama(64), native=False).runner) == memory.LARGE_BLOCK_SIZE

@@ -1,0 +1,66 @@
+"""Compiles every kernel for an H200, which takes no GPU: `python -m tests.steer_ops.compile_kernels`. In a process of
+its own, because the others interpret them. The interpreter takes much that the compiler does not."""
+
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from steer_ops.cuda import kv_cache, layers, paged_attention, steer
+
+SHARED_MEMORY = 227 * 1024  # of a multiprocessor
+INTEGERS = {"tables": "*i32", "lengths": "*i32", "owners": "*i32", "counts": "*i64", "places": "*i64", "blocks": "*i64"}
+COLUMNS = {
+    "kinds": "*i8",
+    "keep_norm": "*i1",
+    **dict.fromkeys(("vectors", "weights", "biases", "multipliers"), "*fp32"),
+}
+FLOATS = {"parts": "*fp32", "logs": "*fp32", **dict.fromkeys(("scale", "softcap", "epsilon"), "fp32")}
+SIZES = ("_row", "_head", "_stride", "window", "first", "columns", "owner")  # how arguments that are int32 end
+HEADS = {"KV_HEADS": 8, "WIDTH": 128, "WIDTH_PAD": 128, "VALUE_WIDTH": 128, "VALUE_PAD": 128, "BLOCK_SIZE": 64}
+ROW = {"WIDTH": 4096, "PAD": 4096}
+
+
+def compiled(kernel: Any, dtype: str, constants: dict[str, Any], **options: int) -> Any:
+    types = {**INTEGERS, **COLUMNS, **FLOATS}
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "i32" if name.endswith(SIZES) else f"*{dtype}")
+        for name in kernel.arg_names
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def attention(dtype: str, splits: int, rules: bool, **changes: int) -> Any:
+    sizes = HEADS | {"GROUPS": 4, "GROUPS_PAD": 16, "TILE": 64, "SPLITS": splits} | changes
+    constants = sizes | {"HAS_SOFTCAP": rules, "HAS_SINKS": rules}
+    return compiled(paged_attention._attend, dtype, constants, num_stages=paged_attention.STAGES)
+
+
+def main() -> None:
+    found = [
+        attention("bf16", 32, False),
+        attention("fp16", 1, True, BLOCK_SIZE=4),
+        attention("fp32", 2, False, TILE=32),
+        compiled(paged_attention._join, "bf16", {"VALUE_WIDTH": 128, "VALUE_PAD": 128, "SPLITS": 64}, num_warps=2),
+        compiled(kv_cache._write, "bf16", HEADS | {"HEADS": 8}),
+        compiled(kv_cache._gather, "bf16", HEADS | {"HEADS": 8}),
+        compiled(steer._steer, "bf16", ROW, num_warps=8),
+        compiled(layers._rms_norm, "bf16", ROW, num_warps=8),
+        compiled(layers._add_rms_norm, "bf16", ROW, num_warps=8),
+        compiled(layers._silu_mul, "bf16", {"WIDTH": 14336, "GATES": layers.GATES}),
+        compiled(
+            layers._rotary,
+            "bf16",
+            {"QUERY_HEADS": 32, "KEY_HEADS": 8, "WIDTH": 128, "PAD": 64, "HEADS": layers.HEADS},
+            num_warps=1,
+        ),
+    ]
+    for kernel in found:
+        assert kernel.metadata.shared <= SHARED_MEMORY // 2, "two programs fit a multiprocessor"
+        print(kernel.metadata.name, len(kernel.asm["cubin"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""Triton's kernels beside their twins in PyTorch: interpreted where there is no CUDA device."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from steer_ops import plain
+from steer_ops.cuda import library
+from steer_ops.ops import STEER_AND_COUNT
+from steer_ops.registry import TOLERANCES, Op, _run, _same
+from tests.steer_ops.interpreted import mend_interpreter
+from tests.steer_ops.test_paged_attention import LENGTHS, Rows
+from tests.steer_ops.test_registry import CUDA_OPS, OPS
+
+pytest.importorskip("triton", reason="triton is not installed: pip install 'mat-steer[triton]'")
+
+# The interpreter's NumPy tells of overflows and of what is not a number.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning:triton")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BY_NAME = {op.name: op for op in [*OPS, *CUDA_OPS]}
+TRITON = (
+    "paged_attention_decode",
+    "write_kv",
+    "gather_kv",
+    "steer_and_count",
+    "rms_norm",
+    "add_rms_norm",
+    "silu_mul",
+    "rotary",
+)
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Iterator[dict[str, Callable[..., Any]]]:
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE.type == "cpu":
+            mend_interpreter(patch)
+        yield {name: kernel for name, (kernel, _) in library.triton_kernels(DEVICE).items()}
+
+
+def test_all_are_there(kernels: dict[str, Callable[..., Any]]) -> None:
+    assert tuple(kernels) == TRITON
+
+
+@pytest.mark.parametrize("dtype", library.DTYPES, ids=str)
+@pytest.mark.parametrize("name", TRITON)
+def test_a_kernel_computes_what_its_twin_computes(
+    kernels: dict[str, Callable[..., Any]], name: str, dtype: torch.dtype
+) -> None:
+    op: Op = BY_NAME[name]
+    for args, named in op._examples(dtype):
+        assert _same(_run(kernels[name], args, named, DEVICE), _run(op.twin, args, named, DEVICE), dtype)
+
+
+@pytest.mark.timeout(600)
+def test_every_kernel_compiles_for_an_h200(tmp_path: Path) -> None:
+    surroundings = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.steer_ops.compile_kernels"],
+        cwd=Path(__file__).parents[2],
+        env=surroundings | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    kernels = {"_attend", "_join", "_write", "_gather", "_steer", "_rms_norm", "_add_rms_norm", "_silu_mul", "_rotary"}
+    assert {line.split()[0] for line in done.stdout.splitlines()} == kernels
+
+
+# --- decode attention -------------------------------------------------------------------------------
+
+
+def attend(kernels: dict[str, Callable[..., Any]], rows: Rows, **rules: Any) -> Tensor:
+    """On the CPU and back, whatever the device."""
+    out = rows.query.new_full((*rows.query.shape[:2], rows.value.shape[2]), torch.nan)
+    args = rows.query, rows.key, rows.value, *rows.caches, rows.tables, rows.lengths, out
+    if DEVICE.type == "cpu":
+        kernels["paged_attention_decode"](*args, **{"scale": 0.2, **rules})
+        return out
+    there = [arg.to(DEVICE) for arg in args]
+    named = {name: rule.to(DEVICE) if isinstance(rule, Tensor) else rule for name, rule in rules.items()}
+    kernels["paged_attention_decode"](*there, **{"scale": 0.2, **named})
+    for mine, theirs in zip(rows.caches, there[3:5], strict=True):
+        mine.copy_(theirs)
+    return there[-1].cpu()
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "rules"),
+    [
+        ((4, 2, 64, 64, torch.float32, 8), torch.float32, {}),
+        ((4, 1, 5, 7, torch.float32, 40), torch.float32, {"scale": 0.5, "window": 7}),
+        ((4, 2, 80, 24, torch.bfloat16, 1), torch.bfloat16, {"softcap": 2.0}),
+        ((4, 4, 16, 16, torch.float16, 4), torch.float16, {"window": 16}),
+        (
+            (4, 2, 16, 16, torch.float32, 16),
+            torch.float32,
+            {"window": 1, "sinks": torch.tensor([0.5, -40.0, 40.0, 0.0]).bfloat16()},
+        ),
+        ((6, 2, 16, 16, torch.float32, 32), torch.float32, {"sinks": torch.randn(6), "softcap": 5.0, "window": 20}),
+    ],
+    ids=["plain", "odd widths, window", "cap", "a window of blocks", "sinks", "all rules"],
+)
+def test_decode_attention_is_attention(
+    kernels: dict[str, Callable[..., Any]],
+    shape: tuple[Any, ...],
+    dtype: torch.dtype,
+    rules: dict[str, Any],
+    splits: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Blocks in no order, memory beyond a row that is no number, tables that end in nonsense, lengths from one token to
+    several tiles; some of the splits have nothing to read."""
+    from steer_ops.cuda import paged_attention
+
+    monkeypatch.setattr(paged_attention, "num_splits", lambda *args: splits)
+    monkeypatch.setattr(paged_attention, "TILE", 16)
+    rows = Rows(*shape)
+    before = [cache.clone() for cache in rows.caches]
+    expected = rows.expected(**rules)
+    found = attend(kernels, rows, **rules)
+    assert (found.double() - expected).norm() / expected.norm() < TOLERANCES[dtype] / 5
+    for cache, unchanged, new in zip(rows.caches, before, (rows.key, rows.value), strict=True):
+        for row, length in enumerate(LENGTHS):
+            place = divmod(length - 1, cache.shape[2])
+            unchanged[rows.tables[row, place[0]], :, place[1]] = new[row]
+        assert torch.equal(cache.nan_to_num(7.0), unchanged.nan_to_num(7.0))
+
+
+def test_rows_share_blocks_and_idle_rows_share_a_place(kernels: dict[str, Callable[..., Any]]) -> None:
+    rows = Rows(width=16, value_width=16)
+    rows.tables[4, :2] = rows.tables[3, :2]  # 17 tokens: two blocks in common, then one of its own
+    rows.lengths[2] = 1
+    rows.tables[2, 0] = rows.tables[0, 0]  # both write to one place, and read only what they bring
+    expected = rows.expected()
+    found = attend(kernels, rows).double()
+    for row in (0, 1, 3, 4):
+        assert torch.allclose(found[row], expected[row], rtol=1e-4, atol=1e-5)
+    assert torch.allclose(found[2], rows.value[2].double().repeat_interleave(2, 0))
+
+
+def test_what_is_not_a_number_stays_with_its_row(kernels: dict[str, Callable[..., Any]]) -> None:
+    rows = Rows(width=16, value_width=16)
+    rows.query[2, 1, 3] = torch.nan
+    found = attend(kernels, rows)
+    assert found[2, 1].isnan().all()
+    assert found.isnan().sum() == 16
+
+
+def test_scores_of_any_size_have_shares(kernels: dict[str, Callable[..., Any]]) -> None:
+    rows = Rows(width=16, value_width=16)
+    assert torch.allclose(attend(kernels, rows, scale=1e4).double(), rows.expected(scale=1e4), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: setattr(rows, "value", rows.value.bfloat16()), "one dtype"),
+        (lambda rows: setattr(rows, "key", rows.key[:, :1]), "shapes"),
+        (lambda rows: setattr(rows, "tables", rows.tables.long()), "int32"),
+        (lambda rows: setattr(rows, "caches", [cache.mT for cache in rows.caches]), "shapes|contiguous"),
+    ],
+    ids=["dtype", "heads", "long table", "strided cache"],
+)
+def test_what_does_not_fit_is_refused(
+    kernels: dict[str, Callable[..., Any]], change: Callable[[Rows], Any], message: str
+) -> None:
+    rows = Rows()
+    change(rows)
+    with pytest.raises(RuntimeError, match=message):
+        attend(kernels, rows)
+
+
+def test_parts_of_the_keys_keep_all_processors_busy_and_are_no_more_than_there_are_tiles() -> None:
+    from steer_ops.cuda.paged_attention import num_splits, tile_size
+
+    assert num_splits(8, 128, 132) == 64  # one row of 8 key heads and 8,192 tokens on an H200
+    assert num_splits(256, 128, 132) == 2
+    assert num_splits(2048, 128, 132) == 1
+    assert num_splits(8, 2, 132) == 2
+    assert tile_size(2 * 2 * 128, 113 * 1024) == 64
+    assert tile_size(2 * 4 * 256, 113 * 1024) == 16
+
+
+# --- steering ---------------------------------------------------------------------------------------
+
+
+def test_what_is_not_steered_keeps_every_bit_and_columns_that_rest_have_no_say(
+    kernels: dict[str, Callable[..., Any]],
+) -> None:
+    args, _ = next(iter(STEER_AND_COUNT._examples(torch.float32)))
+    args = [arg.to(DEVICE, copy=True) if isinstance(arg, Tensor) else arg for arg in args]
+    activations, vectors, weights, _, _, _, multipliers, _, counts, _ = args
+    multipliers[1] = 0
+    multipliers[2, 3] = 0
+    activations[1, :4] = torch.tensor([-0.0, torch.inf, torch.nan, -torch.inf], device=DEVICE)
+    before = activations.clone()
+    moved = kernels["steer_and_count"](*args)
+    assert torch.equal(moved[1].view(torch.int32), before[1].view(torch.int32))
+    assert counts.tolist() == [1, 1, 0, 0, 1, 0]
+    # Column 3 rests on token 2: whatever it is, nothing changes.
+    vectors[3], weights[3] = torch.nan, torch.inf
+    assert torch.equal(kernels["steer_and_count"](*args)[2], moved[2])
+
+
+def test_activations_of_any_size_keep_their_norm(kernels: dict[str, Callable[..., Any]]) -> None:
+    args, _ = next(iter(STEER_AND_COUNT._examples(torch.float32)))
+    args = [arg.to(DEVICE, copy=True) if isinstance(arg, Tensor) else arg for arg in args]
+    args[0] *= torch.tensor([1e-30, 1.0, 1e15, 1e30, 0.0], device=DEVICE)[:, None]
+    expected = plain.steer_and_count(*(arg.clone() if isinstance(arg, Tensor) else arg for arg in args))
+    found = kernels["steer_and_count"](*args)
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
