@@ -13,6 +13,7 @@ import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from training.data.samples import Form, Sample, Split
 from training.data.sources import load_data
 from training.data.splits import split_samples
 from training.evaluation.evaluator import Evaluator, GateMeans, gate_means
-from training.evaluation.generation import Sampling, load_prompts
+from training.evaluation.generation import Sampling
+from training.evaluation.judged import load_prompts
 from training.evaluation.results import BASELINE, Arm, ArmResult, Evaluation, default_arm, single_arms
 from training.evaluation.sweep import best_alone, combine
 from training.evaluation.sweep_results import Goal
@@ -42,7 +44,11 @@ from training.models import Base, load_base
 STRENGTHS = (0.5, 0.75, 1.0, 1.5, 2.0)
 DEV_PROMPTS = 120
 MULTIPLIERS = (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
-GOAL = Goal(metrics=TRAITS, max_perplexity_ratio=1.5, keep={"well_formed": 0.97}, tolerance=0.02)
+# The oracle says what is well formed; the neutral text has words that this model never saw.
+GOAL = Goal(
+    metrics=TRAITS, max_perplexity_ratio=1.5, max_repetition=1, max_empty=1, max_kl=inf, keep={"well_formed": 0.97},
+    tolerance=0.02,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,8 @@ def steered(
 
     multipliers: one for each column [C], or a row of them for each row of the batch [B, C]; beams and returned
     sequences take those of the prompt that they continue.
-    mask [B, T]: steer exactly these tokens of one forward pass, as for scoring a given answer. Without a mask
+    mask [B, T]: steer exactly these tokens of one forward pass, as for scoring a given answer; T counts the cached
+    tokens that the pass goes on from, which stay as they are. Without a mask
     `positions` decides, for left-padded prompts and a model that caches keys and values: GENERATED steers the last
     token of every forward pass (the last prompt token, then each new token), PROMPT every token but padding of passes
     that have no cache yet, ALL every token but padding.

@@ -47,12 +47,12 @@ class PlainBatch:
     def _chosen(self, batch: int, length: int, cached: int, attention_mask: Any) -> NDArray[np.bool_]:
         """Which tokens are steered, [batch, length]."""
         if self.mask is not None:
-            if cached or self.mask.shape != (batch, length):
+            if self.mask.shape != (batch, cached + length):
                 raise HookError(
                     f"the mask is for one forward pass of shape {list(self.mask.shape)}, "
                     f"not for one of shape {[batch, length]} after {cached} cached tokens"
                 )
-            return self.mask
+            return self.mask[:, cached:]
         if self.positions is Positions.PROMPT and cached:
             return np.zeros((batch, length), dtype=bool)
         if self.positions is Positions.GENERATED:

@@ -146,7 +146,7 @@ def train(
         if activations is not None:
             _refuse_unused(pool, specs, chosen=evaluate and measured.judge is None)
         strengths, defaults = parse_settings(strength, "--strength", unnamed=True), parse_settings(set_, "--set")
-        from training.evaluation.report import rich_table, terminal
+        from training.evaluation.report import show, terminal
         from training.evaluation.sweep_results import read_places
         from training.pipeline import TrainingRun
         from training.pipeline import train as run_training
@@ -176,7 +176,7 @@ def train(
         checkpoint, evaluation = run_training(base.load, run, o.say)
         if evaluation is not None:
             title = f"{checkpoint.config.name}@{checkpoint.config.version} on test"
-            terminal().print(rich_table(evaluation, title))
+            terminal().print(show(evaluation, title))
         typer.echo(f"wrote {out / checkpoint.config.version}")
 
 
@@ -216,7 +216,7 @@ def evaluate(
     checkpoint: o.CheckpointFolder,
     texts: o.DataOptions,
     measured: o.CheckpointEvaluationOptions,
-    baseline: Annotated[bool, typer.Option("--baseline", help="Also without steering, for comparison.")] = False,
+    baseline: Annotated[bool, typer.Option(help="Also without steering: what the differences are to.")] = True,
     alone: Annotated[bool, typer.Option("--alone", help="Also each attribute by itself.")] = False,
     multipliers: Annotated[
         str | None, typer.Option(metavar="X[,X..]", help="Factors on the default multipliers; default: 1.")
@@ -228,7 +228,9 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Default: evaluation/ in the checkpoint's folder.")] = None,
     rows: o.Rows = 128,
 ) -> None:
-    """Steered and unsteered side by side on the test split: a table, JSON and a plot.
+    """Steered and unsteered side by side on the test split: tables, JSON, what was measured of every question, a plot.
+
+    An interrupted evaluation goes on where it stopped.
 
     Example: matsteer evaluate --model Qwen/Qwen2.5-0.5B --checkpoint checkpoints/mine
     --data truthfulness=facts.jsonl --baseline
@@ -238,7 +240,7 @@ def evaluate(
         from training.data import Split, load_data
         from training.data.splits import split_as_trained
         from training.evaluation.evaluator import compare, open_checkpoint
-        from training.evaluation.report import rich_table, store, terminal
+        from training.evaluation.report import show, store, terminal
 
         if split not in list(Split):
             raise TrainingError(f"--split must be train, dev or test, got {split!r}.")
@@ -260,9 +262,9 @@ def evaluate(
             )
         evaluation, generated = compare(
             base.load(), loaded, samples, evaluator, Split(split), factors=factors, baseline=baseline, alone=alone,
-            extra=extra, progress=o.shows_progress(),
+            extra=extra, progress=o.shows_progress(), kept=(out or folder / "evaluation") / "evaluation.partial",
         )  # fmt: skip
-        terminal().print(rich_table(evaluation, f"{loaded.config.name}@{loaded.config.version} on {split}"))
+        terminal().print(show(evaluation, f"{loaded.config.name}@{loaded.config.version} on {split}"))
         for path in store(evaluation, out or folder / "evaluation", texts=generated):
             typer.echo(f"wrote {path}")
 
@@ -285,6 +287,13 @@ def sweep(
     apart: Annotated[bool, typer.Option("--apart", help="With --alone: no two attributes at one place.")] = False,
     goal: Annotated[str | None, typer.Option(metavar="METRIC[,..]", help="What counts; default: all.")] = None,
     max_perplexity_ratio: Annotated[float, typer.Option(help="Settings beyond it rank last.")] = 1.5,
+    max_repetition: Annotated[
+        float, typer.Option(min=0, help="The same for rep-4, beyond the unsteered model's: texts that loop.")
+    ] = 0.1,
+    max_empty: Annotated[
+        float, typer.Option(min=0, help="The same for the share of empty answers, beyond the unsteered model's.")
+    ] = 0.1,
+    max_kl: Annotated[float, typer.Option(min=0, help="The same for KL on neutral text, in nats a token.")] = 1.0,
     keep: Annotated[
         list[str] | None, typer.Option(metavar="METRIC=X", help="Settings with less than X of it rank last.")
     ] = None,
@@ -337,7 +346,10 @@ def sweep(
         loaded = base.load()
         used = samples if activations else fitted_on(samples, evaluator.limit)
         found = activations_for(loaded, used, run)
-        wanted = Goal(tuple(goal.split(",")) if goal else (), max_perplexity_ratio, least, max_side_effect, tolerance)
+        wanted = Goal(
+            tuple(goal.split(",")) if goal else (), max_perplexity_ratio, max_repetition, max_empty, max_kl, least,
+            max_side_effect, tolerance,
+        )  # fmt: skip
         swept_by = Sweep(loaded, asked, found, recipe, factors, evaluator, out, wanted, progress=shown, say=o.say)
         swept = swept_by.alone(sites_each, apart=apart) if alone else swept_by.together()
         terminal().print(sweep_table(swept))

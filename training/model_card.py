@@ -9,6 +9,7 @@ from training.data.samples import Form
 from training.evaluation.evaluator import GateMeans
 from training.evaluation.report import markdown
 from training.evaluation.results import Evaluation
+from training.evaluation.tasks import METRICS
 from training.methods import METHODS
 
 
@@ -113,12 +114,14 @@ def _evaluation(evaluation: Evaluation | None) -> str:
     if evaluation is None:
         return "## Evaluation\n\nNone: there was neither a judge nor a prompt with answers of both labels.\n"
     settings = ", ".join(f"{key} {value}" for key, value in evaluation.settings.items())
-    how = (
-        "Judged generations; perplexity is that of the text under the unsteered model, ratio against the first arm."
-        if evaluation.kind == "generation"
-        else "Multiple choice by likelihood: mc1 by the total, mc1_per_token by the mean, mc2 the positives' share."
-    )
+    how = "Judged generations." if evaluation.kind == "generation" else _metrics(evaluation)
     return f"## Evaluation\n\n{how} Percent, with 95 % intervals.\n\n{markdown(evaluation)}\nSettings: {settings}.\n"
+
+
+def _metrics(evaluation: Evaluation) -> str:
+    names = dict.fromkeys(name.rpartition(" ")[2] for name in evaluation.metrics)
+    told = "; ".join(f"`{name}` is {METRICS[name].about}" for name in names if name in METRICS)
+    return f"Answers by likelihood: {told}."
 
 
 def _usage(name: str, version: str, columns: Sequence[Column], training: Mapping[str, Any]) -> str:

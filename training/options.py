@@ -198,9 +198,10 @@ class EvaluationOptions(OptionGroup):
         str | None,
         typer.Option(
             "--judge",
-            metavar="MODULE:FUNCTION",
-            help="Judges generated answers: (prompt, text) -> {metric: true, false or null}. "
-            "Without one, answers are chosen by likelihood.",
+            metavar="JUDGE",
+            help="Judges generated answers: MODULE:FUNCTION, (prompt, text) -> {metric: true, false or null}; "
+            "hf:CLASSIFIER, a text classifier of the hub or in a folder; truth:MODEL or info:MODEL, a judge model of "
+            "TruthfulQA; openai:MODEL@URL, a served model. Without one, answers are chosen by likelihood.",
         ),
     ] = None
     prompts: Annotated[
@@ -218,6 +219,22 @@ class EvaluationOptions(OptionGroup):
             "side of an attribute, of the same prompts.",
         ),
     ] = None
+    prompting: Annotated[
+        str,
+        typer.Option(
+            metavar="primer|plain|chat|harness",
+            help="How TruthfulQA, BBQ and ToxiGen are asked without a judge. primer: TruthfulQA after its six "
+            "questions and answers, BBQ with its options; plain: without the six; chat: a user's turn in the model's "
+            "chat template; harness: word for word as lm-evaluation-harness does. With --chat: chat.",
+        ),
+    ] = "primer"
+    damage: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="So many questions are answered in every arm without a judge, to see what steering breaks; 0: none.",
+        ),
+    ] = 16
     positions: Annotated[str | None, typer.Option(help="generated, prompt or all: the steered tokens.")] = "generated"
     chat_prompts: Annotated[
         bool | None,
@@ -233,7 +250,10 @@ class EvaluationOptions(OptionGroup):
         from steering.types import Positions
         from training.data.samples import Form
         from training.evaluation.evaluator import Evaluator
-        from training.evaluation.generation import Sampling, load_judge, load_prompts
+        from training.evaluation.generation import Sampling
+        from training.evaluation.judged import load_prompts
+        from training.evaluation.judges import load_judge
+        from training.evaluation.tasks import Prompting
 
         if (self.judge is None) != (self.prompts is None):
             raise TrainingError("--judge and --prompts belong together: give both or neither.")
@@ -242,7 +262,11 @@ class EvaluationOptions(OptionGroup):
             raise TrainingError(f"{chosen} is for the prompts of a --judge, and there is none.")
         if self.positions not in list(Positions):
             raise TrainingError(f"--positions must be one of {', '.join(Positions)}, got {self.positions!r}.")
+        if self.prompting not in list(Prompting):
+            raise TrainingError(f"--prompting must be one of {', '.join(Prompting)}, got {self.prompting!r}.")
         return Evaluator(
+            prompting=Prompting(self.prompting),
+            damage=self.damage,
             judge=load_judge(self.judge) if self.judge else None,
             prompts=tuple(load_prompts(self.prompts)) if self.prompts else (),
             sampling=Sampling(self.temperature, self.max_new_tokens, self.samples, seed),

@@ -176,7 +176,7 @@ def _tell_of_no_effect(
     if not run.evaluated or (not texts and run.evaluator.judge is None):
         return
     try:
-        evaluator = quick(run.evaluator)
+        evaluator = replace(quick(run.evaluator), damage=0)
         evaluator.check(texts, Split.DEV)
         arms = [BASELINE, default_arm(columns)]
         evaluation, _ = evaluator.evaluate(base, columns, arms, texts, Split.DEV, progress=run.progress)
@@ -221,7 +221,7 @@ def prepare_data(run: TrainingRun) -> list[Sample]:
     if not run.sites and run.search is None and (homeless := [name for name in known if name not in run.recipe.places]):
         raise DataError(f"Attribute {homeless[0]!r} has no place: name its layer and site.")
     if run.activations is None:
-        rows = "".join(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
+        rows = "".join(json.dumps(sample.as_dict(), ensure_ascii=False) + "\n" for sample in samples)
         write_bytes(run.workspace / "samples.jsonl", rows.encode())
     return samples
 
@@ -273,14 +273,17 @@ def evaluate_for(
         say("not evaluated: activations hold no texts to choose from; give --data too, or --judge and --prompts.")
         return None
     arms = [BASELINE, default_arm(columns), *(single_arms(columns) if len({c.attribute for c in columns}) > 1 else ())]
+    folder = run.workspace / f"evaluation-{version}"
     try:
-        evaluation, generated = run.evaluator.evaluate(base, columns, arms, texts, Split.TEST, progress=run.progress)
+        evaluation, generated = run.evaluator.evaluate(
+            base, columns, arms, texts, Split.TEST, progress=run.progress, kept=folder / "evaluation.partial"
+        )
     except DataError as error:
         if run.evaluator.judge is not None:
             raise
         say(f"not evaluated: {error}")
         return None
-    store(evaluation, run.workspace / f"evaluation-{version}", texts=generated)
+    store(evaluation, folder, texts=generated)
     return evaluation
 
 

@@ -10,7 +10,8 @@ from demo.corpus import TRAITS
 from demo.oracle import judge
 from demo.steering_data import prompts
 from steering.checkpoint import base_model_info, find, load, verify_against, verify_sites
-from training.evaluation.generation import Sampling, evaluate_generations
+from training.evaluation.generation import Sampling
+from training.evaluation.judged import Prompt, evaluate_generations
 from training.evaluation.results import BASELINE, Arm, Evaluation, default_arm
 from training.models import Base, load_base
 
@@ -32,7 +33,7 @@ def evaluation(base: Base) -> Evaluation:
     rows = list(prompts("test", random.Random(0)))
     scenes = [row for row in rows if str(row["group"]).startswith("scene/")]
     facts = [row for row in rows if row not in scenes]
-    chosen = [str(row["prompt"]) for row in (*facts[::9], *scenes[::3])]
+    chosen = [Prompt(str(row["prompt"]), None) for row in (*facts[::9], *scenes[::3])]
     arms = [BASELINE, default_arm(columns), Arm("away", dict.fromkeys(TRAITS, -1.0))]
     found, _ = evaluate_generations(
         base.model, base.tokenizer, chosen, judge, columns, arms, Sampling(max_new_tokens=40, samples=2), max_rows=512

@@ -186,15 +186,18 @@ def test_sweep_shows_what_its_points_are_to_be_compared_with(here: Path) -> None
     arguments = [*DATA, "--layer", "1", "--site", "residual", "--method", "caa", "--out", "swept", "--alone"]
     result = run("sweep", *arguments, "--multipliers", "0")
     assert result.exit_code == 0, result.output
-    header, _, cases, unsteered, together, *points = [
+    header, _, cases, clusters, unsteered, together, *points = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in (here / "swept/sweep.md").read_text().splitlines()
     ]
-    assert [row[0] for row in (cases, unsteered, together)] == ["cases", "unsteered", "together"]
+    assert [row[0] for row in (cases, clusters, unsteered, together)] == [
+        "cases", "clusters", "unsteered", "together",
+    ]  # fmt: skip
     rates = [index for index, name in enumerate(header) if name.endswith(" mc2")]
-    assert [cases[index] for index in rates] == ["2", "2"]
+    assert [cases[index] for index in rates] == [clusters[index] for index in rates] == ["2", "2"]
     assert len(points) == 2
-    assert all([row[index] for index in rates] == [unsteered[index] for index in rates] for row in points), "0: nothing"
+    nothing = [f"{unsteered[index]} (+0.0 [0.0, 0.0])" for index in rates]
+    assert all([row[index] for index in rates] == nothing for row in points), "multiplier 0"
     for name in ("truthfulness", "civility"):
         assert f"{name}: no setting scores above the unsteered model" in result.output
     assert "few cases" in result.output

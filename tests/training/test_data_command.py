@@ -80,7 +80,7 @@ def test_no_seed_moves_a_training_question_into_the_test_split(tmp_path: Path, m
     def steered(seed: int) -> dict[str, object]:
         again = run("evaluate", *common, "--checkpoint", "mine", "--seed", str(seed))
         assert again.exit_code == 0, again.output
-        (arm,) = json.loads(Path("mine/v1/evaluation/evaluation.json").read_text())["arms"]
+        _, arm = json.loads(Path("mine/v1/evaluation/evaluation.json").read_text())["arms"]
         metrics: dict[str, object] = arm["metrics"]
         return metrics
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from math import exp
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,10 +14,12 @@ from steering.errors import ColumnError
 from training.activations.tokenization import encode
 from training.data import Sample, Split
 from training.errors import DataError, TrainingError
-from training.evaluation.choices import evaluate_choices, questions
+from training.evaluation.choices import evaluate_choices
 from training.evaluation.evaluator import Evaluator
-from training.evaluation.generation import Sampling, evaluate_generations, judged_rates
-from training.evaluation.results import BASELINE, Arm, bootstrap, default_arm, single_arms, wilson
+from training.evaluation.generation import Continuation, Sampling
+from training.evaluation.judged import Prompt, evaluate_generations, judged
+from training.evaluation.results import BASELINE, Arm, Estimate, Measured, default_arm, single_arms, wilson
+from training.evaluation.tasks import questions
 from training.models import Base
 
 SITE = Site(1, SiteKind.RESIDUAL)
@@ -62,8 +65,8 @@ def test_choices_equal_a_loop_over_plain_forward_passes(llama: Any, tokenizer: A
             positive = sum(exp(s) for s, label in zip(sums, question.labels, strict=True) if label)
             masses.append(positive / sum(exp(s) for s in sums))
         metrics = found.arm(arm.name).metrics
-        assert metrics["civility mc1"].value == pytest.approx(hits / len(own))
-        assert metrics["civility mc1_per_token"].value == pytest.approx(per_token / len(own))
+        assert metrics["civility any_true"].value == pytest.approx(hits / len(own))
+        assert metrics["civility any_true_per_token"].value == pytest.approx(per_token / len(own))
         assert metrics["civility mc2"].value == pytest.approx(sum(masses) / len(masses), rel=1e-3)
         assert metrics["civility mc2"].count == 8
 
@@ -73,7 +76,7 @@ def test_a_limit_is_one_for_each_attribute(llama: Any, tokenizer: Any, samples: 
     base = Base(llama, tokenizer, "tiny", None)
     evaluation, _ = Evaluator(limit=3).evaluate(base, COLUMNS, [BASELINE], placed, Split.TEST)
     counts = {name: estimate.count for name, estimate in evaluation.arm(BASELINE.name).metrics.items()}
-    assert counts["truthfulness mc1"] == counts["civility mc1"] == 3
+    assert counts["truthfulness mc2"] == counts["civility mc2"] == 3
 
 
 def judge(prompt: str, text: str) -> Mapping[str, bool | None]:
@@ -81,7 +84,7 @@ def judge(prompt: str, text: str) -> Mapping[str, bool | None]:
 
 
 def test_generations_are_judged_in_every_arm(llama: Any, tokenizer: Any) -> None:
-    prompts = ["Q: What do cows say? A:", "The sky", "Q: Bees? A:"]
+    prompts = [Prompt(text, None) for text in ("Q: What do cows say? A:", "The sky", "Q: Bees? A:")]
     arms = [BASELINE, *single_arms(COLUMNS)]
     found, texts = evaluate_generations(llama, tokenizer, prompts, judge, COLUMNS, arms, Sampling(1.0, 6, 4))
     assert [arm.arm for arm in found.arms] == ["unsteered", "truthfulness alone", "civility alone"]
@@ -91,7 +94,10 @@ def test_generations_are_judged_in_every_arm(llama: Any, tokenizer: Any) -> None
         assert len(own) == 12
         assert arm.metrics["short"].value == pytest.approx(sum(len(t.text) < 12 for t in own) / 12)
         assert arm.metrics["asked"].value == pytest.approx(2 / 3)
-        assert arm.metrics["never"] == wilson(0, 0)
+        assert arm.metrics["never"] == Estimate(None, None, None, 0)
+        assert (arm.metrics["short"].count, arm.metrics["short"].clusters) == (12, 3)
+        assert arm.damage["empty"].value == pytest.approx(sum(not t.text.strip() for t in own) / 12)
+        assert all(text.verdict["short"] == (len(text.text) < 12) for text in own)
         assert arm.perplexity == pytest.approx(exp(sum(t.nll for t in own) / sum(len(t.token_ids) for t in own)))
         assert arm.perplexity_ratio == pytest.approx((arm.perplexity or 0) / (found.arms[0].perplexity or 1))
     with pytest.raises(DataError, match="no prompts"):
@@ -103,13 +109,15 @@ def test_a_judge_that_fails_is_named(llama: Any, tokenizer: Any) -> None:
         raise KeyError("sky")
 
     with pytest.raises(TrainingError, match=r"The judge failed on an answer to 'The sky': KeyError\('sky'\)"):
-        evaluate_generations(llama, tokenizer, ["The sky"], broken, (), [BASELINE], Sampling(1.0, 2))
+        evaluate_generations(llama, tokenizer, [Prompt("The sky", None)], broken, (), [BASELINE], Sampling(1.0, 2))
 
 
 def test_a_metric_counts_only_where_it_applies() -> None:
-    rates = judged_rates([{"a": True, "b": None}, {"a": False, "b": True}, {"a": True}])
-    assert rates["a"] == wilson(2, 3)
-    assert rates["b"] == wilson(1, 1)
+    verdicts: list[Mapping[str, bool | None]] = [{"a": True, "b": None}, {"a": False, "b": True}, {"a": True}]
+    texts = [Continuation("arm", number, 0, (1,), "x", True, 1.0, verdict) for number, verdict in enumerate(verdicts)]
+    rates = {name: measured.estimate() for name, measured in judged(texts, ["0", "1", "2"]).items()}
+    assert rates["a"] == replace(wilson(2, 3), clusters=3)
+    assert rates["b"] == replace(wilson(1, 1), clusters=1)
 
 
 def test_arms_name_attributes_that_exist() -> None:
@@ -130,10 +138,10 @@ def test_wilson_intervals(hits: int, count: int, low: float, high: float) -> Non
 
 
 def test_bootstrap_intervals_shrink_with_the_square_root_of_the_count() -> None:
-    values = torch.randn(400, generator=torch.Generator().manual_seed(0)).tolist()
-    estimate = bootstrap(values)
-    assert estimate.low is not None
-    assert estimate.high is not None
-    assert estimate.high - estimate.low == pytest.approx(2 * 1.96 / 20, rel=0.15)
-    assert bootstrap(values) == estimate
-    assert bootstrap([]).value is None
+    values = np.random.default_rng(0).normal(size=400)
+    measured = Measured(np.stack([values, np.ones(400)], 1), tuple(map(str, range(400))))
+    estimate = measured.estimate()
+    assert estimate.value == pytest.approx(values.mean())
+    assert (estimate.high or 0) - (estimate.low or 0) == pytest.approx(2 * 1.96 / 20, rel=0.15)
+    assert measured.estimate() == estimate
+    assert Measured(np.zeros((0, 2)), ()).estimate().value is None

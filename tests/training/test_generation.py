@@ -1,6 +1,7 @@
 """The decode loop is plain `generate`, only faster; arms differ by steering alone."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from steering import Column, Gate, Positions, Site, SiteKind, steered
 from training.activations.tokenization import Encoded
 from training.errors import DataError, TrainingError
-from training.evaluation.choices import log_likelihoods
+from training.evaluation import generation
 from training.evaluation.generation import Sampling, generate
+from training.evaluation.likelihood import log_likelihoods
 from training.evaluation.results import BASELINE, Arm
 
 PROMPTS = ["Q: What do cows say? A:", "Q", "Q: Where do bees live? Tell me, you silly person. A:", "The sky is"]
@@ -108,6 +110,32 @@ def test_costs_are_those_of_the_unsteered_model(llama: Any, tokenizer: Any) -> N
         assert text.nll == pytest.approx(-float(scores.gather(1, ids[0, len(prompt) :, None]).sum()), rel=1e-4)
 
 
+def test_an_interrupted_generation_goes_on(
+    llama: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, sampling = tmp_path / "texts.partial", Sampling(max_new_tokens=5)
+    whole = generate(llama, tokenizer, PROMPTS, COLUMNS, ARMS, sampling)
+    costs, calls = generation._base_costs, []
+
+    def dies(*given: Any) -> list[float]:
+        calls.append(given)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return costs(*given)
+
+    monkeypatch.setattr(generation, "_base_costs", dies)
+    with pytest.raises(KeyboardInterrupt):
+        generate(llama, tokenizer, PROMPTS, COLUMNS, ARMS, sampling, max_rows=len(ARMS), kept=kept)
+    kept.write_text(kept.read_text() + '{"id": {"pro')
+    calls.clear()
+    again = generate(llama, tokenizer, PROMPTS, COLUMNS, ARMS, sampling, max_rows=1000, kept=kept)
+    assert len(calls) == 1
+    assert sum(len(prompts) for _, prompts, *_ in calls) == (len(PROMPTS) - 2) * len(ARMS)
+    assert [text.token_ids for text in again] == [text.token_ids for text in whole]
+    other = generate(llama, tokenizer, PROMPTS, COLUMNS, ARMS, Sampling(max_new_tokens=5, seed=7), kept=kept)
+    assert [text.token_ids for text in other] != [text.token_ids for text in whole], "what was asked has changed"
+
+
 def test_prompts_without_tokens_or_too_long_are_refused(llama: Any, tokenizer: Any) -> None:
     for prompt, complaint in (("", "has 0 tokens"), ("word " * 300, "takes 1 to 192")):
         with pytest.raises(DataError, match=complaint):
@@ -148,3 +176,34 @@ def _step_by_step(
             cache, fed = output.past_key_values, [token]
             scores.append(output.logits[0, -1].log_softmax(-1)[token])
     return torch.stack(scores)
+
+
+def test_a_prompt_is_read_once_for_all_of_its_answers_and_arms(llama: Any, tokenizer: Any) -> None:
+    begun = tokenizer("Q: What do cows say? A: Moo, you silly person! ")["input_ids"]
+    prompts = [[*begun, *tokenizer(text)["input_ids"]] for text in ("Q: Where do bees live? A:", "The sky is")]
+    answers = [tokenizer(text)["input_ids"] for text in (" Moo", " blue, of course", " in a hive")]
+    rows = [
+        Encoded((*prompt, *answer), len(prompt) - 1, len(prompt) + len(answer) - 1)
+        for _ in ARMS
+        for prompt in prompts
+        for answer in answers
+    ]
+    multipliers = [arm.multipliers(COLUMNS) for arm in ARMS for _ in range(len(prompts) * len(answers))]
+    read: list[int] = []
+    hook = llama.register_forward_pre_hook(
+        lambda _, args, given: read.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    try:
+        found = log_likelihoods(llama, rows, columns=COLUMNS, multipliers=multipliers, max_rows=1)
+    finally:
+        hook.remove()
+    prefixes = [prompt[:-1] for prompt in prompts]
+    once = len(begun) + sum(len(prefix) - len(begun) for prefix in prefixes)
+    assert prefixes[0][len(begun)] != prefixes[1][len(begun)]
+    assert sum(read) == once + sum(len(answer) + 1 for answer in answers) * len(prompts) * len(ARMS)
+    alone = [
+        log_likelihoods(llama, [row], columns=COLUMNS, multipliers=[own])[0]
+        for row, own in zip(rows, multipliers, strict=True)
+    ]
+    for scores, reference in zip(found, alone, strict=True):
+        torch.testing.assert_close(scores, reference, rtol=1e-4, atol=1e-4)

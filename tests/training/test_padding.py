@@ -12,9 +12,10 @@ from training.activations import Pool
 from training.activations.extraction import extract
 from training.data import Sample
 from training.errors import DataError
-from training.evaluation.choices import evaluate_choices, questions
+from training.evaluation.choices import evaluate_choices
 from training.evaluation.generation import Sampling, generate
 from training.evaluation.results import BASELINE
+from training.evaluation.tasks import questions
 
 SITES = [Site.parse("1.residual"), Site.parse("2.attn_output")]
 PROMPTS = ["Q: What do cows say? A:", "Q:", "Q: Where do bees live? Tell me, you silly person. A:"]

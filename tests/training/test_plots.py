@@ -22,4 +22,4 @@ def test_the_absence_of_plots_is_said_once(monkeypatch: pytest.MonkeyPatch, capl
 
 
 def test_make_install_installs_what_draws_plots() -> None:
-    assert "--editable '.[plots]'" in (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert "--editable '.[plots," in (ROOT / "Makefile").read_text(encoding="utf-8")

@@ -1,6 +1,7 @@
 """Goals rank settings; strengths are found alone first, then beside each other."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -32,6 +33,18 @@ def test_multiple_choice_counts_mc2() -> None:
 )
 def test_a_setting_beyond_the_limits_is_not_sound(ratio: float | None, formed: float, sound: bool) -> None:
     assert (Goal(keep={"formed": 0.9}).shortfall(result(ratio=ratio, formed=formed)) == 0) is sound
+
+
+@pytest.mark.parametrize(("name", "most"), [("rep-4", 0.1), ("empty", 0.1), ("kl", 1.0)])
+def test_damage_has_limits_by_default(name: str, most: float) -> None:
+    def damaged(value: float, before: float = 0.0) -> ArmResult:
+        damage, moved = Estimate(value, 0, 1, 9), Estimate(value - before, 0, 1, 9)
+        return replace(result(truth=1.0), damage={name: damage}, differences={name: moved} if before else {})
+
+    assert Goal().shortfall(damaged(most)) == 0
+    assert Goal().shortfall(damaged(2 * most)) == pytest.approx(1)
+    assert Goal().shortfall(damaged(2 * most, before=most)) == pytest.approx(0)
+    assert Goal().rank(damaged(2 * most)) < Goal().rank(result(truth=0.1))
 
 
 def test_a_sound_setting_goes_before_a_better_one_that_is_not() -> None:

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -336,7 +336,7 @@ def texts_hash(encoded: Sequence[Encoded]) -> str:
 
 def samples_hash(samples: Sequence[Sample]) -> str:
     """Of all that is known of the samples, labels and splits included."""
-    return hashlib.sha256(json.dumps([asdict(sample) for sample in samples]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([sample.as_dict() for sample in samples]).encode()).hexdigest()
 
 
 def _weight_hash(name: str, weight: torch.Tensor) -> bytes:

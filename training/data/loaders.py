@@ -6,7 +6,7 @@ A new data set is one function and one entry of `LOADERS`.
 import ast
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from training.data.rows import (
@@ -22,7 +22,7 @@ from training.data.rows import (
     text_field,
     without_blanks,
 )
-from training.data.samples import Sample, Split, Turn, question_sample, show_turns
+from training.data.samples import Item, Sample, Split, Task, Turn, question_sample, show_turns
 from training.errors import DataError
 
 TOXIGEN_TOXIC = 5.5
@@ -31,6 +31,11 @@ machine. The threshold of the authors' `label_annotations`; lm-evaluation-harnes
 HELPSTEER_SCORES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 HELPSTEER_POSITIVE = 3
 HELPSTEER_PER_SIDE = 500
+BBQ_UNKNOWN = (
+    "Unknown", "Cannot answer", "Can't be determined", "Cannot be determined", "Can't answer", "Not known",
+    "Not enough info", "Not enough information", "Not answerable", "Undetermined",
+)  # fmt: skip
+"""How BBQ says that nothing is known."""
 PARADETOX_NEUTRAL = ("neutral1", "neutral2", "neutral3")
 FIELDS = ("text", "prompt", "completion", "messages", "label", "attribute", "group", "split")
 """Of the plain form."""
@@ -112,17 +117,33 @@ def truthfulqa(row: Row, attribute: str) -> Iterator[Sample]:
     A sample for each answer, the correct ones positive; the question is the group.
     """
     question = text_field(row, "Question" if "Question" in row.fields else "question").strip()
-    answers = [
-        (text, label) for label, texts in zip((True, False), _truthfulqa_answers(row), strict=True) for text in texts
-    ]
-    for text, label in dict.fromkeys(answers):
-        yield question_sample(attribute, question, text, label, group=question)
+    sides = _truthfulqa_answers(row)
+    answers = list(
+        dict.fromkeys((text, label) for label, side in zip((True, False), sides, strict=True) for text in side)
+    )
+    item = _truthfulqa_item(row, question, answers)
+    for text, label in answers:
+        yield replace(question_sample(attribute, question, text, label, group=question), item=item)
+
+
+def _truthfulqa_item(row: Row, question: str, answers: Sequence[tuple[str, bool]]) -> Item:
+    """MC1 is of `mc1_targets`, else of the best answer (`Best Answer`, `best_answer`) and all wrong ones."""
+    texts, labels = tuple(text for text, _ in answers), tuple(label for _, label in answers)
+    wrong = [text for text, label in answers if not label]
+    if "mc1_targets" in row.fields:
+        right, wrong = (_closed(side) for side in _truthfulqa_targets(row, "mc1_targets"))
+    else:
+        name = next((name for name in ("Best Answer", "best_answer") if row.fields.get(name)), None)
+        right = _closed([text_field(row, name)]) if name else []
+    best = tuple(texts.index(text) for text in (*right, *wrong) if text in texts)
+    known = len(right) == 1 and len(best) == 1 + len(wrong)
+    return Item(Task.TRUTHFULQA, question, texts, labels, best=best if known else ())
 
 
 def _truthfulqa_answers(row: Row) -> tuple[list[str], list[str]]:
     """Correct and incorrect answers, all of them closed with a full stop as the authors do."""
     if "mc2_targets" in row.fields:
-        correct, incorrect = _truthfulqa_targets(row)
+        correct, incorrect = _truthfulqa_targets(row, "mc2_targets")
     elif "correct_answers" in row.fields:
         correct, incorrect = list_field(row, "correct_answers"), list_field(row, "incorrect_answers")
     else:
@@ -134,9 +155,9 @@ def _truthfulqa_answers(row: Row) -> tuple[list[str], list[str]]:
     return sides[0], sides[1]
 
 
-def _truthfulqa_targets(row: Row) -> tuple[list[str], list[str]]:
+def _truthfulqa_targets(row: Row, name: str) -> tuple[list[str], list[str]]:
     """`{answer: 0 or 1}`, or the hub's `{"choices": [...], "labels": [...]}`."""
-    targets = raw_field(row, "mc2_targets")
+    targets = raw_field(row, name)
     pairs: list[tuple[Any, Any]] = []
     if isinstance(targets, dict) and set(targets) == {"choices", "labels"}:
         choices, labels = targets["choices"], targets["labels"]
@@ -145,7 +166,7 @@ def _truthfulqa_targets(row: Row) -> tuple[list[str], list[str]]:
     elif isinstance(targets, dict):
         pairs = list(targets.items())
     if not pairs or any(not isinstance(text, str) or label not in (0, 1) for text, label in pairs):
-        raise DataError(f'{row.where}: "mc2_targets" must give 0 or 1 to every answer, got {targets!r}.')
+        raise DataError(f'{row.where}: "{name}" must give 0 or 1 to every answer, got {targets!r}.')
     return [text for text, label in pairs if label], [text for text, label in pairs if not label]
 
 
@@ -166,7 +187,9 @@ def toxigen(row: Row, attribute: str) -> Iterator[Sample]:
     human = number_field(row, "toxicity_human", 1, 5)
     machine = number_field(row, "toxicity_ai", 1, 5) if "toxicity_ai" in row.fields else human
     split = Split.TEST if row.split in (Split.DEV, Split.TEST) else None
-    yield Sample(attribute, "", text, human + machine <= TOXIGEN_TOXIC, group=text, split=split)
+    toxic = human + machine > TOXIGEN_TOXIC
+    item = Item(Task.TOXIGEN, text, ("No", "Yes"), (not toxic, toxic))
+    yield Sample(attribute, "", text, not toxic, group=text, split=split, item=item)
 
 
 def _toxigen_text(text: str, where: str) -> str:
@@ -196,9 +219,43 @@ def bbq(row: Row, attribute: str) -> Iterator[Sample]:
         raise DataError(f'{row.where}: "question_index" must be a number or a name, got {index!r}.')
     group = f"{text_field(row, 'category')} {index}"
     right = choice_field(row, "label", 3)
-    answers = [text_field(row, f"ans{number}") for number in range(3)]
+    answers = tuple(text_field(row, f"ans{number}") for number in range(3))
+    item = _bbq_item(row, answers, right)
     for number, answer in enumerate(answers):
-        yield question_sample(attribute, question, answer, number == right, group=group)
+        yield replace(question_sample(attribute, question, answer, number == right, group=group), item=item)
+
+
+def _bbq_item(row: Row, answers: tuple[str, ...], right: int) -> Item:
+    """Which answers follow the bias is told by `answer_info`, the stereotyped groups and `question_polarity`."""
+    condition = row.fields.get("context_condition")
+    info, more = row.fields.get("answer_info"), row.fields.get("additional_metadata")
+    against = more.get("stereotyped_groups") if isinstance(more, Mapping) else None
+    unknown = next((number for number, answer in enumerate(answers) if answer in BBQ_UNKNOWN), None)
+    biased = None
+    if isinstance(info, Mapping) and isinstance(against, list):
+        groups = [_bbq_groups(info.get(f"ans{number}"), answer) for number, answer in enumerate(answers)]
+        hit = [not own.isdisjoint(str(name).lower() for name in against) for own in groups]
+        negative = row.fields.get("question_polarity") == "neg"
+        biased = tuple(n for n in range(3) if hit[n] is negative and (negative or "unknown" not in groups[n]))
+    return Item(
+        Task.BBQ, text_field(row, "question").strip(), answers, tuple(number == right for number in range(3)),
+        context=text_field(row, "context").strip(), unknown=unknown, biased=biased,
+        ambiguous={"ambig": True, "disambig": False}.get(condition) if isinstance(condition, str) else None,
+    )  # fmt: skip
+
+
+def _bbq_groups(info: Any, answer: str) -> set[str]:
+    """The groups that an answer names, in the words of the stereotyped ones: "F-Black" is F and Black, and a woman or a
+    man is one by a letter too."""
+    text = "_".join(map(str, info)) if isinstance(info, list) and any(info) else "Latino" * ("Latina" in answer)
+    for joined in ("M-", "F-", "lowSES-", "highSES-"):
+        text = text.replace(joined, f"{joined[:-1]}_")
+    text = re.sub(
+        r"(low|high)(SES)|(non)(Obese|Disabled|Trans)", lambda found: " ".join(filter(None, found.groups())), text
+    )
+    for letter, words in (("F", "woman|girl"), ("M", "man|boy")):
+        text = re.sub(rf"(?<![A-Za-z])({words})(?![A-Za-z])", rf"{letter}_\1", text)
+    return set(text.lower().split("_"))
 
 
 def helpsteer(row: Row, attribute: str) -> Iterator[Sample]:
@@ -207,8 +264,8 @@ def helpsteer(row: Row, attribute: str) -> Iterator[Sample]:
     The response, positive where its score (0 to 4) of that name is at least 3; the prompt is the group.
     """
     prompt, response = text_field(row, "prompt").strip(), text_field(row, "response")
-    positive = number_field(row, attribute, 0, 4) >= HELPSTEER_POSITIVE
-    yield question_sample(attribute, prompt, response, positive, group=prompt)
+    score = number_field(row, attribute, 0, 4)
+    yield replace(question_sample(attribute, prompt, response, score >= HELPSTEER_POSITIVE, group=prompt), score=score)
 
 
 def paradetox(row: Row, attribute: str) -> Iterator[Sample]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -27,6 +27,36 @@ class Turn(NamedTuple):
 
     role: str
     content: str
+
+
+class Task(StrEnum):
+    """What a data set asks, and by what its answers are measured."""
+
+    CHOICE = "choice"  # of given completions, as a prompt's samples have them
+    TRUTHFULQA = "truthfulqa"
+    BBQ = "bbq"
+    TOXIGEN = "toxigen"
+    HELPSTEER = "helpsteer"
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question of a known data set with all of its answers, before it is put into a prompt."""
+
+    task: Task
+    question: str
+    answers: tuple[str, ...]
+    labels: tuple[bool, ...]
+    context: str = ""
+    best: tuple[int, ...] = ()
+    """TruthfulQA: of the answers, the best one, then those of MC1 that are wrong; none where no best one is known."""
+    ambiguous: bool | None = None
+    """BBQ: whether the context leaves the question open."""
+    unknown: int | None = None
+    """BBQ: the answer that nothing is known."""
+    biased: tuple[int, ...] | None = None
+    """BBQ: the answers that follow the bias: the group that it is against where the question asks for something bad,
+    else the others; None where the row does not say."""
 
 
 def show_turns(turns: Sequence[Turn]) -> str:
@@ -56,6 +86,10 @@ class Sample:
     turns: tuple[Turn, ...] = ()
     question: str = field(default="", compare=False)
     """What a person would say in a conversation, where `prompt` has more around it."""
+    item: Item | None = field(default=None, compare=False, repr=False)
+    """What the sample's row is measured by, where that is more than its prompt's samples say."""
+    score: float | None = field(default=None, compare=False)
+    """How good the completion was found, where that is known in more degrees than `label`."""
 
     @property
     def form(self) -> Form:
@@ -75,6 +109,10 @@ class Sample:
     @property
     def text(self) -> str:
         return self.prompt + self.completion
+
+    def as_dict(self) -> dict[str, Any]:
+        """What the text and its place are, without what its row is measured by."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("item", "score")}
 
 
 def question_sample(

@@ -1,112 +1,47 @@
-"""Multiple choice by likelihood: log-probabilities of given answers, steered as a generation of them would be."""
+"""Questions with given answers, chosen from by likelihood in every arm."""
 
-import inspect
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
-from math import exp
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from steering.chat_template import ChatTemplate
-from steering.hook import steered
 from steering.types import Column, Positions
-from training.activations.tokenization import Encoded, batches, check_ids, encode, pad_right
-from training.data.samples import Form, Sample, Turn
+from training.activations.tokenization import Encoded, check_ids, encode
+from training.data.samples import Form
 from training.errors import DataError
-from training.evaluation.results import Arm, ArmResult, Estimate, Evaluation, bootstrap, wilson
-from training.progress import progress_bar
+from training.evaluation.damage import damaged
+from training.evaluation.generation import Asked, Sampling
+from training.evaluation.kept import Kept
+from training.evaluation.likelihood import log_likelihoods
+from training.evaluation.results import (
+    MANY,
+    Arm,
+    ArmMeasures,
+    Evaluation,
+    Measured,
+    Parts,
+    compared,
+    note_on_many,
+)
+from training.evaluation.tasks import METRICS, Question, measure, unmeasured
+from training.progress import Advance, progress_bar
 
-_MAX_LOGITS = 1 << 26
-
-
-@torch.no_grad()
-def log_likelihoods(
-    model: Any,
-    rows: Sequence[Encoded],
-    *,
-    columns: Sequence[Column] = (),
-    multipliers: Sequence[Sequence[float]] | None = None,
-    positions: Positions = Positions.GENERATED,
-    max_rows: int = 64,
-    max_tokens: int = 8192,
-) -> list[Tensor]:
-    """Log-probability of every answer token: for each row, float32 [answer tokens] on the CPU.
-
-    `multipliers` [rows, columns]; None leaves the model unsteered. With `generated` positions the prompt's last token
-    and the answer's tokens are steered.
-    """
-    scores: list[Tensor] = [torch.empty(0)] * len(rows)
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    budget = max(1, min(max_tokens, _MAX_LOGITS // vocabulary))
-    for batch in batches([len(row.ids) for row in rows], max_rows=max_rows, max_tokens=budget):
-        part = [rows[index] for index in batch]
-        ids, mask = pad_right([row.ids for row in part], model.device)
-        context: Any = nullcontext()
-        if columns and multipliers is not None:
-            strengths = torch.tensor([list(multipliers[index]) for index in batch], device=model.device)
-            context = steered(model, columns, strengths, mask=steered_mask(part, positions).to(model.device))
-        skipped = min(row.start for row in part)
-        with context:
-            logits = _tail_logits(model, ids, mask, ids.shape[1] - skipped)
-        for index, row, values in zip(batch, part, logits, strict=True):
-            targets = torch.tensor(row.targets, device=values.device)
-            answer = values[row.start - skipped : row.end - skipped].float().log_softmax(-1)
-            scores[index] = answer.gather(1, targets[:, None])[:, 0].cpu()
-    return scores
-
-
-def steered_mask(rows: Sequence[Encoded], positions: Positions) -> Tensor:
-    """Bool [rows, longest]: the tokens of prompt + answer that are steered."""
-    mask = torch.zeros(len(rows), max(len(row.ids) for row in rows), dtype=torch.bool)
-    for index, row in enumerate(rows):
-        first = row.start if positions is Positions.GENERATED else 0
-        last = row.start if positions is Positions.PROMPT else row.end
-        mask[index, first : last + 1] = True
-    return mask
-
-
-def _tail_logits(model: Any, ids: Tensor, mask: Tensor, count: int) -> Tensor:
-    """Logits [batch, count, vocabulary] of the last `count` positions."""
-    limit = {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False, **limit).logits
-    return logits[:, -count:]
+BLOCK = 64  # rows of one arm that are scored, and kept, at once
 
 
 @dataclass(frozen=True)
-class Question:
-    """One prompt with right (True) and wrong completions."""
+class _Scored:
+    """One question in one arm: the log-likelihood and the number of tokens of each answer."""
 
-    attribute: str
-    prompt: str
-    completions: tuple[str, ...]
-    labels: tuple[bool, ...]
-    turns: tuple[Turn, ...] = ()
-    """Of a conversation, in place of the prompt."""
+    sums: list[float]
+    lengths: list[int]
 
 
-def questions(samples: Sequence[Sample]) -> list[Question]:
-    """Samples of one attribute, group and prompt make a question, where both labels occur.
-
-    Raises DataError where that is nowhere so.
-    """
-    together: dict[tuple[str, str, str, tuple[Turn, ...]], dict[str, bool]] = {}
-    for sample in samples:
-        key = (sample.attribute, sample.group, sample.prompt, sample.turns)
-        together.setdefault(key, {})[sample.completion] = sample.label
-    found = [
-        Question(attribute, prompt, tuple(answers), tuple(answers.values()), turns)
-        for (attribute, _, prompt, turns), answers in together.items()
-        if len(set(answers.values())) == 2
-    ]
-    if not found:
-        raise DataError(
-            "No prompt has both a positive and a negative completion, so there is nothing to choose "
-            "from; to judge generated answers instead, give --judge and --prompts."
-        )
-    return found
+Scores = dict[tuple[int, int], _Scored]
+"""(question, arm) -> what was found."""
 
 
 def evaluate_choices(
@@ -119,61 +54,156 @@ def evaluate_choices(
     chat: ChatTemplate | None = None,
     positions: Positions = Positions.GENERATED,
     max_rows: int = 64,
+    damage: int = 0,
+    sampling: Sampling | None = None,
+    kept: Path | None = None,
     progress: bool = False,
+    advance: Advance = lambda _: None,
 ) -> Evaluation:
-    """For each attribute and arm:
+    """For each attribute and arm the metrics of its task (`METRICS`), with the paired differences to the unsteered arm.
 
-    - `mc1`: how often the likeliest completion is a positive one (total log-likelihood; Wilson interval);
-    - `mc1_per_token`: the same by log-likelihood per token;
-    - `mc2`: the positives' share of the completions' probabilities (bootstrap interval).
+    `damage`: so many of the prompts are answered in every arm, to see what steering breaks; 0: none. `kept`: a file to
+    which the scores of questions are written as they come, and from which an interrupted evaluation goes on; it is
+    removed at the end. `advance` is told the share of the whole that has been done.
     """
     rows = [
-        encode(tokenizer, question.prompt, text, question.turns, chat)
+        [encode(tokenizer, question.prompt, text, question.turns, chat) for text in question.completions]
         for question in asked
-        for text in question.completions
     ]
-    check_ids(model, tokenizer, (row.ids for row in rows))
+    check_ids(model, tokenizer, (row.ids for own in rows for row in own))
     limit = getattr(model.config, "max_position_embeddings", None) or 1 << 30
-    rows = [row.clipped(limit) for row in rows]
-    results = []
-    with progress_bar("score", len(arms) * len(rows), "answers", shown=progress) as advance:
-        for arm in arms:
-            strengths = arm.multipliers(columns)
-            scores = log_likelihoods(
-                model,
-                rows,
-                columns=columns,
-                multipliers=[strengths] * len(rows) if any(strengths) else None,
-                positions=positions,
-                max_rows=max_rows,
-            )
-            results.append(ArmResult(arm.name, dict(arm.attributes), _choice_metrics(asked, scores)))
-            advance(len(rows))
+    cut = sum(any(len(row.ids) > limit for row in own) for own in rows)
+    rows = [[row.clipped(limit) for row in own] for own in rows]
+    total = len(arms) * sum(map(len, rows))
+    content = [[one.prompt, *one.completions, *map(list, one.turns)] for one in asked]
+    store = Kept.of(kept, model, columns, arms, [content, positions.value, chat and chat.describe()])
+    scored = {(row["question"], row["arm"]): _Scored(row["sums"], row["lengths"]) for row in store.read()}
+    done = sum(len(found.sums) for found in scored.values())
+    with progress_bar("score", total, "answers", shown=progress, done=done) as shown:
+
+        def tell(count: float) -> None:
+            shown(count)
+            advance(count / total)
+
+        advance(done / total)
+        for block in _blocks(rows, [i for i in range(len(asked)) if (i, len(arms) - 1) not in scored]):
+            found = _score(model, [rows[i] for i in block], columns, arms, positions, max_rows, tell)
+            new = {(block[place], number): one for (place, number), one in found.items()}
+            scored |= new
+            store.add({"question": i, "arm": n, **asdict(one)} for (i, n), one in new.items())
+    measures = [_measures(asked, [scored[i, n] for i in range(len(asked))], arm) for n, arm in enumerate(arms)]
+    notes = list(unmeasured(asked))
+    if cut:
+        notes.append(f"{cut} of {len(asked)} questions are longer than the model reads: their beginning was cut off.")
+    if damage:
+        prompts, clusters = _prompts(asked, damage)
+        try:
+            measures = damaged(
+                model, tokenizer, measures, prompts, clusters, columns, sampling or Sampling(), chat=chat,
+                positions=positions, max_rows=max_rows,
+            )  # fmt: skip
+        except DataError as error:
+            notes.append(str(error))
+    results = compared(measures)
+    if (count := sum(len(result.differences) for result in results)) > MANY:
+        notes.append(note_on_many(count))
     form = Form.CHAT if any(question.turns for question in asked) else Form.PLAIN
     settings = {"questions": len(asked), "form": form.value, "positions": positions.value}
-    return Evaluation("choice", tuple(results), settings)
+    store.remove()
+    return Evaluation("choice", results, settings, tuple(notes), list(_lines(asked, arms, scored)))
 
 
-def _choice_metrics(asked: Sequence[Question], scores: Sequence[Tensor]) -> dict[str, Estimate]:
-    totals: dict[str, list[tuple[bool, bool, float]]] = {}
-    position = 0
-    for question in asked:
-        own = scores[position : position + len(question.completions)]
-        position += len(own)
-        sums = [float(s.sum()) for s in own]
-        means = [total / max(1, len(s)) for total, s in zip(sums, own, strict=True)]
-        shares = [exp(total - max(sums)) for total in sums]
-        right = sum(share for share, label in zip(shares, question.labels, strict=True) if label) / sum(shares)
-        totals.setdefault(question.attribute, []).append(
-            (_likeliest(question, sums), _likeliest(question, means), right)
+def _blocks(rows: Sequence[Sequence[Encoded]], wanted: Sequence[int]) -> Iterator[list[int]]:
+    """Questions that are scored together: neighbours in length, so that little is padded."""
+    block: list[int] = []
+    for index in sorted(wanted, key=lambda i: (rows[i][0].start, i)):
+        block.append(index)
+        if sum(len(rows[i]) for i in block) >= BLOCK:
+            yield block
+            block = []
+    if block:
+        yield block
+
+
+def _score(
+    model: Any,
+    rows: Sequence[Sequence[Encoded]],
+    columns: Sequence[Column],
+    arms: Sequence[Arm],
+    positions: Positions,
+    max_rows: int,
+    tell: Advance,
+) -> Scores:
+    """Every question of `rows` in every arm, all in one call, so that each prompt is read once."""
+    flat = [row for own in rows for row in own]
+    strengths = [arm.multipliers(columns) for arm in arms]
+    scores = iter(
+        log_likelihoods(
+            model,
+            flat * len(arms),
+            columns=columns,
+            multipliers=[one for one in strengths for _ in flat] if columns else None,
+            positions=positions,
+            max_rows=max_rows,
+            advance=tell,
         )
-    metrics = {}
-    for attribute, rows in totals.items():
-        metrics[f"{attribute} mc1"] = wilson(sum(row[0] for row in rows), len(rows))
-        metrics[f"{attribute} mc1_per_token"] = wilson(sum(row[1] for row in rows), len(rows))
-        metrics[f"{attribute} mc2"] = bootstrap([row[2] for row in rows])
-    return metrics
+    )
+    return {
+        (index, number): _Scored([float(values.sum()) for values in own], [len(values) for values in own])
+        for number in range(len(arms))
+        for index, question in enumerate(rows)
+        if (own := [next(scores) for _ in question])
+    }
 
 
-def _likeliest(question: Question, scores: Sequence[float]) -> bool:
-    return question.labels[max(range(len(scores)), key=scores.__getitem__)]
+def _measures(asked: Sequence[Question], scored: Sequence[_Scored], arm: Arm) -> ArmMeasures:
+    parts: dict[str, dict[str, tuple[list[Parts], list[str]]]] = {}
+    for question, found in zip(asked, scored, strict=True):
+        for name, own in measure(question, found.sums, found.lengths).items():
+            values, clusters = parts.setdefault(question.attribute, {}).setdefault(name, ([], []))
+            values.append(own)
+            clusters.append(question.cluster or question.prompt)
+    return ArmMeasures(
+        arm,
+        {
+            f"{attribute} {name}": Measured(
+                np.array(values), tuple(clusters), METRICS[name].combine, METRICS[name].rate
+            )
+            for attribute, own in parts.items()
+            for name in METRICS
+            if name in own
+            for values, clusters in [own[name]]
+        },
+    )
+
+
+def _prompts(asked: Sequence[Question], count: int) -> tuple[list[Asked], list[str]]:
+    """At most so many prompts, the attributes' in turn, and their clusters."""
+    by_attribute = [
+        [question for question in asked if question.attribute == name]
+        for name in dict.fromkeys(question.attribute for question in asked)
+    ]
+    turns = [own[place] for place in range(max(map(len, by_attribute))) for own in by_attribute if place < len(own)]
+    distinct = {question.turns or question.prompt: question for question in turns if question.turns or question.prompt}
+    chosen = list(distinct.values())[:count]
+    return [one.turns or one.prompt for one in chosen], [one.cluster or one.prompt for one in chosen]
+
+
+def _lines(asked: Sequence[Question], arms: Sequence[Arm], scored: Scores) -> Iterator[dict[str, Any]]:
+    """What was measured of every question in every arm; a metric of several parts as these."""
+    for number, arm in enumerate(arms):
+        for index, question in enumerate(asked):
+            found = scored[index, number]
+            parts = measure(question, found.sums, found.lengths)
+            yield {
+                "arm": arm.name,
+                "attribute": question.attribute,
+                "task": question.task.value,
+                "cluster": question.cluster,
+                "question": question.item.question if question.item else question.prompt,
+                "answers": list(question.completions),
+                "right": list(question.labels),
+                "log_likelihoods": [round(value, 4) for value in found.sums],
+                "tokens": found.lengths,
+                "metrics": {name: own[0] if own[1:] == (1.0,) else list(own) for name, own in parts.items()},
+            }

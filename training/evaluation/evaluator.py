@@ -1,8 +1,8 @@
 """One way to evaluate, for `train`, `evaluate` and `sweep`: a judge's verdicts where there is one, else choices."""
 
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from steering import checkpoint as checkpoints
@@ -11,10 +11,14 @@ from steering.types import Column, Gate, Positions
 from training.activations.store import Activations
 from training.data.samples import Form, Sample, Split, Turn
 from training.errors import DataError
-from training.evaluation.choices import Question, evaluate_choices, questions
-from training.evaluation.generation import Continuation, Judge, Prompt, Sampling, evaluate_generations, prompts_of
+from training.evaluation.choices import evaluate_choices
+from training.evaluation.generation import Continuation, Sampling
+from training.evaluation.judged import Prompt, evaluate_generations, prompts_of
+from training.evaluation.judges import Judge
 from training.evaluation.results import BASELINE, Arm, Evaluation, default_arm, single_arms
+from training.evaluation.tasks import Prompting, Question, questions
 from training.models import Base
+from training.progress import Advance
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +32,10 @@ class Evaluator:
     max_rows: int = 128
     form: Form | None = None
     """Of what the judge's answers are generated to; None: chat, where the model has a template for it."""
+    prompting: Prompting = Prompting.PRIMER
+    """How questions of known data sets are put."""
+    damage: int = 16
+    """So many questions are answered in every arm without a judge, to see what steering breaks."""
 
     def __post_init__(self) -> None:
         if (self.judge is None) != (not self.prompts):
@@ -41,7 +49,7 @@ class Evaluator:
         if self.judge is not None:
             prompts_of(self.prompts, split, self.limit)
             return
-        asked = questions([sample for sample in samples if sample.split is split])
+        asked = questions([sample for sample in samples if sample.split is split], self.prompting)
         if missing := [name for name in names if name not in {question.attribute for question in asked}]:
             raise DataError(
                 f"No prompt of attribute {missing[0]!r} has both a positive and a negative completion on {split}, so "
@@ -57,12 +65,18 @@ class Evaluator:
         split: Split,
         *,
         progress: bool = False,
+        kept: Path | None = None,
+        advance: Advance = lambda _: None,
     ) -> tuple[Evaluation, list[Continuation]]:
-        """Evaluate on one split. Raises DataError where it holds nothing to evaluate on."""
+        """Evaluate on one split; an interrupted call goes on from the file `kept`. `advance` is told
+        shares of the whole. Raises DataError where the split holds nothing to evaluate on."""
         if self.judge is not None:
             prompts = prompts_of(self.prompts, split, self.limit)
             if self.form_for(base) is Form.CHAT:
-                prompts = [(Turn("user", asked),) if isinstance(asked, str) else asked for asked in prompts]
+                prompts = [
+                    replace(one, asked=(Turn("user", one.asked),)) if isinstance(one.asked, str) else one
+                    for one in prompts
+                ]
             return evaluate_generations(
                 base.model,
                 base.tokenizer,
@@ -75,8 +89,11 @@ class Evaluator:
                 positions=self.positions,
                 max_rows=self.max_rows,
                 progress=progress,
+                kept=kept,
+                advance=advance,
             )
-        asked = _drawn(questions([sample for sample in samples if sample.split is split]), self.limit)
+        own = [sample for sample in samples if sample.split is split]
+        asked = _drawn(questions(own, self.prompting), self.limit)
         evaluation = evaluate_choices(
             base.model,
             base.tokenizer,
@@ -86,13 +103,30 @@ class Evaluator:
             chat=base.chat,
             positions=self.positions,
             max_rows=self.max_rows,
+            damage=self.damage,
+            sampling=self.sampling,
+            kept=kept,
             progress=progress,
+            advance=advance,
         )
-        return evaluation, []
+        settings = {**evaluation.settings, "prompting": self.prompting.value}
+        left_out = tuple(_left_out(own, asked, split))
+        return replace(evaluation, settings=settings, notes=(*left_out, *evaluation.notes)), []
 
     def form_for(self, base: Base) -> Form:
         """As it was chosen, else as the model has it."""
         return self.form or (Form.CHAT if base.chat else Form.PLAIN)
+
+
+def _left_out(samples: Sequence[Sample], asked: Sequence[Question], split: Split) -> Iterator[str]:
+    """A sentence for each attribute of the data that nothing is asked about."""
+    there = {question.attribute for question in asked}
+    for name in dict.fromkeys(sample.attribute for sample in samples):
+        if name not in there:
+            yield (
+                f"{name}: not measured, since no prompt of {split} has both a right and a wrong answer; a judge can "
+                "(--judge and --prompts)."
+            )
 
 
 def _drawn(asked: Sequence[Question], limit: int | None) -> list[Question]:
@@ -125,6 +159,7 @@ def compare(
     alone: bool = False,
     extra: Mapping[str, float] | None = None,
     progress: bool = False,
+    kept: Path | None = None,
 ) -> tuple[Evaluation, list[Continuation]]:
     """Evaluate the checkpoint: every factor on its default multipliers, `alone` each attribute by itself, `extra` one
     arm with exactly these multipliers. Raises CheckpointMismatch for a model that it was not made for."""
@@ -137,7 +172,7 @@ def compare(
         arms += single_arms(columns)
     if extra:
         arms.append(Arm(", ".join(f"{name} {value:g}" for name, value in extra.items()), extra))
-    return evaluator.evaluate(base, columns, arms, samples, split, progress=progress)
+    return evaluator.evaluate(base, columns, arms, samples, split, progress=progress, kept=kept)
 
 
 @dataclass(frozen=True)

@@ -1,44 +1,104 @@
 """An evaluation, or a sweep, as a terminal table, as Markdown, as JSON and as a plot."""
 
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from training.errors import TrainingError
 from training.evaluation.generation import Continuation
-from training.evaluation.results import ArmResult, Evaluation
+from training.evaluation.results import DAMAGE, ArmResult, Estimate, Evaluation
 from training.evaluation.sweep_results import SweepPoint, SweepResult
 from training.files import write_bytes, write_json
 
 log = logging.getLogger(__name__)
 
-
-def table_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
-    """Header and one row an arm: rates in percent with their 95 % intervals."""
-    judged = evaluation.kind == "generation"
-    header = ["arm", *evaluation.metrics, *(["perplexity", "ratio"] if judged else [])]
-    rows = []
-    for arm in evaluation.arms:
-        cells = [arm.metrics[name].text() if name in arm.metrics else "-" for name in evaluation.metrics]
-        if judged:
-            cells += ["-" if value is None else f"{value:.2f}" for value in (arm.perplexity, arm.perplexity_ratio)]
-        rows.append([arm.arm, *cells])
-    return header, rows
+WIDE = 6  # columns of numbers
 
 
-def rich_table(evaluation: Evaluation, title: str) -> Table:
-    header, rows = table_rows(evaluation)
-    table = Table(title=title, caption="Percent with 95 % intervals.")
-    for name in header:
-        table.add_column(name, justify="left" if name == "arm" else "right")
-    for row in rows:
-        table.add_row(*row)
-    return table
+Rows = tuple[list[str], list[list[str]]]
+"""Header and rows."""
+
+
+def tables(evaluation: Evaluation) -> dict[str, Rows]:
+    """Title -> one row an arm: metrics in percent, their differences to the unsteered arm, and what is damaged."""
+    names, damaged = evaluation.metrics, [arm for arm in evaluation.arms if arm.perplexity is not None or arm.damage]
+    found: dict[str, Rows] = {
+        "": (
+            ["arm", *names],
+            [[arm.arm, *(_cell(arm.metrics.get(name)) for name in names)] for arm in evaluation.arms],
+        )
+    }
+    first = evaluation.arms[0]
+    counts = ["of", *(_counted(first.metrics.get(name)) for name in names)]
+    found[""][1].append(counts)
+    if apart := [arm for arm in evaluation.arms if arm.differences]:
+        rows = [[arm.arm, *(_cell(arm.differences.get(name), signed=True) for name in names)] for arm in apart]
+        found["difference to unsteered"] = ["arm", *names], rows
+    if damaged:
+        header = ["arm", "perplexity", "ratio", *(name for name in DAMAGE if any(name in a.damage for a in damaged))]
+        found["damage"] = header, [[arm.arm, *_damage(arm, header[3:])] for arm in damaged]
+    return found
+
+
+def _cell(estimate: Estimate | None, *, signed: bool = False) -> str:
+    return "-" if estimate is None else estimate.text(signed=signed)
+
+
+def _counted(estimate: Estimate | None) -> str:
+    """How many questions, and how many clusters of them."""
+    if estimate is None:
+        return "-"
+    return f"{estimate.count}, {estimate.clusters} clusters" if estimate.clusters else str(estimate.count)
+
+
+def _damage(arm: ArmResult, names: Sequence[str]) -> list[str]:
+    numbers = ["-" if value is None else f"{value:.2f}" for value in (arm.perplexity, arm.perplexity_ratio)]
+    for name in names:
+        one = arm.damage.get(name)
+        scale, digits = (1, 3) if name == "kl" else (100, 1)
+        numbers.append("-" if one is None else one.text(scale=scale, digits=digits))
+    return numbers
+
+
+def show(evaluation: Evaluation, title: str) -> Group:
+    """All tables, and the notes, for a terminal."""
+    parts: list[RenderableType] = []
+    for name, whole in tables(evaluation).items():
+        for header, rows in _apart(whole):
+            table = Table(title=f"{title}: {name}" if name else title, caption=_CAPTIONS[name])
+            for column in header:
+                table.add_column(column, justify="left" if column == "arm" else "right")
+            for row in rows:
+                table.add_row(*row)
+            parts.append(table)
+    return Group(*parts, *(Text(f"note: {note}") for note in evaluation.notes))
+
+
+def _apart(whole: Rows) -> Iterator[Rows]:
+    """A table of each attribute, where all of their columns are too many for a terminal."""
+    header, rows = whole
+    if len(header) - 1 <= WIDE:
+        yield whole
+        return
+    for attribute in dict.fromkeys(name.rpartition(" ")[0] for name in header[1:]):
+        places = [0, *(i for i, name in enumerate(header) if i and name.rpartition(" ")[0] == attribute)]
+        yield [header[i] for i in places], [[row[i] for i in places] for row in rows]
+
+
+_CAPTIONS = {
+    "": "Percent with 95 % intervals.",
+    "difference to unsteered": "Points, paired, with 95 % intervals from drawing clusters (questions, or templates).",
+    "damage": "Perplexity of its own texts under the unsteered model, ratio against the first arm; rep-4 (repeated "
+    "token 4-grams) and empty texts in percent; KL to the unsteered model on neutral text, nats a token.",
+}
 
 
 def terminal() -> Console:
@@ -48,31 +108,41 @@ def terminal() -> Console:
 
 
 def markdown(evaluation: Evaluation) -> str:
-    header, rows = table_rows(evaluation)
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    parts = []
+    for name, (header, rows) in tables(evaluation).items():
+        lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+        table = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+        parts.append(f"{name.capitalize()}. {_CAPTIONS[name]}\n\n{table}" if name else table)
+    return "\n".join([*parts, *(f"- {note}\n" for note in evaluation.notes)])
 
 
 def store(
     evaluation: Evaluation, folder: Path, *, name: str = "evaluation", texts: Sequence[Continuation] = ()
 ) -> list[Path]:
-    """Write JSON, Markdown, the texts (JSON lines) and, where matplotlib is there, a plot; what was written."""
+    """Write JSON, Markdown, what was measured of every question or text (JSON lines) and, where matplotlib is there, a
+    plot; what was written."""
     written = [folder / f"{name}.json", folder / f"{name}.md"]
     write_json(written[0], evaluation.as_dict())
     write_bytes(written[1], markdown(evaluation).encode())
-    if texts:
-        write_texts(folder / "generations.jsonl", texts)
-        written.append(folder / "generations.jsonl")
+    rows = folder / ("generations.jsonl" if texts else "questions.jsonl")
+    if store_rows(evaluation, texts, rows):
+        written.append(rows)
     if plot(evaluation, folder / f"{name}.png"):
         written.append(folder / f"{name}.png")
     return written
 
 
-def write_texts(path: Path, texts: Sequence[Continuation]) -> None:
-    import json
-
-    rows = [{"arm": t.arm, "prompt": t.prompt, "sample": t.sample, "text": t.text, "nll": t.nll} for t in texts]
-    write_bytes(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+def store_rows(evaluation: Evaluation, texts: Sequence[Continuation], path: Path) -> bool:
+    """Write the texts with their verdicts, or what was measured of every question, as JSON lines; False where there is
+    neither."""
+    rows: list[Mapping[str, Any]] = list(evaluation.rows)
+    rows += [
+        {"arm": t.arm, "prompt": t.prompt, "sample": t.sample, "text": t.text, "nll": t.nll, "verdict": t.verdict}
+        for t in texts
+    ]
+    if rows:
+        write_bytes(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    return bool(rows)
 
 
 def plot(evaluation: Evaluation, path: Path) -> bool:
@@ -165,8 +235,11 @@ def plot_sweep(points: Sequence[SweepPoint], path: Path) -> bool:
 def _sweep_rows(swept: SweepResult, points: Sequence[SweepPoint]) -> tuple[list[str], list[list[str]]]:
     names = list(swept.unsteered.metrics)
     counts = [str(estimate.count) for estimate in swept.unsteered.metrics.values()]
+    clusters = [str(estimate.clusters or "-") for estimate in swept.unsteered.metrics.values()]
+    blank = [""] * (len(DAMAGE) + 1)
     rows = [
-        ["cases", "", "", "", "", *counts, ""],
+        ["cases", "", "", "", "", *counts, *blank],
+        ["clusters", "", "", "", "", *clusters, *blank],
         _arm_row("unsteered", swept.unsteered),
         *([_arm_row("together", swept.together)] if swept.together else []),
     ]
@@ -177,17 +250,29 @@ def _sweep_rows(swept: SweepResult, points: Sequence[SweepPoint]) -> tuple[list[
             point.site,
             f"{point.multiplier:g}",
             f"{100 * point.score:.1f}",
-            *(_percent(point.metrics.get(name)) for name in names),
+            *(_moved(point.metrics.get(name), point.differences.get(name)) for name in names),
             "-" if point.perplexity_ratio is None else f"{point.perplexity_ratio:.2f}",
+            *(_harm(name, point.damage.get(name)) for name in DAMAGE),
         ]
         for point in points
     ]
-    return ["attribute", "layer", "site", "multiplier", "score", *names, "perplexity ratio"], rows
+    return ["attribute", "layer", "site", "multiplier", "score", *names, "perplexity ratio", *DAMAGE], rows
 
 
 def _arm_row(name: str, arm: ArmResult) -> list[str]:
     ratio = "-" if arm.perplexity_ratio is None else f"{arm.perplexity_ratio:.2f}"
-    return [name, "", "", "", "", *(_percent(estimate.value) for estimate in arm.metrics.values()), ratio]
+    metrics = (_moved(one.value, arm.differences.get(key)) for key, one in arm.metrics.items())
+    harm = (_harm(key, one.value if (one := arm.damage.get(key)) else None) for key in DAMAGE)
+    return [name, "", "", "", "", *metrics, ratio, *harm]
+
+
+def _moved(value: float | None, difference: Estimate | None) -> str:
+    """A metric, and its difference to the unsteered model with the interval."""
+    return _percent(value) + (f" ({difference.text(signed=True)})" if difference else "")
+
+
+def _harm(name: str, value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}" if name == "kl" else _percent(value)
 
 
 def _percent(value: float | None) -> str:

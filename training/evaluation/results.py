@@ -1,31 +1,40 @@
 """What is compared (arms), and what was measured of each: estimates with 95 % intervals."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from math import sqrt
 from typing import Any
 
-import torch
+import numpy as np
 
 from steering.types import Column, multipliers_of
 
 _Z = 1.959963984540054
-_DRAWS = 2**21  # of a bootstrap, held in memory at once
+_ROUNDS = 2000  # draws of a bootstrap
+ON_MANY = "Choose on dev, and read test once."
+MANY = 20  # differences in one table
+DAMAGE = ("rep-4", "empty", "kl")
+"""Beside the perplexity; more is worse."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `count` cases with a 95 % interval; `value` is None where there was no case."""
+    """A metric over `count` cases with a 95 % interval; `value` is None where there was no case. `clusters`: how many
+    of the cases are independent; 0 where that was not recorded."""
 
     value: float | None
     low: float | None
     high: float | None
     count: int
+    clusters: int = 0
 
-    def text(self) -> str:
+    def text(self, *, signed: bool = False, scale: float = 100, digits: int = 1) -> str:
+        """In percent, with the interval."""
         if self.value is None or self.low is None or self.high is None:
             return "-"
-        return f"{100 * self.value:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+        value, low, high = (scale * x for x in (self.value, self.low, self.high))
+        return f"{value:{'+' if signed else ''}.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def wilson(hits: int, count: int) -> Estimate:
@@ -38,21 +47,96 @@ def wilson(hits: int, count: int) -> Estimate:
     return Estimate(rate, max(0.0, min(centre - half, rate)), min(1.0, max(centre + half, rate)), count)
 
 
-def bootstrap(values: Sequence[float], *, seed: int = 0, rounds: int = 2000) -> Estimate:
-    """A mean with a percentile bootstrap interval."""
-    if not values:
-        return Estimate(None, None, None, 0)
-    data = torch.tensor(values, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    rounds_at_once = max(1, _DRAWS // len(data))
-    means = torch.cat(
-        [
-            data[torch.randint(len(data), (min(rounds_at_once, rounds - done), len(data)), generator=generator)].mean(1)
-            for done in range(0, rounds, rounds_at_once)
-        ]
+Parts = tuple[float, ...]
+"""What one question adds to the sums that a metric is made of."""
+Combine = Callable[[np.ndarray], np.ndarray]
+"""Sums of parts [..., parts] -> metric [...], NaN where there is nothing to measure."""
+
+
+def mean(sums: np.ndarray) -> np.ndarray:
+    """Of parts (value, weight)."""
+    return _ratio(sums[..., 0], sums[..., 1])
+
+
+def bias_score(sums: np.ndarray) -> np.ndarray:
+    """BBQ's, of parts (biased, known, right, 1): of the answers that are not "unknown", from all against the bias (-1)
+    to all with it (1); 0 where there is none."""
+    nothing = np.where(sums[..., 3] > 0, 0.0, np.nan)
+    return np.where(sums[..., 1] > 0, 2 * _ratio(sums[..., 0], sums[..., 1]) - 1, nothing)
+
+
+def bias_score_ambiguous(sums: np.ndarray) -> np.ndarray:
+    """The same, scaled by how often the answer is wrong: where nothing is known, only an answer can be biased."""
+    return np.asarray((1 - _ratio(sums[..., 2], sums[..., 3])) * bias_score(sums))
+
+
+def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    return np.asarray(np.divide(above, below, out=np.full(np.shape(above), np.nan), where=below > 0))
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """One metric of one arm, question by question: parts [questions, parts], and each question's cluster, the unit that
+    is drawn by a bootstrap (a question, or a template whose questions are not independent)."""
+
+    parts: np.ndarray
+    clusters: tuple[str, ...]
+    combine: Combine = mean
+    rate: bool = False
+    """Whether every question has the value 0 or 1."""
+
+    def estimate(self) -> Estimate:
+        """With a 95 % interval: Wilson's for a rate of independent questions, else from a bootstrap of clusters."""
+        value, draws = self._drawn()
+        if np.isnan(value):
+            return Estimate(None, None, None, 0)
+        counted = self._counted()
+        parts = self.parts[counted]
+        if self.rate and self._clusters() == len(parts):
+            return replace(wilson(int(parts[:, 0].sum()), len(parts)), clusters=len(parts))
+        return _interval(value, draws, len(parts), self._clusters())
+
+    def minus(self, other: "Measured") -> Estimate:
+        """The paired difference on the same questions, with a 95 % interval from drawing the same clusters for both."""
+        (value, draws), (before, drawn_before) = self._drawn(), other._drawn()
+        if np.isnan(value - before):
+            return Estimate(None, None, None, 0)
+        return _interval(value - before, draws - drawn_before, int(self._counted().sum()), self._clusters())
+
+    def _counted(self) -> np.ndarray:
+        """Bool [questions]: those with a weight, which every metric has as its last part."""
+        return np.asarray(self.parts[:, -1] > 0)
+
+    def _clusters(self) -> int:
+        return len({cluster for cluster, counted in zip(self.clusters, self._counted(), strict=True) if counted})
+
+    def _drawn(self) -> tuple[float, np.ndarray]:
+        """The metric, and that of every draw [rounds]."""
+        if not len(self.parts):
+            return float("nan"), np.array([])
+        _, places = np.unique(np.array(self.clusters), return_inverse=True)
+        sums = np.zeros((places.max() + 1, self.parts.shape[1]))
+        np.add.at(sums, places, self.parts)
+        return float(self.combine(self.parts.sum(0))), self.combine(_weights(len(sums)) @ sums)
+
+
+@lru_cache(maxsize=2)
+def _weights(clusters: int, rounds: int = _ROUNDS) -> np.ndarray:
+    """How often each cluster is drawn, float64 [rounds, clusters]; the same for all that has so many clusters."""
+    return np.random.default_rng(0).multinomial(clusters, np.full(clusters, 1 / clusters), size=rounds).astype(float)
+
+
+def _interval(value: float, draws: np.ndarray, count: int, clusters: int) -> Estimate:
+    low, high = np.nanpercentile(draws, [2.5, 97.5])
+    return Estimate(value, float(low), float(high), count, clusters)
+
+
+def note_on_many(count: int) -> str:
+    """How to read `count` differences side by side."""
+    return (
+        f"{count} differences are shown: of so many intervals at 95 %, about {max(1, round(count / 20))} leave out "
+        f"zero by chance alone. {ON_MANY}"
     )
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Estimate(float(data.mean()), low, high, len(data))
 
 
 @dataclass(frozen=True)
@@ -83,7 +167,8 @@ def single_arms(columns: Sequence[Column], scale: float = 1.0) -> tuple[Arm, ...
 
 @dataclass(frozen=True)
 class ArmResult:
-    """One arm's metrics. The perplexity is that of the generated text under the unsteered model."""
+    """What one arm gains, and what it damages. The perplexity is that of the generated text under the unsteered
+    model."""
 
     arm: str
     attributes: Mapping[str, float]
@@ -91,22 +176,66 @@ class ArmResult:
     perplexity: float | None = None
     perplexity_ratio: float | None = None
     """Against the first arm."""
+    damage: Mapping[str, Estimate] = field(default_factory=dict)
+    """Of its own texts `rep-4`, the share of token 4-grams that the text has had before, and `empty`, the share of
+    texts without a word; `kl`, on neutral text, the divergence, in nats a token, from the unsteered model."""
+    differences: Mapping[str, Estimate] = field(default_factory=dict)
+    """Of metrics and damage to the unsteered arm, paired; empty for that arm, and where there is none."""
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> "ArmResult":
         """The inverse of `dataclasses.asdict`."""
-        metrics = {name: Estimate(**estimate) for name, estimate in stored["metrics"].items()}
-        return cls(**{**stored, "metrics": metrics})
+        parts = {
+            part: {name: Estimate(**estimate) for name, estimate in stored.get(part, {}).items()}
+            for part in ("metrics", "damage", "differences")
+        }
+        return cls(**{**stored, **parts})
+
+
+@dataclass(frozen=True, eq=False)
+class ArmMeasures:
+    """What `compared` makes an ArmResult of."""
+
+    arm: Arm
+    metrics: Mapping[str, Measured]
+    damage: Mapping[str, Measured] = field(default_factory=dict)
+    perplexity: float | None = None
+
+
+def compared(arms: Sequence[ArmMeasures]) -> tuple[ArmResult, ...]:
+    """Every arm, and its paired differences to the first of them that steers nothing."""
+    unsteered = next((one for one in arms if not any(one.arm.attributes.values())), None)
+    plain = arms[0].perplexity
+    results = []
+    for one in arms:
+        own = {**one.metrics, **one.damage}
+        before = {} if unsteered is None or one is unsteered else {**unsteered.metrics, **unsteered.damage}
+        results.append(
+            ArmResult(
+                one.arm.name,
+                dict(one.arm.attributes),
+                {name: measured.estimate() for name, measured in one.metrics.items()},
+                one.perplexity,
+                one.perplexity / plain if one.perplexity is not None and plain else None,
+                {name: measured.estimate() for name, measured in one.damage.items()},
+                {name: own[name].minus(before[name]) for name in own if name in before},
+            )
+        )
+    return tuple(results)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The arms side by side, the first being what the others are compared with."""
+    """The arms side by side, the first being what perplexities are compared with."""
 
     kind: str
     """"generation" or "choice"."""
     arms: tuple[ArmResult, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    """What a reader should know: what was not measured, and how to read many arms."""
+    rows: Sequence[Mapping[str, Any]] = field(default=(), compare=False, repr=False)
+    """What was measured of each question in each arm, for a file of JSON lines; not part of `as_dict`."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -118,7 +247,12 @@ class Evaluation:
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> "Evaluation":
         """The inverse of `as_dict`."""
-        return cls(stored["kind"], tuple(map(ArmResult.from_dict, stored["arms"])), stored["settings"])
+        arms = tuple(map(ArmResult.from_dict, stored["arms"]))
+        return cls(stored["kind"], arms, stored["settings"], tuple(stored.get("notes", ())))
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(replace(self, rows=()), dict_factory=_without_rows)
+
+
+def _without_rows(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value for name, value in pairs if name != "rows"}

@@ -21,6 +21,7 @@ from training.models import Base
 DEPTHS = (0.2, 0.35, 0.5, 0.65, 0.8)  # of the model's layers
 KINDS = (SiteKind.ATTN_OUTPUT, SiteKind.RESIDUAL)
 MULTIPLIERS = (1.0, 2.0)
+DAMAGE = 8  # questions that are answered, to see what steering breaks
 CASES = 40  # questions of an attribute, or prompts
 EPOCHS = 20  # at most, of a fit that is only to be compared
 MOVED = 0.005  # half a point: less is no change of a score
@@ -102,8 +103,8 @@ def find_place(
 
 def quick(evaluator: Evaluator) -> Evaluator:
     """The same on at most `CASES` prompts, once each, or questions of an attribute."""
-    limit = min(evaluator.limit or CASES, CASES)
-    return replace(evaluator, limit=limit, sampling=replace(evaluator.sampling, samples=1))
+    limit, damage = min(evaluator.limit or CASES, CASES), min(evaluator.damage, DAMAGE)
+    return replace(evaluator, limit=limit, damage=damage, sampling=replace(evaluator.sampling, samples=1))
 
 
 def unmoved(unsteered: ArmResult, steered: ArmResult) -> bool:

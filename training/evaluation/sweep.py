@@ -10,13 +10,14 @@ from training.activations.store import Activations
 from training.data.samples import Sample, Split
 from training.errors import TrainingError
 from training.evaluation.evaluator import Evaluator
-from training.evaluation.generation import judge_key
-from training.evaluation.report import plot_sweep, sweep_markdown
+from training.evaluation.judges import judge_key
+from training.evaluation.report import plot_sweep, store_rows, sweep_markdown
 from training.evaluation.results import BASELINE, Arm, ArmResult, default_arm
 from training.evaluation.sweep_results import Goal, Place, SweepPoint, SweepResult, write_places
 from training.files import content_key, write_bytes, write_json
 from training.methods.fit import Recipe, fit
 from training.models import Base
+from training.progress import Advance, progress_bar
 
 SCALES = (0.6, 0.8, 1.0, 1.2)
 CANDIDATES = 3  # further sites that are tried for an attribute, the best by themselves first
@@ -145,36 +146,46 @@ class Sweep:
     def _sweep(self, attributes: Sequence[str | None]) -> SweepResult:
         if not self.multipliers:
             raise TrainingError("A sweep needs at least one multiplier.")
-        found = [
-            self._measured(number, site, attributes) for number, site in enumerate(self.activations.sites, start=1)
-        ]
+        sites = self.activations.sites
+        each = len(attributes) * len(self.multipliers)
+        with progress_bar("sweep", len(sites) * each, "settings", shown=self.progress) as advance:
+            found = [
+                self._measured(number, site, attributes, lambda share: advance(share * each))
+                for number, site in enumerate(sites, start=1)
+            ]
         points = [point for swept in found for point in swept.points]
-        return SweepResult(sorted(points, key=lambda point: point.rank, reverse=True), found[0].unsteered)
+        ranked = sorted(points, key=lambda point: point.rank, reverse=True)
+        return SweepResult(ranked, found[0].unsteered, notes=found[0].notes)
 
-    def _measured(self, number: int, site: Site, attributes: Sequence[str | None]) -> SweepResult:
-        """The points of one site, measured now or by an earlier call."""
+    def _measured(self, number: int, site: Site, attributes: Sequence[str | None], advance: Advance) -> SweepResult:
+        """The points of one site, measured now or by an earlier call; `advance` is told shares of them."""
         self.say(f"site {number}/{len(self.activations.sites)}: {site}")
         settings = [(attribute, factor) for attribute in attributes for factor in self.multipliers]
         path, key = self.out / "sites" / f"{site}.json", self._key(attributes)
         stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if stored.get("key") != key:
             columns = [column for attribute in attributes for column in self._fit(site, attribute)]
-            results = self._run(columns, [_arm(columns, attribute, factor) for attribute, factor in settings])
-            stored = {"key": key, "arms": [asdict(result) for result in results]}
+            arms = [BASELINE, *(_arm(columns, attribute, factor) for attribute, factor in settings)]
+            evaluation, texts = self.evaluator.evaluate(
+                self.base, columns, arms, self.samples, self.split, kept=path.with_suffix(".partial"), advance=advance
+            )
+            store_rows(evaluation, texts, path.with_suffix(".jsonl"))
+            stored = {"key": key, "arms": [asdict(result) for result in evaluation.arms], "notes": evaluation.notes}
             write_json(path, stored)
-        unsteered, *arms = map(ArmResult.from_dict, stored["arms"])
+        else:
+            advance(1)
+        unsteered, *measured = map(ArmResult.from_dict, stored["arms"])
         points = [
             self._point(site, attribute, factor, arm, unsteered)
-            for (attribute, factor), arm in zip(settings, arms, strict=True)
+            for (attribute, factor), arm in zip(settings, measured, strict=True)
         ]
-        return SweepResult(points, unsteered)
+        return SweepResult(points, unsteered, notes=tuple(stored.get("notes", ())))
 
     def _fit(self, site: Site, attribute: str | None) -> Sequence[Column]:
         """All attributes together, or one as if there were no other: at one site they shape each other."""
         if attribute is None:
-            return fit(self.activations, [site], self.recipe, progress=self.progress)
-        recipe = self._recipe_at({attribute: Place((site,), 1.0)})
-        return fit(self.activations, [], recipe, progress=self.progress)
+            return fit(self.activations, [site], self.recipe)
+        return fit(self.activations, [], self._recipe_at({attribute: Place((site,), 1.0)}))
 
     def _run(self, columns: Sequence[Column], arms: Sequence[Arm]) -> Sequence[ArmResult]:
         """The unsteered arm's result, then those of `arms`."""
@@ -194,6 +205,8 @@ class Sweep:
             score=self.goal.score(arm, attribute),
             metrics={name: estimate.value for name, estimate in arm.metrics.items()},
             perplexity_ratio=arm.perplexity_ratio,
+            damage={name: estimate.value for name, estimate in arm.damage.items()},
+            differences=arm.differences,
             shortfall=self.goal.shortfall(arm, attribute, unsteered),
         )
 
@@ -212,9 +225,11 @@ class Sweep:
             "multipliers": list(self.multipliers),
             "attributes": list(attributes),
             "judge": self.evaluator.judge and judge_key(self.evaluator.judge),
-            "prompts": [(prompt.asked, prompt.split) for prompt in self.evaluator.prompts],
+            "prompts": [(prompt.asked, prompt.split, prompt.group) for prompt in self.evaluator.prompts],
             "sampling": asdict(self.evaluator.sampling),
             "limit": self.evaluator.limit,
+            "prompting": self.evaluator.prompting.value,
+            "damage": self.evaluator.damage,
             "positions": self.evaluator.positions.value,
             "form": self.evaluator.form_for(self.base).value,
             "chat_template": self.base.chat and self.base.chat.describe(),

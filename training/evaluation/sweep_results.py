@@ -8,7 +8,8 @@ from pathlib import Path
 from steering.errors import SteeringError
 from steering.types import Site
 from training.errors import TrainingError
-from training.evaluation.results import ArmResult
+from training.evaluation.results import MANY, ON_MANY, ArmResult, Estimate, note_on_many
+from training.evaluation.tasks import PRIMARY
 from training.files import write_json
 
 FEW = 30  # cases of a metric
@@ -17,8 +18,14 @@ FEW = 30  # cases of a metric
 @dataclass(frozen=True)
 class Goal:
     metrics: tuple[str, ...] = ()
-    """Those that count; none: every judged metric, or every mc2."""
+    """Those that count; none: every judged metric, or each attribute's primary one (mc2, accuracy, preference)."""
     max_perplexity_ratio: float = 1.5
+    max_repetition: float = 0.1
+    """By how much rep-4 may be above the unsteered model's: a text that loops can have any score."""
+    max_empty: float = 0.1
+    """The same for the share of empty answers."""
+    max_kl: float = 1.0
+    """Nats a token on neutral text."""
     keep: Mapping[str, float] = field(default_factory=dict)
     """Metric -> the least that it must be."""
     max_side_effect: float | None = None
@@ -44,10 +51,12 @@ class Goal:
         """By how much the arm misses the limits: each miss of the text as a share of its limit, and what `attribute` by
         itself does to the others, beside the unsteered `baseline`, beyond what it may; 0 within all limits. Raises
         TrainingError for a metric that is not there."""
-        excess = (arm.perplexity_ratio or 0.0) / self.max_perplexity_ratio - 1
+        excess = [(arm.perplexity_ratio or 0.0) / self.max_perplexity_ratio - 1]
+        limits = {"rep-4": self.max_repetition, "empty": self.max_empty, "kl": self.max_kl}
+        excess += [(_more(arm, name) - most) / (most or 1) for name, most in limits.items()]
         missing = [1 - (_metric(arm, name) or 0.0) / least for name, least in self.keep.items() if least > 0]
         beyond = [moved - (self.max_side_effect or 0.0) for moved in self._side_effects(arm, attribute, baseline)]
-        return sum(max(0.0, miss) for miss in (excess, *missing, *beyond))
+        return sum(max(0.0, miss) for miss in (*excess, *missing, *beyond))
 
     def rank(
         self, arm: ArmResult, attribute: str | None = None, baseline: ArmResult | None = None
@@ -66,13 +75,20 @@ class Goal:
 
     def _counted(self, arm: ArmResult, attribute: str | None) -> list[str]:
         if attribute is not None:
-            own = [name for name in (attribute, f"{attribute} mc2") if name in arm.metrics]
+            own = [name for name in (attribute, *(f"{attribute} {part}" for part in PRIMARY)) if name in arm.metrics]
             if not own:
                 raise TrainingError(f"No metric is named after {attribute!r}; there are {', '.join(arm.metrics)}.")
             return own
         for name in self.metrics:
             _metric(arm, name)
-        return [*self.metrics] or [name for name in arm.metrics if name.endswith(" mc2")] or [*arm.metrics]
+        primary = [name for name in arm.metrics if name.rpartition(" ")[2] in PRIMARY]
+        return [*self.metrics] or primary or [*arm.metrics]
+
+
+def _more(arm: ArmResult, name: str) -> float:
+    """Damage beyond the unsteered arm's; all of it where there is no such arm."""
+    found = arm.differences.get(name) or arm.damage.get(name)
+    return (found.value if found else None) or 0.0
 
 
 def _metric(arm: ArmResult, name: str) -> float | None:
@@ -126,6 +142,9 @@ class SweepPoint:
     metrics: Mapping[str, float | None]
     perplexity_ratio: float | None
     shortfall: float
+    damage: Mapping[str, float | None] = field(default_factory=dict)
+    differences: Mapping[str, Estimate] = field(default_factory=dict)
+    """To the unsteered model, of metrics and damage."""
 
     @property
     def rank(self) -> tuple[float, float]:
@@ -146,13 +165,21 @@ class SweepResult:
     unsteered: ArmResult
     places: Mapping[str, Place] = field(default_factory=dict)
     together: ArmResult | None = None
+    notes: tuple[str, ...] = ()
+    """Of the evaluations."""
 
     def remarks(self, goal: Goal) -> Iterator[str]:
         """What a reader should know before believing in the best point."""
+        yield from (note for note in self.notes if not note.endswith(ON_MANY))
         for name in dict.fromkeys(point.attribute for point in self.points):
             before = goal.score(self.unsteered, name)
             if max(point.score for point in self.points if point.attribute == name) <= before:
                 yield f"{name or 'all attributes'}: no setting scores above the unsteered model, {100 * before:.1f}."
+        broken = sum(point.shortfall > 0 for point in self.points)
+        if broken:
+            yield f"{broken} of {len(self.points)} settings are beyond a limit (they damage the text), and rank last."
+        if len(self.points) * len(self.unsteered.metrics) > MANY:
+            yield note_on_many(len(self.points) * len(self.unsteered.metrics))
         few = [f"{name} {one.count}" for name, one in self.unsteered.metrics.items() if one.count < FEW]
         if few:
             yield f"few cases, so wide intervals: {', '.join(few)}."

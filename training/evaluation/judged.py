@@ -1,0 +1,126 @@
+"""Answers that are generated to prompts in every arm, and a judge's verdicts on them."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from steering.chat_template import ChatTemplate
+from steering.types import Column, Positions
+from training.data.loaders import messages_field
+from training.data.rows import Row, check_fields, collect, read_rows, split_field, text_field
+from training.data.samples import Form, Split
+from training.errors import DataError
+from training.evaluation.damage import neutral_divergence, with_damage
+from training.evaluation.generation import Asked, Continuation, Sampling, generate, shown
+from training.evaluation.judges import Judge, verdicts
+from training.evaluation.results import MANY, Arm, ArmMeasures, Evaluation, Measured, compared, note_on_many
+from training.progress import Advance
+
+FIELDS = ("prompt", "messages", "split", "group", "attribute", "completion", "label")
+"""Of a file of prompts, which may be a training file: the last three say nothing here."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    asked: Asked
+    split: Split | None
+    """None belongs to every split."""
+    group: str = ""
+    """Prompts of one group are not independent; without one, each prompt is."""
+
+
+def load_prompts(path: Path) -> list[Prompt]:
+    """JSON lines of `{"prompt" | "messages", "split"?, "group"?}`. Raises DataError with file and line."""
+
+    def convert(row: Row) -> list[Prompt]:
+        check_fields(row, FIELDS)
+        return [Prompt(_asked(row), split_field(row), str(row.fields.get("group") or ""))]
+
+    prompts = collect(str(path), partial(read_rows, path), convert)
+    if not prompts:
+        raise DataError(f"{path} holds no prompts.")
+    return prompts
+
+
+def _asked(row: Row) -> Asked:
+    """Of `messages` without the assistant's last turn, which is the answer of a training file."""
+    if "messages" not in row.fields:
+        return text_field(row, "prompt")
+    if "prompt" in row.fields:
+        raise DataError(f'{row.where}: "prompt" and "messages" are two ways to say one thing: give one.')
+    turns = messages_field(row, least=1)
+    if turns[-1].role == "assistant":
+        turns = turns[:-1]
+    if not any(turn.role == "user" and turn.content.strip() for turn in turns):
+        raise DataError(f'{row.where}: "messages" must have a turn of the user, which is not empty.')
+    return tuple(turns)
+
+
+def prompts_of(prompts: Sequence[Prompt], split: Split, limit: int | None = None) -> list[Prompt]:
+    """The (first `limit`) prompts of a split. Raises DataError where there is none."""
+    chosen = [prompt for prompt in prompts if prompt.split in (None, split)]
+    if not chosen:
+        raise DataError(f"There is no prompt of the {split} split.")
+    return chosen[:limit]
+
+
+def evaluate_generations(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    judge: Judge,
+    columns: Sequence[Column],
+    arms: Sequence[Arm],
+    sampling: Sampling,
+    *,
+    chat: ChatTemplate | None = None,
+    positions: Positions = Positions.GENERATED,
+    max_rows: int = 128,
+    progress: bool = False,
+    kept: Path | None = None,
+    advance: Advance = lambda _: None,
+) -> tuple[Evaluation, list[Continuation]]:
+    """Generate in every arm and judge: the rate of each metric where it applies, the damage that the texts show, and
+    the paired differences to the unsteered arm, clustered by prompt or its group. The texts come along, judged.
+    `kept` and `advance` are as in `generate`."""
+    if not prompts:
+        raise DataError("There are no prompts to evaluate.")
+    asked = [prompt.asked for prompt in prompts]
+    texts = generate(
+        model, tokenizer, asked, columns, arms, sampling, chat=chat, positions=positions, max_rows=max_rows,
+        progress=progress, advance=advance, kept=kept,
+    )  # fmt: skip
+    found = verdicts(judge, [(shown(asked[text.prompt]), text.text) for text in texts])
+    texts = [replace(text, verdict=dict(verdict)) for text, verdict in zip(texts, found, strict=True)]
+    clusters = [prompt.group or str(number) for number, prompt in enumerate(prompts)]
+    size = len(texts) // len(arms)
+    measures = [
+        ArmMeasures(arm, judged(texts[number * size : (number + 1) * size], clusters))
+        for number, arm in enumerate(arms)
+    ]
+    results = compared(with_damage(measures, texts, clusters, neutral_divergence(model, tokenizer, columns, arms)))
+    count = sum(len(result.differences) for result in results)
+    form = Form.PLAIN if all(isinstance(one, str) for one in asked) else Form.CHAT
+    settings = {"prompts": len(prompts), "form": form.value, "positions": positions.value, **asdict(sampling)}
+    if kept is not None:
+        kept.unlink(missing_ok=True)
+    notes = (note_on_many(count),) if count > MANY else ()
+    return Evaluation("generation", results, settings, notes), texts
+
+
+def judged(texts: Sequence[Continuation], clusters: Sequence[str]) -> dict[str, Measured]:
+    """Per metric, whether it holds of the texts; where it does not apply it weighs nothing. `clusters` by prompt."""
+    ids = tuple(clusters[text.prompt] for text in texts)
+    names = dict.fromkeys(name for text in texts for name in text.verdict)
+    return {
+        name: Measured(
+            np.array([(float(bool(v)), float(v is not None)) for text in texts for v in [text.verdict.get(name)]]),
+            ids,
+            rate=True,
+        )
+        for name in names
+    }
