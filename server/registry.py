@@ -368,23 +368,30 @@ class Registry:
         log.info("unloaded checkpoint %s", loaded.label)
 
     def entries(self, name: str | None = None) -> list[CheckpointEntry]:
-        """Every complete folder, or those of one name. Reads files that have changed since the last call: it blocks."""
+        """Every complete folder, or those of one name. Reads files that have changed since the last call: it blocks.
+        The list of all does not wait for a load: of a folder that is being read it says so."""
         listed = [entry for entry in folders.list_checkpoints(self._root) if name in (None, entry[0])]
-        inspected = []
+        inspected: list[tuple[Checkpoint | None, str | None] | None] = []
         for found, _, folder in listed:
-            with self._lock_of(found):
-                inspected.append(self._inspect(folder))
+            lock = self._lock_of(found)
+            if lock.acquire(blocking=name is not None):
+                try:
+                    inspected.append(self._inspect(folder))
+                finally:
+                    lock.release()
+            else:
+                inspected.append(None)
         if name is None:  # of folders that are gone nothing is kept
             for folder in self._read_cache.keys() - {folder for _, _, folder in listed}:
                 self._read_cache.pop(folder, None)
         with self._lock:
             loaded, active = dict(self._loaded), self._active
         entries = []
-        for (found, version, _), (checkpoint, problem) in zip(listed, inspected, strict=True):
-            key = found, version
-            changed = False
-            if served := loaded.get(key):
-                changed = checkpoint is None or checkpoint.config != served.checkpoint.config
+        for (found, version, _), known in zip(listed, inspected, strict=True):
+            key, served, changed = (found, version), loaded.get((found, version)), False
+            checkpoint, problem = known or (None, None if served else "It is being loaded; what it holds is told then.")
+            if served:
+                changed = known is not None and (checkpoint is None or checkpoint.config != served.checkpoint.config)
                 checkpoint = served.checkpoint
             entries.append(
                 CheckpointEntry(

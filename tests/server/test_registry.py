@@ -294,6 +294,33 @@ def test_what_is_wrong_with_a_folder_is_found_once(
     assert registry.entries()[0].problem is None
 
 
+def test_a_list_does_not_wait_for_a_load(
+    registry: Registry, put: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put("1")
+    reading, goes_on = threading.Event(), threading.Event()
+    read = folders.load
+
+    def slow(folder: Path) -> folders.Checkpoint:
+        reading.set()
+        assert goes_on.wait(10)
+        return read(folder)
+
+    monkeypatch.setattr(folders, "load", slow)
+    load = threading.Thread(target=registry.load, args=("mine",))
+    load.start()
+    assert reading.wait(10)
+    (entry,) = registry.entries()
+    assert "is being loaded" in str(entry.problem)
+    goes_on.set()
+    load.join()
+    (entry,) = registry.entries()
+    assert (entry.loaded, entry.changed, entry.problem) == (True, False, None)
+    with registry._lock_of("mine"):
+        (entry,) = registry.entries()
+    assert (entry.loaded, entry.changed, entry.problem) == (True, False, None), "what serves is known"
+
+
 def test_of_folders_that_are_gone_nothing_is_kept(registry: Registry, put: Callable[[str], Path]) -> None:
     folder = put("1")
     registry.entries()
