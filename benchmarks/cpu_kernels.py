@@ -82,7 +82,7 @@ def attention() -> Iterator[Case]:
                     return lambda copy: op(*new, *caches[copy], *rest, scale=0.125)
 
                 name = f"attention, {rows} rows, {heads} heads over {kv_heads} of 64, {name_of(dtype)}"
-                yield name, way(ops.twin), way(ops.choose(torch.device("cpu"), dtype))
+                yield name, way(ops.reference), way(ops.choose(torch.device("cpu"), dtype))
 
 
 def linear() -> Iterator[Case]:

@@ -1,7 +1,7 @@
-"""Everything that is computed faster than plain PyTorch: ops with a twin in PyTorch and kernels beside it.
+"""Everything that is computed faster than plain PyTorch: ops with a reference in PyTorch and kernels beside it.
 
 Each op is a function of this package: it runs the kernel for its tensors' device and dtype where there is one, else
-the twin of the same name in `steer_ops.plain`. The constants are the ops themselves, for callers that choose an
+the reference of the same name in `steer_ops.plain`. The constants are the ops themselves, for callers that choose an
 implementation once (`Op.choose`) or ask whether there is a kernel (`Op.has_kernel`). `steer_ops.layers` exchanges the
 layers of a Hugging Face model.
 """

@@ -1,4 +1,4 @@
-"""The twins of the ops, in PyTorch: for devices and dtypes without kernels, and what kernels are tried against."""
+"""The references of the ops, in PyTorch: for devices and dtypes without kernels, and what kernels are tried against."""
 
 from contextlib import AbstractContextManager, nullcontext
 

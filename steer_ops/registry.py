@@ -1,9 +1,9 @@
 """Operations that are computed faster than plain PyTorch, and which implementation of each serves a device and dtype.
 
 An op is registered with `torch.library` as `torch.ops.steer_ops.<name>`: its schema says which arguments it writes to,
-fake tensors and `torch.compile` know it, and its twin in PyTorch serves every device that has no kernel. A kernel is
-used after it has computed what the twin computes on random numbers; this is tried once in a process for each device
-and dtype.
+fake tensors and `torch.compile` know it, and its reference in PyTorch serves every device that has no kernel. A kernel
+is used after it has computed what the reference computes on random numbers; this is tried once in a process for each
+device and dtype.
 """
 
 import logging
@@ -20,7 +20,7 @@ from steer_ops.cuda import library
 log = logging.getLogger(__name__)
 NAMESPACE = "steer_ops"
 DTYPES = (torch.float32, torch.bfloat16)  # that kernels for CPUs compute
-# How far a kernel's numbers may be from the twin's, as a share of the largest of them.
+# How far a kernel's numbers may be from the reference's, as a share of the largest of them.
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 Implementation = Callable[..., Any]
 _definitions: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]  # registrations last as long as this object
@@ -28,12 +28,12 @@ _lock = RLock()
 
 
 class Op:
-    """One operation, with its twin in PyTorch and its kernels."""
+    """One operation, with its reference in PyTorch and its kernels."""
 
     def __init__(
         self,
         schema: str,
-        twin: Implementation,
+        reference: Implementation,
         examples: Callable[[torch.dtype], Iterable[tuple[tuple[Any, ...], dict[str, Any]]]],
         *,
         fake: Implementation | None = None,
@@ -41,11 +41,11 @@ class Op:
         """schema: as `torch.library.define` takes it, with the name. examples: arguments of a dtype on the CPU that the
         kernels are tried on. fake: what the op returns for fake tensors; None: nothing, it writes to its arguments."""
         self.name = schema.partition("(")[0]
-        self.twin = twin
+        self.reference = reference
         self._examples = examples
         self._chosen: dict[tuple[str, torch.dtype], Implementation] = {}
         _definitions.define(schema)
-        _definitions.impl(self.name, twin, "CompositeExplicitAutograd")
+        _definitions.impl(self.name, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake or _returns_nothing, lib=_definitions)
         self.overload: Implementation = getattr(getattr(torch.ops, NAMESPACE), self.name).default
 
@@ -54,18 +54,18 @@ class Op:
         return self._chosen.get((tensor.device.type, tensor.dtype)) or self.choose(tensor.device, tensor.dtype)
 
     def choose(self, device: torch.device, dtype: torch.dtype) -> Implementation:
-        """The implementation for a device and dtype: the kernel where there is one that computes what the twin
-        computes, else the twin. The first call in a process may compile the kernels, which takes seconds."""
+        """The implementation for a device and dtype: the kernel where there is one that computes what the reference
+        computes, else the reference. The first call in a process may compile the kernels, which takes seconds."""
         key = device.type, dtype
         with _lock:
             if key not in self._chosen:
                 use = has_kernel(self.name, *key) and self._passes_trial(device, dtype)
-                self._chosen[key] = self.overload if use else self.twin
+                self._chosen[key] = self.overload if use else self.reference
             return self._chosen[key]
 
     def has_kernel(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether a kernel serves this device and dtype, rather than the twin."""
-        return self.choose(device, dtype) is not self.twin
+        """Whether a kernel serves this device and dtype, rather than the reference."""
+        return self.choose(device, dtype) is not self.reference
 
     def forget(self) -> None:
         """Implementations are chosen anew. For tests."""
@@ -75,7 +75,7 @@ class Op:
         try:
             with torch.no_grad():
                 same = all(
-                    _same(_run(self.overload, args, named, device), _run(self.twin, args, named, device), dtype)
+                    _same(_run(self.overload, args, named, device), _run(self.reference, args, named, device), dtype)
                     for args, named in self._examples(dtype)
                 )
         except Exception as error:

@@ -18,7 +18,7 @@ def fused_steer(at: SiteBuffers, activations: Tensor, owners: Tensor, counts: Te
     if type(activations) is not Tensor or (torch.is_grad_enabled() and activations.requires_grad):
         return None
     kernel = STEER_AND_COUNT.for_tensor(activations)
-    if kernel is STEER_AND_COUNT.twin:
+    if kernel is STEER_AND_COUNT.reference:
         return None
     parts = at.vectors, at.weights, at.biases, at.kinds, at.keep_norm, at.multipliers, owners, counts
     moved: Tensor = kernel(activations, *parts, at.owner)

@@ -28,7 +28,7 @@ class KVShape:
 
 @dataclass(frozen=True)
 class KVOps:
-    """How keys and values in blocks are written and attended to: ops of `steer_ops`, or their twins in PyTorch."""
+    """How keys and values in blocks are written and attended to: ops of `steer_ops`, or their references in PyTorch."""
 
     decode: Callable[..., None] = plain.paged_attention_decode  # single tokens
     write: Callable[..., None] = plain.write_kv

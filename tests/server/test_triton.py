@@ -44,7 +44,7 @@ class Calls(Counter[str]):
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch, kernels: set[str]) -> Calls:
-    """These kernels are Triton's, FlashAttention's twin stands for it, and products are PyTorch's own."""
+    """These kernels are Triton's, FlashAttention's reference stands for it, and products are PyTorch's own."""
     mend_interpreter(monkeypatch)
     counts = Calls()
     by_name = {op.name: op for op in [*OPS, *CUDA_OPS]}

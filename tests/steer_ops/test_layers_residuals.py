@@ -1,4 +1,4 @@
-"""What is exchanged on CUDA alone, with PyTorch's twins as the kernels: products joined, residual additions fused."""
+"""What is exchanged on CUDA alone, with the references as the kernels: products joined, residual additions fused."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ IDS = torch.arange(3, 20)[None]
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     for op in (ADD_RMS_NORM, RMS_NORM, ROTARY, SILU_MUL):
-        monkeypatch.setitem(op._chosen, ("cpu", torch.float32), lambda *args, twin=op.twin: twin(*args))
+        monkeypatch.setitem(op._chosen, ("cpu", torch.float32), lambda *args, reference=op.reference: reference(*args))
     monkeypatch.setattr(layers, "_packed", lambda weight, bias, native: DenseLinear(weight, bias))
 
 

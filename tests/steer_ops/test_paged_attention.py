@@ -1,4 +1,4 @@
-"""Decode attention over block tables: the kernel and its twin beside the same in float64, row by row."""
+"""Decode attention over block tables: the kernel and its reference beside the same in float64, row by row."""
 
 from collections.abc import Callable
 from typing import Any

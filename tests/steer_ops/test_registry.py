@@ -1,4 +1,4 @@
-"""Ops are known to PyTorch, and a kernel that computes something else than its twin is found out and not used."""
+"""Ops are known to PyTorch, and a kernel that computes something else than its reference is found out and not used."""
 
 from typing import Any
 
@@ -49,15 +49,15 @@ def test_a_kernel_that_computes_something_else_is_not_used(
     op: Op, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def other(*args: Any, **named: Any) -> Any:
-        result = twin(*args, **named)
+        result = reference(*args, **named)
         written = args[7] if result is None else result[1] if isinstance(result, tuple) else result
         written.mul_(1.2)
         return result
 
-    twin = op.twin
+    reference = op.reference
     monkeypatch.setattr(op, "_chosen", {})
     monkeypatch.setattr(op, "overload", other)
-    assert op.choose(CPU, dtype) is twin
+    assert op.choose(CPU, dtype) is reference
     assert f"the kernel of {op.name} for {dtype} computes something else" in caplog.text
 
 
@@ -74,7 +74,7 @@ def test_a_kernel_that_fails_is_not_used(monkeypatch: pytest.MonkeyPatch, caplog
 
 @pytest.mark.parametrize("op", CUDA_OPS, ids=lambda op: op.name)
 def test_what_has_a_kernel_for_cuda_alone_the_twin_computes_on_a_cpu(op: Op) -> None:
-    assert op.choose(CPU, torch.float32) is op.twin
+    assert op.choose(CPU, torch.float32) is op.reference
 
 
 def test_a_kernel_is_tried_on_its_own_device() -> None:

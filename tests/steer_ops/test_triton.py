@@ -1,4 +1,4 @@
-"""Triton's kernels beside their twins in PyTorch: interpreted where there is no CUDA device."""
+"""Triton's kernels beside their references in PyTorch: interpreted where there is no CUDA device."""
 
 import os
 import subprocess
@@ -56,7 +56,7 @@ def test_a_kernel_computes_what_its_twin_computes(
 ) -> None:
     op: Op = BY_NAME[name]
     for args, named in op._examples(dtype):
-        assert _same(_run(kernels[name], args, named, DEVICE), _run(op.twin, args, named, DEVICE), dtype)
+        assert _same(_run(kernels[name], args, named, DEVICE), _run(op.reference, args, named, DEVICE), dtype)
 
 
 @pytest.mark.timeout(600)
