@@ -349,7 +349,8 @@ class ModelRunner:
             return {}
         ends = dict(zip(chunks, np.cumsum([len(chunk) for chunk in chunks]).tolist(), strict=True))
         traced = [chunk for chunk in sampling if chunk.sequence.trace]
-        sites = {site for chunk in traced for site in chunk.sequence.steering_params.columns.sites}
+        handles = {handle for chunk in traced for handle in chunk.sequence.steering_params.columns.handles}
+        sites = {site for handle in handles for site, _ in handle.slots}
         places = upload(np.array([ends[chunk] - 1 for chunk in traced], dtype=np.int64), self.device)
         return {site: self.steering.traces[site][places] for site in sites}
 

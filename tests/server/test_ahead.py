@@ -1,7 +1,7 @@
 """Async scheduling: steps that are begun before the tokens of the one before are known give what they give alone."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from server.engine.sequence import SamplingParams, ScheduledChunk, Sequence, SteeringParams
-from steering.types import SequenceSteering
+from steering.types import SequenceSteering, Site
 from tests.server.desk import Desk, sequence
 from tests.server.test_architectures import VOCABULARY, columns, tiny
 
@@ -52,9 +52,11 @@ class Ask:
 
 
 class Bench:
+    columns = tuple(replace(one, site=Site.parse(f"{layer}.residual")) for layer, one in enumerate(columns("llama")))
+
     def __init__(self, **options: Any) -> None:
         self.desk = Desk(tiny("llama"), **options)
-        handle = self.desk.bank.add(columns("llama"))
+        handle = self.desk.bank.add(self.columns)
         self.steerings = [
             SteeringParams(SequenceSteering.of([(handle, mix)])) if mix else SteeringParams() for mix in MIXES
         ]
@@ -168,3 +170,12 @@ def test_whoever_goes_away_is_let_go_while_a_step_is_computed() -> None:
     assert len(desk.computed) - desk.begun_ahead == 1, "the other one's steps go on without a stop"
     ask = Ask(stays.prompt_token_ids, stays.sampling_params, 1, False)
     assert bench.answer(stays)[0] == alone(ask)[0]
+
+
+def test_a_trace_tells_of_columns_whose_multiplier_is_0_as_well() -> None:
+    bench = clean()
+    one = bench.sequence(Ask((5, 6, 7), SamplingParams(max_new_tokens=2), mix=1, trace=True))
+    bench.desk.run([one])
+    for token in bench.desk.finished[one].tokens:
+        multipliers = {(trace.attribute, trace.site): trace.strength / trace.gate for trace in token.trace}
+        assert multipliers == pytest.approx({("kind", "0.residual"): 1.0, ("fair", "1.residual"): 0.0})
