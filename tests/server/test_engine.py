@@ -129,6 +129,7 @@ def test_a_step_that_cannot_be_begun_fails_nobody_who_has_ended_before(
         async with api(fresh.app) as client:
             # The short one ends with the step before the one that breaks.
             bodies = [{"prompt": ["a", "b"], "max_new_tokens": new, "ignore_eos": True} for new in (5, 60)]
+            fresh.service.engine.call(lambda: time.sleep(0.3))  # both are there before the first step
             answers = await asyncio.gather(*(client.post("/generate", json=body) for body in bodies))
             return [answer.status_code for answer in answers]
 

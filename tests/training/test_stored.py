@@ -87,13 +87,14 @@ def test_the_fit_is_the_one_from_the_data_and_no_text_is_run(here: Path, monkeyp
 
 
 def test_data_beside_them_are_evaluated_on_in_the_splits_of_the_activations(here: Path) -> None:
-    done("train", *DATA, *CAA, "--pool", "last", "--seed", "7", "--out", "checkpoints/direct")
-    result = done("train", *STORED, *DATA, *CAA, "--seed", "1", "--out", "checkpoints/stored")
+    undamaged = ["--damage", "0"]  # the texts that show it are sampled by the seed
+    done("train", *DATA, *CAA, *undamaged, "--pool", "last", "--seed", "7", "--out", "checkpoints/direct")
+    result = done("train", *STORED, *DATA, *CAA, *undamaged, "--seed", "1", "--out", "checkpoints/stored")
     assert "split by seed" not in result.output
     ours, theirs = (checkpoints.load(here / "checkpoints" / name / "v1").config for name in ("stored", "direct"))
     assert ours.evaluation == theirs.evaluation
     assert [source["name"] for source in ours.training["data"]] == ["activations", "truthfulness", "civility"]
-    again = done("evaluate", "--checkpoint", "checkpoints/stored", *DATA, "--seed", "2", "--baseline", "--alone")
+    again = done("evaluate", "--checkpoint", "checkpoints/stored", *DATA, *undamaged, "--seed", "2", "--alone")
     stored = json.loads((here / "checkpoints/stored/v1/evaluation/evaluation.json").read_text())
     assert stored["arms"] == theirs.evaluation["arms"], again.output
 
