@@ -3,12 +3,12 @@
 import json
 import shlex
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 
 from pydantic import BaseModel, Field
 
 from server.service import Service
+from server.version import own_version
 
 STATIC = Path(__file__).parent / "static"  # what `make page` builds
 HEADERS = {
@@ -46,7 +46,7 @@ def page_info(service: Service) -> PageInfo:
     settings, template = service.settings, service.codec.chat
     return PageInfo(
         model=service.model,
-        version=version("mat-steer"),
+        version=own_version(),
         asks_for_key=settings.api_key is not None,
         chat=template is not None and template.problem is None,
         context=service.codec.context,

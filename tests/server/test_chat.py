@@ -14,27 +14,8 @@ from server.config import Settings
 from server.errors import StartupError
 from server.tokenizer import Codec
 from steering.chat_template import ChatTemplate
+from tests.chat_templates import NEITHER, PARTS, STRINGS, TOOLS, user
 from tests.server.conftest import END, World
-
-STRINGS = (
-    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[answer]{% endif %}"
-)
-PARTS = (
-    "{% for m in messages %}[{{ m['role'] }}]{% for c in m['content'] %}{% if c['type'] == 'text' %}"
-    "{{ c['text'] }};{% endif %}{% endfor %}{% endfor %}"
-)
-EITHER = (
-    "{% for m in messages %}[{{ m.role }}]{% if m.content is string %}{{ m.content }}{% else %}"
-    "{% for c in m.content %}{{ c.text }}|{% endfor %}{% endif %}{% endfor %}"
-)
-FIRST_PART = "{% for m in messages %}[{{ m.role }}]{{ m.content[0].text }}{% endfor %}"
-NEITHER = "{% for m in messages %}[{{ m.role }}]{{ m.text }}{% endfor %}"
-TOOLS = (
-    "{% for m in messages %}[{{ m.role }}{% if m.tool_call_id %} {{ m.tool_call_id }}{% endif %}]"
-    "{% if m.content %}{{ m.content }}{% endif %}"
-    "{% for t in m.tool_calls %}<{{ t.id }} {{ t.function.name }} ARGUMENTS>{% endfor %}{% endfor %}"
-)
-TWO = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +29,6 @@ def template(spelling: Any) -> Callable[[str], ChatTemplate]:
 
 
 Made = Callable[[str], ChatTemplate]
-
-
-def user(content: Any) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": content}]
 
 
 # --- through the server ---

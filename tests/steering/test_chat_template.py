@@ -8,26 +8,9 @@ import pytest
 
 from steering.chat_template import ChatTemplate, open_chat_template, read_chat_template
 from steering.errors import ChatTemplateError, ConversationError
+from tests.chat_templates import EITHER, FIRST_PART, NEITHER, PARTS, STRINGS, TOOLS, user
 from tests.training.helpers import make_tokenizer
 
-STRINGS = (
-    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[answer]{% endif %}"
-)
-PARTS = (
-    "{% for m in messages %}[{{ m['role'] }}]{% for c in m['content'] %}{% if c['type'] == 'text' %}"
-    "{{ c['text'] }};{% endif %}{% endfor %}{% endfor %}"
-)
-EITHER = (
-    "{% for m in messages %}[{{ m.role }}]{% if m.content is string %}{{ m.content }}{% else %}"
-    "{% for c in m.content %}{{ c.text }}|{% endfor %}{% endif %}{% endfor %}"
-)
-FIRST_PART = "{% for m in messages %}[{{ m.role }}]{{ m.content[0].text }}{% endfor %}"
-NEITHER = "{% for m in messages %}[{{ m.role }}]{{ m.text }}{% endfor %}"
-TOOLS = (
-    "{% for m in messages %}[{{ m.role }}{% if m.tool_call_id %} {{ m.tool_call_id }}{% endif %}]"
-    "{% if m.content %}{{ m.content }}{% endif %}"
-    "{% for t in m.tool_calls %}<{{ t.id }} {{ t.function.name }} ARGUMENTS>{% endfor %}{% endfor %}"
-)
 TWO = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
 
 
@@ -42,10 +25,6 @@ def template() -> Callable[[str], ChatTemplate]:
 
 
 Made = Callable[[str], ChatTemplate]
-
-
-def user(content: Any) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": content}]
 
 
 @pytest.mark.parametrize(
