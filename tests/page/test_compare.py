@@ -122,9 +122,9 @@ def test_the_first_divergence_is_marked_before_its_token(url: str, at: Opened) -
     at.run()
     index = compare(url, at.bodies("/compare")[0])["steered"]["comparison"]["first_divergence"]
     marks = at.arm("steered").locator(".divergence")
-    assert marks.count() == 1
+    expect(marks).to_have_count(1)
     assert marks.evaluate("one => one.nextElementSibling.dataset.at") == str(index)
-    assert at.arm("baseline").locator(".divergence").count() == 0
+    expect(at.arm("baseline").locator(".divergence")).to_have_count(0)
 
 
 def test_the_summary_has_the_servers_numbers_and_explains_them_on_the_spot(url: str, at: Opened) -> None:
@@ -220,8 +220,8 @@ def test_nothing_jumps_while_answers_stream(at: Opened) -> None:
 
 def test_generated_text_is_never_html_and_right_to_left_is_marked(at: Opened) -> None:
     at.page.get_by_label("Prompt", exact=True).fill("<img src=x onerror=alert(1)> שלום")
-    assert at.page.get_by_label("Prompt", exact=True).get_attribute("dir") == "auto"
+    expect(at.page.get_by_label("Prompt", exact=True)).to_have_attribute("dir", "auto")
     at.page.get_by_role("button", name="Run", exact=True).click()
     expect(at.arm("steered").locator(".provenance")).to_contain_text("by demo@v1")
-    assert at.arm("steered").locator(".answer").get_attribute("dir") == "auto"
-    assert at.page.locator("main img").count() == 0
+    expect(at.arm("steered").locator(".answer")).to_have_attribute("dir", "auto")
+    expect(at.page.locator("main img")).to_have_count(0)

@@ -28,7 +28,7 @@ def test_a_prompt_that_is_too_long_is_told_at_the_prompt(at: Opened) -> None:
     problem = at.page.locator(".prompt-card").get_by_role("alert")
     expect(problem).to_contain_text("more than the context holds")
     assert prompt(at).input_value() == text
-    assert prompt(at).get_attribute("aria-invalid") == "true"
+    expect(prompt(at)).to_have_attribute("aria-invalid", "true")
     assert at.text("steered") == answer, "what was there stays"
     prompt(at).fill("Q: What is the capital of Japan? A:")
     with at.answered():

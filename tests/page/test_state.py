@@ -50,11 +50,11 @@ def test_the_history_brings_a_run_back(at: Opened) -> None:
     at.page.reload()
     at.page.get_by_role("button", name="History").click()
     entries = at.page.locator(".history button")
-    assert entries.count() == 2
+    expect(entries).to_have_count(2)
     expect(entries.last).to_contain_text(first)
     entries.last.click()
     expect(at.page.get_by_label("Prompt", exact=True)).to_have_value("Q: What is the capital of Japan? A:")
-    assert at.page.locator(".arm").count() == 2
+    expect(at.page.locator(".arm")).to_have_count(2)
     at.run()
     assert at.text("steered") == first
 

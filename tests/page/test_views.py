@@ -28,7 +28,7 @@ def test_one_multiplier_becomes_an_axis(url: str, at: Opened) -> None:
     assert [arm["attributes"] for arm in asked["arms"]] == [{}, *({"truthfulness": value} for value in (-1, 0, 1))]
     assert asked["n"] == 2
     expect(at.page.locator(".chart").last.locator("circle").first).to_be_visible()
-    assert at.page.locator(".chart").count() == 3
+    expect(at.page.locator(".chart")).to_have_count(3)
     arms = list(compare(url, asked).values())[1:]
     rows = at.page.locator("table.answers tbody tr")
     for index, arm in enumerate(arms):
@@ -63,14 +63,14 @@ def test_a_checkpoints_card_is_shown(url: str, at: Opened) -> None:
     card = at.page.get_by_role("region", name="demo@v1")
     evaluation = httpx.get(f"{url}/checkpoints/demo", trust_env=False).json()["versions"][0]["evaluation"]
     rows = card.locator("table.measured tbody tr")
-    assert rows.count() == len(evaluation["arms"])
+    expect(rows).to_have_count(len(evaluation["arms"]))
     for index, arm in enumerate(evaluation["arms"]):
         text = rows.nth(index).text_content()
         for metric in arm["metrics"].values():
             low, high = (f"{metric[end] * 100:.1f}" for end in ("low", "high"))
             assert f"{metric['value'] * 100:.1f}" in text
             assert f"[{low}, {high}]" in text
-    assert card.locator(".gates li").count() == 3
+    expect(card.locator(".gates li")).to_have_count(3)
     card.get_by_text("How it was trained").click()
     expect(card.get_by_text("l_sparse")).to_be_visible()
 
