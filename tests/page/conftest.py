@@ -173,7 +173,8 @@ class Cable:
         self._target = ("127.0.0.1", int(url.rpartition(":")[2]))
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._ends: list[socket.socket] = []
-        self.flows = threading.Event()  # cleared: what follows the first tokens waits
+        self.enough = ENOUGH
+        self.flows = threading.Event()  # cleared: what follows `enough` of a stream waits
         self.flows.set()
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
@@ -205,8 +206,8 @@ class Cable:
     def _pump(self, source: socket.socket, sink: socket.socket, answers: bool) -> None:
         sent, events = 0, False
         with suppress(OSError):
-            while data := source.recv(65536):
-                if sent > ENOUGH:
+            while data := source.recv(1024):
+                if sent > self.enough:
                     self.flows.wait(60)
                 events = events or (answers and b"text/event-stream" in data)
                 sink.sendall(data)

@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.page.conftest import Opened, compare
+from tests.page.conftest import Cable, Opened, compare
 
 expect = pytest.importorskip("playwright.sync_api").expect
 pytestmark = pytest.mark.page
@@ -27,26 +27,24 @@ def test_who_comes_for_the_first_time_sees_two_answers_after_one_click(url: str,
     assert at.text("baseline") != at.text("steered")
 
 
-def test_all_arms_stream_at_once_from_one_call(at: Opened) -> None:
+def test_all_arms_stream_at_once_from_one_call(cable: Cable, open_page: Any) -> None:
+    at: Opened = open_page(cable.url)
     at.page.get_by_role("button", name="truthfulness alone").click()
     at.page.get_by_role("button", name="steered away").click()
-    at.page.evaluate(
-        """() => {
-          window.seen = [];
-          const count = () => {
-            const arms = [...document.querySelectorAll('.arm')];
-            window.seen.push(arms.map((arm) => arm.querySelectorAll('.tok').length).join());
-            requestAnimationFrame(count);
-          };
-          count();
-        }"""
-    )
-    at.run()
+    arms = at.page.locator(".arm")
+    expect(arms).to_have_count(4)
+    tokens = [arms.nth(index).locator(".tok") for index in range(4)]
+    cable.enough = 12_000  # bytes, of some 40,000
+    cable.flows.clear()
+    with at.answered():
+        at.page.get_by_role("button", name="Run", exact=True).click()
+        for of_arm in tokens:
+            expect(of_arm.first).to_be_visible()
+        seen = [of_arm.count() for of_arm in tokens]
+        cable.flows.set()
     assert len(at.bodies("/compare")) == 1
-    seen = [[int(count) for count in counts.split(",")] for counts in at.page.evaluate("window.seen")]
-    assert len(seen[-1]) == 4
-    growing = [counts for counts in seen if all(0 < count < end for count, end in zip(counts, seen[-1], strict=True))]
-    assert growing, "all arms were growing together"
+    ends = [of_arm.count() for of_arm in tokens]
+    assert all(0 < count < end for count, end in zip(seen, ends, strict=True)), "all arms were growing together"
 
 
 def test_a_slider_has_the_range_and_the_default_of_the_checkpoint(url: str, at: Opened) -> None:
