@@ -254,7 +254,7 @@ class Registry:
 
     def restore(self, state: RegistryState) -> LoadedCheckpoint | None:
         """Load what was loaded; what cannot be loaded any more is a warning. Returns the active one."""
-        for label in state.loaded:
+        for label in self._still_there(state.loaded):
             try:
                 loaded = self.load(label)
             except ServerError as error:
@@ -268,6 +268,19 @@ class Registry:
         except ServerError as error:
             log.warning("checkpoint %s was active before, and cannot be now: %s", state.active, error.message)
             return None
+
+    def _still_there(self, labels: tuple[str, ...]) -> list[str]:
+        """Those that have a folder, also one that is being written. Looked up at once, however many there are."""
+        there = {f"{name}@{version}" for name, version, _ in folders.list_checkpoints(self._root)}
+        found = [label for label in labels if label in there or self._is_being_written(label)]
+        if gone := sorted(set(labels).difference(found)):
+            more = f" and {len(gone) - 5} more" if len(gone) > 5 else ""
+            log.warning("loaded before, and not there any more: %s%s", ", ".join(gone[:5]), more)
+        return found
+
+    def _is_being_written(self, label: str) -> bool:
+        name, _, version = label.partition("@")
+        return folders.is_being_written(self._root, name, version)
 
     def activate_default(self) -> LoadedCheckpoint | None:
         """The only loadable checkpoint, or the one called "demo"; None when there is no such."""

@@ -253,6 +253,25 @@ def test_what_is_gone_or_belongs_to_another_model_is_passed_over(
         assert state(client)[0] == "demo@2"
 
 
+def test_many_that_are_gone_are_one_look_and_one_warning(
+    own: Settings, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with TestClient(create_app(own)) as client:
+        client.post("/checkpoints/other/activate")
+    kept = json.loads((own.checkpoints / NAME).read_text())
+    (own.checkpoints / NAME).write_text(json.dumps(kept | {"loaded": [f"n{i}@1" for i in range(9000)] + ["other@1"]}))
+    looks: list[Path] = []
+    real = folders.list_checkpoints
+    monkeypatch.setattr(folders, "list_checkpoints", lambda root: (looks.append(root), real(root))[1])
+    caplog.clear()
+    with TestClient(create_app(own)) as client:
+        assert state(client) == ("other@1", {"other@1"})
+    assert len(looks) < 10
+    assert (
+        len([one for one in caplog.records if "not there any more" in one.message and "8995 more" in one.message]) == 1
+    )
+
+
 @pytest.mark.parametrize(
     "damage", ["", "{", "[]", '{"model": "tiny"}', '{"model": "tiny", "active": 1, "loaded": 2, "meant": 3}']
 )
