@@ -89,7 +89,7 @@ class Ours:
         )
         self._names = itertools.count()
         self.engine.start()
-        self.engine.capture_graphs().result()
+        self.engine.warm_up().result()
 
     def __call__(self, requests: abc.Sequence[Request]) -> None:
         self.answers(requests)

@@ -44,7 +44,7 @@ def open_service(settings: Settings) -> Service:
     except ServerError as error:
         service.engine.stop()
         raise StartupError(f"The checkpoint {settings.checkpoint!r} cannot be used: {error.message}") from error
-    service.engine.capture_graphs().result()  # of the hooks of what has been loaded, and before anybody waits
+    service.engine.warm_up().result()  # with the hooks of what has been loaded, and before anybody waits
     log.info("serving %s, checkpoint %s, after %.1f s", service.model, active, time.monotonic() - start)
     return service
 

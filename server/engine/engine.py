@@ -183,9 +183,9 @@ class Engine:
             self._inbox.put(EngineTask(work, future))
         return future
 
-    def capture_graphs(self) -> Future[None]:
-        """Capture all CUDA graphs that can be known beforehand, so that no client waits for one. Raises EngineDown."""
-        return self.call(self._runner.capture_graphs)
+    def warm_up(self) -> Future[None]:
+        """See `ModelRunner.warm_up`; before the first request."""
+        return self.call(self._runner.warm_up)
 
     def score(
         self,

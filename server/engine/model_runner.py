@@ -25,6 +25,7 @@ from server.engine.scoring import PendingScores, score_chunks
 from server.engine.sequence import (
     ColumnTrace,
     SampledToken,
+    SamplingParams,
     ScheduledChunk,
     Sequence,
     StepOutput,
@@ -205,6 +206,18 @@ class ModelRunner:
         for _ in hf_logging.tqdm(due, desc="Capturing CUDA graphs", unit="graph"):
             self.capture_next_graph()
         log.info("CUDA graphs of %d sizes are captured, in %.1f s", len(due), time.monotonic() - start)
+
+    def warm_up(self) -> None:
+        """Captures the CUDA graphs, and computes the first steps of a text: what is made at first use on the engine's
+        thread (a team of workers, primitives, compiled kernels) is there for the first request. It writes into the
+        first block, which nothing may hold yet."""
+        self.capture_graphs()
+        text = Sequence("warm-up", 0, (0,) * min(8, self.blocks.block_size), SamplingParams(temperature=1.0))
+        text.block_table = [0]
+        last = text.num_prompt_tokens - 1
+        for start, stop in ((0, last), (last, last + 1)):
+            self.execute_async((ScheduledChunk(text, start, stop),)).result()
+        self._forget_samples()
 
     def capture_next_graph(self) -> None:
         """Captures one of those that are due, between two steps."""

@@ -10,6 +10,8 @@ import pytest
 import torch
 from fastapi import FastAPI
 
+from server.assembly import open_service
+from server.config import Settings
 from server.engine.model_runner import ModelRunner
 from server.errors import OutOfMemory
 from tests.server.conftest import World
@@ -44,6 +46,26 @@ class Broken:
         if self._from <= self._calls < self._to:
             raise self._error
         return self._real(*args, **kwargs)
+
+
+def test_a_server_has_computed_on_its_engines_thread_before_it_is_ready(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    real = ModelRunner.forward
+
+    def forward(runner: ModelRunner, *args: Any, **kwargs: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return real(runner, *args, **kwargs)
+
+    monkeypatch.setattr(ModelRunner, "forward", forward)
+    service = open_service(settings)
+    try:
+        assert threads.count("engine") == 2, "a prompt and a step of decoding"
+        assert service.engine.status.used_blocks == 0
+        assert service.engine.stats.sequences == 0
+    finally:
+        service.engine.stop()
 
 
 @pytest.mark.parametrize("at", [1, 3])
