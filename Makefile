@@ -8,9 +8,6 @@ HOST ?= $(or $(MATSTEER_HOST),127.0.0.1)
 PORT ?= $(or $(MATSTEER_PORT),8000)
 EXAMPLES ?= 300
 MINUTES ?= 10
-# What the development install has beside the package; `make test DEV=dev,triton` also runs the kernels for CUDA,
-# interpreted on the CPU (290 MB more, 1.1 GB on the disk).
-DEV ?= dev
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -32,7 +29,7 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@touch $@
 
 $(DEV_INSTALLED): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
-	$(PIP_INSTALL) --editable '.[$(DEV)]'
+	$(PIP_INSTALL) --editable '.[dev]'
 	@touch $@ $(INSTALLED)
 
 $(PAGE_INSTALLED): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
