@@ -121,7 +121,8 @@ def profile_graphs(runner: ModelRunner, block_size: int, rows: int) -> int:
 
 def _largest_step(runner: ModelRunner, limits: "StepLimits", longest: int) -> tuple[ScheduledChunk, ...]:
     most = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.1, logprobs=MOST_LOGPROBS)
-    decodes = [Sequence("profile", index, (0,) * longest, most) for index in range(limits.max_num_seqs)]
+    prompt = (0,) * longest
+    decodes = [Sequence("profile", index, prompt, most) for index in range(limits.max_num_seqs)]
     chunks = [ScheduledChunk(one, longest - 1, longest) for one in decodes]
     tokens = min(longest, limits.max_num_batched_tokens - len(chunks))
     if tokens:

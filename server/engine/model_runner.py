@@ -375,7 +375,7 @@ class ModelRunner:
             ends = [sequence.end_token_ids for sequence in sequences]
             self._sampler, self._sampled = Sampler(params, self.vocab_size, self.device, ends), sequences
         penalised: dict[Hashable, PenalisedText] = {
-            chunk.sequence: PenalisedText(chunk.sequence.token_ids, chunk.sequence.num_prompt_tokens, chunk.end)
+            chunk.sequence: PenalisedText(chunk.sequence.token_ids, chunk.sequence.prompt_token_ids, chunk.end)
             for chunk in chunks
             if chunk.sequence.sampling_params.is_penalised
         }

@@ -229,11 +229,11 @@ class _Entries:
 
 @dataclass(frozen=True)
 class PenalisedText:
-    """The tokens of a text that the host knows, and where its new ones begin; `length` tokens are to be counted, of
-    which the last one may be known to the device alone."""
+    """The tokens of a text that the host knows, the prompt first; `length` of them are to be counted, of which the last
+    one may be known to the device alone."""
 
     token_ids: Sequence[int]
-    num_prompt_tokens: int
+    prompt_token_ids: tuple[int, ...]  # the choices of a request may share one
     length: int
 
 
@@ -284,16 +284,20 @@ class TokenCounts:
         slots = upload(np.array(list(texts), dtype=np.int64), self._device)
         self._sampled.index_fill_(0, slots, 0)
         self._in_prompt.index_fill_(0, slots, False)
-        prompts = {slot: text.token_ids[: text.num_prompt_tokens] for slot, text in texts.items()}
-        sampled = {slot: text.token_ids[text.num_prompt_tokens : text.length] for slot, text in texts.items()}
-        self._in_prompt.view(-1).index_fill_(0, self._places(*self._entries(prompts)), True)
+        prompts = {id(text.prompt_token_ids): text.prompt_token_ids for text in texts.values()}
+        distinct = {key: np.unique(np.array(prompt, dtype=np.int64)) for key, prompt in prompts.items()}
+        in_prompts = {slot: distinct[id(text.prompt_token_ids)] for slot, text in texts.items()}
+        sampled = {
+            slot: np.array(text.token_ids[len(text.prompt_token_ids) : text.length], dtype=np.int64)
+            for slot, text in texts.items()
+        }
+        self._in_prompt.view(-1).index_fill_(0, self._places(*self._entries(in_prompts)), True)
         self._add(*self._entries(sampled))
 
-    def _entries(self, texts: Mapping[int, Sequence[int]]) -> Tensor:
+    def _entries(self, texts: Mapping[int, NDArray[np.int64]]) -> Tensor:
         """Slots and tokens [2, N]."""
-        slots = np.repeat(np.array(list(texts), dtype=np.int64), [len(text) for text in texts.values()])
-        tokens = np.concatenate([np.array(text, dtype=np.int64) for text in texts.values()])
-        return upload(np.stack([slots, tokens]), self._device)
+        slots = np.repeat(np.array(list(texts), dtype=np.int64), [len(tokens) for tokens in texts.values()])
+        return upload(np.stack([slots, np.concatenate(list(texts.values()))]), self._device)
 
     def _add(self, slots: Tensor, tokens: Tensor) -> None:
         ones = self._sampled.new_ones(len(tokens))

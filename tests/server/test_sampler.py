@@ -56,7 +56,7 @@ def texts_of(rules: list[SamplingParams], texts: list[list[int]], steps: list[in
     counts = TokenCounts(VOCAB, CPU)
     counts.hold(
         {
-            row: PenalisedText(text, len(text) - step, len(text))
+            row: PenalisedText(text, tuple(text[: len(text) - step]), len(text))
             for row, (rule, text, step) in enumerate(zip(rules, texts, steps, strict=True))
             if rule.is_penalised
         }
