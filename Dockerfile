@@ -1,18 +1,20 @@
-# CUDA by default: `docker build .`; for the CPU:
-# `docker build --build-arg BASE=ubuntu:24.04 --build-arg TORCH=cpu .`
+# CUDA by default: `docker build .`; for the CPU: `docker build --build-arg TORCH=cpu .`
 # No weights are baked in but the embedded demo's: a model comes from the hub cache or a mounted folder.
-ARG BASE=nvidia/cuda:12.8.1-base-ubuntu24.04
+# The base needs nothing of CUDA: PyTorch's wheels bring its libraries, NVIDIA's container toolkit the driver's.
+ARG BASE=ubuntu:24.04
 
 FROM ${BASE} AS build
-# Which of PyTorch's builds: cu128, cpu, ... Its wheels bring the CUDA libraries that they need.
-ARG TORCH=cu128
+# Which of PyTorch's builds: cu130 (drivers from 580 on), cu126 (older ones) or cpu. PyTorch 2.12 was the first without
+# cu128. TORCH_INDEX: an index that has it, beside PyPI.
+ARG TORCH=cu130
+ARG TORCH_INDEX=https://download.pytorch.org/whl/${TORCH}
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends python3 python3-venv \
     && rm -rf /var/lib/apt/lists/*
 RUN python3 -m venv /opt/matsteer
 WORKDIR /build
 COPY constraints.txt ./
-RUN /opt/matsteer/bin/pip install --no-cache-dir --index-url "https://download.pytorch.org/whl/${TORCH}" \
+RUN /opt/matsteer/bin/pip install --no-cache-dir --extra-index-url "${TORCH_INDEX}" \
     "$(grep '^torch==' constraints.txt)"
 COPY pyproject.toml README.md LICENSE ./
 COPY server ./server
@@ -29,7 +31,7 @@ LABEL org.opencontainers.image.title="mat-steer" \
       org.opencontainers.image.licenses="Apache-2.0"
 # libgomp1: the OpenMP of PyTorch's CPU kernels. g++: the kernels that are compiled for the CPU at the start; gcc and the
 # headers: those that Triton compiles for the GPU.
-ARG TORCH=cu128
+ARG TORCH=cu130
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends python3 libgomp1 \
     && if [ "${TORCH}" = cpu ]; then apt-get install --yes --no-install-recommends g++; \
@@ -43,6 +45,8 @@ COPY --chown=10001 checkpoints ./checkpoints
 USER 10001
 ENV PATH=/opt/matsteer/bin:$PATH \
     PYTHONUNBUFFERED=1 \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     HF_HOME=/home/matsteer/.cache/huggingface \
     MATSTEER_HOST=0.0.0.0 \
     MATSTEER_PORT=8000

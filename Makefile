@@ -15,7 +15,7 @@ DEV_INSTALLED := $(VENV)/.installed-dev
 PAGE_INSTALLED := $(VENV)/.installed-page
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: help install serve test check format real-model real-checkpoint demo-model demo-data demo-sweep demo-checkpoint reproduce readme api-docs page check-page test-page screenshots fuzz soak test-clients bench check-gpu clean
+.PHONY: help install serve test check format real-model real-checkpoint demo-model demo-data demo-sweep demo-checkpoint reproduce readme api-docs page check-page test-page screenshots fuzz soak test-clients bench test-release test-image audit check-gpu clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -118,6 +118,17 @@ test-clients: $(INSTALLED)  ## twelve clients of OpenAI's API, each in an enviro
 bench: $(INSTALLED)  ## the engine beside the alternatives on the CPU: benchmarks/results
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.latency
+
+test-release: $(DEV_INSTALLED)  ## dist/: the sdist and the wheel, which is installed into an empty environment and serves
+	$(BIN)/python -m tests.release.check_release
+
+test-image: $(DEV_INSTALLED)  ## build the CPU image with buildah (Debian's package) and run it; IMAGE_OPTIONS: --help
+	$(BIN)/python tests/image/check_image.py $(IMAGE_OPTIONS)
+
+audit: $(BIN)/python  ## bandit over the code, pip-audit over constraints.txt (which asks PyPI)
+	$(PYTHON) -m venv runs/audit && runs/audit/bin/pip install --quiet bandit pip-audit
+	runs/audit/bin/bandit --quiet --configfile pyproject.toml --severity-level medium --recursive server steering steer_ops training
+	runs/audit/bin/pip-audit --no-deps --disable-pip --requirement constraints.txt
 
 check-gpu: $(INSTALLED)  ## tests and speed on a GPU, in one table of at most 8 minutes: benchmarks/results
 	$(BIN)/python -m benchmarks.gpu --check

@@ -95,8 +95,10 @@ class Studies:
                 raise InvalidField(f"The study {study!r} compares other arms: {kept}. Take another name.", param="arms")
             # Read again, so that a repeated vote is seen and one with its id that differs is refused.
             run("INSERT OR IGNORE INTO votes VALUES (?, ?, ?, ?, ?, ?, ?)", (vote.id, study, now, *row[1:]))
-            columns = "study, winner, shown_first, asked, texts"
-            if run(f"SELECT {columns} FROM votes WHERE id = ?", (vote.id,)).fetchone() != row:
+            kept_row = run(
+                "SELECT study, winner, shown_first, asked, texts FROM votes WHERE id = ?", (vote.id,)
+            ).fetchone()
+            if kept_row != row:
                 raise InvalidField(f"There is another vote with the id {vote.id!r}.", param="id")
         return self.tally(study)
 

@@ -327,10 +327,10 @@ class ChatTemplate:
 
 
 def _variables(source: str) -> frozenset[str]:
-    """The names that a template reads and does not set itself. Where it has statements that only transformers knows,
-    all its words."""
+    """The names that a template reads and does not set itself; it is parsed, not rendered. Where it has
+    statements that only transformers knows, all its words."""
     try:
-        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
+        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)  # nosec B701
     except TemplateSyntaxError:
         return frozenset(re.findall(r"[A-Za-z_]\w*", source))
     return frozenset(find_undeclared_variables(tree))

@@ -43,6 +43,11 @@ def test_it_holds_the_packages_and_the_demo_and_nothing_else(unpacked: Path) -> 
     assert not (unpacked / "demo/data").exists()
 
 
+def test_the_changelog_has_the_version() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text()
+
+
 def test_it_serves_the_demo_steered_from_any_folder(
     unpacked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
