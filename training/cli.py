@@ -130,6 +130,7 @@ def train(
     pool: o.MaybePool = None,
     work: Annotated[Path | None, typer.Option(help="Where intermediate artifacts stay; default: OUT/.work.")] = None,
     evaluate: Annotated[bool, typer.Option(help="Evaluate on the test split.")] = True,
+    report: o.Report = None,
     rows: o.Rows = 64,
 ) -> None:
     """Extract, fit, evaluate on test, and write the checkpoint with its model card: one command.
@@ -170,6 +171,7 @@ def train(
             work=work,
             max_rows=rows,
             evaluated=evaluate,
+            report=report,
             search=search,
             progress=o.shows_progress(),
         )
@@ -226,9 +228,11 @@ def evaluate(
     ] = None,
     split: Annotated[str, typer.Option(help="train, dev or test.")] = "test",
     out: Annotated[Path | None, typer.Option(help="Default: evaluation/ in the checkpoint's folder.")] = None,
+    report: o.Report = None,
     rows: o.Rows = 128,
 ) -> None:
-    """Steered and unsteered side by side on the test split: tables, JSON, what was measured of every question, a plot.
+    """Steered and unsteered side by side on the test split: tables, JSON, what was measured of every question, an HTML
+    report, a plot.
 
     An interrupted evaluation goes on where it stopped.
 
@@ -239,13 +243,16 @@ def evaluate(
         extra, factors = parse_settings(set_, "--set"), parse_numbers(multipliers or "1", "--multipliers")
         from training.data import Split, load_data
         from training.data.splits import split_as_trained
-        from training.evaluation.evaluator import compare, open_checkpoint
+        from training.evaluation.evaluator import EXAMPLES, compare, open_checkpoint
+        from training.evaluation.html_report import REPORT, checkpoint_report
         from training.evaluation.report import show, store, terminal
+        from training.files import write_bytes
 
         if split not in list(Split):
             raise TrainingError(f"--split must be train, dev or test, got {split!r}.")
         loaded, folder = open_checkpoint(checkpoint)
-        evaluator = replace(measured.at(loaded.config.positions.value).evaluator(texts.seed), max_rows=rows)
+        evaluator = measured.at(loaded.config.positions.value).evaluator(texts.seed)
+        evaluator = replace(evaluator, max_rows=rows, examples=EXAMPLES)
         if not texts.specs and measured.judge is None:
             raise DataError("Without a judge, --data is needed: the answers to choose from.")
         samples = []
@@ -264,8 +271,11 @@ def evaluate(
             base.load(), loaded, samples, evaluator, Split(split), factors=factors, baseline=baseline, alone=alone,
             extra=extra, progress=o.shows_progress(), kept=(out or folder / "evaluation") / "evaluation.partial",
         )  # fmt: skip
-        terminal().print(show(evaluation, f"{loaded.config.name}@{loaded.config.version} on {split}"))
-        for path in store(evaluation, out or folder / "evaluation", texts=generated):
+        title, results = f"{loaded.config.name}@{loaded.config.version} on {split}", out or folder / "evaluation"
+        terminal().print(show(evaluation, title))
+        page = report or results / REPORT
+        write_bytes(page, checkpoint_report(evaluation, title, loaded).encode())
+        for path in (*store(evaluation, results, texts=generated), page):
             typer.echo(f"wrote {path}")
 
 
@@ -311,9 +321,10 @@ def sweep(
         Path | None, typer.Option(metavar="DIR", help="Fit what `extract` wrote there, and extract nothing.")
     ] = None,
     pool: o.MaybePool = None,
+    report: o.Report = None,
     rows: o.Rows = 64,
 ) -> None:
-    """Fit and measure layers x sites x multipliers on dev: a table, a plot, the best written down.
+    """Fit and measure layers x sites x multipliers on dev: a table, an HTML report, a plot, the best written down.
 
     With --activations the fits take what `extract` wrote, and --data are what is measured on, in the same splits.
 
@@ -327,9 +338,11 @@ def sweep(
             raise TrainingError(_POOLED)
         factors, least = parse_numbers(multipliers, "--multipliers"), parse_settings(keep, "--keep")
         from training.data.samples import Split
+        from training.evaluation.html_report import REPORT, sweep_report
         from training.evaluation.report import sweep_table, terminal
         from training.evaluation.sweep import Sweep
         from training.evaluation.sweep_results import Goal
+        from training.files import write_bytes
         from training.pipeline import TrainingRun, activations_for, fitted_on, prepare_data, texts_for
 
         evaluator = measured.evaluator(texts.seed)
@@ -353,8 +366,10 @@ def sweep(
         swept_by = Sweep(loaded, asked, found, recipe, factors, evaluator, out, wanted, progress=shown, say=o.say)
         swept = swept_by.alone(sites_each, apart=apart) if alone else swept_by.together()
         terminal().print(sweep_table(swept))
-        for remark in swept.remarks(wanted):
+        remarks = list(swept.remarks(wanted))
+        for remark in remarks:
             o.say(remark)
+        write_bytes(report or out / REPORT, sweep_report(swept, f"sweep of {loaded.id}", remarks).encode())
         if alone:
             chosen = ", ".join(
                 f"{name} at {' and '.join(map(str, place.sites))} times {place.strength:g}"

@@ -64,6 +64,12 @@ SearchedSiteKinds = Annotated[
 ]
 PoolOption = Annotated[Pool, typer.Option(help=f"{_POOLS}.")]
 MaybePool = Annotated[Pool | None, typer.Option(help=f"{_POOLS}; default: the method's.")]
+Report = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.html", help="Where the HTML report goes; default: report.html beside the other results."
+    ),
+]
 Rows = Annotated[int, typer.Option("--rows", min=1, help="Rows of a batch.")]
 Seed = Annotated[int, typer.Option(help="Of the splits, the fit and the sampling.")]
 Revision = Annotated[str | None, typer.Option(help="Revision of the model.")]

@@ -5,7 +5,7 @@
 3. fit          the columns, where no place was      fit-KEY/SITE/ (state and log of each epoch),
                 given at the best of some on dev     search/ (what was measured at each)
 4. evaluate     the arms side by side, on test       evaluation-VERSION/
-5. checkpoint   tensors, model card, config.json     OUT/VERSION/
+5. checkpoint   tensors, card, report, config.json   OUT/VERSION/
 
 A run that was interrupted finds the finished artifacts and goes on; KEY is a hash of all that decides the content.
 """
@@ -37,7 +37,8 @@ from training.data.sources import DataSpec, draw, load_data
 from training.data.splits import FRACTIONS, SPLITS, dump_splits, split_samples
 from training.data.summary import count_samples, missing_sides
 from training.errors import DataError, TrainingError
-from training.evaluation.evaluator import Evaluator, gate_means
+from training.evaluation.evaluator import EXAMPLES, Evaluator, gate_means
+from training.evaluation.html_report import REPORT, training_report
 from training.evaluation.report import store
 from training.evaluation.results import BASELINE, Evaluation, default_arm, single_arms
 from training.evaluation.search import Candidates, check_search, find_place, quick, unmoved
@@ -71,6 +72,8 @@ class TrainingRun:
     """None: OUT/.work."""
     max_rows: int = 64
     evaluated: bool = True
+    report: Path | None = None
+    """Where the HTML report goes; None: `report.html` in the checkpoint's folder."""
     search: Candidates | None = None
     """Among these a place is looked for on dev, in place of `sites`."""
     progress: bool = False
@@ -275,7 +278,8 @@ def evaluate_for(
     arms = [BASELINE, default_arm(columns), *(single_arms(columns) if len({c.attribute for c in columns}) > 1 else ())]
     folder = run.workspace / f"evaluation-{version}"
     try:
-        evaluation, generated = run.evaluator.evaluate(
+        evaluator = replace(run.evaluator, examples=EXAMPLES)
+        evaluation, generated = evaluator.evaluate(
             base, columns, arms, texts, Split.TEST, progress=run.progress, kept=folder / "evaluation.partial"
         )
     except DataError as error:
@@ -322,6 +326,11 @@ def write_checkpoint(
         evaluation=evaluation,
         positions=positions.value,
     )
+    report = training_report(
+        f"{name}@{version}", base.id, run.recipe.method.title, columns, training, gates, evaluation
+    )
+    if run.report is not None:
+        write_bytes(run.report, report.encode())
     return checkpoints.save(
         run.out / version,
         name=name,
@@ -334,7 +343,10 @@ def write_checkpoint(
         training=training,
         evaluation=evaluation.as_dict() if evaluation else {},
         card=card,
-        extra_files={SPLITS: dump_splits(samples, seed=run.seed)},
+        extra_files={
+            SPLITS: dump_splits(samples, seed=run.seed),
+            **({} if run.report else {REPORT: report.encode()}),
+        },
     )
 
 

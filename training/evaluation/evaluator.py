@@ -12,6 +12,7 @@ from training.activations.store import Activations
 from training.data.samples import Form, Sample, Split, Turn
 from training.errors import DataError
 from training.evaluation.choices import evaluate_choices
+from training.evaluation.examples import answered, chosen_from
 from training.evaluation.generation import Continuation, Sampling
 from training.evaluation.judged import Prompt, evaluate_generations, prompts_of
 from training.evaluation.judges import Judge
@@ -19,6 +20,9 @@ from training.evaluation.results import BASELINE, Arm, Evaluation, default_arm, 
 from training.evaluation.tasks import Prompting, Question, questions
 from training.models import Base
 from training.progress import Advance
+
+EXAMPLES = 3
+"""Prompts, or questions of each attribute, that a report shows token by token."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +40,8 @@ class Evaluator:
     """How questions of known data sets are put."""
     damage: int = 16
     """So many questions are answered in every arm without a judge, to see what steering breaks."""
+    examples: int = 0
+    """So many prompts, or questions of each attribute, are shown token by token (`Evaluation.examples`)."""
 
     def __post_init__(self) -> None:
         if (self.judge is None) != (not self.prompts):
@@ -77,7 +83,7 @@ class Evaluator:
                     replace(one, asked=(Turn("user", one.asked),)) if isinstance(one.asked, str) else one
                     for one in prompts
                 ]
-            return evaluate_generations(
+            evaluation, texts = evaluate_generations(
                 base.model,
                 base.tokenizer,
                 prompts,
@@ -92,6 +98,9 @@ class Evaluator:
                 kept=kept,
                 advance=advance,
             )
+            return replace(
+                evaluation, examples=answered(base, columns, arms, prompts, texts, self.positions, self.examples)
+            ), texts
         own = [sample for sample in samples if sample.split is split]
         asked = _drawn(questions(own, self.prompting), self.limit)
         evaluation = evaluate_choices(
@@ -111,7 +120,8 @@ class Evaluator:
         )
         settings = {**evaluation.settings, "prompting": self.prompting.value}
         left_out = tuple(_left_out(own, asked, split))
-        return replace(evaluation, settings=settings, notes=(*left_out, *evaluation.notes)), []
+        examples = chosen_from(base, columns, arms, asked, self.positions, self.examples)
+        return replace(evaluation, settings=settings, notes=(*left_out, *evaluation.notes), examples=examples), []
 
     def form_for(self, base: Base) -> Form:
         """As it was chosen, else as the model has it."""

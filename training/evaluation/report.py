@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -146,28 +146,40 @@ def store_rows(evaluation: Evaluation, texts: Sequence[Continuation], path: Path
 
 
 def plot(evaluation: Evaluation, path: Path) -> bool:
-    """A bar for every arm and metric, with intervals. False, and no plot, without matplotlib."""
+    """A bar for every arm and metric, with intervals, and beside them what each arm damages. False, and no plot,
+    without matplotlib."""
     if not can_plot():
         return False
     from matplotlib.figure import Figure
 
     names, arms = evaluation.metrics, evaluation.arms
-    figure = Figure(figsize=(max(6.0, 1.2 * len(names) + 0.35 * len(names) * len(arms)), 4.2), layout="constrained")
-    axes = figure.subplots()
+    panels: list[tuple[str, float, list[tuple[str, list[Estimate | None]]]]] = [
+        ("percent", 100.0, [(name, [arm.metrics.get(name) for arm in arms]) for name in names])
+    ]
+    shares = [(name, [arm.damage.get(name) for arm in arms]) for name in DAMAGE if name != "kl"]
+    ratios = [None if (one := arm.perplexity_ratio) is None else Estimate(one, one, one, 1) for arm in arms]
+    others = [("perplexity ratio", ratios), ("kl", [arm.damage.get("kl") for arm in arms])]
+    for label, scale, found in (("damage, percent", 100.0, shares), ("damage: times, nats a token", 1.0, others)):
+        if measured := [(name, own) for name, own in found if any(own)]:
+            panels.append((label, scale, measured))
+    widths = [max(3.0, len(measured) * (1.2 + 0.35 * len(arms))) for _, _, measured in panels]
+    figure = Figure(figsize=(sum(widths) + 2, 4.2), layout="constrained")
+    every = figure.subplots(1, len(panels), width_ratios=widths, squeeze=False)[0]
     width = 0.8 / len(arms)
-    for index, arm in enumerate(arms):
-        found = [(place, e) for place, name in enumerate(names) if (e := arm.metrics.get(name)) and e.count]
-        places = [place - 0.4 + (index + 0.5) * width for place, _ in found]
-        middles = [100 * (e.value or 0.0) for _, e in found]
-        below = [100 * max(0.0, (e.value or 0.0) - (e.low or 0.0)) for _, e in found]
-        above = [100 * max(0.0, (e.high or 0.0) - (e.value or 0.0)) for _, e in found]
-        axes.bar(places, middles, width, yerr=[below, above], capsize=2, label=arm.arm)
-    axes.set_xticks(range(len(names)), names)
-    axes.set_ylabel("percent")
-    axes.set_ylim(0, 105)
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    for axes, (label, scale, measured) in zip(every, panels, strict=True):
+        for index, arm in enumerate(arms):
+            found = [(place, e) for place, (_, own) in enumerate(measured) if (e := own[index]) and e.count]
+            places = [place - 0.4 + (index + 0.5) * width for place, _ in found]
+            middles = [scale * (e.value or 0.0) for _, e in found]
+            below = [scale * max(0.0, (e.value or 0.0) - (e.low or 0.0)) for _, e in found]
+            above = [scale * max(0.0, (e.high or 0.0) - (e.value or 0.0)) for _, e in found]
+            axes.bar(places, middles, width, yerr=[below, above], capsize=2, label=arm.arm)
+        axes.set_xticks(range(len(measured)), [name for name, _ in measured])
+        axes.set_ylabel(label)
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
+    every[0].set_ylim(top=105)
+    every[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     save_figure(figure, path)
     return True
 
@@ -197,7 +209,7 @@ def sweep_table(swept: SweepResult, rows: int = 20) -> Table:
     each = max(1, rows // max(1, len(attributes)))
     best = [point for name in attributes for point in [p for p in points if p.attribute == name][:each]]
     table = Table(title="sweep, best first", caption=f"{len(best)} of {len(points)} settings")
-    header, cells = _sweep_rows(swept, best)
+    header, cells = sweep_rows(swept, best)
     for name in header:
         table.add_column(name, justify="right")
     for line in cells:
@@ -206,33 +218,42 @@ def sweep_table(swept: SweepResult, rows: int = 20) -> Table:
 
 
 def sweep_markdown(swept: SweepResult) -> str:
-    header, cells = _sweep_rows(swept, swept.points)
+    header, cells = sweep_rows(swept, swept.points)
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---:"] * len(header), *cells]) + "\n"
 
 
 def plot_sweep(points: Sequence[SweepPoint], path: Path) -> bool:
-    """Score against multiplier, a line for each site and attribute. False, and no plot_sweep, without matplotlib."""
+    """Score against multiplier, a line for each site and attribute, and beside it the damage. False, and no plot,
+    without matplotlib."""
     if not can_plot():
         return False
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for line in sorted({(point.attribute or "", point.layer, point.site) for point in points}):
-        own = sorted(
-            (p for p in points if (p.attribute or "", p.layer, p.site) == line), key=lambda point: point.multiplier
-        )
-        name = f"{line[0]} {line[1]}.{line[2]}".strip()
-        axes.plot([p.multiplier for p in own], [100 * p.score for p in own], marker="o", label=name)
-    axes.set_xlabel("multiplier")
-    axes.set_ylabel("score, percent")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    panels: list[tuple[str, Callable[[SweepPoint], float | None]]] = [
+        ("score, percent", lambda point: 100 * point.score),
+        ("perplexity ratio", lambda point: point.perplexity_ratio),
+        ("KL on neutral text, nats a token", lambda point: point.damage.get("kl")),
+    ]
+    shown = [(label, of) for label, of in panels if any(of(point) is not None for point in points)]
+    figure = Figure(figsize=(2.5 + 5 * len(shown), 4.5), layout="constrained")
+    every = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axes, (label, of) in zip(every, shown, strict=True):
+        for line in sorted({(point.attribute or "", point.layer, point.site) for point in points}):
+            own = sorted(
+                (p for p in points if (p.attribute or "", p.layer, p.site) == line), key=lambda point: point.multiplier
+            )
+            found = [(p.multiplier, value) for p in own if (value := of(p)) is not None]
+            name = f"{line[0]} {line[1]}.{line[2]}".strip()
+            axes.plot([x for x, _ in found], [y for _, y in found], marker="o", label=name)
+        axes.set_xlabel("multiplier")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    every[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     save_figure(figure, path)
     return True
 
 
-def _sweep_rows(swept: SweepResult, points: Sequence[SweepPoint]) -> tuple[list[str], list[list[str]]]:
+def sweep_rows(swept: SweepResult, points: Sequence[SweepPoint]) -> tuple[list[str], list[list[str]]]:
     names = list(swept.unsteered.metrics)
     counts = [str(estimate.count) for estimate in swept.unsteered.metrics.values()]
     clusters = [str(estimate.clusters or "-") for estimate in swept.unsteered.metrics.values()]

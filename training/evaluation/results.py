@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from steering.types import Column, multipliers_of
+from training.evaluation.traced import Example
 
 _Z = 1.959963984540054
 _ROUNDS = 2000  # draws of a bootstrap
@@ -236,6 +237,8 @@ class Evaluation:
     """What a reader should know: what was not measured, and how to read many arms."""
     rows: Sequence[Mapping[str, Any]] = field(default=(), compare=False, repr=False)
     """What was measured of each question in each arm, for a file of JSON lines; not part of `as_dict`."""
+    examples: Sequence[Example] = field(default=(), compare=False, repr=False)
+    """Some answers token by token, for the HTML report; not part of `as_dict`."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -251,8 +254,8 @@ class Evaluation:
         return cls(stored["kind"], arms, stored["settings"], tuple(stored.get("notes", ())))
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(replace(self, rows=()), dict_factory=_without_rows)
+        return asdict(replace(self, rows=(), examples=()), dict_factory=_kept_alone)
 
 
-def _without_rows(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {name: value for name, value in pairs if name != "rows"}
+def _kept_alone(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value for name, value in pairs if name not in ("rows", "examples")}

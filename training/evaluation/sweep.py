@@ -9,7 +9,7 @@ from steering.types import Column, Site
 from training.activations.store import Activations
 from training.data.samples import Sample, Split
 from training.errors import TrainingError
-from training.evaluation.evaluator import Evaluator
+from training.evaluation.evaluator import EXAMPLES, Evaluator, gate_means
 from training.evaluation.judges import judge_key
 from training.evaluation.report import plot_sweep, store_rows, sweep_markdown
 from training.evaluation.results import BASELINE, Arm, ArmResult, default_arm
@@ -87,8 +87,10 @@ class Sweep:
         """
         swept = self._sweep([None])
         self._write(swept)
-        write_json(self.out / "best.json", asdict(swept.points[0]))
-        return swept
+        best = swept.points[0]
+        write_json(self.out / "best.json", asdict(best))
+        columns = fit(self.activations, [best.place], self.recipe, progress=self.progress)
+        return self._chosen(swept, columns, default_arm(columns, best.multiplier, f"all {best.multiplier:g}"))
 
     def alone(self, sites_each: int = 1, *, apart: bool = False) -> SweepResult:
         """Each attribute by itself at every site and multiplier, then all at once, every one at its best site, at
@@ -111,9 +113,18 @@ class Sweep:
         )
         places = {name: Place(place.sites, strengths[name]) for name, place in best.items()}
         write_places(self.out / "places.json", places)
-        swept = replace(swept, places=places, together=self._run(columns, [Arm("together", strengths)])[1])
+        swept = self._chosen(replace(swept, places=places), columns, Arm("together", strengths))
+        swept = replace(swept, together=swept.chosen.arms[1] if swept.chosen else None)
         self._write(swept)
         return swept
+
+    def _chosen(self, swept: SweepResult, columns: Sequence[Column], arm: Arm) -> SweepResult:
+        """With what the sweep comes to, measured beside the unsteered model, token by token, and its gates."""
+        evaluation, _ = replace(self.evaluator, examples=EXAMPLES).evaluate(
+            self.base, columns, [BASELINE, arm], self.samples, self.split, progress=self.progress
+        )
+        gates = gate_means(self.activations, columns, tuple(Split))
+        return replace(swept, chosen=evaluation, gates=tuple(gates), attributes=self.activations.names)
 
     def _best_sites(self, name: str, points: Sequence[SweepPoint], most: int) -> Place:
         """The best of an attribute's `points`, which come best first, and further sites of theirs that help."""

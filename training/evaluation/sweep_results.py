@@ -8,7 +8,8 @@ from pathlib import Path
 from steering.errors import SteeringError
 from steering.types import Site
 from training.errors import TrainingError
-from training.evaluation.results import MANY, ON_MANY, ArmResult, Estimate, note_on_many
+from training.evaluation.evaluator import GateMeans
+from training.evaluation.results import MANY, ON_MANY, ArmResult, Estimate, Evaluation, note_on_many
 from training.evaluation.tasks import PRIMARY
 from training.files import write_json
 
@@ -165,6 +166,11 @@ class SweepResult:
     unsteered: ArmResult
     places: Mapping[str, Place] = field(default_factory=dict)
     together: ArmResult | None = None
+    attributes: Sequence[str] = ()
+    chosen: Evaluation | None = None
+    """The best setting of all attributes at once, beside the unsteered model, with examples."""
+    gates: Sequence[GateMeans] = ()
+    """Its own."""
     notes: tuple[str, ...] = ()
     """Of the evaluations."""
 
