@@ -290,7 +290,7 @@ def test_judged_prompts_may_be_conversations(here: Path, read: list[str]) -> Non
     done("train", "--data", "tone=rendered.jsonl", *PLACE, "--method", "caa", "--out", "checkpoints/x", "--no-evaluate")
     judged = ["--judge", "judges_of_mixed:judge", "--prompts", "mixed.jsonl", "--max-new-tokens", "2"]
     done("evaluate", "--checkpoint", "checkpoints/x", *judged, "--no-baseline")
-    assert read == [
+    assert list(dict.fromkeys(read)) == [  # those that are shown token by token are read again
         f"{BEGIN}system: Be kind.<|end|>user: Where?<|end|>assistant: ",
         f"{BEGIN}user: Where?<|end|>assistant: ",
         f"{BEGIN}user: Where?<|end|>assistant: Here.<|end|>user: Where?<|end|>assistant: ",

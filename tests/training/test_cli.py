@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 from steering import checkpoint as checkpoints
 from tests.training.helpers import make_llama, make_tokenizer
 from training.cli import app
+from training.methods.fit import fit
 
 FIT = ["--epochs", "2", "--layer", "1"]
 
@@ -143,11 +144,15 @@ def test_sweep_writes_down_the_best(here: Path, monkeypatch: pytest.MonkeyPatch)
     assert order == sorted(order, reverse=True)
     assert f"--layer {best['layer']} --site {best['site']}" in result.output
 
-    def forbidden(*_: Any, **__: Any) -> None:
-        raise AssertionError
+    fitted: list[Any] = []
 
-    monkeypatch.setattr("training.evaluation.sweep.fit", forbidden)  # every site was measured already
+    def counted(activations: Any, sites: Any, *arguments: Any, **options: Any) -> Any:
+        fitted.extend(map(str, sites))
+        return fit(activations, sites, *arguments, **options)
+
+    monkeypatch.setattr("training.evaluation.sweep.fit", counted)
     assert run("sweep", *arguments, "--multipliers", "0.5,1", *JUDGE).exit_code == 0
+    assert fitted == [f"{best['layer']}.{best['site']}"], "every site was measured already; the report shows the best"
 
 
 def test_sweep_finds_a_place_for_each_attribute_and_train_takes_it(here: Path) -> None:

@@ -153,35 +153,49 @@ def plot(evaluation: Evaluation, path: Path) -> bool:
     from matplotlib.figure import Figure
 
     names, arms = evaluation.metrics, evaluation.arms
-    panels: list[tuple[str, float, list[tuple[str, list[Estimate | None]]]]] = [
-        ("percent", 100.0, [(name, [arm.metrics.get(name) for arm in arms]) for name in names])
-    ]
-    shares = [(name, [arm.damage.get(name) for arm in arms]) for name in DAMAGE if name != "kl"]
     ratios = [None if (one := arm.perplexity_ratio) is None else Estimate(one, one, one, 1) for arm in arms]
-    others = [("perplexity ratio", ratios), ("kl", [arm.damage.get("kl") for arm in arms])]
-    for label, scale, found in (("damage, percent", 100.0, shares), ("damage: times, nats a token", 1.0, others)):
-        if measured := [(name, own) for name, own in found if any(own)]:
-            panels.append((label, scale, measured))
-    widths = [max(3.0, len(measured) * (1.2 + 0.35 * len(arms))) for _, _, measured in panels]
-    figure = Figure(figsize=(sum(widths) + 2, 4.2), layout="constrained")
-    every = figure.subplots(1, len(panels), width_ratios=widths, squeeze=False)[0]
-    width = 0.8 / len(arms)
-    for axes, (label, scale, measured) in zip(every, panels, strict=True):
-        for index, arm in enumerate(arms):
-            found = [(place, e) for place, (_, own) in enumerate(measured) if (e := own[index]) and e.count]
-            places = [place - 0.4 + (index + 0.5) * width for place, _ in found]
-            middles = [scale * (e.value or 0.0) for _, e in found]
-            below = [scale * max(0.0, (e.value or 0.0) - (e.low or 0.0)) for _, e in found]
-            above = [scale * max(0.0, (e.high or 0.0) - (e.value or 0.0)) for _, e in found]
-            axes.bar(places, middles, width, yerr=[below, above], capsize=2, label=arm.arm)
-        axes.set_xticks(range(len(measured)), [name for name, _ in measured])
+    gain: _Bars = {name: [arm.metrics.get(name) for arm in arms] for name in names}
+    shares: _Bars = {name: [arm.damage.get(name) for arm in arms] for name in DAMAGE if name != "kl"}
+    others: _Bars = {"perplexity ratio": ratios, "kl": [arm.damage.get("kl") for arm in arms]}
+    panels = [("percent", 100.0, 105.0, gain)]
+    panels += [
+        (label, scale, top, bars)
+        for label, scale, top, bars in (
+            ("damage, percent", 100.0, 5.0, shares),
+            ("damage, times or nats a token", 1.0, 1.2, others),
+        )
+        if any(one for own in bars.values() for one in own)
+    ]
+    rows = f"00;1{len(panels) - 1}" if len(panels) > 1 else "00"
+    size = max(8.0, 1.2 * len(names) + 0.35 * len(names) * len(arms)), 4.0 * min(2, len(panels))
+    figure = Figure(figsize=size, layout="constrained")
+    every = figure.subplot_mosaic(rows)
+    for place, (label, scale, top, bars) in enumerate(panels):
+        axes = every[str(place)]
+        _draw_bars(axes, [arm.arm for arm in arms], bars, scale)
         axes.set_ylabel(label)
-        axes.grid(axis="y", alpha=0.3)
-        axes.set_axisbelow(True)
-    every[0].set_ylim(top=105)
-    every[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+        axes.set_ylim(min(0.0, axes.get_ylim()[0]) if place == 0 else 0.0, max(top, axes.get_ylim()[1]))
+    every["0"].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     save_figure(figure, path)
     return True
+
+
+_Bars = dict[str, list[Estimate | None]]
+"""What is measured -> one for each arm."""
+
+
+def _draw_bars(axes: Any, arms: Sequence[str], bars: _Bars, scale: float) -> None:
+    width = 0.8 / len(arms)
+    for index, arm in enumerate(arms):
+        found = [(place, e) for place, own in enumerate(bars.values()) if (e := own[index]) and e.count]
+        places = [place - 0.4 + (index + 0.5) * width for place, _ in found]
+        middles = [scale * (e.value or 0.0) for _, e in found]
+        below = [scale * max(0.0, (e.value or 0.0) - (e.low or 0.0)) for _, e in found]
+        above = [scale * max(0.0, (e.high or 0.0) - (e.value or 0.0)) for _, e in found]
+        axes.bar(places, middles, width, yerr=[below, above], capsize=2, label=arm)
+    axes.set_xticks(range(len(bars)), list(bars))
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
 
 
 @cache
