@@ -151,8 +151,8 @@ class Settings(BaseSettings):
     )
     api_key_everywhere: bool = Field(
         default=False,
-        description="`/`, `/docs`, `/openapi.json` and `/metrics` ask for a key, too; `/healthz`, `/health` and "
-        "`/readyz` never do",
+        description="the page at `/` with its files, `/docs`, `/openapi.json` and `/metrics` ask for a key, too; "
+        "`/healthz`, `/health` and `/readyz` never do. A browser sends no key for an address: a proxy has to add it",
     )
     judge: str = Field(
         default="",

@@ -147,6 +147,42 @@ def test_the_summary_has_the_servers_numbers_and_explains_them_on_the_spot(url: 
     expect(card).to_contain_text("by demo@v1")
 
 
+def test_a_run_without_a_trace_says_what_it_does_not_know(url: str, at: Opened, open_page: Any) -> None:
+    at.page.get_by_role("switch", name="Trace").uncheck()
+    at.run()
+    (asked,) = at.bodies("/compare")
+    assert asked["trace"] is False
+    answer = compare(url, asked)
+    assert at.text("steered") == answer["steered"]["text"].strip()
+    assert answer["steered"]["trace"] is None
+    card = at.arm("steered")
+    stats = dict(
+        zip(card.locator(".stat dt").all_text_contents(), card.locator(".stat dd").all_text_contents(), strict=True)
+    )
+    assert stats["mean gate"] == "no trace"
+    assert float(stats["KL / token"]) > 0, "what needs no trace is there"
+    card.get_by_role("button", name="mean gate", exact=True).click()
+    expect(card.locator(".explanation")).to_contain_text("needs a trace")
+    token = card.locator(".tok").first
+    assert token.evaluate("one => one.style.backgroundImage") == ""
+    token.click()
+    expect(at.page.locator(".token-card")).to_contain_text("Run without a trace")
+    at.page.keyboard.press("Escape")
+    at.page.wait_for_timeout(400)
+    other: Opened = open_page(at.page.url)
+    expect(other.page.get_by_role("switch", name="Trace")).not_to_be_checked()
+    other.page.get_by_role("navigation").get_by_role("button", name="Dose-response").click()
+    for label, value in (("Steps", "2"), ("Answers each", "1")):
+        other.page.get_by_label(label, exact=True).fill(value)
+    with other.answered():
+        other.page.get_by_role("button", name="Measure").click()
+    expect(other.page.locator(".chart")).to_have_count(2)
+    expect(other.page.get_by_text("the mean gate needs one")).to_be_visible()
+    at.page.get_by_role("switch", name="Trace").check()
+    at.run()
+    assert float(card.locator(".stat dd").nth(1).text_content()) > 0
+
+
 def test_arms_are_added_renamed_duplicated_and_removed(at: Opened) -> None:
     at.page.get_by_role("button", name="civility alone").click()
     name = at.arm("civility alone").get_by_role("textbox", name="Name of the arm")

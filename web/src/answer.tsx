@@ -228,7 +228,7 @@ export function TokenCard() {
           </tbody>
         </table>
       ) : (
-        <p class="muted">No checkpoint acts on this arm.</p>
+        <p class="muted">{of.state.trace ? "No checkpoint acts on this arm." : "Run without a trace: what was done to this token is not known."}</p>
       )}
       {token.logprob && (
         <ul class="tops" aria-label="What the steered model held likely here">

@@ -251,13 +251,14 @@ function Summary({ of, arm }: { of: Run; arm: ArmRun }) {
       <Verdicts arm={arm} />
       <dl>
         {stat("steered", "steered tokens", result && `${result.steering.steered_tokens ?? 0} / ${total}`)}
-        {stat("gate", "mean gate", result && gate !== null ? number(gate) : null)}
+        {stat("gate", "mean gate", of.state.trace ? result && gate !== null ? number(gate) : null : "no trace")}
         {stat("kl", "KL / token", comparison && number(comparison.kl_per_token))}
         {stat("perplexity", "perplexity ratio", comparison && `${number(comparison.perplexity_ratio)}×`)}
         {stat("speed", "tokens / s", result && seconds > 0 ? (total / seconds).toFixed(0) : null)}
       </dl>
       <p id={id} class="explanation" hidden={!open} role="status">
         {open && TERMS[open]}
+        {open === "gate" && !of.state.trace && " It needs a trace, and this was run without one."}
       </p>
       <p class="provenance">
         {result ? (

@@ -215,8 +215,21 @@ function RunBar() {
         hint="Each change of a slider asks the server again"
         onChange={(on) => (live.value = on)}
       />
+      <TraceSwitch />
       {run.value && <span class="muted seed">seed {String(run.value.asked.seed)}</span>}
     </div>
+  );
+}
+
+/** Compare and Dose-response ask with it, or without. */
+export function TraceSwitch() {
+  return (
+    <Switch
+      label="Trace"
+      checked={state.value.trace}
+      hint="What was done to each token: the strips, their numbers, and the mean gate. On a GPU, answers come faster without, since steps with a trace run outside of CUDA graphs."
+      onChange={(on) => update((draft) => void (draft.trace = on))}
+    />
   );
 }
 
@@ -235,14 +248,18 @@ function Legend() {
   }
   return (
     <div class="row legend">
-      <div class="segmented small" role="group" aria-label="What the strips show">
-        <button type="button" aria-pressed={shown.value === "strength"} title="multiplier x gate" onClick={() => (shown.value = "strength")}>
-          Steering
-        </button>
-        <button type="button" aria-pressed={shown.value === "gate"} title="how open each gate was, also where the multiplier is 0" onClick={() => (shown.value = "gate")}>
-          Gates
-        </button>
-      </div>
+      {of.state.trace ? (
+        <div class="segmented small" role="group" aria-label="What the strips show">
+          <button type="button" aria-pressed={shown.value === "strength"} title="multiplier x gate" onClick={() => (shown.value = "strength")}>
+            Steering
+          </button>
+          <button type="button" aria-pressed={shown.value === "gate"} title="how open each gate was, also where the multiplier is 0" onClick={() => (shown.value = "gate")}>
+            Gates
+          </button>
+        </div>
+      ) : (
+        <span class="muted">Run without a trace: what was done to each token is not known.</span>
+      )}
       <ul class="keys" aria-label="Colours of the strips, from top to bottom">
         {lanes(of).map((name) => (
           <li key={name}>

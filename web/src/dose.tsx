@@ -5,7 +5,7 @@ import { useEffect } from "preact/hooks";
 import { Problem, compare, judge, type Comparison, type TokenEvent, type Verdict } from "./api";
 import { Verdicts, meanGate } from "./arm";
 import { Chart } from "./chart";
-import { PromptCard } from "./compare";
+import { PromptCard, TraceSwitch } from "./compare";
 import { question } from "./run";
 import { attributeNames, body, defaults, drawSeed, find, hue, info, state, update, type Dose, type Part, type State } from "./state";
 import { Icon, NumberField, ProblemBox, number, percent } from "./ui";
@@ -22,6 +22,7 @@ interface Point {
 interface Curve {
   attribute: string;
   points: Point[];
+  traced: boolean;
   done: boolean;
   changed: Signal<number>;
 }
@@ -59,7 +60,7 @@ async function measure(dose: Dose): Promise<void> {
   trouble.value = null;
   const of = structuredClone(state.value);
   const points = multipliers(dose).map((multiplier): Point => ({ multiplier, texts: [], gate: null, kl: null, verdicts: [], tokens: [] }));
-  const current: Curve = { attribute: dose.attribute, points, done: false, changed: signal(0) };
+  const current: Curve = { attribute: dose.attribute, points, traced: of.trace, done: false, changed: signal(0) };
   const byName = new Map(points.map((point) => [`x${point.multiplier}`, point]));
   of.arms = [{ name: "unsteered", parts: [] }];
   for (const [name, point] of byName) {
@@ -68,7 +69,7 @@ async function measure(dose: Dose): Promise<void> {
     if (part) part.attributes[dose.attribute] = point.multiplier;
     of.arms.push({ name, parts });
   }
-  const asked = { ...body(of, of.sampling.seed ?? drawSeed()), n: dose.samples, trace: true };
+  const asked = { ...body(of, of.sampling.seed ?? drawSeed()), n: dose.samples, trace: of.trace };
   curve.value = current;
   let frame = 0;
   const show = () => {
@@ -161,6 +162,7 @@ export function DoseResponse() {
               <Icon name="play" /> Measure
             </button>
           )}
+          <TraceSwitch />
           <span class="muted">
             {texts > room ? `${texts} texts are more than the ${room} that one request may ask for.` : `${texts} texts in one request`}
           </span>
@@ -174,7 +176,7 @@ export function DoseResponse() {
 
 function Results({ curve }: { curve: Curve }) {
   void curve.changed.value;
-  const { points, attribute } = curve;
+  const { points, attribute, traced } = curve;
   const xs = points.map((point) => point.multiplier);
   const line = (name: string, of: (point: Point) => number | null, tint: number | null) => ({
     name,
@@ -188,8 +190,9 @@ function Results({ curve }: { curve: Curve }) {
   const x = `multiplier of ${attribute}`;
   return (
     <>
+      {!traced && <p class="muted">Measured without a trace: the mean gate needs one.</p>}
       <div class="charts">
-        <Chart title="Mean gate" x={x} xs={xs} top={1} lines={[line("mean gate", (point) => point.gate, hue(attribute))]} />
+        {traced && <Chart title="Mean gate" x={x} xs={xs} top={1} lines={[line("mean gate", (point) => point.gate, hue(attribute))]} />}
         <Chart title="KL a token, nats" x={x} xs={xs} lines={[line("KL", (point) => point.kl, hue(attribute))]} />
         {(info.value?.judged ?? false) && (
           <Chart
@@ -208,7 +211,11 @@ function Results({ curve }: { curve: Curve }) {
             <tr>
               <th scope="col">multiplier</th>
               <th scope="col">answer{(points[0]?.texts.length ?? 0) > 1 && " (the first)"}</th>
-              <th scope="col" class="right">mean gate</th>
+              {traced && (
+                <th scope="col" class="right">
+                  mean gate
+                </th>
+              )}
               <th scope="col" class="right">KL</th>
               {judged.map((name) => (
                 <th key={name} scope="col" class="right">
@@ -225,7 +232,7 @@ function Results({ curve }: { curve: Curve }) {
                   {point.texts[0] ?? point.tokens.map((token) => token.text).join("")}
                   {point.verdicts[0] && point.texts.length === 1 && <Verdicts arm={{ verdict: point.verdicts[0] }} />}
                 </td>
-                <td class="right">{point.gate === null ? "–" : number(point.gate)}</td>
+                {traced && <td class="right">{point.gate === null ? "–" : number(point.gate)}</td>}
                 <td class="right">{point.kl === null ? "–" : number(point.kl)}</td>
                 {judged.map((name) => (
                   <td key={name} class="right">

@@ -60,7 +60,7 @@ export async function start(): Promise<void> {
   const watch = window.setInterval(() => void lookForSwap(current), 1000);
   try {
     const answer = await compare(
-      { ...asked, trace: true, logprobs: 5 },
+      { ...asked, trace: of.trace, logprobs: 5 },
       (token) => {
         byName.get(token.arm)?.tokens.push(token);
         frame ||= requestAnimationFrame(show);

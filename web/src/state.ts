@@ -46,6 +46,7 @@ export interface State {
   turns: Turn[];
   sampling: Sampling;
   arms: Arm[];
+  trace: boolean; // ask what was done to each token
   dose: Dose | null;
 }
 
@@ -75,6 +76,7 @@ export function empty(): State {
     turns: [{ role: "user", content: "" }],
     sampling: { ...SAMPLING, seed: null, stop: "" },
     arms: [{ name: "baseline", parts: [] }],
+    trace: true,
     dose: null,
   };
 }
@@ -198,6 +200,7 @@ export function checked(given: unknown): State {
   }));
   if (!arms.length) throw new Error("no arms");
   fresh.arms = arms.slice(0, 32);
+  fresh.trace = from.trace !== false;
   const dose = from.dose as Record<string, unknown> | null | undefined;
   if (dose && typeof dose.attribute === "string" && [dose.from, dose.to, dose.steps, dose.samples].every(isNumber))
     fresh.dose = {
