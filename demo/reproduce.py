@@ -5,7 +5,7 @@ ablations (arXiv 2502.12446), fitted on train, at the strengths that are best on
 attributes at once. The objectives, on dev. Then the shipped checkpoint by itself: one attribute at a time, over
 multipliers, and its gates.
 
-Writes results.json, results.md and two plots into `docs/results`, and the first table into the README
+Writes results.json, results.md and its plots into `docs/results`, and the first table into the README
 (`demo/results.py`).
 """
 

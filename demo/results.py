@@ -12,14 +12,19 @@ from training.evaluation.report import markdown, save_figure
 from training.evaluation.results import Evaluation
 
 NAMES = (*TRAITS, "well_formed")
+# Ground, ink, and a line for each of NAMES: those of the page at /.
+LIGHT = ("#ffffff", "#1f2126", "#0d8f85", "#d9730d", "#7c4ddb", "#5b6472")
+DARK = ("#1d1f25", "#e9e9ec", "#2dd4bf", "#fb9a4b", "#b79bff", "#a9b4c4")
 
 
 def write(folder: Path, readme: Path) -> None:
-    """Turn `folder`'s results.json into results.md and two plots beside it, and the README's table."""
+    """Turn `folder`'s results.json into results.md and its plots beside it, and the README's table."""
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     (folder / "results.md").write_text(page(results), encoding="utf-8")
     plot_methods(results["methods"], folder / "methods.png")
-    plot_multipliers(Evaluation.from_dict(results["multipliers"]), folder / "multipliers.png")
+    over = Evaluation.from_dict(results["multipliers"])
+    plot_multipliers(over, folder / "multipliers.png")
+    plot_multipliers(over, folder / "multipliers-dark.png", dark=True)
     replace_between(readme, RESULTS, table(results["methods"]))
 
 
@@ -64,30 +69,46 @@ def plot_methods(rows: Sequence[dict[str, Any]], path: Path) -> None:
     save_figure(figure, path)
 
 
-def plot_multipliers(over: Evaluation, path: Path) -> None:
-    """Each attribute's rate over the multiplier of all attributes together."""
+def plot_multipliers(over: Evaluation, path: Path, *, dark: bool = False) -> None:
+    """Each attribute's rate over the multiplier of all attributes together, as large as it stands in the README, in
+    the page's colours for a light or a dark ground."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.5, 4), layout="constrained")
-    axes = figure.subplots()
+    ground, ink, *lines = DARK if dark else LIGHT
     arms = sorted(
         ((0.0 if arm is over.arms[0] else float(arm.arm), arm) for arm in over.arms), key=lambda pair: pair[0]
     )
-    for name in NAMES:
-        axes.plot(
-            [factor for factor, _ in arms],
-            [100 * (arm.metrics[name].value or 0.0) for _, arm in arms],
-            marker="o",
-            linestyle="--" if name == "well_formed" else "-",
-            label=name.replace("_", "-"),
-        )
-    axes.axvline(0, color="grey", linewidth=0.8)
-    axes.set_xlabel("multiplier of all attributes")
-    axes.set_ylabel("percent of test answers")
-    axes.set_ylim(0, 105)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    save_figure(figure, path)
+    with rc_context(
+        {
+            "text.color": ink,
+            "axes.edgecolor": ink,
+            "axes.labelcolor": ink,
+            "xtick.color": ink,
+            "ytick.color": ink,
+            "axes.facecolor": ground,
+            "figure.facecolor": ground,
+            "font.size": 11,
+        }
+    ):
+        figure = Figure(figsize=(4.8, 4.4), layout="constrained")
+        axes = figure.subplots()
+        for name, colour in zip(NAMES, lines, strict=True):
+            axes.plot(
+                [factor for factor, _ in arms],
+                [100 * (arm.metrics[name].value or 0.0) for _, arm in arms],
+                marker="o",
+                color=colour,
+                linestyle="--" if name == "well_formed" else "-",
+                label=name.replace("_", "-"),
+            )
+        axes.axvline(0, color=ink, linewidth=0.8, alpha=0.5)
+        axes.set_xlabel("multiplier of all attributes")
+        axes.set_ylabel("percent of test answers")
+        axes.set_ylim(0, 105)
+        axes.grid(color=ink, alpha=0.15)
+        axes.legend(frameon=False, loc="lower right")
+        save_figure(figure, path)
 
 
 def gates_table(gates: Sequence[Mapping[str, Any]]) -> str:
