@@ -1,6 +1,8 @@
 """Dose-response, checkpoints, and blind comparisons."""
 
+import base64
 import csv
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,49 @@ pytestmark = pytest.mark.page
 
 def view(at: Opened, name: str) -> None:
     at.page.get_by_role("navigation").get_by_role("button", name=name).click()
+
+
+def linked(url: str, dose: dict[str, Any]) -> str:
+    """An address that somebody else has made."""
+    state = {"prompt": "Q: What is the capital of Japan? A:", "arms": [{"name": "baseline", "parts": []}], "dose": dose}
+    return f"{url}/#dose={base64.urlsafe_b64encode(json.dumps(state).encode()).decode().rstrip('=')}"
+
+
+def test_an_axis_of_a_link_is_within_what_the_page_can_ask(url: str, open_page: Any) -> None:
+    dose = {"arm": "gone", "attribute": "truthfulness", "from": 0, "to": 0.001, "steps": 3.2, "samples": -5}
+    at: Opened = open_page(linked(url, dose))
+    expect(at.page.get_by_label("Answers each", exact=True)).to_have_value("1")
+    with at.answered():
+        at.page.get_by_role("button", name="Measure").click()
+    asked = at.bodies("/compare")[0]["arms"][1:]
+    assert [arm["attributes"] for arm in asked] == [{"truthfulness": value} for value in (0, 0.0005, 0.001)]
+    other: Opened = open_page(linked(url, dose | {"attribute": "kindness", "steps": 1e9, "samples": 1e9}))
+    expect(other.page.get_by_role("region", name="The axis").locator("select").first).to_have_value("truthfulness")
+    expect(other.page.get_by_label("Steps", exact=True)).to_have_value("9"), "an axis of its own, not the link's"
+
+
+def test_an_attribute_of_a_checkpoint_that_is_not_active_is_an_axis(url: str, open_page: Any, browser: Any) -> None:
+    context = browser.new_context()
+
+    def without_fairness(route: Any) -> None:
+        answer = route.fetch()
+        listing = answer.json()
+        for one in listing["checkpoints"]:
+            if one["active"]:
+                del one["attributes"]["fairness"]
+        route.fulfill(response=answer, json=listing)
+
+    context.route("**/checkpoints", without_fairness)
+    at: Opened = open_page(linked(url, {}), context=context)
+    at.page.get_by_role("region", name="The axis").locator("select").first.select_option("fairness")
+    for label, value in (("Steps", "2"), ("Answers each", "1")):
+        at.page.get_by_label(label, exact=True).fill(value)
+    with at.answered():
+        at.page.get_by_role("button", name="Measure").click()
+    steered = at.bodies("/compare")[0]["arms"][1:]
+    assert {arm["checkpoint"] for arm in steered} == {"demo@v2"}
+    assert [arm["attributes"] for arm in steered] == [{"fairness": -2}, {"fairness": 2}]
+    context.close()
 
 
 def test_one_multiplier_becomes_an_axis(url: str, at: Opened) -> None:

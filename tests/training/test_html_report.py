@@ -140,7 +140,7 @@ def test_the_report_of_choices_shows_both_sides_token_by_token(here: Path) -> No
     assert "truth: gate 1.00, multiplier x gate 1.00" in (tokens[0]["title"] or "")
     assert "tone: a negative answer, steered" in page.text
     assert "<b>" in page.text
-    assert len(page.of_class("chart")) == 2, "gain and damage over the multiplier"
+    assert len(page.of_class("chart")) == 3, "gain, perplexity and other damage over the multiplier"
 
 
 def test_the_report_of_judged_answers_shows_what_steering_changed(here: Path) -> None:

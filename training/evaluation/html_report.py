@@ -343,7 +343,9 @@ def _over_multipliers(evaluation: Evaluation, tints: Mapping[str, str]) -> list[
         for name in names
         if (points := [point for x, arm in arms if (point := _point(x, arm.metrics.get(name), 100.0, " %"))])
     ]
-    return _charts("factor on the default multipliers", gains, _harms([(x, _harm(arm)) for x, arm in arms]))
+    axis = "factor on the default multipliers"
+    charts = [Chart.of("Gain, percent", axis, gains, high=100.0)] if gains else []
+    return [*charts, *_harms([(x, _harm(arm)) for x, arm in arms], axis)]
 
 
 def _counts(name: str, evaluation: Evaluation) -> bool:
@@ -382,18 +384,17 @@ def _harm(arm: ArmResult) -> dict[str, float | None]:
     return {"perplexity ratio": arm.perplexity_ratio} | {name: one.value for name, one in arm.damage.items()}
 
 
-def _harms(arms: Sequence[tuple[float, Mapping[str, float | None]]], prefix: str = "") -> list[Series]:
-    """A line for each damage. rep-4 and empty texts as shares, so that all four have about one scale."""
-    return [
-        Series(f"{prefix}{name}", TINTS[name], points, dashed=name != "perplexity ratio")
+def _harms(arms: Sequence[tuple[float, Mapping[str, float | None]]], axis: str, about: str = "") -> list[Chart]:
+    """What is damaged, the perplexity ratio by itself, since it has no upper end; rep-4 and empty texts as shares."""
+    lines = {
+        name: Series(name, TINTS[name], points, dashed=name in ("rep-4", "empty"))
         for name in DAMAGES
         if (points := [Point(x, found, f"{found:.3g}") for x, own in arms if (found := own.get(name)) is not None])
-    ]
-
-
-def _charts(axis: str, gains: Sequence[Series], harms: Sequence[Series], about: str = "") -> list[Chart]:
-    charts = [Chart.of(f"Gain{about}, percent", axis, gains, high=100.0)] if gains else []
-    return [*charts, *([Chart.of(f"Damage{about}", axis, harms, high=1.0)] if harms else [])]
+    }
+    ratio = lines.pop("perplexity ratio", None)
+    charts = [Chart.of(f"Perplexity ratio{about}", axis, [ratio], high=1.0)] if ratio else []
+    others = list(lines.values())
+    return [*charts, *([Chart.of(f"Other damage{about}", axis, others, high=1.0)] if others else [])]
 
 
 def _over_points(points: Sequence[SweepPoint]) -> list[Chart]:
@@ -418,6 +419,5 @@ def _over_points(points: Sequence[SweepPoint]) -> list[Chart]:
             if point.place == places[0]
         ]
         charts += [Chart.of(f"Score{about}, percent", "multiplier", lines, high=100.0)]
-        if harms := _harms(best):
-            charts.append(Chart.of(f"Damage{about} at {places[0]}", "multiplier", harms, high=1.0))
+        charts += _harms(best, "multiplier", f"{about} at {places[0]}")
     return charts

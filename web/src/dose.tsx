@@ -7,7 +7,7 @@ import { Verdicts, meanGate } from "./arm";
 import { Chart } from "./chart";
 import { PromptCard, TraceSwitch } from "./compare";
 import { question } from "./run";
-import { attributeNames, body, defaults, drawSeed, find, hue, info, state, update, type Dose, type Part, type State } from "./state";
+import { MOST_SAMPLES, MOST_STEPS, attributeNames, body, defaults, drawSeed, find, hue, info, label, listing, state, update, whole, type Dose, type Part, type State } from "./state";
 import { Icon, NumberField, ProblemBox, number, percent } from "./ui";
 
 interface Point {
@@ -31,13 +31,25 @@ const curve = signal<Curve | null>(null);
 const trouble = signal<Problem | null>(null);
 let control: AbortController | null = null;
 
-/** The parts that steer along the axis: those of the arm that is named, else the active checkpoint alone. */
-function partsOf(of: State, dose: Dose): Part[] {
-  const arm = of.arms.find((one) => one.name === dose.arm && one.parts.length);
-  return structuredClone(arm?.parts ?? [{ checkpoint: null, attributes: {} }]);
+/** The checkpoint whose attribute it is: the active one, where it has it. */
+function owner(attribute: string) {
+  const usable = (listing.value?.checkpoints ?? []).filter((one) => (one.loadable || one.loaded) && attribute in one.attributes);
+  return usable.find((one) => one.active) ?? usable[0];
 }
 
-const holder = (parts: Part[], attribute: string): Part | undefined => parts.find((part) => attribute in (find(part.checkpoint)?.attributes ?? {}));
+/** What steers at one place of the axis: the arm that is named, if any, and the attribute with this multiplier. */
+function partsAt(of: State, dose: Dose, multiplier: number): Part[] {
+  const arm = of.arms.find((one) => one.name === dose.arm && one.parts.length);
+  const parts = structuredClone(arm?.parts ?? []);
+  let part = parts.find((one) => dose.attribute in (find(one.checkpoint)?.attributes ?? {}));
+  if (!part) {
+    const from = owner(dose.attribute);
+    part = { checkpoint: from && !from.active ? label(from) : null, attributes: {} };
+    parts.push(part);
+  }
+  part.attributes[dose.attribute] = multiplier;
+  return parts;
+}
 
 function usual(): Dose {
   const arm = state.value.arms.find((one) => one.parts.length);
@@ -47,12 +59,16 @@ function usual(): Dose {
 }
 
 function rangeOf(attribute: string): { from: number; to: number } {
-  const [low, high] = find(null)?.attributes[attribute]?.range ?? [-2, 2];
+  const [low, high] = owner(attribute)?.attributes[attribute]?.range ?? [-2, 2];
   return { from: low / 2, to: high / 2 };
 }
 
-const multipliers = ({ from, to, steps }: Dose): number[] =>
-  Array.from({ length: steps }, (_, at) => Number((from + ((to - from) * at) / Math.max(1, steps - 1)).toFixed(3)));
+/** Rounded far below their distance, so that no two are one. */
+function multipliers({ from, to, steps }: Dose): number[] {
+  const distance = (to - from) / Math.max(1, steps - 1);
+  const digits = whole(3 - Math.floor(Math.log10(distance)), 0, 100);
+  return Array.from({ length: steps }, (_, at) => Number((from + distance * at).toFixed(digits)));
+}
 
 async function measure(dose: Dose): Promise<void> {
   control?.abort();
@@ -63,12 +79,7 @@ async function measure(dose: Dose): Promise<void> {
   const current: Curve = { attribute: dose.attribute, points, traced: of.trace, done: false, changed: signal(0) };
   const byName = new Map(points.map((point) => [`x${point.multiplier}`, point]));
   of.arms = [{ name: "unsteered", parts: [] }];
-  for (const [name, point] of byName) {
-    const parts = partsOf(state.value, dose);
-    const part = holder(parts, dose.attribute);
-    if (part) part.attributes[dose.attribute] = point.multiplier;
-    of.arms.push({ name, parts });
-  }
+  for (const [name, point] of byName) of.arms.push({ name, parts: partsAt(state.value, dose, point.multiplier) });
   const asked = { ...body(of, of.sampling.seed ?? drawSeed()), n: dose.samples, trace: of.trace };
   curve.value = current;
   let frame = 0;
@@ -113,7 +124,8 @@ async function measure(dose: Dose): Promise<void> {
 }
 
 export function DoseResponse() {
-  const dose = state.value.dose ?? usual();
+  const given = state.value.dose;
+  const dose = given && attributeNames.value.includes(given.attribute) ? given : usual();
   const set = (change: Partial<Dose>) => update((draft) => void (draft.dose = { ...dose, ...change }));
   useEffect(() => () => control?.abort(), []);
   const names = attributeNames.value;
@@ -149,8 +161,8 @@ export function DoseResponse() {
           </label>
           <NumberField label="From" value={dose.from} step={0.5} onChange={(value) => set({ from: value! })} />
           <NumberField label="To" value={dose.to} step={0.5} onChange={(value) => set({ to: value! })} />
-          <NumberField label="Steps" value={dose.steps} min={2} max={31} step={1} onChange={(value) => set({ steps: Math.max(2, Math.min(31, Math.round(value!))) })} />
-          <NumberField label="Answers each" value={dose.samples} min={1} max={16} step={1} onChange={(value) => set({ samples: Math.max(1, Math.min(16, Math.round(value!))) })} />
+          <NumberField label="Steps" value={dose.steps} min={2} max={MOST_STEPS} step={1} onChange={(value) => set({ steps: whole(value, 2, MOST_STEPS) })} />
+          <NumberField label="Answers each" value={dose.samples} min={1} max={MOST_SAMPLES} step={1} onChange={(value) => set({ samples: whole(value, 1, MOST_SAMPLES) })} />
         </div>
         <div class="row measure">
           {current && !current.done ? (

@@ -40,6 +40,11 @@ export interface Dose {
   samples: number;
 }
 
+export const MOST_STEPS = 31;
+export const MOST_SAMPLES = 16;
+/** A whole number from `least` to `most`. */
+export const whole = (value: unknown, least: number, most: number): number => Math.max(least, Math.min(most, Math.round(Number(value))));
+
 export interface State {
   mode: "prompt" | "chat";
   prompt: string;
@@ -208,8 +213,8 @@ export function checked(given: unknown): State {
       attribute: dose.attribute,
       from: dose.from as number,
       to: dose.to as number,
-      steps: dose.steps as number,
-      samples: dose.samples as number,
+      steps: whole(dose.steps, 2, MOST_STEPS),
+      samples: whole(dose.samples, 1, MOST_SAMPLES),
     };
   return fresh;
 }
