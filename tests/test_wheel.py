@@ -38,6 +38,8 @@ def test_it_holds_the_packages_and_the_demo_and_nothing_else(unpacked: Path) -> 
         "demo/checkpoints/demo/v1/config.json",
         "steer_ops/cpu/library.cpp",
         "server/web/static/page/page.js",
+        "training/html/page.html",
+        "training/html/style.css",
     ):
         assert (unpacked / name).is_file()
     assert not (unpacked / "demo/data").exists()

@@ -260,13 +260,15 @@ function Legend() {
       ) : (
         <span class="muted">Run without a trace: what was done to each token is not known.</span>
       )}
-      <ul class="keys" aria-label="Colours of the strips, from top to bottom">
-        {lanes(of).map((name) => (
-          <li key={name}>
-            <i class={`ramp a${hue(name)}`} /> {name}
-          </li>
-        ))}
-      </ul>
+      {of.state.trace && (
+        <ul class="keys" aria-label="Colours of the strips, from top to bottom">
+          {lanes(of).map((name) => (
+            <li key={name}>
+              <i class={`ramp a${hue(name)}`} /> {name}
+            </li>
+          ))}
+        </ul>
+      )}
       <span class="muted">
         <span class="divergence">◆</span> first token that differs from {of.arms[0]!.name}
       </span>
