@@ -27,7 +27,8 @@ from server.api.exception_handlers import (
 from server.api.openai import routes as openai
 from server.assembly import open_service
 from server.config import Settings
-from server.errors import BodyTooLarge, Refused, ServerError, Unauthorized
+from server.errors import BodyTooLarge, ClientGone, Refused, ServerError, Unauthorized
+from server.request_record import RequestRecord, open_record
 from server.schemas import ErrorBody
 from server.service import Service
 from server.version import own_version
@@ -83,11 +84,11 @@ def bare_app(**options: Any) -> FastAPI:
 
 
 class RequestMiddleware:
-    """The outermost layer: gives each request an id (the client's X-Request-Id where it is plain), logs a line for it,
-    and turns every exception into an error response."""
+    """The outermost layer: gives each request an id (the client's X-Request-Id where it is plain) and a record, logs a
+    line for it, and turns every exception into an error response."""
 
-    def __init__(self, app: ASGIApp, on_end: Callable[[str, int, float], None]) -> None:
-        """`on_end(route, status, seconds)` is called for each request; status 0: the client left before it had one."""
+    def __init__(self, app: ASGIApp, on_end: Callable[[RequestRecord], None]) -> None:
+        """`on_end` is called with the record of each request."""
         self._app = app
         self._on_end = on_end
 
@@ -95,29 +96,35 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = _own_id(scope) or new_request_id()
+        request_id, client = _own_id(scope) or new_request_id(), scope.get("client")
+        record = RequestRecord(request_id, client[0] if client else None, scope["method"], _path(scope))
+        open_record(record)
         scope.setdefault("state", {})["request_id"] = request_id
-        started, status = time.monotonic(), 0
+        started, complete = time.monotonic(), False
 
         async def tagged(message: Message) -> None:
-            nonlocal status
+            nonlocal complete
             if message["type"] == "http.response.start":
-                status = message["status"]
+                record.status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (REQUEST_ID.encode(), request_id.encode())]
             await send(message)
+            complete = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         try:
             await self._app(scope, receive, tagged)
         except Exception as exception:
-            log.exception("request %s failed", request_id)
-            if status:  # half an answer is out; the server closes the connection
+            log.exception("request %s failed", request_id, extra={"request_id": request_id})
+            if record.status:  # half an answer is out; the server closes the connection
+                record.outcome = to_server_error(exception).type
                 raise
             response = error_response(to_server_error(exception), request_id, path=scope["path"])
             await response(scope, receive, tagged)
         finally:
-            elapsed = time.monotonic() - started
-            log.info("%s %s %s %d %.1f ms", request_id, scope["method"], _path(scope), status, elapsed * 1000)
-            self._on_end(getattr(scope.get("route"), "path", "other"), status, elapsed)
+            record.total_ms = round((time.monotonic() - started) * 1000, 3)
+            record.route = getattr(scope.get("route"), "path", record.route)
+            record.outcome = record.outcome or ("ok" if complete else ClientGone.type)
+            log.info("%s", record.line(), extra=record.fields())
+            self._on_end(record)
 
 
 class KeyEverywhere:

@@ -447,9 +447,9 @@ def _multipliers(pairs: list[str] | None) -> dict[str, float] | None:
 
 
 def _configure_logging(settings: Settings) -> None:
-    import logging
+    from server.logs import configure_logging
 
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure_logging(settings)
 
 
 @contextmanager

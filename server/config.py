@@ -168,8 +168,19 @@ class Settings(BaseSettings):
     drain_s: float = Field(
         default=30.0, ge=0, le=86400, description="running requests get this long to finish at a shutdown; then: 503"
     )
+    forwarded_allow_ips: str = Field(
+        default="127.0.0.1",
+        description="addresses and networks of proxies, with commas between them, whose X-Forwarded-For names the "
+        "client; `*`: all",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="the least important messages that are logged"
+    )
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="json: every line of the log is an object, that of a request with all its fields"
+    )
+    log_prompts: bool = Field(
+        default=False, description="lines of the log in JSON also have the prompt or the messages of a request"
     )
 
     def __init__(self, **given: Any) -> None:

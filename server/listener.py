@@ -117,6 +117,7 @@ class DrainingServer(uvicorn.Server):
             ws="none",  # there are no routes for them, and a WebSocket would leave the protocol's bounds
             log_config=None,
             access_log=False,
+            forwarded_allow_ips=service.settings.forwarded_allow_ips,
             timeout_keep_alive=math.ceil(service.settings.keepalive_timeout_s),
             timeout_graceful_shutdown=math.ceil(drain_s + LAST_WORDS_S),
         )

@@ -9,6 +9,7 @@ from prometheus_client.registry import Collector
 from server.engine.engine import Engine
 from server.engine.sequence import Finished
 from server.registry import Registry
+from server.request_record import RequestRecord
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
@@ -35,10 +36,10 @@ class Metrics:
             "matsteer_steered_tokens", "tokens steered, as the device counted them", registry=self._all
         )
 
-    def request(self, route: str, status: int, seconds: float) -> None:
-        """To be called when a request has ended. `route`: the path template, so that there are few values."""
-        self._requests.labels(route, str(status)).inc()
-        self._request_seconds.labels(route).observe(seconds)
+    def request(self, record: RequestRecord) -> None:
+        """To be called when a request has ended."""
+        self._requests.labels(record.route, str(record.status)).inc()
+        self._request_seconds.labels(record.route).observe((record.total_ms or 0) / 1000)
 
     def text(self, event: Finished) -> None:
         """To be called when a text has ended."""

@@ -160,7 +160,9 @@ class BoundedProtocol(HttpToolsProtocol):
             self.abort()
             return
         request_id = new_request_id()
-        log.info("%s %d %s", request_id, error.status, error.message)
+        told = {"request_id": request_id, "status": error.status, "outcome": error.type}
+        client = {"client": self.client[0]} if self.client else {}
+        log.info("%s %d %s", request_id, error.status, error.message, extra=told | client)
         response = error_response(error, request_id)
         head = [
             *self.server_state.default_headers,

@@ -30,6 +30,7 @@ from server.errors import DeadlineExceeded, InvalidField, PromptTooLong, Unknown
 from server.judge import Judge
 from server.metrics import Metrics
 from server.registry import CheckpointEntry, CheckpointLease, LoadedCheckpoint, Registry
+from server.request_record import RequestRecord, current_record
 from server.request_stream import RequestStream
 from server.studies import Studies
 from server.threads import KeyedThreads
@@ -78,6 +79,7 @@ class _RunningRequest:
     sequences: list[Sequence]
     stream: RequestStream
     lease: CheckpointLease
+    record: RequestRecord
     prompt_logprobs: "Future[list[tuple[TokenLogprob, ...]]] | None"  # of prompts with more than one token
 
 
@@ -136,6 +138,7 @@ class Service:
         try:
             found = await self._acquire(params.checkpoints, lease)
             arm = await asyncio.to_thread(self._resolve, found, params.positions, "plain")
+            self._note([arm], sum(len(prompt) + len(rest) for prompt, rest in texts), params.prompt)
             logprobs = await self._until(deadline, self.engine.score(texts, arm.steering_params))
         finally:
             lease.close()
@@ -193,6 +196,8 @@ class Service:
             found = [await self._acquire(arm.checkpoints, lease) for arm in params.arms]
             arms = await asyncio.to_thread(self._resolve_arms, params, found)
             steering_params = [arm.steering_params for arm in arms]
+            record = self._note(arms, sum(map(len, prompts)), params.prompts or params.messages)
+            record.arms = tuple(arm.name for arm in params.arms)
             sequences = self._sequences(f"gen-{secrets.token_hex(12)}", params, prompts, steering_params, stream=stream)
             release = lease.acquire()  # the engine needs the columns until all sequences have ended
             events = RequestStream(len(sequences), on_end=release, interval=self.settings.stream_interval)
@@ -211,7 +216,18 @@ class Service:
         except BaseException:  # also the cancellation when the client has gone
             lease.close()
             raise
-        return _RunningRequest(created, deadline, params, arms, sequences, events, lease, prompt_logprobs)
+        return _RunningRequest(created, deadline, params, arms, sequences, events, lease, record, prompt_logprobs)
+
+    def _note(self, arms: abc.Sequence[_ArmSteering], prompt_tokens: int, prompt: object) -> RequestRecord:
+        """Notes in the request's record what the engine is about to be given."""
+        record = current_record()
+        named = (f"{one.checkpoint}@{one.version}" for arm in arms for one in arm.checkpoints)
+        record.model, record.checkpoints = self.model, tuple(dict.fromkeys(named))
+        record.prompt_tokens = prompt_tokens
+        record.submitted_ns = time.time_ns()
+        if self.settings.log_prompts:
+            record.prompt = prompt
+        return record
 
     def _score_prompts(
         self,
@@ -232,6 +248,7 @@ class Service:
             if prompts:
                 yield prompts
             async for tokens in request.stream.tokens():
+                request.record.completion_tokens = (request.record.completion_tokens or 0) + len(tokens)
                 yield [_chunk(request, token) for token in tokens]
             yield [await self._result(request, prompts)]
 
@@ -250,6 +267,7 @@ class Service:
 
     async def _result(self, request: _RunningRequest, prompts: tuple[EchoedPrompt, ...]) -> GenerateResult:
         finished = await request.stream.finished()
+        request.record.end(finished)
         for text in finished:
             self.metrics.text(text)
         texts = [tuple(finished[arm :: len(request.arms)]) for arm in range(len(request.arms))]

@@ -26,6 +26,7 @@ from server.errors import (
     UnsupportedField,
 )
 from server.fields import KnownField, known_field
+from server.request_record import current_record
 from server.schemas import (
     CompareRequest,
     DetokenizeRequest,
@@ -135,7 +136,8 @@ def error_json(error: ServerError, request_id: str) -> str:
 
 
 def error_detail(error: ServerError, request_id: str) -> dict[str, str | None]:
-    """What `error` holds in a body or an event."""
+    """What `error` holds in a body or an event. Whatever a client is told comes by here: the record has it, too."""
+    current_record().outcome = error.type
     return {
         "type": error.type,
         "code": error.code,
