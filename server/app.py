@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -55,7 +56,15 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(KeyEverywhere)
     app.add_middleware(TrailingSlash)
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
-    app.add_middleware(RequestMiddleware, on_end=service.metrics.request)  # the last one added is the outermost
+    app.add_middleware(RequestMiddleware, on_end=service.metrics.request)
+    if origins := settings.cors_origins:  # the last one added is the outermost: every answer says who may read it
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=[REQUEST_ID, "retry-after", "www-authenticate"],
+        )
     return app
 
 

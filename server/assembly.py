@@ -11,6 +11,7 @@ from server.engine.scheduler import Scheduler
 from server.engine.scoring import max_num_logits
 from server.errors import ServerError, StartupError
 from server.judge import load_judge
+from server.keys import ApiKeys
 from server.loading import LoadedModel, load_model, open_runner
 from server.memory import choose_block_size, num_kv_cache_blocks
 from server.metrics import Metrics
@@ -36,6 +37,7 @@ def open_service(settings: Settings) -> Service:
     if "checkpoints" in settings.model_fields_set and not settings.checkpoints.is_dir():
         raise StartupError(f"There is no checkpoints folder {str(settings.checkpoints)!r} (MATSTEER_CHECKPOINTS).")
     template = _read_template(settings.chat_template)
+    ApiKeys(settings)  # a file that cannot be used is told of before the model is loaded
     service = run_in_disposable_thread(lambda: _build(settings, load_model(settings), template))
     _tell_chat_template(service.codec.chat, settings)
     service.engine.start()

@@ -24,6 +24,8 @@ OLD_NAMES = {  # accepted in place of the new ones: as keywords, in the environm
 # Variables that are read elsewhere: by commands that ask a server, and by docker-compose.yml.
 OTHER_VARIABLES = frozenset({"url", "torch", "publish", "checkpoints_dir"})
 KEY = re.compile(r"[!-~]+")
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
+KEY_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 
 
@@ -146,6 +148,20 @@ class Settings(BaseSettings):
     api_key: SecretStr | None = Field(
         default=None, description="clients send it as a Bearer token; unset: nobody is asked"
     )
+    api_keys: SecretStr | None = Field(
+        default=None, description="more of them, each with a name for logs and metrics: NAME=KEY NAME=KEY ..."
+    )
+    api_keys_file: Path | None = Field(
+        default=None,
+        description="the same in a TOML file, which may be changed while the server runs: a table for each NAME, with "
+        "`key` or its `sha256`, and where they are wanted `requests_per_minute`, `max_rows` and `admin = true`",
+    )
+    api_key_requests_per_minute: int | None = Field(
+        default=None, ge=1, description="of each API key that the file gives no other limit; beyond: 429; unset: none"
+    )
+    api_key_max_rows: int | None = Field(
+        default=None, ge=1, description="texts that such a key may have under way at once; beyond: 429; unset: no limit"
+    )
     admin_key: SecretStr | None = Field(
         default=None, description="the same for changing checkpoints; unset: the API key is enough"
     )
@@ -153,6 +169,11 @@ class Settings(BaseSettings):
         default=False,
         description="the page at `/` with its files, `/docs`, `/openapi.json` and `/metrics` ask for a key, too; "
         "`/healthz`, `/health` and `/readyz` never do. A browser sends no key for an address: a proxy has to add it",
+    )
+    cors_allow_origins: str = Field(
+        default="",
+        description="origins whose pages may call the API from a browser, with commas between them, as in "
+        "`https://app.example.org`; `*`: all",
     )
     judge: str = Field(
         default="",
@@ -186,7 +207,10 @@ class Settings(BaseSettings):
     def __init__(self, **given: Any) -> None:
         super().__init__(**_with_new_names(given))
 
-    @field_validator("api_key", "admin_key", "chat_template", "studies", mode="before")
+    @field_validator(
+        "api_key", "admin_key", "api_keys", "api_keys_file", "api_key_requests_per_minute", "api_key_max_rows",
+        "chat_template", "studies", mode="before",
+    )  # fmt: skip
     @classmethod
     def _empty_is_unset(cls, given: Any) -> Any:
         return given or None
@@ -196,6 +220,26 @@ class Settings(BaseSettings):
     def _fits_into_a_header(cls, given: SecretStr | None) -> SecretStr | None:
         if given is not None and not KEY.fullmatch(given.get_secret_value()):
             raise ValueError("it is sent in a header, so it must be of visible ASCII characters, without spaces")
+        return given
+
+    @field_validator("cors_allow_origins")
+    @classmethod
+    def _is_origins(cls, given: str) -> str:
+        for origin in filter(None, map(str.strip, given.split(","))):
+            if origin != "*" and not ORIGIN.fullmatch(origin):
+                raise ValueError(f"{origin!r} is no origin, as in https://app.example.org: scheme, host, port, no path")
+        return given
+
+    @field_validator("api_keys")
+    @classmethod
+    def _is_names_and_keys(cls, given: SecretStr | None) -> SecretStr | None:
+        pairs = [pair.partition("=") for pair in given.get_secret_value().split()] if given else []
+        if not all(KEY_NAME.fullmatch(name) and KEY.fullmatch(key) for name, _, key in pairs):
+            raise ValueError(
+                "it must be NAME=KEY NAME=KEY ...: names of letters, digits, and . _ -, keys of visible ASCII"
+            )
+        if len({name for name, _, _ in pairs}) < len(pairs):
+            raise ValueError("two keys have the same name")
         return given
 
     @model_validator(mode="after")
@@ -218,6 +262,20 @@ class Settings(BaseSettings):
         usual = STEP_LIMITS.get(device_type, STEP_LIMITS["cpu"])
         seqs = self.max_num_seqs or min(usual.max_num_seqs, self.max_num_batched_tokens or usual.max_num_seqs)
         return StepLimits(seqs, self.max_num_batched_tokens or max(usual.max_num_batched_tokens, seqs))
+
+    @property
+    def asks_for_key(self) -> bool:
+        """Whether a client needs a key."""
+        return any(given is not None for given in (self.api_key, self.api_keys, self.api_keys_file))
+
+    @property
+    def cors_origins(self) -> list[str]:
+        return [origin.strip() for origin in self.cors_allow_origins.split(",") if origin.strip()]
+
+    def named_api_keys(self) -> dict[str, str]:
+        """Those of `api_keys`, by name."""
+        pairs = self.api_keys.get_secret_value().split() if self.api_keys else []
+        return {name: key for name, _, key in (pair.partition("=") for pair in pairs)}
 
     @property
     def model_path(self) -> str:
@@ -327,6 +385,6 @@ def _sentence(error: ValidationError, given: Mapping[str, Any]) -> str:
     if first["type"] == "extra_forbidden":
         return f"There is no setting called {name!r}.{_nearest(name, Settings.model_fields)}"
     name = old_names.get(name, name)
-    if first["type"] == "value_error" and name.endswith("_key"):  # a secret is not shown
+    if first["type"] == "value_error" and name.endswith(("_key", "_keys")):  # a secret is not shown
         return f"Bad setting {name} ({_variable(name)}): {message}."
     return f"Bad setting {name} ({_variable(name)}): {first['input']!r}: {message}."

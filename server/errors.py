@@ -22,7 +22,8 @@ ServerError                      500  internal_error
 ├── PromptTooLong                413  prompt_too_long        context_length_exceeded  400 under /v1, as OpenAI's
 ├── InvalidField                 422  invalid_field
 │   └── UnknownAttribute         422  unknown_attribute
-├── QueueFull                    429  queue_full             rate_limit_exceeded      with Retry-After
+├── RateLimited                  429  rate_limit_exceeded                             with Retry-After
+│   └── QueueFull                429  queue_full             rate_limit_exceeded      with Retry-After
 ├── ClientGone                   499  client_gone            (nobody is left to read it)
 ├── GenerationFailed             500  generation_failed
 │   ├── NotFinite                500  not_finite
@@ -178,10 +179,11 @@ class UnknownAttribute(InvalidField):
     type = "unknown_attribute"
 
 
-class QueueFull(ServerError):
+class RateLimited(ServerError):
+    """An API key has asked for more than it may."""
+
     status = 429
-    type = "queue_full"
-    openai_code = "rate_limit_exceeded"
+    type = "rate_limit_exceeded"
 
     def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
         super().__init__(message)
@@ -190,6 +192,11 @@ class QueueFull(ServerError):
     @property
     def headers(self) -> dict[str, str]:
         return {"Retry-After": str(self.retry_after_s)}
+
+
+class QueueFull(RateLimited):
+    type = "queue_full"
+    openai_code = "rate_limit_exceeded"
 
 
 class ClientGone(ServerError):

@@ -39,7 +39,7 @@ def listen(settings: Settings) -> socket.socket:
         bound = _bind(settings.host, settings.port)
     except (OSError, UnicodeError) as error:  # the second for a host that no name may be
         raise _cannot_listen(where, error) from error
-    if settings.api_key is None and not ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback:
+    if not settings.asks_for_key and not ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback:
         log.warning(
             "%s can be reached from other machines, and the server asks nobody for a key: set MATSTEER_API_KEY", where
         )
@@ -68,7 +68,7 @@ def address_of(bound: socket.socket) -> str:
 def where_to_go(service: Service, address: str) -> str:
     """What a user can open and send, once the server runs."""
     active = service.registry.active
-    command = home.curl(address, active.defaults if active else {}, asks_for_key=service.settings.api_key is not None)
+    command = home.curl(address, active.defaults if active else {}, asks_for_key=service.settings.asks_for_key)
     return (
         f"ready at {address}\n"
         f"  page    {address}/\n"

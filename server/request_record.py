@@ -5,9 +5,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from typing import Any
 
-from server.engine.sequence import Finished
+from server.engine.sequence import Finished, ShareKey
+from server.keys import ApiKey
 
-HIDDEN = frozenset({"submitted_ns"})
+HIDDEN = frozenset({"submitted_ns", "key"})
 
 
 @dataclass
@@ -21,7 +22,7 @@ class RequestRecord:
     route: str = "other"  # the path's template
     status: int = 0  # 0: the client left before it had one
     outcome: str | None = None  # "ok", "client_gone", or the `type` of the error that the client was told
-    api_key: str | None = None  # the key's name
+    key: ApiKey | None = None
     model: str | None = None
     checkpoints: tuple[str, ...] | None = None  # NAME@VERSION, each once
     arms: tuple[str, ...] | None = None
@@ -34,6 +35,10 @@ class RequestRecord:
     prompt: Any = None  # what was asked, where the settings have it logged
     submitted_ns: int | None = None  # Unix time at which the engine was given the texts
 
+    def share(self, request: str) -> ShareKey:
+        """Of the engine: the key's, and in it the request's."""
+        return ShareKey(f"key {self.key.name}" if self.key else request, request)
+
     def end(self, texts: Iterable[Finished]) -> None:
         """All texts have ended."""
         texts = list(texts)
@@ -42,15 +47,21 @@ class RequestRecord:
         self.ttft_ms = min(text.timing.ttft_ms for text in texts)
         self.engine_ms = max(text.timing.total_ms for text in texts)
 
+    @property
+    def key_name(self) -> str:
+        """Empty: it came without a key."""
+        return self.key.name if self.key else ""
+
     def fields(self) -> dict[str, Any]:
         """What is known, by name."""
         found = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in HIDDEN}
+        found["api_key"] = self.key_name or None
         return {name: value for name, value in found.items() if value is not None}
 
     def line(self) -> str:
         """For people: what was asked, how it ended, and who asked."""
         tokens = "" if self.prompt_tokens is None else f"{self.prompt_tokens} + {self.completion_tokens or 0} tokens"
-        more = ", ".join(part for part in (tokens, self.api_key and f"key {self.api_key}") if part)
+        more = ", ".join(part for part in (tokens, self.key and f"key {self.key.name}") if part)
         said = f"{self.request_id} {self.method} {self.path} {self.status} {self.total_ms or 0:.1f} ms"
         return f"{said} ({more})" if more else said
 

@@ -22,12 +22,14 @@ from server.engine.sequence import (
     PositionsName,
     SamplingParams,
     Sequence,
+    ShareKey,
     SteeringParams,
     TokenEvent,
     TokenLogprob,
 )
 from server.errors import DeadlineExceeded, InvalidField, PromptTooLong, UnknownCheckpoint, UnknownModel
 from server.judge import Judge
+from server.keys import ApiKeys
 from server.metrics import Metrics
 from server.registry import CheckpointEntry, CheckpointLease, LoadedCheckpoint, Registry
 from server.request_record import RequestRecord, current_record
@@ -100,6 +102,7 @@ class Service:
     ) -> None:
         """`adapter`: the LoRA adapter that was merged into the model's weights."""
         self.settings = settings
+        self.keys = ApiKeys(settings)
         self.judge = judge
         self.studies = studies
         self.adapter = adapter
@@ -138,8 +141,13 @@ class Service:
         try:
             found = await self._acquire(params.checkpoints, lease)
             arm = await asyncio.to_thread(self._resolve, found, params.positions, "plain")
-            self._note([arm], sum(len(prompt) + len(rest) for prompt, rest in texts), params.prompt)
-            logprobs = await self._until(deadline, self.engine.score(texts, arm.steering_params))
+            record = self._note([arm], sum(len(prompt) + len(rest) for prompt, rest in texts), params.prompt)
+            rows = self.keys.take_rows(record.key, len(texts))
+            try:
+                share = record.share(f"score-{secrets.token_hex(12)}")
+                logprobs = await self._until(deadline, self.engine.score(texts, arm.steering_params, share=share))
+            finally:
+                rows()
         finally:
             lease.close()
         return ScoreResult(
@@ -198,17 +206,25 @@ class Service:
             steering_params = [arm.steering_params for arm in arms]
             record = self._note(arms, sum(map(len, prompts)), params.prompts or params.messages)
             record.arms = tuple(arm.name for arm in params.arms)
-            sequences = self._sequences(f"gen-{secrets.token_hex(12)}", params, prompts, steering_params, stream=stream)
+            name = f"gen-{secrets.token_hex(12)}"
+            share = record.share(name)
+            sequences = self._sequences(name, params, prompts, steering_params, stream=stream, share=share)
+            give_back = self.keys.take_rows(record.key, len(sequences))
             release = lease.acquire()  # the engine needs the columns until all sequences have ended
-            events = RequestStream(len(sequences), on_end=release, interval=self.settings.stream_interval)
+
+            def on_end() -> None:
+                release()
+                give_back()
+
+            events = RequestStream(len(sequences), on_end=on_end, interval=self.settings.stream_interval)
             try:
                 self.engine.submit(sequences, events.on_event)
             except Exception:
-                release()
+                on_end()
                 raise
             try:
                 prompt_logprobs = self._score_prompts(
-                    params, prompts, arms[0].steering_params, share=sequences[0].request_id
+                    params, prompts, arms[0].steering_params, share=sequences[0].share
                 )
             except Exception:  # the queue may be full for it alone: the texts must not go on for nobody
                 self.engine.cancel(sequences[0].request_id)
@@ -235,7 +251,7 @@ class Service:
         prompts: abc.Sequence[tuple[int, ...]],
         steering_params: SteeringParams,
         *,
-        share: str,
+        share: ShareKey,
     ) -> "Future[list[tuple[TokenLogprob, ...]]] | None":
         if not params.echo or params.sampling.logprobs is None:
             return None
@@ -316,7 +332,7 @@ class Service:
 
     async def _compare(self, request: _RunningRequest, pairs: abc.Sequence[ComparisonPair]) -> list[Divergence]:
         """Where one of them fails, nobody waits for the others: they end before the request's lease does."""
-        futures = [self.engine.compare(pair, share=request.sequences[0].request_id) for pair in pairs]
+        futures = [self.engine.compare(pair, share=request.sequences[0].share) for pair in pairs]
         try:
             return await asyncio.gather(*(self._until(request.deadline, future) for future in futures))
         except BaseException:
@@ -432,6 +448,7 @@ class Service:
         arms: abc.Sequence[SteeringParams],
         *,
         stream: bool,
+        share: ShareKey,
     ) -> list[Sequence]:
         count = len(prompts) * params.n * len(arms)
         if count > self.settings.max_request_rows:
@@ -452,7 +469,8 @@ class Service:
             for choice in range(params.n):
                 sampling = replace(params.sampling, max_new_tokens=room, seed=seed, choice=choice)
                 for arm in arms:
-                    sequences.append(Sequence(request, len(sequences), prompt, sampling, arm, stream, params.trace))
+                    one = Sequence(request, len(sequences), prompt, sampling, arm, stream, params.trace, share=share)
+                    sequences.append(one)
         return sequences
 
     def _room_for_comparison(self, prompt: tuple[int, ...]) -> int:

@@ -19,6 +19,7 @@ from starlette.responses import Response
 from server.api.deps import credentials_of, require_admin_key, require_api_key
 from server.api.exception_handlers import invalid_body, not_json
 from server.errors import BadRequest, ClientGone, ServerError
+from server.request_record import current_record
 
 LONG_BYTES = 8 * 2**10  # parsed and validated in a thread: shorter ones take less than the way there
 MAX_NESTING = 64  # lists and objects in each other
@@ -43,6 +44,8 @@ class BodyRoute(APIRoute):
         async def handler(request: Request) -> Response:
             for check in keys:
                 check(request.app.state.service, await credentials_of(request))
+            if schema is not None:
+                request.app.state.service.keys.take_request(current_record().key)
             if schema is not None and (body := await _read(request)):
                 if error := not_json(request):
                     raise error

@@ -1,13 +1,13 @@
 """What handlers depend on: the service, and the keys that a request needs."""
 
-import hmac
 from typing import Annotated
 
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
-from server.config import Settings
 from server.errors import Forbidden, Unauthorized
+from server.keys import ApiKey
+from server.request_record import current_record
 from server.service import Service
 
 
@@ -23,30 +23,25 @@ Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 
 
 def require_api_key(service: ServiceDep, credentials: Credentials) -> None:
-    """For what clients do. The admin key is good for it, too. Raises Unauthorized."""
-    settings = service.settings
-    if settings.api_key is not None and not any(_matches(credentials, settings)):
+    """For what clients do. An admin key is good for it, too. Raises Unauthorized."""
+    if _find(service, credentials) is None and service.keys.asked:
         raise Unauthorized("This server asks for its API key: send 'Authorization: Bearer KEY'.")
 
 
 def require_admin_key(service: ServiceDep, credentials: Credentials) -> None:
-    """For changes of what is served; without an admin key the API key is enough. Raises Unauthorized, Forbidden."""
-    settings = service.settings
-    if settings.admin_key is None:
+    """For changes of what is served; without an admin key any API key is enough. Raises Unauthorized, Forbidden."""
+    if not service.keys.has_admin:
         require_api_key(service, credentials)
         return
-    api, admin = _matches(credentials, settings)
-    if admin:
-        return
-    if api:
+    key = _find(service, credentials)
+    if key is None:
+        raise Unauthorized("This changes what is served: send 'Authorization: Bearer ADMIN-KEY'.")
+    if not key.admin:
         raise Forbidden("This changes what is served: it needs the admin key, not the API key.")
-    raise Unauthorized("This changes what is served: send 'Authorization: Bearer ADMIN-KEY'.")
 
 
-def _matches(credentials: HTTPAuthorizationCredentials | None, settings: Settings) -> list[bool]:
-    """Whether they are the API key, and whether the admin key; compared in constant time."""
-    secret = (credentials.credentials if credentials else "").encode()
-    keys = (settings.api_key, settings.admin_key)
-    return [
-        hmac.compare_digest(secret, key.get_secret_value().encode() if key else b"") and key is not None for key in keys
-    ]
+def _find(service: Service, credentials: HTTPAuthorizationCredentials | None) -> ApiKey | None:
+    """Whose the credentials are; the request's record knows it from now on."""
+    key = service.keys.find(credentials.credentials) if credentials else None
+    current_record().key = key
+    return key

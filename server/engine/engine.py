@@ -16,6 +16,7 @@ from server.engine.output_processor import OutputProcessor
 from server.engine.scheduler import Scheduler
 from server.engine.scoring import ComparisonPair, Divergence, ScoreCollector, to_score
 from server.engine.sequence import (
+    OWN_SHARE,
     EngineStats,
     EngineStatus,
     Event,
@@ -23,6 +24,7 @@ from server.engine.sequence import (
     ScheduledChunk,
     Scored,
     Sequence,
+    ShareKey,
     SteeringParams,
     StepOutput,
     TokenLogprob,
@@ -193,18 +195,18 @@ class Engine:
         steering: SteeringParams,
         top: int = 0,
         *,
-        share: str = "",
+        share: ShareKey = OWN_SHARE,
     ) -> Future[list[tuple[TokenLogprob, ...]]]:
         """texts: prompts with their continuations -> how likely each token of each continuation is, steered as if it
-        were being generated, beside the `top` likeliest in its place. `share`: the request that they are a part of.
+        were being generated, beside the `top` likeliest in its place. `share`: of the request that they are a part of.
         Raises QueueFull, EngineDown, PromptTooLong."""
         name = f"score-{next(self._names)}"
         sequences = [to_score(name, index, *text, steering, top, share) for index, text in enumerate(texts)]
         return self._scored(name, sequences, lambda scored: [one.logprobs for one in scored], counted=True)
 
-    def compare(self, pair: ComparisonPair, *, share: str = "") -> Future[Divergence]:
-        """How far steering moved the model on two finished texts of the request `share`, which has been counted against
-        the queue's limit already. Raises EngineDown, PromptTooLong."""
+    def compare(self, pair: ComparisonPair, *, share: ShareKey = OWN_SHARE) -> Future[Divergence]:
+        """How far steering moved the model on two finished texts of the request whose `share` it is, which has been
+        counted against the queue's limit already. Raises EngineDown, PromptTooLong."""
         name = f"compare-{next(self._names)}"
         return self._scored(name, pair.sequences(name, share), Divergence.of, counted=False)
 

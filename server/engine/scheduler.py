@@ -7,7 +7,7 @@ shorter ones that fit into the rest need not wait for it. Sequences join and lea
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from server.engine.block_manager import BlockManager
 from server.engine.fair_queue import FairQueue
@@ -141,8 +141,8 @@ class Scheduler:
         the most the one that was admitted last, which is never the oldest of all while there is another."""
         while not self.blocks.grow_to(sequence, len(sequence.token_ids)):
             leaders = [one for one in reversed(self._running) if one.lockstep]
-            runs = Counter(one.share for one in leaders)
-            youngest = max(leaders, key=lambda one: runs[one.share])  # the first of those that are equal
+            size = _sizes(leaders)
+            youngest = max(leaders, key=size)  # the first of those that are equal
             self._preempt(youngest)
             if youngest is sequence:
                 return False
@@ -185,24 +185,40 @@ class Scheduler:
             budget.add(leader)
 
     def _gives_way(self, leader: Sequence, decodes: list[ScheduledChunk]) -> Sequence | None:
-        """Who is preempted for the first sequence of a request that is to be generated: the youngest of the request
-        that generates the most, at least two, where that one has had no less."""
-        runs = Counter(one.share for one in self._running if not one.is_scored)
-        if leader.is_scored or leader.share in runs:
+        """Who is preempted for the first sequence of a client, or of a client's request, that is to be generated: the
+        youngest of the client, or of the request of that client, that generates the most, at least two, where that one
+        has had no less."""
+        generated = [one for one in self._running if not one.is_scored]
+        client = leader.share.client
+        if leader.is_scored or any(one.share == leader.share for one in generated):
             return None
-        had = self._waiting.counter(leader)
+        rivals = [one for one in generated if one.share.client == client]
+        if rivals:
+            runs = Counter(one.share.request for one in rivals)
+            many = {one for one in rivals if runs[one.share.request] > 1}
+            counter = self._waiting.counter
+        else:
+            runs = Counter(one.share.client for one in generated)
+            many = {one for one in generated if runs[one.share.client] > 1}
+            counter = self._waiting.client_counter
+        had = counter(leader)
         younger = (chunk.sequence for chunk in reversed(decodes) if chunk.sequence.block_table)
-        able = (one for one in younger if runs[one.share] > 1 and self._waiting.counter(one) >= had)
-        return max(able, key=lambda one: runs[one.share], default=None)
+        return max((one for one in younger if one in many and counter(one) >= had), key=_sizes(generated), default=None)
 
     def _would_give_way(self, going: list[Sequence]) -> bool:
         """Whether something waits that could take the place of a sequence that is going on."""
-        runs = Counter(one.share for one in self._running if not one.is_scored)
-        full = sum(not one.is_scored for one in going) >= self._max_num_seqs
-        return (
-            full
-            and any(count > 1 for count in runs.values())
-            and any(not leader.is_scored and leader.share not in runs for leader in self._waiting)
+        if sum(not one.is_scored for one in going) < self._max_num_seqs:
+            return False
+        shares = Counter(one.share for one in self._running if not one.is_scored)
+        clients: Counter[str] = Counter()
+        for share, count in shares.items():
+            clients[share.client] += count
+        crowded = {share.client for share, count in shares.items() if count > 1}
+        some_client = any(count > 1 for count in clients.values())
+        return any(
+            leader.share.client in crowded if leader.share.client in clients else some_client
+            for leader in self._waiting
+            if not leader.is_scored and leader.share not in shares
         )
 
     def _fits(self, leader: Sequence, num_tokens: int) -> bool:
@@ -299,6 +315,14 @@ def _targets(leader: Sequence, in_flight: InFlight) -> dict[Sequence, int]:
     if behind and len(leader.lockstep) > 1:
         return behind
     return {one: len(one.token_ids) for one in leader.lockstep}
+
+
+def _sizes(sequences: Iterable[Sequence]) -> Callable[[Sequence], tuple[int, int]]:
+    """Of a sequence, how many of these its client has, and then its request."""
+    sequences = list(sequences)
+    clients = Counter(one.share.client for one in sequences)
+    requests = Counter(one.share for one in sequences)
+    return lambda one: (clients[one.share.client], requests[one.share])
 
 
 # --- sequences, as they will be once what is in flight has been computed ---------------------------

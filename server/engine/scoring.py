@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from server.engine.sequence import (
+    OWN_SHARE,
     Event,
     Failed,
     SamplingParams,
@@ -19,6 +20,7 @@ from server.engine.sequence import (
     Scored,
     ScoredTokens,
     Sequence,
+    ShareKey,
     SteeringParams,
     TokenLogprob,
 )
@@ -39,9 +41,9 @@ class ComparisonPair:
     steering: SteeringParams
     base: SteeringParams = field(default_factory=SteeringParams)
 
-    def sequences(self, request_id: str, share: str = "") -> list[Sequence]:
+    def sequences(self, request_id: str, share: ShareKey = OWN_SHARE) -> list[Sequence]:
         """The steered text as it was steered and as the reference is, in the same steps, and the reference's own text,
-        in the share of the request `share`. Distributions are the model's own, before temperature and other sampling
+        in the share `share`. Distributions are the model's own, before temperature and other sampling
         rules."""
         mine = to_score(request_id, 0, self.prompt, self.steered, self.steering, share=share)
         under_base = to_score(request_id, 1, self.prompt, self.steered, self.base, share=share)
@@ -103,7 +105,7 @@ def to_score(
     continuation: tuple[int, ...],
     steering: SteeringParams,
     top: int = 0,
-    share: str = "",
+    share: ShareKey = OWN_SHARE,
 ) -> Sequence:
     """A continuation to score, beside the `top` likeliest tokens in each place. Raises ValueError for an empty one."""
     if not continuation:

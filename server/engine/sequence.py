@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +64,16 @@ class TokenLogprob:
     top_logprobs: tuple[float, ...] = ()  # plain numbers, which the garbage collector need not look at
 
 
+class ShareKey(NamedTuple):
+    """In whose share of the engine a sequence is computed."""
+
+    client: str  # who has shares with other clients; of a request without an API key the request
+    request: str  # which has shares with the other requests of its client
+
+
+OWN_SHARE = ShareKey("", "")
+
+
 @dataclass(eq=False)
 class Sequence:
     """One prompt and its continuation: generated token by token, or given and scored.
@@ -81,7 +91,7 @@ class Sequence:
     stream: bool = False  # a TokenEvent for every token
     trace: bool = False  # a ColumnTrace for every token and column
     continuation: tuple[int, ...] | None = None  # scored instead of generated: "teacher forcing"
-    share: str = ""  # the request in whose share of the engine it is computed; empty: its own
+    share: ShareKey = OWN_SHARE  # as it is given, that of its own request
     # Set by the engine
     token_ids: list[int] = field(init=False)  # the prompt and what has been sampled, or is given, after it
     end_token_ids: frozenset[int] = field(default=frozenset(), init=False)  # with each of which its text ends
@@ -101,7 +111,8 @@ class Sequence:
         # Nothing is asked of what follows a scored continuation's last token.
         self.token_ids = [*self.prompt_token_ids, *(self.continuation or ())[:-1]]
         self.lockstep = (self,)
-        self.share = self.share or self.request_id
+        if self.share is OWN_SHARE:
+            self.share = ShareKey(self.request_id, self.request_id)
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -47,7 +47,7 @@ def page_info(service: Service) -> PageInfo:
     return PageInfo(
         model=service.model,
         version=own_version(),
-        asks_for_key=settings.api_key is not None,
+        asks_for_key=settings.asks_for_key,
         chat=template is not None and template.problem is None,
         context=service.codec.context,
         max_texts=settings.max_request_rows,

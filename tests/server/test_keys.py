@@ -10,6 +10,7 @@ from starlette.testclient import TestClient
 from server.app import create_app
 from server.config import Settings, load_settings
 from server.errors import StartupError
+from server.keys import ApiKeys
 
 BODY = {"prompt": "a", "max_new_tokens": 1}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
@@ -45,9 +46,11 @@ def serve(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Calla
     app = create_app(settings.model_copy(update={"judge": "demo.oracle:judge", "studies": studies}))
 
     def with_keys(**keys: Any) -> TestClient:
-        app.state.service.settings = Settings(
+        service = app.state.service
+        service.settings = Settings(
             **settings.model_dump(exclude={"api_key", "admin_key", "api_key_everywhere"}), **keys
         )
+        service.keys = ApiKeys(service.settings)
         return client
 
     with TestClient(app) as client:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from server.engine.block_manager import BlockManager
 from server.engine.scheduler import Scheduler
-from server.engine.sequence import SamplingParams, ScheduledChunk, Sequence, SteeringParams
+from server.engine.sequence import SamplingParams, ScheduledChunk, Sequence, ShareKey, SteeringParams
 
 Chunks = tuple[ScheduledChunk, ...]
 
@@ -454,7 +454,7 @@ def test_all_comparisons_of_a_request_have_one_share() -> None:
     for number in range(60):
         compared = pair(f"compare-{number}", (number, 1), (7, 8, 9))
         for one in compared:
-            one.share = "arms"
+            one.share = ShareKey("arms", "arms")
         scheduler.add(compared)
     make(scheduler, scheduler.schedule())
     scheduler.add([sequence("text", tokens=(90, 91, 92))])
@@ -490,7 +490,7 @@ def test_of_a_request_that_has_ended_nothing_is_kept() -> None:
         scheduler.abort(f"r{number}" if number % 2 else f"p{number}")
     while not scheduler.idle:
         make(scheduler, scheduler.schedule())
-    assert not scheduler._waiting._shares
+    assert not scheduler._waiting._clients
 
 
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
@@ -579,3 +579,67 @@ def test_every_sequence_ends_with_all_its_tokens_and_the_cache_stays_sound(
                 else (new_tokens(one) == one.sampling_params.max_new_tokens)
             )
     assert blocks.num_free_blocks == num_blocks
+
+
+def keyed(key: str, request: str, index: int = 0, new: int = 50, tokens: tuple[int, ...] = (1, 2, 3)) -> Sequence:
+    """A text of a request that came with an API key."""
+    return Sequence(request, index, tokens, SamplingParams(max_new_tokens=new), share=ShareKey(f"key {key}", request))
+
+
+def test_keys_have_equal_shares_however_many_requests_each_sends() -> None:
+    scheduler = build(num_blocks=1000, max_num_seqs=4, max_num_batched_tokens=64)
+    scheduler.add([keyed("many", f"m{index}", new=5) for index in range(40)])
+    scheduler.add([keyed("few", f"f{index}", new=5) for index in range(8)])
+    done: list[str] = []
+    while "f7" not in done:
+        chunks = scheduler.schedule()
+        before = {chunk.sequence for chunk in chunks}
+        make(scheduler, chunks)
+        done += [one.request_id for one in before if new_tokens(one) == 5]
+    many = sum(name.startswith("m") for name in done)
+    assert many <= 8 + 4, "as many as the other key's, and what ran beside them"
+
+
+def test_within_a_key_its_requests_have_equal_shares() -> None:
+    scheduler = build(num_blocks=1000, max_num_seqs=2, max_num_batched_tokens=64)
+    scheduler.add([keyed("one", "batch", index, new=5) for index in range(20)])
+    scheduler.add([keyed("one", "single", new=5)])
+    steps = 0
+    while True:
+        chunks = scheduler.schedule()
+        steps += 1
+        if any(chunk.sequence.request_id == "single" for chunk in chunks):
+            break
+        make(scheduler, chunks)
+    assert steps <= 6
+
+
+def test_the_first_text_of_a_key_takes_a_place_of_the_key_that_has_the_most() -> None:
+    scheduler = build(num_blocks=1000, max_num_seqs=4, max_num_batched_tokens=64)
+    scheduler.add([keyed("many", f"m{index}") for index in range(6)])
+    for _ in range(3):
+        make(scheduler, scheduler.schedule())
+    assert len({one.share.request for one in scheduler.running}) == 4, "each of them is the only one of its request"
+    scheduler.add([keyed("few", "f0")])
+    assert "f0" in {name for name, _, _ in spans(scheduler.schedule())}
+    assert scheduler.preemptions == 1
+    assert "m0" in {one.request_id for one in scheduler.running}, "the oldest goes on"
+
+
+def test_a_second_request_of_a_key_takes_no_place_of_another_key() -> None:
+    scheduler = build(num_blocks=1000, max_num_seqs=4, max_num_batched_tokens=64)
+    scheduler.add([keyed("a", "a0"), *(keyed("b", "b0", index) for index in range(3))])
+    make(scheduler, scheduler.schedule())
+    scheduler.add([keyed("a", "a1")])
+    for _ in range(3):
+        make(scheduler, scheduler.schedule())
+    assert scheduler.preemptions == 0
+    assert not any(one.request_id == "a1" for one in scheduler.running)
+
+
+def test_of_a_step_ahead_nobody_is_kept_who_could_give_no_place() -> None:
+    """One key's requests, each with one text: none of them gives way to another, so the next step may be begun."""
+    scheduler = build(num_blocks=1000, max_num_seqs=4, max_num_batched_tokens=64)
+    scheduler.add([keyed("a", f"a{index}") for index in range(6)])
+    make(scheduler, scheduler.schedule())
+    assert scheduler.schedule_ahead(scheduler.schedule())

@@ -1,0 +1,229 @@
+"""API keys by name: whose a secret is, how often it may ask, and how many texts it may have under way."""
+
+import hashlib
+import hmac
+import logging
+import threading
+import time
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+
+from server.config import KEY, KEY_NAME, Settings
+from server.errors import InvalidField, RateLimited, StartupError
+
+log = logging.getLogger(__name__)
+LOOK_EVERY_S = 1.0  # whether the file has changed
+State = tuple[int, int, int]  # of a file: when it was written (ns), its size (bytes) and its inode
+
+
+class KeyEntry(BaseModel):
+    """A table of the file of keys; its name is the key's."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    key: SecretStr | None = None
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-fA-F]{64}$")  # of the key, in place of itself
+    admin: bool = False  # may change checkpoints
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    max_rows: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _is_one_key(self) -> Self:
+        if (self.key is None) == (self.sha256 is None):
+            raise ValueError("it needs either 'key' or 'sha256'")
+        if self.key is not None and not KEY.fullmatch(self.key.get_secret_value()):
+            raise ValueError("a key is sent in a header, so it must be of visible ASCII characters, without spaces")
+        return self
+
+    @property
+    def digest(self) -> bytes:
+        return bytes.fromhex(self.sha256) if self.key is None and self.sha256 else _digest(self.key)
+
+
+@dataclass(frozen=True)
+class ApiKey:
+    """A key, without its secret. None: there is no such limit."""
+
+    name: str
+    digest: bytes  # SHA-256 of the secret
+    admin: bool = False
+    requests_per_minute: int | None = None
+    max_rows: int | None = None
+
+
+class Usage:
+    """What a key has under way, and what is left of its rate: a bucket that holds a minute's requests."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._spent = 0.0  # requests, less those that time has given back
+        self._at = 0.0
+
+    def wait(self, per_minute: int, now: float) -> float:
+        """Takes a request, and returns 0; or the seconds until there is one."""
+        self._spent = max(0.0, self._spent - (now - self._at) * per_minute / 60)
+        self._at = now
+        if self._spent + 1 > per_minute:
+            return (self._spent + 1 - per_minute) * 60 / per_minute
+        self._spent += 1
+        return 0.0
+
+
+class ApiKeys:
+    """All keys of a server: of its settings, and of a file, which is read again when it has changed. For any thread."""
+
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+        """Raises StartupError where the file cannot be used."""
+        self.asked = settings.asks_for_key  # whether a client needs one at all
+        self._settings = settings
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._usage: dict[str, Usage] = {}  # by name: what is used outlasts a change of the file
+        self._trouble: str | None = None  # why the file cannot be used now, as it was told
+        self._state = self._look()
+        self._keys = self._all()
+        self._next_look = clock() + LOOK_EVERY_S
+
+    @property
+    def has_admin(self) -> bool:
+        """Whether changing checkpoints takes more than any key."""
+        return any(key.admin for key in self._current().values())
+
+    def find(self, secret: str) -> ApiKey | None:
+        """The key of which this is the secret. What takes time depends on a digest, never on a secret."""
+        digest = _digest(secret)
+        found = self._current().get(digest)
+        return found if found is not None and hmac.compare_digest(found.digest, digest) else None
+
+    def take_request(self, key: ApiKey | None) -> None:
+        """Counts a request of a key. Raises RateLimited."""
+        if key is None or key.requests_per_minute is None:
+            return
+        with self._lock:
+            wait = self._usage.setdefault(key.name, Usage()).wait(key.requests_per_minute, self._clock())
+        if wait:
+            raise RateLimited(
+                f"Rate limit reached: this API key may send {key.requests_per_minute} requests a minute.",
+                retry_after_s=ceil(wait),
+            )
+
+    def take_rows(self, key: ApiKey | None, rows: int) -> Callable[[], None]:
+        """Counts texts that a key has under way; who calls what is returned gives them back, once. Raises RateLimited;
+        InvalidField for more than it may ever have."""
+        if key is None or key.max_rows is None:
+            return lambda: None
+        if rows > key.max_rows:
+            raise InvalidField(f"The request asks for {rows} texts; this API key may have {key.max_rows} at once.")
+        with self._lock:
+            usage = self._usage.setdefault(key.name, Usage())
+            if usage.rows + rows > key.max_rows:
+                raise RateLimited(
+                    f"Rate limit reached: this API key may have {key.max_rows} texts under way; it has {usage.rows}, "
+                    f"and {rows} more are asked for. Try again when some have ended."
+                )
+            usage.rows += rows
+
+        def give_back() -> None:
+            with self._lock:
+                usage.rows -= rows
+
+        return give_back
+
+    # --- inside ---
+
+    def _current(self) -> dict[bytes, ApiKey]:
+        with self._lock:
+            if self._settings.api_keys_file is not None and self._clock() >= self._next_look:
+                self._next_look = self._clock() + LOOK_EVERY_S
+                self._read_again()
+            return self._keys
+
+    def _read_again(self) -> None:
+        """Where the file has changed. A file that cannot be used changes nothing, and is told of once."""
+        try:
+            state = self._look()
+            if state == self._state:
+                return
+            self._state = state
+            self._keys = self._all()
+            self._trouble = None
+            log.info("the API keys are read again: %s", ", ".join(key.name for key in self._keys.values()))
+        except StartupError as error:
+            if error.message != self._trouble:
+                log.error("%s The keys stay as they were.", error.message)
+            self._trouble = error.message
+
+    def _look(self) -> State | None:
+        file = self._settings.api_keys_file
+        if file is None:
+            return None
+        try:
+            stat = file.stat()
+        except OSError as error:
+            raise _unusable(file, f"it cannot be read: {error.strerror}") from None
+        return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+    def _all(self) -> dict[bytes, ApiKey]:
+        """By digest. Raises StartupError."""
+        settings, found = self._settings, []
+        rate, rows = settings.api_key_requests_per_minute, settings.api_key_max_rows
+        if settings.api_key is not None:
+            found.append(ApiKey("default", _digest(settings.api_key), False, rate, rows))
+        if settings.admin_key is not None:
+            found.append(ApiKey("admin", _digest(settings.admin_key), admin=True))
+        for name, secret in settings.named_api_keys().items():
+            found.append(ApiKey(name, _digest(secret), False, rate, rows))
+        if settings.api_keys_file is not None:
+            for name, entry in read_keys(settings.api_keys_file).items():
+                limits = entry.requests_per_minute or rate, entry.max_rows or rows
+                found.append(ApiKey(name, entry.digest, entry.admin, *limits))
+        keys: dict[bytes, ApiKey] = {}
+        for key in found:
+            other = keys.setdefault(key.digest, key)
+            if other is not key and {other.name, key.name} != {"default", "admin"}:
+                raise StartupError(f"The API keys {other.name!r} and {key.name!r} are the same: each needs its own.")
+            if key.admin:
+                keys[key.digest] = key
+        if len({key.name for key in found}) < len(found):
+            raise StartupError("Two API keys have the same name: 'default' is MATSTEER_API_KEY's, 'admin' the admin's.")
+        return keys
+
+
+def read_keys(file: Path) -> dict[str, KeyEntry]:
+    """The tables of a file of keys, by name. Raises StartupError, which holds nothing of what a key is."""
+    try:
+        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise _unusable(file, f"it cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise _unusable(file, "it is not UTF-8") from None
+    except tomllib.TOMLDecodeError:
+        raise _unusable(file, 'it is not TOML, as in\n[alice]\nkey = "..."\n') from None
+    if not tables:
+        raise _unusable(file, "it holds no key")
+    entries = {}
+    for name, table in tables.items():
+        if not KEY_NAME.fullmatch(name):
+            raise _unusable(file, f"{name[:64]!r} cannot be a key's name: 1 to 64 letters, digits, and . _ - are")
+        try:
+            entries[name] = KeyEntry.model_validate(table)
+        except ValidationError as error:
+            first = error.errors(include_input=False)[0]
+            where = ".".join(map(str, (name, *first["loc"])))
+            raise _unusable(file, f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
+    return entries
+
+
+def _unusable(file: Path, why: str) -> StartupError:
+    return StartupError(f"The file of API keys {str(file)!r} (MATSTEER_API_KEYS_FILE) cannot be used: {why}.")
+
+
+def _digest(secret: SecretStr | str | None) -> bytes:
+    text = secret.get_secret_value() if isinstance(secret, SecretStr) else secret or ""
+    return hashlib.sha256(text.encode()).digest()
