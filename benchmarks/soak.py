@@ -30,7 +30,14 @@ from benchmarks.processes import running
 KEY, ADMIN_KEY = "soak-client", "soak-admin"
 VERSIONS = ("v1", "v2", "v3")
 ENDS = ("event: done\n", "[DONE]", "event: response.completed\n")  # of a stream that has come to its end
-GAUGES = ("cache_blocks_used", "rows_open", "rows_running", "rows_waiting", "rows_scored", "checkpoint_leases")
+GAUGES = (
+    "kv_cache_blocks_used",
+    "num_requests_open",
+    "num_requests_running",
+    "num_requests_waiting",
+    "num_requests_scored",
+    "checkpoint_leases",
+)
 FIRST_S = 60.0  # latencies of the first minute beside those of the rest
 WARM_S = 300.0  # caches fill: memory is judged after that
 SAMPLE_S = 2.0
@@ -130,7 +137,7 @@ async def sample(soak: Soak, server: psutil.Process) -> None:
     answered = time.monotonic() - asked
     gauges = dict(line.rsplit(" ", 1) for line in answer.text.splitlines() if line.startswith("matsteer_"))
     taken = {name: float(gauges[f"matsteer_{name}"]) for name in GAUGES}
-    taken |= {"metrics_s": answered, "preemptions": float(gauges["matsteer_preemptions_total"])}
+    taken |= {"metrics_s": answered, "preemptions": float(gauges["matsteer_num_preemptions_total"])}
     taken |= {"at": time.monotonic() - soak.began, "rss_mib": server.memory_info().rss / 2**20}
     soak.samples.append(taken | {"files": server.num_fds(), "threads": server.num_threads()})
 

@@ -125,7 +125,7 @@ def _build_service(settings: Settings, loaded: LoadedModel, chat_template: str |
         codec,
         engine,
         registry,
-        Metrics(engine, registry),
+        Metrics(engine, registry, settings.served_name),
         adapter=adapter,
         judge=load_judge(settings),
         studies=Studies(settings.studies) if settings.studies else None,

@@ -163,6 +163,8 @@ class Registry:
         `on_engine` runs a function on the engine's thread. `on_change` is called after each change by `reload` and
         `unload`, and before the next one."""
         self.on_change = on_change
+        self.loads = 0  # since the start: checkpoints brought to the device
+        self.swaps = 0  # how often requests that name none got another checkpoint than before
         self._root = root
         self._bank = bank
         self._fits = fits
@@ -211,8 +213,10 @@ class Registry:
             new = old if old and old.checkpoint.config == checkpoint.config else self._add_to_bank(folder, None)
             with self._changing:
                 with self._lock:
+                    before = self._loaded.get(self._active) if self._active else None
                     self._loaded[key], self._plain_names[name] = new, key
                     self._active = key if activate else self._active
+                    self.swaps += self._active is not None and self._loaded[self._active] is not before
                 self.on_change()
         if old is not None and old is not new:
             self._retire(old)
@@ -312,6 +316,8 @@ class Registry:
     def _add_to_bank(self, folder: Path, param: str | None) -> LoadedCheckpoint:
         checkpoint = self._read_checked(folder, param)
         handle = self._on_engine(lambda: self._bank.add(checkpoint.columns)).result()
+        with self._lock:
+            self.loads += 1
         loaded = LoadedCheckpoint(folder.parent.name, folder.name, checkpoint, handle)
         log.info("loaded checkpoint %s (%d columns)", loaded.label, len(checkpoint.columns))
         return loaded

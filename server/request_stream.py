@@ -12,8 +12,16 @@ MOST_TOGETHER = 64  # tokens
 class RequestStream:
     """The engine calls `on_event`; a coroutine awaits `finished`, after it has read all `tokens` where texts stream."""
 
-    def __init__(self, texts: int, on_end: Callable[[], None], *, interval: int = 1) -> None:
-        """`texts`: how many the request asks for. `on_end` is called once, on the engine's thread, when all have ended.
+    def __init__(
+        self,
+        texts: int,
+        on_end: Callable[[], None],
+        *,
+        on_settled: Callable[[list[Finished]], None] = lambda finished: None,
+        interval: int = 1,
+    ) -> None:
+        """`texts`: how many the request asks for. `on_end` is called once, on the engine's thread, when all have ended;
+        after it, on the event loop, `on_settled` with those that did not fail, whether anybody waits for them or not.
         `interval`: so many tokens of a text wake the event loop together; the first one does not wait for others."""
         self._loop = asyncio.get_running_loop()
         self._future: asyncio.Future[list[Finished]] = self._loop.create_future()
@@ -26,6 +34,7 @@ class RequestStream:
         self._finished: list[Finished] = []
         self._error: ServerError | None = None
         self._on_end = on_end
+        self._on_settled = on_settled
 
     def on_event(self, event: Event) -> None:
         """Called on the engine's thread; returns at once."""
@@ -74,6 +83,7 @@ class RequestStream:
 
     def _settle(self) -> None:
         self._tokens.put_nowait(None)
+        self._on_settled(self._finished)
         if self._future.cancelled():  # the client has gone
             return
         if self._error is not None:

@@ -216,7 +216,13 @@ class Service:
                 release()
                 give_back()
 
-            events = RequestStream(len(sequences), on_end=on_end, interval=self.settings.stream_interval)
+            def on_settled(ended: list[Finished]) -> None:
+                for text in ended:
+                    self.metrics.text(text, arms[text.sequence.index % len(arms)].checkpoints, record.key_name)
+
+            events = RequestStream(
+                len(sequences), on_end=on_end, on_settled=on_settled, interval=self.settings.stream_interval
+            )
             try:
                 self.engine.submit(sequences, events.on_event)
             except Exception:
@@ -284,8 +290,6 @@ class Service:
     async def _result(self, request: _RunningRequest, prompts: tuple[EchoedPrompt, ...]) -> GenerateResult:
         finished = await request.stream.finished()
         request.record.end(finished)
-        for text in finished:
-            self.metrics.text(text)
         texts = [tuple(finished[arm :: len(request.arms)]) for arm in range(len(request.arms))]
         reference = request.params.reference
         compared = [index for index in range(len(texts)) if index != reference]

@@ -144,21 +144,30 @@ class Steering:
                 )
             if site not in bank.active_sites and not self.traced:
                 return activations
-        if self.native and not self.traced and not torch.compiler.is_compiling():
+        if self.traced:
+            self._trace(site, tokens)
+        if self.native and not torch.compiler.is_compiling():
             moved = fused_steer(at, tokens, bank.owners, bank.steered_tokens)
             if moved is not None:
                 return moved.reshape(activations.shape)
-        parts: tuple[Tensor, ...] = (at.vectors, at.weights, at.biases, at.kinds, at.keep_norm, at.multipliers[:n])
-        if tokens.device != bank.device:  # the model is spread over several
-            parts = tuple(part.to(tokens.device) for part in parts)
-        vectors, weights, biases, kinds, keep_norm, multipliers = parts
+        vectors, weights, biases, kinds, keep_norm, multipliers = self._parts(site, tokens)
         bank.steered_tokens[:n].add_(bank.owners[:n] == at.owner)
-        if self.traced:
-            seen = trace(tokens, vectors, weights, biases, kinds, multipliers)
-            measures = [getattr(seen, part.name) for part in fields(Trace)]
-            self.traces[site][:n].copy_(torch.stack(measures, dim=2).detach())
         moved = steer(tokens, vectors, weights, biases, kinds, keep_norm, multipliers, all_keep=all_keep)
         return moved.reshape(activations.shape)
+
+    def _trace(self, site: Site, tokens: Tensor) -> None:
+        vectors, weights, biases, kinds, _, multipliers = self._parts(site, tokens)
+        seen = trace(tokens, vectors, weights, biases, kinds, multipliers)
+        measures = [getattr(seen, part.name) for part in fields(Trace)]
+        self.traces[site][: len(tokens)].copy_(torch.stack(measures, dim=2).detach())
+
+    def _parts(self, site: Site, tokens: Tensor) -> tuple[Tensor, ...]:
+        """The arguments of `steer`, where the tokens are."""
+        at, n = self.bank.at(site), len(tokens)
+        parts: tuple[Tensor, ...] = (at.vectors, at.weights, at.biases, at.kinds, at.keep_norm, at.multipliers[:n])
+        if tokens.device != self.bank.device:  # the model is spread over several
+            parts = tuple(part.to(tokens.device) for part in parts)
+        return parts
 
 
 def _recorded(device: torch.device) -> bool:

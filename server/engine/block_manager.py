@@ -59,6 +59,7 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.cached_tokens = 0  # found instead of computed, since the start
+        self.queried_tokens = 0  # looked for
         self.pending_copies: list[BlockCopy] = []
         self._blocks = [Block(index) for index in range(num_blocks)]
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # the next to be taken first
@@ -119,6 +120,7 @@ class BlockManager:
         sequence.num_computed_tokens = len(steered)
         sequence.steered = steered
         self.cached_tokens += len(steered)
+        self.queried_tokens += sequence.num_shareable
         return True
 
     def grow_to(self, sequence: Sequence, num_tokens: int) -> bool:

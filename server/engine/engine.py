@@ -5,12 +5,13 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+from server.engine.gate_stats import AttributeStats
 from server.engine.model_runner import ModelRunner
 from server.engine.output_processor import OutputProcessor
 from server.engine.scheduler import Scheduler
@@ -41,6 +42,7 @@ from server.errors import (
     failure_of,
 )
 from server.tokenizer import Decode
+from steering.types import Handle
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -145,6 +147,10 @@ class Engine:
         blocks = self._runner.blocks
         return blocks.num_blocks // 2 * blocks.block_size
 
+    def gate_stats(self, handle: Handle) -> Mapping[str, AttributeStats]:
+        """What the columns of a checkpoint did to the tokens that were looked at, by attribute."""
+        return self._runner.gate_stats.of(handle)
+
     @property
     def status(self) -> EngineStatus:
         """What the engine does now. Read while it runs: its numbers may be a step apart."""
@@ -157,6 +163,7 @@ class Engine:
             num_blocks=blocks.num_blocks,
             block_size=blocks.block_size,
             cached_tokens=blocks.cached_tokens,
+            queried_tokens=blocks.queried_tokens,
             preemptions=scheduler.preemptions,
             threads=self._runner.thread_scaler.size,
         )

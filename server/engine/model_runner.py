@@ -20,6 +20,7 @@ from server.attention.backend import NAME, Attention
 from server.attention.metadata import ForwardMetadata
 from server.engine.block_manager import BlockManager
 from server.engine.cuda_graphs import Bucket, CudaGraphs
+from server.engine.gate_stats import GateStats
 from server.engine.sampler import PenalisedText, Sampler, SamplerOutput, TokenCounts
 from server.engine.scoring import PendingScores, score_chunks
 from server.engine.sequence import (
@@ -84,6 +85,9 @@ class InFlightStep:
     chunks: Chunks
     sampling: tuple[ScheduledChunk, ...] = ()  # those after which a token is sampled
     unchecked: tuple[ScheduledChunk, ...] = ()  # those whose logits nobody wants: they are only checked
+    traced: tuple[ScheduledChunk, ...] = ()  # those of which the copy has traces, a row each
+    observed: tuple[ScheduledChunk, ...] = ()  # those of them that metrics look at
+    gate_stats: GateStats | None = None
     sampled: SamplerOutput | None = None
     scores: PendingScores | None = None
     copy: HostCopy | None = None
@@ -118,7 +122,11 @@ class InFlightStep:
         found = self.copy.arrays()
         counts = iter(found["steered"].tolist())
         steered = [list(islice(counts, len(chunk))) for chunk in self.chunks]
-        sampled = dict(zip(self.sampling, _sampled_tokens(self.sampling, found), strict=True))
+        rows = {chunk: row for row, chunk in enumerate(self.traced)}
+        sampled = dict(zip(self.sampling, _sampled_tokens(self.sampling, found, rows), strict=True))
+        for chunk, counted in zip(self.chunks, steered, strict=True):
+            if self.gate_stats is not None and chunk in self.observed and counted[-1]:
+                self.gate_stats.add(chunk, found, rows[chunk])
         finite: dict[ScheduledChunk, bool] = dict(zip(self.sampling, found["finite"].tolist(), strict=True))
         finite |= zip(self.unchecked, found["checked"].tolist(), strict=True)
         scored = self.scores.result(found) if self.scores else {}
@@ -151,6 +159,7 @@ class ModelRunner:
         self._sampler: Sampler | None = None
         self._sampled: list[Sequence] = []  # those that it was made for
         self._texts = TokenCounts(self.vocab_size, self.device)  # of those that are penalised
+        self.gate_stats = GateStats()
         model.set_attn_implementation(NAME)
 
     @property
@@ -293,7 +302,9 @@ class ModelRunner:
     def _execute(self, chunks: Chunks, after: InFlightStep | None) -> InFlightStep:
         sampling = tuple(chunk for chunk in chunks if chunk.is_sampled)
         unchecked = tuple(chunk for chunk in chunks if not chunk.num_logits)
-        self.steering.record(any(chunk.sequence.trace for chunk in sampling))
+        observed = self.gate_stats.choose(sampling)
+        traced = tuple(chunk for chunk in sampling if chunk.sequence.trace or chunk in observed)
+        self.steering.record(bool(traced))
         if sampling:
             self._prepare_sampler(sampling)
         ids = after.next_ids(chunks) if after else None
@@ -310,8 +321,18 @@ class ModelRunner:
             found: dict[Hashable, Tensor] = {"steered": counts, "checked": checked.amax(dim=-1).isfinite()}
             found |= sampled.tensors() if sampled else {"tokens": counts[:0], "finite": counts[:0]}
             found |= scores.tensors() if scores else {}
-            copy = HostCopy(found | self._traces(chunks, sampling))
-        return InFlightStep(chunks, sampling, unchecked, sampled, scores, copy)
+            copy = HostCopy(found | self._traces(chunks, traced))
+        return InFlightStep(
+            chunks,
+            sampling,
+            unchecked,
+            traced=traced,
+            observed=observed,
+            gate_stats=self.gate_stats,
+            sampled=sampled,
+            scores=scores,
+            copy=copy,
+        )
 
     def _copy_blocks(self) -> None:
         """The list is cleared only when all copies were made: `Engine._fail` reads it to fail the sequences whose
@@ -355,13 +376,12 @@ class ModelRunner:
         token_rows += [-1] * (room - len(token_rows))
         self.bank.fill(tuple(rows), np.array(token_rows, dtype=np.int64))
 
-    def _traces(self, chunks: Chunks, sampling: Chunks) -> dict[Hashable, Tensor]:
-        """What the columns did to the tokens after which one is sampled for a sequence that asks for it: of each site
-        [those sequences, columns, measures]."""
-        if not self.steering.traced:
+    def _traces(self, chunks: Chunks, traced: Chunks) -> dict[Hashable, Tensor]:
+        """What the columns did to the last token of each chunk that is `traced`: of each site [chunks, columns,
+        measures]."""
+        if not traced:
             return {}
         ends = dict(zip(chunks, np.cumsum([len(chunk) for chunk in chunks]).tolist(), strict=True))
-        traced = [chunk for chunk in sampling if chunk.sequence.trace]
         handles = {handle for chunk in traced for handle in chunk.sequence.steering_params.columns.handles}
         sites = {site for handle in handles for site, _ in handle.slots}
         places = upload(np.array([ends[chunk] - 1 for chunk in traced], dtype=np.int64), self.device)
@@ -411,19 +431,21 @@ def _select(logits: Tensor, rows: list[int]) -> Tensor:
     return logits[upload(np.array(rows, dtype=np.int64), logits.device)]
 
 
-def _sampled_tokens(chunks: Chunks, found: Mapping[Hashable, NDArray[Any]]) -> list[SampledToken]:
+def _sampled_tokens(
+    chunks: Chunks, found: Mapping[Hashable, NDArray[Any]], traced: Mapping[ScheduledChunk, int]
+) -> list[SampledToken]:
+    """`traced`: rows of the traces."""
     tokens = found["tokens"].tolist()
     chosen, top_tokens, top_logprobs = (
         found[name].tolist() if name in found else None for name in ("logprobs", "top_tokens", "top_logprobs")
     )
-    sampled, traced = [], 0
+    sampled = []
     for row, chunk in enumerate(chunks):
         wanted, logprob = chunk.sequence.sampling_params.logprobs, None
         if chosen and wanted is not None:
             top = (tuple(most[row][:wanted]) for most in (top_tokens, top_logprobs) if most)
             logprob = TokenLogprob(tokens[row], chosen[row], *top)
-        trace = _trace(chunk.sequence, found, traced) if chunk.sequence.trace else ()
-        traced += chunk.sequence.trace
+        trace = _trace(chunk.sequence, found, traced[chunk]) if chunk.sequence.trace else ()
         sampled.append(SampledToken(tokens[row], logprob, trace))
     return sampled
 

@@ -305,6 +305,7 @@ class EngineStatus:
     num_blocks: int
     block_size: int  # tokens
     cached_tokens: int  # found in the cache instead of being computed, since the start
+    queried_tokens: int  # looked for there
     preemptions: int
     threads: int  # of the CPU that a step computes with
 

@@ -1,7 +1,17 @@
 """The metrics say what has happened, in a format that Prometheus reads."""
 
+import asyncio
+import math
+from itertools import count
+
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from server.engine.gate_stats import SAMPLE_S, GateStats
+from server.engine.sequence import SamplingParams, ScheduledChunk, Sequence, SteeringParams
+from server.types import GenerateParams
+from server.version import own_version
+from steering.types import Handle, SequenceSteering, Site
 from tests.server.conftest import World
 
 
@@ -28,17 +38,138 @@ def test_requests_texts_and_the_engine_are_counted(fresh: World) -> None:
         key = name, tuple(sorted(labels.items()))
         return after[key] - before.get(key, 0)
 
-    assert grown("matsteer_requests_total", route="/generate", status="200") == 1
-    assert grown("matsteer_requests_total", route="/generate", status="422") == 1
-    assert grown("matsteer_requests_total", route="/checkpoints/{name}", status="200") == 1
-    assert grown("matsteer_requests_total", route="other", status="404") == 1
-    assert grown("matsteer_request_seconds_count", route="/generate") == 2
-    assert grown("matsteer_generated_tokens_total") == 4 * 5
-    assert grown("matsteer_prompt_tokens_total") == 4 * answer["results"][0]["usage"]["prompt_tokens"]
+    assert grown("matsteer_http_requests_total", route="/generate", status="200", api_key="") == 1
+    assert grown("matsteer_http_requests_total", route="/generate", status="422", api_key="") == 1
+    assert grown("matsteer_http_requests_total", route="/checkpoints/{name}", status="200", api_key="") == 1
+    assert grown("matsteer_http_requests_total", route="other", status="404", api_key="") == 1
+    assert grown("matsteer_http_request_duration_seconds_count", route="/generate") == 2
+    assert grown("matsteer_generation_tokens_total", api_key="") == 4 * 5
+    assert grown("matsteer_prompt_tokens_total", api_key="") == 4 * answer["results"][0]["usage"]["prompt_tokens"]
     assert grown("matsteer_steered_tokens_total") == sum(r["steering"]["steered_tokens"] for r in answer["results"]) > 0
-    for name in ("queue", "first_token", "token"):
+    of_texts = ("request_queue_time", "request_prefill_time", "request_decode_time", "time_to_first_token")
+    for name in (*of_texts, "e2e_request_latency", "request_time_per_output_token"):
         assert grown(f"matsteer_{name}_seconds_count") == 4
+    parts = sum(grown(f"matsteer_{name}_seconds_sum") for name in of_texts[:3])
+    assert parts == pytest.approx(grown("matsteer_e2e_request_latency_seconds_sum"), abs=1e-6)
+    assert grown("matsteer_request_success_total", finished_reason="length") == 4
     assert grown("matsteer_steps_total") >= 5
     assert grown("matsteer_computed_tokens_total") > 0
-    assert after["matsteer_rows_running", ()] == after["matsteer_rows_waiting", ()] == 0
-    assert after["matsteer_cache_tokens_used", ()] == 0 < after["matsteer_cache_tokens", ()]
+    assert after["matsteer_num_requests_running", ()] == after["matsteer_num_requests_waiting", ()] == 0
+    assert after["matsteer_kv_cache_blocks_used", ()] == after["matsteer_kv_cache_usage_perc", ()] == 0
+    assert after["matsteer_kv_cache_blocks", ()] > 0
+    assert 0 < grown("matsteer_prefix_cache_hits_total") <= grown("matsteer_prefix_cache_queries_total")
+    assert after["process_resident_memory_bytes", ()] > 2**20
+    ((build, one),) = [
+        (dict(labels), value) for (name, labels), value in after.items() if name == "matsteer_build_info"
+    ]
+    assert (one, build["model"], build["version"]) == (1, "tiny", own_version())
+    assert {"torch", "transformers", "python"} <= set(build)
+
+
+def test_steered_tokens_are_counted_for_each_attribute_that_acts(fresh: World) -> None:
+    asked = {"prompt": "Q: What", "max_new_tokens": 5, "ignore_eos": True, "baseline": True}
+    answer = fresh.post(**asked, attributes={"kind": 1.0, "true": -1.0, "fair": 0})
+    steered = sum(result["steering"]["steered_tokens"] for result in answer["results"])
+    fresh.post(**asked, checkpoint="demo@1", attributes={"kind": 1.0})
+    found = {
+        tuple(dict(labels).values()): value
+        for (name, labels), value in numbers(fresh).items()
+        if name == "matsteer_attribute_steered_tokens_total"
+    }
+    assert found == {("kind", "demo@2"): steered, ("true", "demo@2"): steered, ("kind", "demo@1"): steered}
+    assert steered == 5
+
+
+def observe_every_step(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = count(step=2 * SAMPLE_S)
+    monkeypatch.setattr(world.service.engine._runner, "gate_stats", GateStats(lambda: next(now)))
+
+
+def observe_no_step(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    never = GateStats()
+    never._next = math.inf
+    monkeypatch.setattr(world.service.engine._runner, "gate_stats", never)
+
+
+def test_gates_and_norms_are_those_that_a_trace_tells_of(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    observe_every_step(fresh, monkeypatch)
+    answer = fresh.post(
+        prompt="Q: What", max_new_tokens=6, ignore_eos=True, n=2, trace=True, baseline=True,
+        attributes={"kind": 1.0, "fair": -0.5},
+    )  # fmt: skip
+    traced = [
+        column
+        for result in answer["results"]
+        for token in result["trace"]
+        for column in token["columns"]
+        if column["attribute"] != "true"
+    ]
+    seen = numbers(fresh)
+    for attribute in ("kind", "fair"):
+        columns = [column for column in traced if column["attribute"] == attribute]
+        labels = (("attribute", attribute), ("checkpoint", "demo@2"))
+        assert seen["matsteer_gate_count", labels] == len(columns) == 12
+        assert seen["matsteer_gate_sum", labels] == pytest.approx(sum(column["gate"] for column in columns), rel=1e-4)
+        assert seen["matsteer_delta_norm_sum", labels] == pytest.approx(
+            sum(column["delta_norm"] for column in columns), rel=1e-4
+        )
+        saturated = sum(column["gate"] <= 0.01 or column["gate"] > 0.99 for column in columns)
+        assert seen["matsteer_saturated_gates_total", labels] == saturated
+        closed = sum(column["gate"] <= 0.5 for column in columns)
+        assert (
+            seen["matsteer_gate_bucket", (("attribute", attribute), ("checkpoint", "demo@2"), ("le", "0.5"))] == closed
+        )
+    assert seen["matsteer_saturated_gates_total", (("attribute", "fair"), ("checkpoint", "demo@2"))] == 12, "constant"
+    assert not [labels for name, labels in seen if name == "matsteer_gate_count" and ("attribute", "true") in labels]
+
+
+def test_a_text_does_not_depend_on_whether_its_gates_are_looked_at(
+    fresh: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"prompt": "Q: Where", "max_new_tokens": 12, "ignore_eos": True, "seed": 3, "n": 3, "logprobs": 3}
+    found = []
+    for observe in (observe_no_step, observe_no_step, observe_every_step):
+        observe(fresh, monkeypatch)
+        answer = fresh.post(**asked, attributes={"kind": 1.5, "true": -1.0})
+        found.append([(one["token_ids"], one["logprobs"]) for one in answer["results"]])
+    assert found[1] == found[2], "to the last bit, once both find their prompt in the cache"
+    assert any(name == "matsteer_gate_count" for name, _ in numbers(fresh))
+
+
+def test_one_step_in_two_seconds_is_looked_at() -> None:
+    clock = iter([0.0, 0.5, 2.49, 2.5, 3.0, 4.6])
+    stats, handle = GateStats(lambda: next(clock)), Handle(((Site.parse("1.residual"), 0),), ("kind",))
+    steered = SteeringParams(SequenceSteering.of([(handle, (1.0,))]))
+    chunks = [ScheduledChunk(Sequence("a", i, (1,), steering_params=steered), 0, 1) for i in range(20)]
+    plain = [ScheduledChunk(Sequence("b", 0, (1,)), 0, 1)]
+    assert stats.choose(plain) == (), "nobody is steered, and the next step may be looked at"
+    assert [len(stats.choose(chunks)) for _ in range(5)] == [8, 0, 0, 8, 0]
+
+
+def test_swaps_loads_and_cancelled_texts_are_counted(fresh: World) -> None:
+    before = numbers(fresh)
+    fresh.client.post("/checkpoints/demo/activate", json={"version": "1"})
+    fresh.client.post("/checkpoints/other/load", json={})
+    fresh.client.post("/checkpoints/demo/activate", json={"version": "1"})
+    after = numbers(fresh)
+    grown = {name: after[key] - before[key] for key in before if (name := key[0]).startswith("matsteer_checkpoint_")}
+    assert grown["matsteer_checkpoint_swaps_total"] == 1
+    assert grown["matsteer_checkpoint_loads_total"] == 2
+
+    sampling = SamplingParams(max_new_tokens=80, ignore_eos=True)
+
+    async def leave() -> None:
+        task = asyncio.create_task(fresh.service.generate(GenerateParams(prompts=("a",), sampling=sampling)))
+        while not fresh.service.engine.status.running:
+            await asyncio.sleep(0)
+        task.cancel()
+        while fresh.service.engine.open_sequences:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.01)
+
+    fresh.client.portal.call(leave)  # type: ignore[union-attr]
+    ended = numbers(fresh)
+    assert ended["matsteer_request_success_total", (("finished_reason", "cancelled"),)] == 1
+    assert 0 < ended["matsteer_generation_tokens_total", (("api_key", ""),)] < 80
+    assert ("matsteer_e2e_request_latency_seconds_count", ()) in ended
+    assert ended["matsteer_e2e_request_latency_seconds_count", ()] == 0
