@@ -15,7 +15,7 @@ DEV_INSTALLED := $(VENV)/.installed-dev
 PAGE_INSTALLED := $(VENV)/.installed-page
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: help install serve test check format real-model real-checkpoint demo-model demo-data demo-sweep demo-checkpoint reproduce readme api-docs page check-page test-page screenshots fuzz soak test-clients bench test-release test-image audit check-gpu clean
+.PHONY: help install serve test check format real-model real-checkpoint demo-model demo-data demo-sweep demo-checkpoint reproduce readme api-docs page check-page test-page screenshots test-monitoring fuzz soak test-clients bench test-release test-image audit check-gpu clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -105,6 +105,9 @@ test-page: $(PAGE_INSTALLED)  ## the page in a headless Chromium, on servers of 
 
 screenshots: $(PAGE_INSTALLED)  ## docs/page.png, and pictures of every view in runs/screenshots
 	$(BIN)/python -m tests.page.screenshots
+
+test-monitoring: $(DEV_INSTALLED)  ## every query of the dashboard in deploy/, asked of a real Prometheus that scrapes the demo
+	$(BIN)/python -m tests.deploy.monitoring
 
 fuzz: $(DEV_INSTALLED)  ## many more requests of the OpenAPI document than `make test` sends
 	FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/server/test_fuzz.py --timeout 0

@@ -16,7 +16,7 @@ SAMPLE_S = 2.0  # a step is looked at so often, at most
 SAMPLED_ROWS = 8  # texts of it, at most
 CLOSED, OPEN = 0.01, 0.99  # a gate below or above is saturated
 GATES = (CLOSED, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, OPEN, math.inf)
-NORMS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, math.inf)
+NORMS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, math.inf)
 GATE, DELTA_NORM = 0, 2  # among the measures of a trace
 
 

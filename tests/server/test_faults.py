@@ -230,7 +230,7 @@ def test_what_has_failed_changes_no_later_answer(ahead: bool, seed: int, num_blo
     assert not engine._queued
     assert not engine._deadlines
     assert not engine._outputs._left
-    assert not desk.scheduler._waiting._shares
+    assert not desk.scheduler._waiting._clients
 
 
 def test_a_part_of_a_prompt_that_is_not_finite_is_known_at_once() -> None:

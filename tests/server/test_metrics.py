@@ -2,9 +2,13 @@
 
 import asyncio
 import math
+import re
+from collections.abc import Iterator
 from itertools import count
 
 import pytest
+import yaml
+from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.engine.gate_stats import SAMPLE_S, GateStats
@@ -12,14 +16,18 @@ from server.engine.sequence import SamplingParams, ScheduledChunk, Sequence, Ste
 from server.types import GenerateParams
 from server.version import own_version
 from steering.types import Handle, SequenceSteering, Site
+from tests.deploy.monitoring import DASHBOARD, ROOT, queries
 from tests.server.conftest import World
 
 
-def numbers(world: World) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+def families(world: World) -> Iterator[Metric]:
     response = world.client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=")
-    families = text_string_to_metric_families(response.text)
-    return {(s.name, tuple(sorted(s.labels.items()))): s.value for family in families for s in family.samples}
+    yield from text_string_to_metric_families(response.text)
+
+
+def numbers(world: World) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    return {(s.name, tuple(sorted(s.labels.items()))): s.value for family in families(world) for s in family.samples}
 
 
 def test_requests_texts_and_the_engine_are_counted(fresh: World) -> None:
@@ -137,7 +145,7 @@ def test_a_text_does_not_depend_on_whether_its_gates_are_looked_at(
 
 
 def test_one_step_in_two_seconds_is_looked_at() -> None:
-    clock = iter([0.0, 0.5, 2.49, 2.5, 3.0, 4.6])
+    clock = iter([0.0, 0.5, 1.0, 2.49, 2.5, 3.0])
     stats, handle = GateStats(lambda: next(clock)), Handle(((Site.parse("1.residual"), 0),), ("kind",))
     steered = SteeringParams(SequenceSteering.of([(handle, (1.0,))]))
     chunks = [ScheduledChunk(Sequence("a", i, (1,), steering_params=steered), 0, 1) for i in range(20)]
@@ -173,3 +181,37 @@ def test_swaps_loads_and_cancelled_texts_are_counted(fresh: World) -> None:
     assert 0 < ended["matsteer_generation_tokens_total", (("api_key", ""),)] < 80
     assert ("matsteer_e2e_request_latency_seconds_count", ()) in ended
     assert ended["matsteer_e2e_request_latency_seconds_count", ()] == 0
+
+
+def test_the_dashboard_asks_for_metrics_and_labels_that_there_are(fresh: World) -> None:
+    observe = {"prompt": "Q:", "max_new_tokens": 3, "attributes": {"kind": 1.0}}
+    fresh.post(**observe)
+    samples = [sample for family in families(fresh) for sample in family.samples]
+    labels: dict[str, set[str]] = {}
+    for sample in samples:
+        labels.setdefault(sample.name, {"instance", "job"}).update(sample.labels)
+    asked = [query for _, query in queries()]
+    assert len(asked) > 30
+    for query in asked:
+        for name, selected in re.findall(r"\b((?:matsteer|process)_\w+){([^}]*)}", query):
+            assert name in labels, f"{name} of {query}"
+            assert set(re.findall(r"(\w+)=~?\"", selected)) <= labels[name]
+        (name, *_) = re.findall(r"(?:matsteer|process)_\w+", query)
+        grouped = {one.strip() for group in re.findall(r"by \(([^)]*)\)", query) for one in group.split(",")}
+        assert grouped <= labels[name], query
+
+
+def test_compose_mounts_what_is_in_deploy() -> None:
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))["services"]
+    mounted = [volume.split(":") for name in ("prometheus", "grafana") for volume in services[name]["volumes"]]
+    folders = {inside: ROOT / outside for outside, inside, *_ in mounted if outside.startswith("./")}
+    assert all(path.exists() for path in folders.values())
+    (provider,) = yaml.safe_load(
+        (folders["/etc/grafana/provisioning"] / "dashboards/mat-steer.yml").read_text(encoding="utf-8")
+    )["providers"]
+    assert folders[provider["options"]["path"]] == DASHBOARD.parent
+    (job,) = yaml.safe_load(folders["/etc/prometheus/prometheus.yml"].read_text(encoding="utf-8"))["scrape_configs"]
+    assert job["job_name"] == "mat-steer"
+    assert job["static_configs"] == [{"targets": ["mat-steer:8000"]}]
+    for name in ("server", "cpu"):
+        assert services[name]["networks"]["default"]["aliases"] == ["mat-steer"]
