@@ -15,7 +15,7 @@ DEV_INSTALLED := $(VENV)/.installed-dev
 PAGE_INSTALLED := $(VENV)/.installed-page
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: help install serve test check format real-model real-checkpoint demo-model demo-data demo-sweep demo-checkpoint reproduce readme api-docs page check-page test-page screenshots test-monitoring fuzz soak test-clients bench test-release test-image audit check-gpu clean
+.PHONY: help install serve test check format real-model real-checkpoint demo-model demo-data demo-sweep demo-checkpoint reproduce readme api-docs page check-page test-page screenshots test-monitoring test-proxy fuzz soak test-clients bench test-release test-image audit check-gpu clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -108,6 +108,9 @@ screenshots: $(PAGE_INSTALLED)  ## docs/page.png, and pictures of every view in 
 
 test-monitoring: $(DEV_INSTALLED)  ## every query of the dashboard in deploy/, asked of a real Prometheus that scrapes the demo
 	$(BIN)/python -m tests.deploy.monitoring
+
+test-proxy: $(DEV_INSTALLED)  ## the server behind a real nginx, with the site of deploy/nginx.conf
+	$(BIN)/python -m pytest -rs tests/server/test_nginx.py
 
 fuzz: $(DEV_INSTALLED)  ## many more requests of the OpenAPI document than `make test` sends
 	FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/server/test_fuzz.py --timeout 0

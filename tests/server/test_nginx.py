@@ -1,0 +1,188 @@
+"""The server behind a real nginx with deploy/nginx.conf: `make test-proxy`. Left out where there is no nginx."""
+
+import os
+import shutil
+import signal
+import ssl
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from server.config import Settings
+from server.engine.engine import Engine
+from tests.server.test_listener import free_port, serving
+from tests.server.test_logs import logged
+
+SITE = Path(__file__).parents[2] / "deploy" / "nginx.conf"
+PROMPT = "Q: What colour is grass? A:"
+LONG = {"prompt": PROMPT, "max_new_tokens": 70, "ignore_eos": True}
+NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+pytestmark = pytest.mark.skipif(NGINX is None, reason="there is no nginx (Debian: apt-get install nginx)")
+
+
+class Proxy:
+    """A running nginx, and a client of it."""
+
+    def __init__(self, process: subprocess.Popen[bytes], url: str, certificate: Path, engine: Engine) -> None:
+        self.process = process
+        self.engine = engine
+        transport = httpx.HTTPTransport(
+            verify=ssl.create_default_context(cafile=certificate), local_address="127.0.0.2"
+        )
+        self.client = httpx.Client(base_url=url, transport=transport, timeout=30)
+
+    def tokens(self) -> Iterator[None]:
+        """Each token of a stream, as it comes."""
+        with self.client.stream("POST", "/generate", json=LONG | {"stream": True}) as response:
+            assert response.status_code == 200
+            for line in response.iter_lines():
+                if line == "event: token":
+                    yield
+
+    def kill(self) -> None:
+        """At once, with its worker."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        self.process.kill()
+        for worker in children.split():
+            os.kill(int(worker), signal.SIGKILL)
+
+
+@contextmanager
+def nginx(
+    folder: Path, server: str, *changes: tuple[str, str]
+) -> Iterator[tuple["subprocess.Popen[bytes]", str, Path]]:
+    """nginx with the site of deploy/, but for its port, its certificate and its upstream, and `changes`."""
+    certificate, key, port = folder / "cert.pem", folder / "key.pem", free_port()
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    make = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", *names]
+    subprocess.run([*make, "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True)
+    site = SITE.read_text(encoding="utf-8")
+    for old, new in (
+        ("listen 443 ssl", f"listen 127.0.0.1:{port} ssl"),
+        ("127.0.0.1:8000", server.removeprefix("http://")),
+        ("/etc/ssl/certs/example.org.pem", str(certificate)),
+        ("/etc/ssl/private/example.org.key", str(key)),
+        *changes,
+    ):
+        assert site.count(old) == 1, old
+        site = site.replace(old, new)
+    (folder / "site.conf").write_text(site, encoding="utf-8")
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    temporary = "".join(f"{kind}_temp_path {folder}/{kind};" for kind in kinds)
+    user = "user root;" if os.getuid() == 0 else ""
+    (folder / "nginx.conf").write_text(
+        f"{user} daemon off; worker_processes 1; pid {folder}/pid; error_log stderr;"
+        f"events {{}} http {{ access_log off; {temporary} include {folder}/site.conf; }}",
+        encoding="utf-8",
+    )
+    process = subprocess.Popen(
+        [str(NGINX), "-p", str(folder), "-c", str(folder / "nginx.conf")], stderr=subprocess.DEVNULL
+    )
+    try:
+        yield process, f"https://localhost:{port}", certificate
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@contextmanager
+def proxied(settings: Settings, folder: Path, *changes: tuple[str, str]) -> Iterator[Proxy]:
+    with (
+        serving(settings.model_copy(update={"forwarded_allow_ips": "127.0.0.1"}), 1) as (server, _, url),
+        nginx(folder, url, *changes) as (process, address, certificate),
+    ):
+        proxy = Proxy(process, address, certificate, server._service.engine)
+        until(lambda: answers(proxy.client))
+        yield proxy
+        proxy.client.close()
+
+
+def answers(client: httpx.Client) -> bool:
+    try:
+        return client.get("/readyz").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def until(true: Callable[[], bool], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it never came to be"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def proxy(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    with proxied(settings, tmp_path_factory.mktemp("nginx")) as running:
+        yield running
+
+
+def check_stream(proxy: Proxy) -> None:
+    """Tokens arrive while the text goes on: a step takes 30 ms here."""
+    arrived = 0
+    for _ in proxy.tokens():
+        arrived += 1
+        assert proxy.engine.open_sequences == 1 or arrived > 40
+    assert arrived == 70
+
+
+def test_tokens_come_one_by_one(proxy: Proxy) -> None:
+    check_stream(proxy)
+
+
+def test_tokens_come_one_by_one_through_an_nginx_that_gathers(settings: Settings, tmp_path: Path) -> None:
+    """The server's own header says that a stream is not to be gathered."""
+    with proxied(settings, tmp_path, ("proxy_buffering off;", "proxy_buffering on;")) as proxy:
+        check_stream(proxy)
+
+
+def test_the_client_is_the_one_that_nginx_saw(proxy: Proxy) -> None:
+    with logged(log_format="json") as log:
+        answer = proxy.client.get("/readyz", headers={"X-Forwarded-For": "6.6.6.6", "X-Request-Id": "mine"})
+    assert answer.headers["x-request-id"] == "mine"
+    assert (log.request()["client"], log.request()["request_id"]) == ("127.0.0.2", "mine")
+
+
+def test_metrics_are_not_for_everybody(proxy: Proxy) -> None:
+    assert proxy.client.get("/metrics").status_code == 403
+
+
+def gone(proxy: Proxy) -> bool:
+    return proxy.engine.open_sequences == proxy.engine.status.used_blocks == 0
+
+
+def test_a_client_that_leaves_ends_its_request_behind_the_proxy(proxy: Proxy) -> None:
+    with logged(log_format="json") as log:
+        tokens = proxy.tokens()
+        next(tokens)
+        assert not gone(proxy)
+        tokens.close()  # type: ignore[attr-defined]
+        until(lambda: gone(proxy))
+        assert log.request()["outcome"] == "client_gone"
+    assert log.request()["completion_tokens"] < 60
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_proxy_that_cuts_ends_the_request(settings: Settings, tmp_path: Path, stream: bool) -> None:
+    """It waits no longer than a second for an answer, or is killed in the middle of a stream."""
+    with (
+        proxied(settings, tmp_path, ("proxy_read_timeout 610s;", "proxy_read_timeout 1s;")) as proxy,
+        logged(log_format="json") as log,
+    ):
+        if stream:
+            tokens = proxy.tokens()
+            for _ in range(5):
+                next(tokens)
+            proxy.kill()
+            with pytest.raises(httpx.TransportError):
+                list(tokens)
+        else:
+            assert proxy.client.post("/generate", json=LONG | {"n": 2}).status_code == 504
+        until(lambda: gone(proxy))
+        lines = [line for line in log.requests() if line["route"] == "/generate"]
+    assert [line["outcome"] for line in lines] == ["client_gone"]
