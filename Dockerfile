@@ -23,7 +23,7 @@ COPY steer_ops ./steer_ops
 COPY training ./training
 COPY demo ./demo
 COPY checkpoints/demo ./checkpoints/demo
-RUN /opt/matsteer/bin/pip install --no-cache-dir --constraint constraints.txt .
+RUN /opt/matsteer/bin/pip install --no-cache-dir --constraint constraints.txt '.[otel]'
 
 FROM ${BASE}
 LABEL org.opencontainers.image.title="mat-steer" \

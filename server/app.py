@@ -32,6 +32,7 @@ from server.errors import BodyTooLarge, ClientGone, Refused, ServerError, Unauth
 from server.request_record import RequestRecord, open_record
 from server.schemas import ErrorBody
 from server.service import Service
+from server.tracing import Tracing, open_tracing
 from server.version import own_version
 
 log = logging.getLogger("server.access")
@@ -43,12 +44,15 @@ LOGGED_PATH = 200  # characters of a path in the log
 
 def create_app(settings: Settings) -> FastAPI:
     """A server whose model is loaded and whose engine runs. Raises StartupError with one sentence."""
+    tracing = open_tracing()
     service = open_service(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         await asyncio.to_thread(service.engine.stop)
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
 
     app = bare_app(lifespan=lifespan)
     app.state.service = service
@@ -56,7 +60,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(KeyEverywhere)
     app.add_middleware(TrailingSlash)
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
-    app.add_middleware(RequestMiddleware, on_end=service.metrics.request)
+    app.add_middleware(RequestMiddleware, on_end=service.metrics.request, tracing=tracing)
     if origins := settings.cors_origins:  # the last one added is the outermost: every answer says who may read it
         app.add_middleware(
             CORSMiddleware,
@@ -96,10 +100,11 @@ class RequestMiddleware:
     """The outermost layer: gives each request an id (the client's X-Request-Id where it is plain) and a record, logs a
     line for it, and turns every exception into an error response."""
 
-    def __init__(self, app: ASGIApp, on_end: Callable[[RequestRecord], None]) -> None:
+    def __init__(self, app: ASGIApp, on_end: Callable[[RequestRecord], None], tracing: Tracing | None = None) -> None:
         """`on_end` is called with the record of each request."""
         self._app = app
         self._on_end = on_end
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -107,6 +112,7 @@ class RequestMiddleware:
             return
         request_id, client = _own_id(scope) or new_request_id(), scope.get("client")
         record = RequestRecord(request_id, client[0] if client else None, scope["method"], _path(scope))
+        record.started_ns = time.time_ns()
         open_record(record)
         scope.setdefault("state", {})["request_id"] = request_id
         started, complete = time.monotonic(), False
@@ -132,6 +138,8 @@ class RequestMiddleware:
             record.total_ms = round((time.monotonic() - started) * 1000, 3)
             record.route = getattr(scope.get("route"), "path", record.route)
             record.outcome = record.outcome or ("ok" if complete else ClientGone.type)
+            if self._tracing is not None:
+                self._tracing.request(record, scope["headers"])
             log.info("%s", record.line(), extra=record.fields())
             self._on_end(record)
 

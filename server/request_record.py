@@ -8,7 +8,7 @@ from typing import Any
 from server.engine.sequence import Finished, ShareKey
 from server.keys import ApiKey
 
-HIDDEN = frozenset({"submitted_ns", "key"})
+HIDDEN = frozenset({"started_ns", "submitted_ns", "key"})
 
 
 @dataclass
@@ -33,7 +33,9 @@ class RequestRecord:
     engine_ms: float | None = None  # from the submission to the last text's end
     total_ms: float | None = None  # from the request's headers to the answer's end
     prompt: Any = None  # what was asked, where the settings have it logged
-    submitted_ns: int | None = None  # Unix time at which the engine was given the texts
+    trace_id: str | None = None  # OpenTelemetry's
+    started_ns: int | None = None  # Unix time
+    submitted_ns: int | None = None  # at which the engine was given the texts
 
     def share(self, request: str) -> ShareKey:
         """Of the engine: the key's, and in it the request's."""

@@ -39,7 +39,8 @@ def page() -> str:
     old = ", ".join(f"`{before}` ({PREFIX}{before.upper()}) for `{name}`" for before, name in OLD_NAMES.items())
     lines.append(f"\nOld names are accepted: {old}.\n")
     lines.append(
-        "\nNo settings of the server, but read: `MATSTEER_URL` (the server that the terminal's commands ask), "
+        "\nNo settings of the server, but read: OpenTelemetry's variables ([deploy.md](deploy.md#traces)), "
+        "`MATSTEER_URL` (the server that the terminal's commands ask), "
         "and in `docker-compose.yml` `MATSTEER_TORCH`, `MATSTEER_PUBLISH` and `MATSTEER_CHECKPOINTS_DIR`.\n"
     )
     return "".join(lines)

@@ -196,7 +196,7 @@ def test_a_client_that_leaves_a_stream_is_told_of(behind: str) -> None:
 def test_a_trusted_proxy_names_the_client(behind: str, forwarded: str | None, client: str) -> None:
     with logged(log_format="json") as log:
         httpx.get(f"{behind}/healthz", headers={"X-Forwarded-For": forwarded} if forwarded else {}, trust_env=False)
-    assert log.request()["client"] == client
+        assert log.request()["client"] == client
 
 
 def test_nobody_else_does(settings: Settings) -> None:
@@ -205,7 +205,7 @@ def test_nobody_else_does(settings: Settings) -> None:
         logged(log_format="json") as log,
     ):
         httpx.get(f"{url}/healthz", headers={"X-Forwarded-For": "203.0.113.9"}, trust_env=False)
-    assert log.request()["client"] == "127.0.0.1"
+        assert log.request()["client"] == "127.0.0.1"
 
 
 def test_an_exception_is_a_field_of_its_line(settings: Settings) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -16,7 +17,7 @@ import pytest
 from server.config import Settings
 from server.engine.engine import Engine
 from tests.server.test_listener import free_port, serving
-from tests.server.test_logs import logged
+from tests.server.test_logs import Log, logged
 
 SITE = Path(__file__).parents[2] / "deploy" / "nginx.conf"
 PROMPT = "Q: What colour is grass? A:"
@@ -144,12 +145,16 @@ def test_tokens_come_one_by_one_through_an_nginx_that_gathers(settings: Settings
 def test_the_client_is_the_one_that_nginx_saw(proxy: Proxy) -> None:
     with logged(log_format="json") as log:
         answer = proxy.client.get("/readyz", headers={"X-Forwarded-For": "6.6.6.6", "X-Request-Id": "mine"})
-    assert answer.headers["x-request-id"] == "mine"
-    assert (log.request()["client"], log.request()["request_id"]) == ("127.0.0.2", "mine")
+        assert answer.headers["x-request-id"] == "mine"
+        assert (log.request()["client"], log.request()["request_id"]) == ("127.0.0.2", "mine")
 
 
 def test_metrics_are_not_for_everybody(proxy: Proxy) -> None:
     assert proxy.client.get("/metrics").status_code == 403
+
+
+def generated(log: Log) -> list[dict[str, Any]]:
+    return [line for line in log.requests() if line["route"] == "/generate"]
 
 
 def gone(proxy: Proxy) -> bool:
@@ -184,5 +189,5 @@ def test_a_proxy_that_cuts_ends_the_request(settings: Settings, tmp_path: Path, 
         else:
             assert proxy.client.post("/generate", json=LONG | {"n": 2}).status_code == 504
         until(lambda: gone(proxy))
-        lines = [line for line in log.requests() if line["route"] == "/generate"]
-    assert [line["outcome"] for line in lines] == ["client_gone"]
+        until(lambda: bool(generated(log)))
+    assert [line["outcome"] for line in generated(log)] == ["client_gone"]
