@@ -1,5 +1,6 @@
 """What a request was and what became of it: filled by whoever knows, told in one place when the request has ended."""
 
+import time
 from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
@@ -40,6 +41,12 @@ class RequestRecord:
     def share(self, request: str) -> ShareKey:
         """Of the engine: the key's, and in it the request's."""
         return ShareKey(f"key {self.key.name}" if self.key else request, request)
+
+    def count(self, tokens: int) -> None:
+        """So many more of a stream have come; `end` knows better, where it is called."""
+        if self.ttft_ms is None and self.submitted_ns is not None:
+            self.ttft_ms = round((time.time_ns() - self.submitted_ns) / 1e6, 3)
+        self.completion_tokens = (self.completion_tokens or 0) + tokens
 
     def end(self, texts: Iterable[Finished]) -> None:
         """All texts have ended."""

@@ -270,7 +270,7 @@ class Service:
             if prompts:
                 yield prompts
             async for tokens in request.stream.tokens():
-                request.record.completion_tokens = (request.record.completion_tokens or 0) + len(tokens)
+                request.record.count(len(tokens))
                 yield [_chunk(request, token) for token in tokens]
             yield [await self._result(request, prompts)]
 

@@ -183,9 +183,13 @@ def test_a_client_that_leaves_a_stream_is_told_of(behind: str) -> None:
     with logged(log_format="json") as log:
         with socket.create_connection((host, int(port))) as client:
             client.sendall(head % len(sent) + sent)
-            client.recv(500)
+            came = b""
+            while came.count(b"event: token") < 3:
+                came += client.recv(500)
         line = log.request()
     assert (line["status"], line["outcome"]) == (200, "client_gone")
+    assert 0 < line["completion_tokens"] < 60
+    assert 0 < line["ttft_ms"] < line["total_ms"]
     assert line["client"] == "127.0.0.1"
 
 
