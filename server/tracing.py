@@ -30,8 +30,8 @@ def open_tracing() -> "Tracing | None":
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError:
         raise StartupError(
-            "OTEL_EXPORTER_OTLP_ENDPOINT is set, but OpenTelemetry's SDK is not installed: "
-            "pip install 'mat-steer[otel]', or unset the variable."
+            "OTEL_EXPORTER_OTLP_ENDPOINT is set, but OpenTelemetry's SDK or exporter is not installed: "
+            "pip install 'opentelemetry-exporter-otlp-proto-http>=1.27' brings both; or unset the variable."
         ) from None
     ours = Resource.create({"service.name": "mat-steer", "service.version": own_version()})
     provider = TracerProvider(resource=ours.merge(OTELResourceDetector().detect()))

@@ -158,5 +158,5 @@ def test_an_endpoint_without_the_package_is_a_sentence_at_the_start(monkeypatch:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.delenv("OTEL_SDK_DISABLED", raising=False)
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
-    with pytest.raises(StartupError, match=r"pip install 'mat-steer\[otel\]'"):
+    with pytest.raises(StartupError, match=r"pip install 'opentelemetry-exporter-otlp-proto-http>=1\.27' brings both"):
         open_tracing()
