@@ -6,7 +6,7 @@ import re
 import string
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 from urllib.parse import quote
 
@@ -43,14 +43,28 @@ LOGGED_PATH = 200  # characters of a path in the log
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """A server whose model is loaded and whose engine runs. Raises StartupError with one sentence."""
+    """A server whose model is loaded and whose engine runs in this process. Raises StartupError with one sentence."""
     tracing = open_tracing()
     service = open_service(settings)
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def engine() -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(service.engine.stop)
+        await asyncio.to_thread(service.client.stop)
+
+    return app_of(service, engine, tracing)
+
+
+def app_of(
+    service: Service, of_engine: Callable[[], AbstractAsyncContextManager[None]], tracing: Tracing | None
+) -> FastAPI:
+    """The application of a service. `of_engine`: what begins and ends with it."""
+    settings = service.settings
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with of_engine():
+            yield
         if tracing is not None:
             await asyncio.to_thread(tracing.close)
 

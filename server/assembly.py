@@ -9,6 +9,8 @@ from server.engine.engine import Engine
 from server.engine.model_runner import is_spread
 from server.engine.scheduler import Scheduler
 from server.engine.scoring import max_num_logits
+from server.engine_client import EngineClient, EngineFacts
+from server.engine_core import EngineCore
 from server.errors import ServerError, StartupError
 from server.judge import load_judge
 from server.keys import ApiKeys
@@ -29,29 +31,53 @@ log = logging.getLogger(__name__)
 
 
 def open_service(settings: Settings) -> Service:
-    """Load the model, start the engine, activate a checkpoint. Close with `service.engine.stop()`.
+    """A service whose engine runs in this process. Close with `service.client.stop()`. Raises StartupError with one
+    sentence."""
+    core, codec = open_engine(settings)
+    try:
+        return service_of(settings, codec, core)
+    except StartupError:
+        core.stop()
+        raise
+
+
+def service_of(settings: Settings, codec: Codec, client: EngineClient, *, told: bool = False) -> Service:
+    """`told`: another process has logged already what the operator should know. Raises StartupError."""
+    if not told:
+        _tell_chat_template(codec.chat, settings)
+    return Service(
+        settings,
+        codec,
+        client,
+        Metrics(settings.served_name),
+        judge=load_judge(settings),
+        studies=Studies(settings.studies) if settings.studies else None,
+    )
+
+
+def open_engine(settings: Settings, *, makes_texts: bool = True) -> tuple[EngineCore, Codec]:
+    """Load the model, start the engine, activate a checkpoint. `makes_texts`: in its own thread (`Engine`).
 
     Raises StartupError with one sentence.
     """
     start = time.monotonic()
     if "checkpoints" in settings.model_fields_set and not settings.checkpoints.is_dir():
         raise StartupError(f"There is no checkpoints folder {str(settings.checkpoints)!r} (MATSTEER_CHECKPOINTS).")
-    template = _read_template(settings.chat_template)
+    template = read_template(settings.chat_template)
     ApiKeys(settings)  # a file that cannot be used is told of before the model is loaded
-    service = run_in_disposable_thread(lambda: _build(settings, load_model(settings), template))
-    _tell_chat_template(service.codec.chat, settings)
-    service.engine.start()
+    core, codec = run_in_disposable_thread(lambda: _build(settings, load_model(settings), template, makes_texts))
+    core.engine.start()
     try:
-        active = _activate(service.registry, settings)
+        active = _activate(core.registry, settings)
     except ServerError as error:
-        service.engine.stop()
+        core.stop()
         raise StartupError(f"The checkpoint {settings.checkpoint!r} cannot be used: {error.message}") from error
-    service.engine.warm_up().result()  # with the hooks of what has been loaded, and before anybody waits
-    log.info("serving %s, checkpoint %s, after %.1f s", service.model, active, time.monotonic() - start)
-    return service
+    core.engine.warm_up().result()  # with the hooks of what has been loaded, and before anybody waits
+    log.info("serving %s, checkpoint %s, after %.1f s", settings.served_name, active, time.monotonic() - start)
+    return core, codec
 
 
-def _read_template(file: Path | None) -> str | None:
+def read_template(file: Path | None) -> str | None:
     """Raises StartupError where the operator's chat template cannot be read."""
     if file is None:
         return None
@@ -76,14 +102,18 @@ def _tell_chat_template(template: ChatTemplate | None, settings: Settings) -> No
             log.info("the chat template %s does not show tool calls: requests with them are refused", name)
 
 
-def _build(settings: Settings, loaded: LoadedModel, chat_template: str | None) -> Service:
+def _build(
+    settings: Settings, loaded: LoadedModel, chat_template: str | None, makes_texts: bool
+) -> tuple[EngineCore, Codec]:
     try:
-        return _build_service(settings, loaded, chat_template)
+        return _build_engine(settings, loaded, chat_template, makes_texts)
     except UnsupportedArchitecture as error:
         raise StartupError(f"The model {settings.model_path!r} cannot be steered: {error}.") from error
 
 
-def _build_service(settings: Settings, loaded: LoadedModel, chat_template: str | None) -> Service:
+def _build_engine(
+    settings: Settings, loaded: LoadedModel, chat_template: str | None, makes_texts: bool
+) -> tuple[EngineCore, Codec]:
     if chat_template is not None:
         loaded.tokenizer.chat_template = chat_template
     fits = fits_model(loaded.model, settings.served_name, settings.revision)
@@ -112,24 +142,22 @@ def _build_service(settings: Settings, loaded: LoadedModel, chat_template: str |
         runner,
         scheduler,
         eos=loaded.eos,
-        decode=codec.decode,
+        decode=codec.decode if makes_texts else None,
         decode_all=codec.decode_all,
         queue_limit=settings.queue_limit,
         stall_s=settings.stall_s,
         deadline_s=settings.deadline_s,
     )
     registry = Registry(settings.checkpoints, bank, fits, engine.call)
-    adapter = str(loaded.adapter) if loaded.adapter else None
-    return Service(
-        settings,
-        codec,
-        engine,
-        registry,
-        Metrics(engine, registry, settings.served_name),
-        adapter=adapter,
-        judge=load_judge(settings),
-        studies=Studies(settings.studies) if settings.studies else None,
+    facts = EngineFacts(
+        max_pair_tokens=engine.max_pair_tokens,
+        context=context,
+        vocab=loaded.vocab,
+        eos=loaded.eos,
+        created=int(time.time()),
+        adapter=str(loaded.adapter) if loaded.adapter else None,
     )
+    return EngineCore(engine, registry, facts), codec
 
 
 def _activate(registry: Registry, settings: Settings) -> str:
@@ -137,7 +165,7 @@ def _activate(registry: Registry, settings: Settings) -> str:
     for entry in registry.entries():
         if entry.problem:
             # A sound checkpoint for another model is nothing to worry about: a folder may hold those of several.
-            level = logging.INFO if entry.checkpoint else logging.WARNING
+            level = logging.INFO if entry.config else logging.WARNING
             log.log(level, "checkpoint %s@%s cannot be loaded: %s", entry.name, entry.version, entry.problem)
     root, model = settings.checkpoints, settings.served_name
     restored = registry.restore(read_state(root, model)) if settings.remember else None

@@ -8,7 +8,7 @@ from typing import Any
 
 from server.engine.scoring import Divergence
 from server.engine.sequence import Finished, PositionsName, SampledToken, TokenLogprob
-from server.registry import CheckpointEntry, LoadedCheckpoint
+from server.engine_client import CheckpointEntry, CheckpointInfo
 from server.schemas import (
     ArmBody,
     AttributeBody,
@@ -180,7 +180,7 @@ def tokenizer_info(codec: Codec) -> TokenizerInfoBody:
     )
 
 
-def loaded(checkpoint: LoadedCheckpoint) -> LoadedBody:
+def loaded(checkpoint: CheckpointInfo) -> LoadedBody:
     return LoadedBody(name=checkpoint.name, version=checkpoint.version, sha256=checkpoint.sha256)
 
 
@@ -191,7 +191,7 @@ def checkpoint(entry: CheckpointEntry) -> CheckpointBody:
 
 def checkpoint_detail(entry: CheckpointEntry) -> CheckpointDetailBody:
     """The same, with how it was trained and evaluated."""
-    config = entry.checkpoint.config if entry.checkpoint else None
+    config = entry.config
     training, evaluation = (config.training, config.evaluation) if config else ({}, {})
     return CheckpointDetailBody(**_checkpoint_fields(entry), training=training, evaluation=evaluation)
 
@@ -206,14 +206,13 @@ def _checkpoint_fields(entry: CheckpointEntry) -> dict[str, Any]:
         "loadable": entry.problem is None,
         "reason": entry.problem,
     }
-    if entry.checkpoint is None:
+    if (config := entry.config) is None:
         return fields
-    config = entry.checkpoint.config
     attributes = {}
-    for name, default in entry.checkpoint.attributes.items():
-        columns = [column for column in config.columns if column.attribute == name]
-        sites = [f"{column.layer}.{column.site.value}" for column in columns]
-        attributes[name] = AttributeBody(default=default, range=columns[0].range, sites=sites)
+    for name in dict.fromkeys(column.attribute for column in config.columns):
+        first, *others = (column for column in config.columns if column.attribute == name)
+        sites = [f"{column.layer}.{column.site.value}" for column in (first, *others)]
+        attributes[name] = AttributeBody(default=first.default_multiplier, range=first.range, sites=sites)
     return fields | {
         "method": config.method,
         "positions": config.positions.value,

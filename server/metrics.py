@@ -4,6 +4,7 @@ Names are vLLM's with our prefix where vLLM has the same thing. What it calls a 
 may ask for many.
 """
 
+import os
 import platform
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
@@ -16,12 +17,12 @@ from prometheus_client.core import (
     InfoMetricFamily,
     Metric,
 )
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
-from server.engine.engine import Engine
 from server.engine.gate_stats import CLOSED, OPEN, SAMPLE_S, SAMPLED_ROWS
 from server.engine.sequence import Finished
-from server.registry import Registry
+from server.engine_client import EngineSnapshot
 from server.request_record import RequestRecord
 from server.types import AppliedCheckpoint
 from server.version import own_version
@@ -34,10 +35,10 @@ SAMPLE = f"of a sample: at most {SAMPLED_ROWS} steered texts of one step in {SAM
 class Metrics:
     """The metrics of one server."""
 
-    def __init__(self, engine: Engine, registry: Registry, model: str) -> None:
+    def __init__(self, model: str) -> None:
         """`model`: its name, as clients know it."""
+        self._model = model
         self._all = CollectorRegistry()
-        self._all.register(_Engine(engine, registry, model))
         ProcessCollector(registry=self._all)
         self._requests = Counter(
             "matsteer_http_requests",
@@ -101,9 +102,20 @@ class Metrics:
                     label = f"{checkpoint.checkpoint}@{checkpoint.version}"
                     self._steered_by.labels(label, attribute).inc(event.steered_tokens)
 
-    def exposition(self) -> bytes:
-        """All of them, in Prometheus' text format."""
-        return generate_latest(self._all)
+    def exposition(self, engine: EngineSnapshot) -> bytes:
+        """All of them, in Prometheus' text format; of the engine what it says of itself now."""
+        of_engine = CollectorRegistry()
+        of_engine.register(_Engine(engine, self._model))
+        return generate_latest(of_engine) + generate_latest(self._of_all_fronts())
+
+    def _of_all_fronts(self) -> CollectorRegistry:
+        """Where several processes answer, each of them tells what all have counted (prometheus_client's multiprocess
+        mode)."""
+        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+            return self._all
+        together = CollectorRegistry()
+        MultiProcessCollector(together)  # type: ignore[no-untyped-call]
+        return together
 
     def _histogram(
         self, name: str, what: str, buckets: tuple[float, ...], labels: tuple[str, ...] | list[str] = ()
@@ -112,11 +124,10 @@ class Metrics:
 
 
 class _Engine(Collector):
-    """Reads the counters of the engine and the registry at each scrape."""
+    """The counters of the engine and its checkpoints."""
 
-    def __init__(self, engine: Engine, registry: Registry, model: str) -> None:
+    def __init__(self, engine: EngineSnapshot, model: str) -> None:
         self._engine = engine
-        self._registry = registry
         self._build = {
             "version": own_version(),
             "python": platform.python_version(),
@@ -127,7 +138,7 @@ class _Engine(Collector):
 
     def collect(self) -> Iterator[Metric]:
         yield InfoMetricFamily("matsteer_build", "versions of what serves, and the model's name", value=self._build)
-        stats, status, registry = self._engine.stats, self._engine.status, self._registry
+        engine, stats, status = self._engine, self._engine.stats, self._engine.status
         for name, what, count in (
             ("steps", "forward passes", stats.steps),
             ("computed_tokens", "tokens through the model, prompts included", stats.computed_tokens),
@@ -136,8 +147,8 @@ class _Engine(Collector):
             ("prefix_cache_hits", "those of them that were found, and not computed", status.cached_tokens),
             ("failed_steps", "forward passes that failed", stats.failed_steps),
             ("num_preemptions", "texts whose blocks were taken, to be computed again later", status.preemptions),
-            ("checkpoint_loads", "checkpoints that were brought to the device", registry.loads),
-            ("checkpoint_swaps", "times that requests without a name got another checkpoint", registry.swaps),
+            ("checkpoint_loads", "checkpoints that were brought to the device", engine.loads),
+            ("checkpoint_swaps", "times that requests without a name got another checkpoint", engine.swaps),
         ):
             yield CounterMetricFamily(f"matsteer_{name}", what, value=count)
         used = status.used_blocks / status.num_blocks
@@ -145,8 +156,8 @@ class _Engine(Collector):
             ("num_requests_running", "texts that are being generated", status.running),
             ("num_requests_waiting", "texts that wait", status.waiting),
             ("num_requests_scored", "given texts that are scored or compared, or wait for it", status.scoring),
-            ("num_requests_open", "texts that have been submitted and not ended", self._engine.open_sequences),
-            ("checkpoint_leases", "holders of loaded checkpoints: requests that have not ended", registry.pins),
+            ("num_requests_open", "texts that have been submitted and not ended", engine.open_sequences),
+            ("checkpoint_leases", "holders of loaded checkpoints: requests that have not ended", engine.pins),
             (
                 "kv_cache_usage_perc",
                 "share of the KV cache's blocks in use, 0 to 1",
@@ -156,15 +167,15 @@ class _Engine(Collector):
             ("kv_cache_blocks", "blocks of the KV cache", status.num_blocks),
             ("kv_cache_block_tokens", "tokens that a block has room for", status.block_size),
             ("cpu_threads", "threads that a step computes with; fewer while others want the cores", status.threads),
-            ("ready", "1 while requests are taken", int(self._engine.trouble is None)),
+            ("ready", "1 while requests are taken", int(engine.trouble is None)),
         ):
             yield GaugeMetricFamily(f"matsteer_{name}", what, value=value)
-        active = registry.active
+        active = engine.active
         checkpoints = GaugeMetricFamily(
             "matsteer_checkpoint", "loaded checkpoints; 1 for the active one", labels=["checkpoint", "sha256"]
         )
-        for loaded in registry.loaded:
-            checkpoints.add_metric([loaded.label, loaded.sha256], int(loaded is active))
+        for loaded in engine.loaded:
+            checkpoints.add_metric([loaded.label, loaded.sha256], int(loaded == active))
         yield checkpoints
         yield from self._gates()
 
@@ -177,10 +188,10 @@ class _Engine(Collector):
             f"gates up to {CLOSED:g} or above {OPEN:g}, of those of matsteer_gate",
             labels=labels,
         )
-        for loaded in self._registry.loaded:
-            for attribute, seen in self._engine.gate_stats(loaded.handle).items():
-                named = [loaded.label, attribute]
-                gates.add_metric(named, seen.gates.cumulative(), seen.gates.total)
-                norms.add_metric(named, seen.delta_norms.cumulative(), seen.delta_norms.total)
+        for checkpoint, attributes in self._engine.gates.items():
+            for attribute, seen in attributes.items():
+                named = [checkpoint, attribute]
+                gates.add_metric(named, seen.gates, seen.gates_total)
+                norms.add_metric(named, seen.delta_norms, seen.delta_norms_total)
                 saturated.add_metric(named, seen.saturated)
         yield from (gates, norms, saturated)

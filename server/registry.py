@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from server.engine.sequence import PositionsName
+from server.engine_client import CheckpointEntry, CheckpointInfo, Form
 from server.errors import (
     CheckpointInUse,
     EngineDown,
@@ -63,10 +64,14 @@ class LoadedCheckpoint:
         return name
 
     @property
-    def form(self) -> Literal["chat", "plain"] | None:
+    def form(self) -> Form | None:
         """What it was trained on: "chat", "plain" text, or None where its folder does not say."""
-        known: dict[object, Literal["chat", "plain"]] = {"chat": "chat", "plain": "plain"}
+        known: dict[object, Form] = {"chat": "chat", "plain": "plain"}
         return known.get(str(self.checkpoint.config.training.get("form")))
+
+    @property
+    def info(self) -> CheckpointInfo:
+        return CheckpointInfo(self.name, self.version, self.sha256, self.created, self.defaults)
 
     @property
     def defaults(self) -> dict[str, float]:
@@ -94,19 +99,6 @@ class LoadedCheckpoint:
                     param=f"{param}.{name}",
                 )
         return self.checkpoint.multipliers(asked)
-
-
-@dataclass(frozen=True)
-class CheckpointEntry:
-    """One complete checkpoint folder."""
-
-    name: str
-    version: str
-    checkpoint: Checkpoint | None  # what is served, where it is loaded; None: damaged
-    problem: str | None  # why what is in the folder cannot be loaded on this model
-    loaded: bool
-    changed: bool  # loaded, and the folder holds another one by now
-    active: bool
 
 
 def fits_model(model: Any, name: str, revision: str | None) -> Callable[[Checkpoint], None]:
@@ -414,7 +406,13 @@ class Registry:
                 checkpoint = served.checkpoint
             entries.append(
                 CheckpointEntry(
-                    found, version, checkpoint, problem, loaded=bool(served), changed=changed, active=key == active
+                    found,
+                    version,
+                    checkpoint.config if checkpoint else None,
+                    problem,
+                    loaded=bool(served),
+                    changed=changed,
+                    active=key == active,
                 )
             )
         return entries

@@ -1,46 +1,44 @@
-"""The use cases of the server: generate, stream and score. Knows the tokenizer, the registry and the engine; no HTTP,
-no tensors."""
+"""The use cases of the server: generate, stream and score. Knows the tokenizer and, through an `EngineClient`, the
+engine and its checkpoints; no HTTP, no tensors."""
 
 import asyncio
-import logging
 import secrets
 import time
 import weakref
 from collections import abc
-from collections.abc import AsyncIterator
-from concurrent.futures import Future
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
 
 from server.config import Settings
 from server.engine.engine import Engine
-from server.engine.scoring import ComparisonPair, Divergence
-from server.engine.sequence import (
-    Finished,
-    PositionsName,
-    SamplingParams,
-    Sequence,
-    ShareKey,
-    SteeringParams,
-    TokenEvent,
-    TokenLogprob,
+from server.engine.scoring import Divergence
+from server.engine.sequence import Finished, SamplingParams, TokenEvent, TokenLogprob
+from server.engine_client import (
+    AppliedSteering,
+    CheckpointEntry,
+    CheckpointInfo,
+    EngineClient,
+    EngineRequest,
+    EngineSnapshot,
+    Prompt,
+    ScoreRequest,
+    Submitted,
 )
-from server.errors import DeadlineExceeded, InvalidField, PromptTooLong, UnknownCheckpoint, UnknownModel
+from server.engine_core import EngineCore
+from server.errors import DeadlineExceeded, InvalidField, PromptTooLong, UnknownModel
 from server.judge import Judge
 from server.keys import ApiKeys
 from server.metrics import Metrics
-from server.registry import CheckpointEntry, CheckpointLease, LoadedCheckpoint, Registry
+from server.registry import Registry
 from server.request_record import RequestRecord, current_record
 from server.request_stream import RequestStream
 from server.studies import Studies
-from server.threads import KeyedThreads
 from server.tokenizer import Codec
 from server.types import (
-    AppliedCheckpoint,
     ArmResult,
-    CheckpointRef,
     EchoedPrompt,
     GenerateParams,
     GenerateResult,
@@ -50,39 +48,22 @@ from server.types import (
     TokenChunk,
     TokenizeParams,
 )
-from steering.types import SequenceSteering
 
 T = TypeVar("T")
-LOADING_THREADS = 4
-log = logging.getLogger(__name__)
-FORMS = {"chat": "conversations (messages)", "plain": "plain text (prompt)"}
-
-
-_Found = list[tuple[CheckpointRef, LoadedCheckpoint]]  # an arm's checkpoints
-
-
-@dataclass(frozen=True)
-class _ArmSteering:
-    """An arm's steering with its checkpoints found: for the engine, and for the answer."""
-
-    steering_params: SteeringParams
-    checkpoints: tuple[AppliedCheckpoint, ...]
+_Pair = tuple[Finished, Finished]  # a text, and the one that it is compared with
 
 
 @dataclass(frozen=True)
 class _RunningRequest:
-    """A request that has been submitted to the engine. Its sequences are in the order prompt, choice, arm:
-    index = (prompt * n + choice) * arms + arm."""
+    """A request that has been submitted to the engine."""
 
+    id: str
     created: int  # Unix time, seconds
     deadline: float  # of time.monotonic
     params: GenerateParams
-    arms: tuple[_ArmSteering, ...]
-    sequences: list[Sequence]
+    submitted: Submitted
     stream: RequestStream
-    lease: CheckpointLease
     record: RequestRecord
-    prompt_logprobs: "Future[list[tuple[TokenLogprob, ...]]] | None"  # of prompts with more than one token
 
 
 class Service:
@@ -92,30 +73,35 @@ class Service:
         self,
         settings: Settings,
         codec: Codec,
-        engine: Engine,
-        registry: Registry,
+        client: EngineClient,
         metrics: Metrics,
         *,
-        adapter: str | None = None,
         judge: Judge | None = None,
         studies: Studies | None = None,
     ) -> None:
-        """`adapter`: the LoRA adapter that was merged into the model's weights."""
         self.settings = settings
         self.keys = ApiKeys(settings)
         self.judge = judge
         self.studies = studies
-        self.adapter = adapter
         self.model = settings.served_name
-        self.created = int(time.time())
         self.codec = codec
-        self.engine = engine
-        self.registry = registry
-        self._remarked: weakref.WeakSet[LoadedCheckpoint] = weakref.WeakSet()
+        self.client = client
         self.metrics = metrics
-        # What reads files has threads of its own: requests that do not need it never wait for it.
-        self._loads = KeyedThreads(LOADING_THREADS, "load")
-        self._lists = KeyedThreads(1, "list")
+
+    @property
+    def engine(self) -> Engine:
+        """Where it runs in this process."""
+        return self._core.engine
+
+    @property
+    def registry(self) -> Registry:
+        """Where the engine runs in this process."""
+        return self._core.registry
+
+    @property
+    def _core(self) -> EngineCore:
+        assert isinstance(self.client, EngineCore), "the engine runs in another process"
+        return self.client
 
     async def generate(self, params: GenerateParams) -> GenerateResult:
         """All texts of a request. Where the call is cancelled (the client has gone), its sequences end before the
@@ -129,34 +115,30 @@ class Service:
         are raised by this call, those under way by the iterator."""
         request = await self._submit(params, stream=True)
         items = self._items(request)
-        # A generator that is never started never runs its `finally`: the lease ends with the object.
-        weakref.finalize(items, request.lease.close)
+        # A generator that is never started never runs its `finally`: the request ends with the object.
+        weakref.finalize(items, self.client.close, request.id)
         return items
 
     async def score(self, params: ScoreParams) -> ScoreResult:
         """The log-likelihood of each continuation, steered as if it were being generated."""
         created, deadline = int(time.time()), time.monotonic() + self.settings.deadline_s
         texts = await asyncio.to_thread(self._encode_pairs, params)
-        lease = CheckpointLease(self.registry)
+        name = f"score-{secrets.token_hex(12)}"
+        record = self._note(sum(len(prompt) + len(rest) for prompt, rest in texts), params.prompt)
+        rows = self.keys.take_rows(record.key, len(texts))
         try:
-            found = await self._acquire(params.checkpoints, lease)
-            arm = await asyncio.to_thread(self._resolve, found, params.positions, "plain")
-            record = self._note([arm], sum(len(prompt) + len(rest) for prompt, rest in texts), params.prompt)
-            rows = self.keys.take_rows(record.key, len(texts))
-            try:
-                share = record.share(f"score-{secrets.token_hex(12)}")
-                logprobs = await self._until(deadline, self.engine.score(texts, arm.steering_params, share=share))
-            finally:
-                rows()
+            request = ScoreRequest(tuple(texts), params.checkpoints, params.positions, record.share(name))
+            scores = await self._until(deadline, self.client.score(request))
         finally:
-            lease.close()
+            rows()
+        _note_checkpoints(record, [scores.steering])
         return ScoreResult(
-            id=f"score-{secrets.token_hex(12)}",
+            id=name,
             created=created,
             model=self.model,
-            continuations=tuple(logprobs),
-            checkpoints=arm.checkpoints,
-            positions=arm.steering_params.positions,
+            continuations=scores.continuations,
+            checkpoints=scores.steering.checkpoints,
+            positions=scores.steering.positions,
         )
 
     async def tokenize(self, params: TokenizeParams, model: str | None = None) -> tuple[int, ...]:
@@ -175,23 +157,31 @@ class Service:
         return await asyncio.to_thread(self.codec.decode_all, list(token_ids))
 
     async def checkpoints(self, name: str | None = None) -> list[CheckpointEntry]:
-        """Every complete folder of checkpoints, or those of one name. One reader at a time."""
-        return await _of(self._lists.submit("", lambda: self.registry.entries(name)))
+        """Every complete folder of checkpoints, or those of one name."""
+        return await self.client.checkpoints(name)
 
-    async def reload(self, name: str, version: str | None, *, activate: bool = False) -> LoadedCheckpoint:
+    async def find_checkpoint(self, name: str) -> CheckpointInfo | None:
+        """What NAME or NAME@VERSION means now; None: it is not loaded."""
+        return await self.client.find_checkpoint(name)
+
+    async def reload(self, name: str, version: str | None, *, activate: bool = False) -> CheckpointInfo:
         """See `Registry.reload`."""
-        return await _of(self._loads.submit(name, lambda: self.registry.reload(name, version, activate=activate)))
+        return await self.client.reload(name, version, activate)
 
     async def unload(self, name: str, version: str | None) -> list[str]:
         """See `Registry.unload`."""
-        return await _of(self._loads.submit(name, lambda: self.registry.unload(name, version)))
+        return await self.client.unload(name, version)
+
+    async def snapshot(self) -> EngineSnapshot:
+        """The engine and its checkpoints as they are now."""
+        return await self.client.snapshot()
 
     async def check_model(self, name: str | None) -> None:
         """Raises UnknownModel where a request names what is neither the base model nor a checkpoint."""
-        if name is None or name == self.model or self.registry.find_loaded(name):
+        if name is None or name == self.model or await self.client.find_checkpoint(name):
             return
         folder, at, version = name.partition("@")
-        entries = await _of(self._loads.submit(folder, lambda: self.registry.entries(folder)))
+        entries = await self.client.checkpoints(folder)
         if not any(entry.problem is None and (not at or version == entry.version) for entry in entries):
             raise UnknownModel(f"There is no model {name!r}; GET /v1/models lists those there are.", param="model")
 
@@ -199,70 +189,40 @@ class Service:
         created, deadline = int(time.time()), time.monotonic() + self.settings.deadline_s
         self._check_ids(params.sampling)
         prompts = await asyncio.to_thread(self._encode, params)
-        lease = CheckpointLease(self.registry)
+        record = self._note(sum(map(len, prompts)), params.prompts or params.messages)
+        record.arms = tuple(arm.name for arm in params.arms)
+        request = self._request(params, prompts, record, stream=stream)
+        texts = len(prompts) * params.n * len(params.arms)
+        give_back = self.keys.take_rows(record.key, texts)
+
+        submitted: Submitted | None = None
+
+        def on_settled(ended: list[Finished]) -> None:
+            if submitted is None:  # the call has failed, and given them back
+                return
+            give_back()
+            for text in ended:
+                applied = submitted.arms[text.sequence.index % len(submitted.arms)]
+                self.metrics.text(text, applied.checkpoints, record.key_name)
+
+        events = RequestStream(texts, on_settled=on_settled, interval=self.settings.stream_interval)
         try:
-            found = [await self._acquire(arm.checkpoints, lease) for arm in params.arms]
-            arms = await asyncio.to_thread(self._resolve_arms, params, found)
-            steering_params = [arm.steering_params for arm in arms]
-            record = self._note(arms, sum(map(len, prompts)), params.prompts or params.messages)
-            record.arms = tuple(arm.name for arm in params.arms)
-            name = f"gen-{secrets.token_hex(12)}"
-            share = record.share(name)
-            sequences = self._sequences(name, params, prompts, steering_params, stream=stream, share=share)
-            give_back = self.keys.take_rows(record.key, len(sequences))
-            release = lease.acquire()  # the engine needs the columns until all sequences have ended
-
-            def on_end() -> None:
-                release()
-                give_back()
-
-            def on_settled(ended: list[Finished]) -> None:
-                for text in ended:
-                    self.metrics.text(text, arms[text.sequence.index % len(arms)].checkpoints, record.key_name)
-
-            events = RequestStream(
-                len(sequences), on_end=on_end, on_settled=on_settled, interval=self.settings.stream_interval
-            )
-            try:
-                self.engine.submit(sequences, events.on_event)
-            except Exception:
-                on_end()
-                raise
-            try:
-                prompt_logprobs = self._score_prompts(
-                    params, prompts, arms[0].steering_params, share=sequences[0].share
-                )
-            except Exception:  # the queue may be full for it alone: the texts must not go on for nobody
-                self.engine.cancel(sequences[0].request_id)
-                raise
-        except BaseException:  # also the cancellation when the client has gone
-            lease.close()
+            submitted = await self.client.submit(request, events.on_event)
+        except BaseException:
+            give_back()
             raise
-        return _RunningRequest(created, deadline, params, arms, sequences, events, lease, record, prompt_logprobs)
+        _note_checkpoints(record, submitted.arms)
+        return _RunningRequest(request.id, created, deadline, params, submitted, events, record)
 
-    def _note(self, arms: abc.Sequence[_ArmSteering], prompt_tokens: int, prompt: object) -> RequestRecord:
+    def _note(self, prompt_tokens: int, prompt: object) -> RequestRecord:
         """Notes in the request's record what the engine is about to be given."""
         record = current_record()
-        named = (f"{one.checkpoint}@{one.version}" for arm in arms for one in arm.checkpoints)
-        record.model, record.checkpoints = self.model, tuple(dict.fromkeys(named))
+        record.model = self.model
         record.prompt_tokens = prompt_tokens
         record.submitted_ns = time.time_ns()
         if self.settings.log_prompts:
             record.prompt = prompt
         return record
-
-    def _score_prompts(
-        self,
-        params: GenerateParams,
-        prompts: abc.Sequence[tuple[int, ...]],
-        steering_params: SteeringParams,
-        *,
-        share: ShareKey,
-    ) -> "Future[list[tuple[TokenLogprob, ...]]] | None":
-        if not params.echo or params.sampling.logprobs is None:
-            return None
-        pairs = [(prompt[:1], prompt[1:]) for prompt in prompts if len(prompt) > 1]
-        return self.engine.score(pairs, steering_params, params.sampling.logprobs, share=share)
 
     async def _items(self, request: _RunningRequest) -> ResultStream:
         async with self._cancelled_on_error(request):
@@ -276,32 +236,32 @@ class Service:
 
     @asynccontextmanager
     async def _cancelled_on_error(self, request: _RunningRequest) -> AsyncIterator[None]:
-        """Ends the request's sequences where the block is left before the result is there, and always its lease."""
+        """Ends the request's sequences where the block is left before the result is there, and in any case what it has
+        of the engine."""
         try:
             yield
         except BaseException:
-            self.engine.cancel(request.sequences[0].request_id)
-            if request.prompt_logprobs is not None:
-                request.prompt_logprobs.cancel()
+            self.client.cancel(request.id)
             raise
         finally:
-            request.lease.close()
+            self.client.close(request.id)
 
     async def _result(self, request: _RunningRequest, prompts: tuple[EchoedPrompt, ...]) -> GenerateResult:
         finished = await request.stream.finished()
         request.record.end(finished)
-        texts = [tuple(finished[arm :: len(request.arms)]) for arm in range(len(request.arms))]
+        applied = request.submitted.arms
+        texts = [tuple(finished[arm :: len(applied)]) for arm in range(len(applied))]
         reference = request.params.reference
         compared = [index for index in range(len(texts)) if index != reference]
-        pairs = [self._pairs(texts[index], texts[reference]) for index in compared]
+        pairs = [list(zip(texts[index], texts[reference], strict=True)) for index in compared]
         divergences = iter(await self._compare(request, [pair for each in pairs for pair in each]))
         of_arm = {index: tuple(islice(divergences, len(each))) for index, each in zip(compared, pairs, strict=True)}
         arms = [
             ArmResult(arm.name, steering.checkpoints, texts[index], of_arm.get(index))
-            for index, (arm, steering) in enumerate(zip(request.params.arms, request.arms, strict=True))
+            for index, (arm, steering) in enumerate(zip(request.params.arms, applied, strict=True))
         ]
         return GenerateResult(
-            id=request.sequences[0].request_id,
+            id=request.id,
             created=request.created,
             model=self.model,
             arms=tuple(arms),
@@ -313,41 +273,35 @@ class Service:
         """The prompts with their log-probabilities, where the request asks for them."""
         if not request.params.echo:
             return ()
-        tokens = [one.prompt_token_ids for one in request.sequences[:: request.params.n * len(request.arms)]]
+        each_prompt = request.params.n * len(request.submitted.arms)
+        tokens = [one.prompt_token_ids for one in request.submitted.sequences[::each_prompt]]
         logprobs: list[tuple[TokenLogprob, ...] | None] = [None] * len(tokens)
-        if request.prompt_logprobs is not None:
-            scored = await self._until(request.deadline, request.prompt_logprobs)
+        if request.params.sampling.logprobs is not None:
+            scored = await self._until(request.deadline, self.client.prompt_logprobs(request.id))
             each = iter(scored)
             logprobs = [next(each) if len(prompt) > 1 else () for prompt in tokens]
         return tuple(map(EchoedPrompt, request.params.prompts, tokens, logprobs))
 
-    @staticmethod
-    def _pairs(texts: abc.Sequence[Finished], reference: abc.Sequence[Finished]) -> list[ComparisonPair]:
-        return [
-            ComparisonPair(
-                text.sequence.prompt_token_ids,
-                text.token_ids,
-                base.token_ids,
-                text.sequence.steering_params,
-                base.sequence.steering_params,
-            )
-            for text, base in zip(texts, reference, strict=True)
-        ]
-
-    async def _compare(self, request: _RunningRequest, pairs: abc.Sequence[ComparisonPair]) -> list[Divergence]:
+    async def _compare(self, request: _RunningRequest, pairs: abc.Iterable[_Pair]) -> list[Divergence]:
         """Where one of them fails, nobody waits for the others: they end before the request's lease does."""
-        futures = [self.engine.compare(pair, share=request.sequences[0].share) for pair in pairs]
+        compare, request_id = self.client.compare, request.id
+        tasks = [
+            asyncio.ensure_future(
+                compare(request_id, text.sequence.index, base.sequence.index, (text.token_ids, base.token_ids))
+            )
+            for text, base in pairs
+        ]
         try:
-            return await asyncio.gather(*(self._until(request.deadline, future) for future in futures))
+            return await asyncio.gather(*(self._until(request.deadline, task) for task in tasks))
         except BaseException:
-            for future in futures:
-                future.cancel()
+            for task in tasks:
+                task.cancel()
             raise
 
-    async def _until(self, deadline: float, future: "Future[T]") -> T:
-        """The future's result; after the deadline it is cancelled. Raises DeadlineExceeded."""
+    async def _until(self, deadline: float, work: Awaitable[T]) -> T:
+        """What it gives; after the deadline it is cancelled. Raises DeadlineExceeded."""
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(future), deadline - time.monotonic())
+            return await asyncio.wait_for(work, deadline - time.monotonic())
         except TimeoutError:
             raise DeadlineExceeded(f"The request took longer than {self.settings.deadline_s:g} s.") from None
 
@@ -374,112 +328,50 @@ class Service:
             for index, continuation in enumerate(params.continuations)
         ]
 
-    async def _acquire(self, refs: abc.Sequence[CheckpointRef], lease: CheckpointLease) -> _Found:
-        """The checkpoints of an arm; those that are not loaded yet are loaded first, beside everything else.
-
-        Raises UnknownCheckpoint, UnusableCheckpoint, WrongModel, UnknownModel.
-        """
-        found = []
-        for ref in refs:
-            while (loaded := lease.add(ref.checkpoint)) is None and ref.checkpoint is not None:
-                await self._load(ref, ref.checkpoint)
-            if loaded is not None:
-                found.append((ref, loaded))
-            elif ref.attributes:
-                raise UnknownCheckpoint(
-                    "No checkpoint is active, so there are no attributes; name one in 'checkpoint'.",
-                    param=f"{ref.param}attributes",
-                )
-        return found
-
-    async def _load(self, ref: CheckpointRef, reference: str) -> None:
-        param = ref.named_by or f"{ref.param}checkpoint"
-        name = reference.partition("@")[0]
-        try:
-            await _of(self._loads.submit(name, lambda: self.registry.load(reference, param)))
-        except UnknownCheckpoint:
-            if ref.named_by != "model":
-                raise
-            raise UnknownModel(
-                f"There is no model {reference!r}; GET /v1/models lists those there are.", param="model"
-            ) from None
-
-    def _resolve_arms(self, params: GenerateParams, found: abc.Sequence[_Found]) -> tuple[_ArmSteering, ...]:
-        form = "chat" if params.messages else "plain" if all(isinstance(one, str) for one in params.prompts) else None
-        return tuple(self._resolve(one, params.positions, form) for one in found)
-
-    def _resolve(self, found: _Found, positions: PositionsName | None, form: str | None) -> _ArmSteering:
-        """Checks the multipliers of an arm. Raises UnknownAttribute, InvalidField."""
-        for index, (ref, loaded) in enumerate(found):
-            if any(loaded is other for _, other in found[:index]):
-                raise InvalidField(
-                    f"Checkpoint {loaded.label} is named twice; put its attributes together.",
-                    param=f"{ref.param}checkpoint",
-                )
-        columns = [
-            (loaded.handle, loaded.multipliers(ref.attributes, f"{ref.param}attributes")) for ref, loaded in found
-        ]
-        for (_, loaded), (_, multipliers) in zip(found, columns, strict=True):
-            if form and any(multipliers):
-                self._remark(loaded, form)
-        applied = [
-            AppliedCheckpoint(
-                loaded.name,
-                loaded.version,
-                loaded.sha256,
-                dict(loaded.defaults if ref.attributes is None else ref.attributes),
-            )
-            for ref, loaded in found
-        ]
-        chosen = _positions(positions, [loaded for _, loaded in found])
-        return _ArmSteering(SteeringParams(SequenceSteering.of(columns), chosen), tuple(applied))
-
-    def _remark(self, loaded: LoadedCheckpoint, form: str) -> None:
-        """Logs, once for a checkpoint, that requests have another form than what it was trained on."""
-        if loaded.form in (None, form) or loaded in self._remarked:
-            return
-        self._remarked.add(loaded)
-        log.warning(
-            "checkpoint %s was trained on %s, and a request steers %s with it: it may steer less there (said once)",
-            loaded.label, FORMS[loaded.form], FORMS[form],
-        )  # fmt: skip
-
-    def _sequences(
-        self,
-        request: str,
-        params: GenerateParams,
-        prompts: abc.Sequence[tuple[int, ...]],
-        arms: abc.Sequence[SteeringParams],
-        *,
-        stream: bool,
-        share: ShareKey,
-    ) -> list[Sequence]:
-        count = len(prompts) * params.n * len(arms)
+    def _request(
+        self, params: GenerateParams, prompts: abc.Sequence[tuple[int, ...]], record: RequestRecord, *, stream: bool
+    ) -> EngineRequest:
+        """Raises InvalidField for too many texts, PromptTooLong."""
+        count = len(prompts) * params.n * len(params.arms)
         if count > self.settings.max_request_rows:
             raise InvalidField(
                 f"The request asks for {count} texts (prompts x n x arms); at most {self.settings.max_request_rows}.",
                 param="n" if params.n > 1 else "prompt",
             )
-        sequences: list[Sequence] = []
-        for prompt in prompts:
-            # All arms share a seed. A random one is drawn for each prompt, so that a prompt sent twice gives two texts.
-            # The `n` texts of a prompt differ by `choice`.
-            seed = secrets.randbits(63) if params.seed is None else params.seed
-            room = params.sampling.max_new_tokens
-            if self.codec.context is not None:
-                room = min(room, self.codec.context - len(prompt))
-            if len(arms) > 1:
-                room = min(room, self._room_for_comparison(prompt))
-            for choice in range(params.n):
-                sampling = replace(params.sampling, max_new_tokens=room, seed=seed, choice=choice)
-                for arm in arms:
-                    one = Sequence(request, len(sequences), prompt, sampling, arm, stream, params.trace, share=share)
-                    sequences.append(one)
-        return sequences
+        # All arms share a seed. A random one is drawn for each prompt, so that a prompt sent twice gives two texts.
+        # The `n` texts of a prompt differ by `choice`.
+        name = f"gen-{secrets.token_hex(12)}"
+        return EngineRequest(
+            id=name,
+            share=record.share(name),
+            prompts=tuple(
+                Prompt(prompt, secrets.randbits(63) if params.seed is None else params.seed, self._room(params, prompt))
+                for prompt in prompts
+            ),
+            arms=tuple(arm.checkpoints for arm in params.arms),
+            sampling=params.sampling,
+            n=params.n,
+            positions=params.positions,
+            form="chat"
+            if params.messages
+            else "plain"
+            if all(isinstance(one, str) for one in params.prompts)
+            else None,
+            stream=stream,
+            trace=params.trace,
+            echo_logprobs=params.echo and params.sampling.logprobs is not None,
+        )
+
+    def _room(self, params: GenerateParams, prompt: tuple[int, ...]) -> int:
+        """How many new tokens a text may have at most."""
+        room = params.sampling.max_new_tokens
+        if self.codec.context is not None:
+            room = min(room, self.codec.context - len(prompt))
+        return room if len(params.arms) == 1 else min(room, self._room_for_comparison(prompt))
 
     def _room_for_comparison(self, prompt: tuple[int, ...]) -> int:
         """How many new tokens two arms may have, so that they can be compared: both are in the cache at once."""
-        most = self.engine.max_pair_tokens
+        most = self.client.facts.max_pair_tokens
         if len(prompt) >= most:
             raise PromptTooLong(
                 f"The prompt is too long: it has {len(prompt)} tokens; arms are compared two at a time, and the cache "
@@ -489,23 +381,12 @@ class Service:
         return most - len(prompt)
 
 
-async def _of(future: "Future[T]") -> T:
-    return await asyncio.wrap_future(future)
+def _note_checkpoints(record: RequestRecord, arms: abc.Iterable[AppliedSteering]) -> None:
+    """Those of a request, each once."""
+    named = (f"{one.checkpoint}@{one.version}" for arm in arms for one in arm.checkpoints)
+    record.checkpoints = tuple(dict.fromkeys(named))
 
 
 def _chunk(request: _RunningRequest, token: TokenEvent) -> TokenChunk:
-    index, arm = divmod(token.sequence.index, len(request.arms))
+    index, arm = divmod(token.sequence.index, len(request.params.arms))
     return TokenChunk(request.params.arms[arm].name, index, token)
-
-
-def _positions(asked: PositionsName | None, checkpoints: abc.Sequence[LoadedCheckpoint]) -> PositionsName:
-    """As the request says, else as the checkpoints do. Raises InvalidField where they do not agree."""
-    if asked is not None:
-        return asked
-    named = {loaded.positions for loaded in checkpoints}
-    if len(named) > 1:
-        raise InvalidField(
-            f"The checkpoints steer at different positions ({', '.join(sorted(named))}); choose with 'positions'.",
-            param="positions",
-        )
-    return named.pop() if named else "generated"

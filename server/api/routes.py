@@ -10,10 +10,11 @@ from server import formatting
 from server.api.body import BodyRoute
 from server.api.deps import ServiceDep, require_admin_key, require_api_key
 from server.api.responses import STREAMS, event_response, json_response
+from server.engine_client import CheckpointEntry, EngineSnapshot
 from server.errors import EngineDown, NotFound, UnknownCheckpoint
 from server.formatting import Formatter
 from server.judge import verdicts
-from server.registry import CheckpointEntry, why_none_is_active
+from server.registry import why_none_is_active
 from server.schemas import (
     CheckpointListBody,
     CheckpointVersionsBody,
@@ -36,6 +37,7 @@ from server.schemas import (
     UnloadedBody,
     VersionRequest,
 )
+from server.service import Service
 
 NONE_IS_ACTIVE = "No checkpoint is active: requests that name none are not steered. GET /checkpoints tells more."
 READS, CHANGES = [Depends(require_api_key)], [Depends(require_admin_key)]
@@ -81,15 +83,18 @@ def judge(body: JudgeRequest, service: ServiceDep) -> JudgeResponse:
 async def list_checkpoints(request: Request, service: ServiceDep) -> Response:
     """Every complete checkpoint folder: which are loaded, which is active, which cannot be loaded and why."""
 
-    def body(entries: list[CheckpointEntry]) -> CheckpointListBody:
-        active = service.registry.active
+    async def listed() -> tuple[list[CheckpointEntry], EngineSnapshot]:
+        return await service.checkpoints(), await service.snapshot()
+
+    def body(found: tuple[list[CheckpointEntry], EngineSnapshot]) -> CheckpointListBody:
+        entries, active = found[0], found[1].active
         return CheckpointListBody(
             active=active.label if active else None,
             checkpoints=list(map(formatting.checkpoint, entries)),
             note=None if active else why_none_is_active(entries),
         )
 
-    return await json_response(request, service.checkpoints(), body)
+    return await json_response(request, listed(), body)
 
 
 @checkpoints.get("/{name}", dependencies=READS, response_model=CheckpointVersionsBody)
@@ -153,8 +158,7 @@ async def healthz() -> HealthBody:
 @operations.head("/health", include_in_schema=False)
 async def health(service: ServiceDep) -> HealthBody:
     """The engine takes requests, as vLLM's route of this name says it; 503 with the reason where it does not."""
-    if trouble := service.engine.trouble:
-        raise EngineDown(f"Not ready: {trouble}.")
+    await _ready(service)
     return HealthBody()
 
 
@@ -162,15 +166,21 @@ async def health(service: ServiceDep) -> HealthBody:
 @operations.head("/readyz", include_in_schema=False)
 async def readyz(service: ServiceDep) -> ReadyBody:
     """The model is loaded and the engine takes requests; 503 with the reason where it does not."""
-    if trouble := service.engine.trouble:
-        raise EngineDown(f"Not ready: {trouble}.")
-    active = service.registry.active
+    active = (await _ready(service)).active
     return ReadyBody(
         model=service.model, checkpoint=active.label if active else None, note=None if active else NONE_IS_ACTIVE
     )
 
 
+async def _ready(service: Service) -> EngineSnapshot:
+    """Raises EngineDown where no request can be served."""
+    now = await service.snapshot()
+    if now.trouble:
+        raise EngineDown(f"Not ready: {now.trouble}.")
+    return now
+
+
 @operations.get("/metrics", response_class=PlainTextResponse)
 async def metrics(service: ServiceDep) -> Response:
     """Counters, gauges and histograms, for Prometheus."""
-    return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+    return Response(service.metrics.exposition(await service.snapshot()), media_type=CONTENT_TYPE_LATEST)

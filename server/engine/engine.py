@@ -32,6 +32,7 @@ from server.engine.sequence import (
     unique_requests,
 )
 from server.engine.tasks import EngineTask, TaskFuture, TaskQueue
+from server.engine.text_builder import Decoders
 from server.errors import (
     DeadlineExceeded,
     EngineDown,
@@ -62,11 +63,17 @@ class _Cancel:
     request_id: str
 
 
+@dataclass(frozen=True)
+class _Stop:
+    request_id: str
+    index: int  # of the sequence in its request
+
+
 class _Wake:
     """Nothing to do but look whether to stop."""
 
 
-Message = _Submit | _Cancel | EngineTask | _Wake
+Message = _Submit | _Cancel | _Stop | EngineTask | _Wake
 
 
 class Engine:
@@ -78,13 +85,16 @@ class Engine:
         scheduler: Scheduler,
         *,
         eos: frozenset[int],
-        decode: Decode,
+        decode: Decode | None,
         decode_all: Decode | None = None,
         queue_limit: int = 256,
         stall_s: float = 300.0,
         deadline_s: float = 600.0,
     ) -> None:
+        """Without `decode` no texts are made: whoever takes the events makes them of the tokens (`SequenceOutput`), and
+        calls `stop_sequence` where a stop string is complete."""
         self.stats = EngineStats()
+        self.on_flush: Callable[[], None] = lambda: None  # called on the engine's thread after the events of a step
         self._runner = runner
         self._scheduler = scheduler
         self._queue_limit = queue_limit
@@ -97,10 +107,10 @@ class Engine:
         self._outputs = OutputProcessor(
             scheduler,
             eos=eos,
-            decode=decode,
-            decode_all=decode_all,
+            decoders=Decoders.of(decode, decode_all) if decode else None,
             on_dequeued=self._dequeued,
             on_request_end=self._request_ended,
+            on_flush=lambda: self.on_flush(),
         )
         self._lock = threading.Lock()  # guards _queued, _down and _draining
         self._queued = 0  # sequences submitted and not yet admitted
@@ -179,6 +189,10 @@ class Engine:
     def cancel(self, request_id: str) -> None:
         """End the request's sequences before the next step is begun; a request that has ended is left alone."""
         self._inbox.put(_Cancel(request_id))
+
+    def stop_sequence(self, request_id: str, index: int) -> None:
+        """End one sequence of a request with the tokens that it has, before the next step is begun."""
+        self._inbox.put(_Stop(request_id, index))
 
     def call(self, work: Callable[[], T]) -> Future[T]:
         """Run `work` on the engine's thread between two steps: the only safe time to touch model or bank.
@@ -267,6 +281,8 @@ class Engine:
                 self._outputs.add(sequences, on_event, at, counted=counted)
             case _Cancel(request_id):
                 self._outputs.cancel(request_id)
+            case _Stop(request_id, index):
+                self._outputs.stop(request_id, index)
             case EngineTask():
                 self._tasks.add(message)
 

@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Callable, Iterable
-from functools import cache
 
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import (
@@ -12,6 +11,7 @@ from server.engine.sequence import (
     Failed,
     Finished,
     FinishReason,
+    Progress,
     SampledToken,
     ScheduledChunk,
     Scored,
@@ -21,9 +21,9 @@ from server.engine.sequence import (
     Timing,
     TokenEvent,
 )
-from server.engine.text_builder import Decoders, TextBuilder
+from server.engine.sequence_output import SequenceOutput
+from server.engine.text_builder import Decoders
 from server.errors import GenerationFailed, ServerError
-from server.tokenizer import Decode
 
 log = logging.getLogger(__name__)
 
@@ -36,20 +36,20 @@ class OutputProcessor:
         scheduler: Scheduler,
         *,
         eos: frozenset[int],
-        decode: Decode,
-        decode_all: Decode | None = None,
+        decoders: Decoders | None,
         on_dequeued: Callable[[int], None],
         on_request_end: Callable[[str], None] = lambda request_id: None,
+        on_flush: Callable[[], None] = lambda: None,
     ) -> None:
-        """`decode`: the text of token ids, `decode_all`: with special tokens; None: there are none. `on_dequeued` is
-        called with the number of sequences that left the queue (admitted, finished or failed), `on_request_end` with
-        the id of a request that has no sequence left."""
-        every = decode_all or decode
+        """Without `decoders` no texts are made (`SequenceOutput`). `on_dequeued` is called with the number of sequences
+        that left the queue (admitted, finished or failed), `on_request_end` with the id of a request that has no
+        sequence left, `on_flush` when a step's events have been sent."""
         self._scheduler = scheduler
         self._eos = eos
-        self._decoders = Decoders(decode, every, cache(lambda token: decode([token]) != every([token])))
+        self._decoders = decoders
         self._on_dequeued = on_dequeued
         self._on_request_end = on_request_end
+        self._on_flush = on_flush
         self._states: dict[Sequence, SequenceState] = {}
         self._left: dict[str, int] = {}  # of each request, the sequences that owe their last event
         self._unflushed: list[tuple[Sequence, SampledToken, FinishReason | None]] = []
@@ -67,7 +67,8 @@ class OutputProcessor:
         finish at once. `counted`: they count against the queue's limit."""
         sequences = list(sequences)
         for sequence in sequences:
-            self._states[sequence] = SequenceState(sequence, on_event, submitted, counted, self._eos, self._decoders)
+            output = SequenceOutput(sequence, self._eos, self._decoders)
+            self._states[sequence] = SequenceState(output, on_event, submitted, counted)
             self._left[sequence.request_id] = self._left.get(sequence.request_id, 0) + 1
         wanted = [one for one in sequences if one.is_scored or one.sampling_params.max_new_tokens]
         self._scheduler.add(wanted)
@@ -107,6 +108,13 @@ class OutputProcessor:
                 self._send(state, event)
             if finished is not None:
                 self._end(state, finished)
+        self._on_flush()
+
+    def stop(self, request_id: str, index: int) -> None:
+        """Ends one sequence of a request with what it has; one that has ended is left alone."""
+        self.flush()
+        for state in self._abort(request_id, index=index):
+            self._end(state, state.finish("stop"))
 
     def cancel(self, request_id: str) -> None:
         """Ends every sequence of a request with what it has."""
@@ -132,6 +140,7 @@ class OutputProcessor:
         for state in list(self._states.values()):
             self._dequeue([state])
             self._end(state, Failed(state.sequence, error))
+        self._on_flush()
 
     # --- inside ---------------------------------------------------------------------------------
 
@@ -160,9 +169,10 @@ class OutputProcessor:
         if state := self._states.get(sequence):  # it was not in the scheduler any more
             self._end(state, Failed(sequence, failure))
 
-    def _abort(self, request_id: str, *, keep: bool = True) -> list["SequenceState"]:
-        """Takes a request's sequences out, wherever they are; each still owes its last event."""
-        states = [self._states[sequence] for sequence in self._scheduler.abort(request_id, keep=keep)]
+    def _abort(self, request_id: str, *, index: int | None = None, keep: bool = True) -> list["SequenceState"]:
+        """Takes a request's sequences out, or that of an `index`, wherever they are; each still owes its last event."""
+        aborted = self._scheduler.abort(request_id, index=index, keep=keep)
+        states = [self._states[sequence] for sequence in aborted]
         self._dequeue(states)
         return states
 
@@ -193,72 +203,41 @@ class OutputProcessor:
 
 
 class SequenceState:
-    """One sequence's tokens, text and times, until an end-of-text token, a stop string, the length or a
-    cancellation ends it."""
+    """One sequence's output and times."""
 
-    def __init__(
-        self,
-        sequence: Sequence,
-        on_event: EventSink,
-        submitted: float,
-        counted: bool,
-        eos: frozenset[int],
-        decoders: Decoders,
-    ) -> None:
+    def __init__(self, output: SequenceOutput, on_event: EventSink, submitted: float, counted: bool) -> None:
         """`counted`: the sequence counts against the queue's limit while it waits."""
-        sampling = sequence.sampling_params
-        self.sequence = sequence
+        self.sequence = output.sequence
+        self.output = output
         self.on_event = on_event
         self.counted = counted
         self.admitted: float | None = None  # when its first step ran, or it left the queue in another way
         self._submitted = submitted
         self._first: float | None = None
-        sequence.end_token_ids = (frozenset() if sampling.ignore_eos else eos) | set(sampling.stop_token_ids)
-        self._text = TextBuilder(decoders, sequence.prompt_token_ids, sampling)
-        self._token_ids: list[int] = []
-        self._tokens: list[SampledToken] = []
-        self._sent = 0  # characters of the text that token events have sent
+        self._counts: list[int] = []  # the sequence's counts of steered tokens, of which `_counted` have been added up
+        self._counted = self._steered = 0
 
     def accept(self, token: SampledToken) -> FinishReason | None:
         """Takes one step's token; returns why the sequence ends, or None while it goes on."""
         self._first = time.monotonic() if self._first is None else self._first
-        sampling = self.sequence.sampling_params
-        self._token_ids.append(token.token_id)
-        if sampling.logprobs is not None or self.sequence.trace:
-            self._tokens.append(token)
-        if token.token_id in self.sequence.end_token_ids:
-            self._text.end(token.token_id)
-            return "stop"
-        self._text.push(token.token_id)
-        if sampling.stop and self._read_and_check_stop():
-            return "stop"
-        return "length" if len(self._token_ids) >= sampling.max_new_tokens else None
+        return self.output.accept(token)
 
     def finish(self, reason: FinishReason) -> Finished:
         """The sequence's last event."""
-        if self._read_and_check_stop(final=True) and reason == "length":
-            reason = "stop"
-        return Finished(
-            sequence=self.sequence,
-            token_ids=tuple(self._token_ids),
-            text=self._text.text,
-            finish_reason=reason,
-            steered_tokens=sum(self.sequence.steered),
-            timing=self._timing(),
-            tokens=tuple(self._tokens),
-        )
+        return self.output.finish(reason, self._steered_tokens(), self._timing())
 
     def token_event(self, token: SampledToken, *, last: bool) -> TokenEvent:
         """What the token that was accepted adds to the text that is certain."""
-        if not self.sequence.sampling_params.stop and not last:
-            self._read_and_check_stop()
-        certain = len(self._text.text) if last else self._text.certain
-        text, self._sent = self._text.text[self._sent : certain], max(self._sent, certain)
-        return TokenEvent(self.sequence, len(self._token_ids) - 1, token, text)
+        progress = Progress(self._steered_tokens(), self._timing()) if self.output.needs_reader else None
+        return self.output.token_event(token, last=last, progress=progress)
 
-    def _read_and_check_stop(self, *, final: bool = False) -> bool:
-        """Takes in the text that has become certain; returns whether a stop string has ended it."""
-        return self._text.read(final=final, stops=len(self._token_ids) >= self.sequence.sampling_params.min_tokens)
+    def _steered_tokens(self) -> int:
+        """Adds up what is new; everything anew where the sequence was preempted, and its counts are another list."""
+        if self._counts is not self.sequence.steered:
+            self._counts, self._counted, self._steered = self.sequence.steered, 0, 0
+        self._steered += sum(self._counts[self._counted :])
+        self._counted = len(self._counts)
+        return self._steered
 
     def _timing(self) -> Timing:
         now = time.monotonic()

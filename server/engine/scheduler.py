@@ -84,10 +84,15 @@ class Scheduler:
         self._waiting.leave(sequence)
         self.blocks.free(sequence)
 
-    def abort(self, request_id: str, *, keep: bool = True) -> list[Sequence]:
-        """Takes every sequence of a request out; returns those that were there. `keep`: what they computed is sound."""
-        running = [sequence for sequence in self._running if sequence.request_id == request_id]
-        waiting = [sequence for sequence in self.waiting if sequence.request_id == request_id]
+    def abort(self, request_id: str, *, index: int | None = None, keep: bool = True) -> list[Sequence]:
+        """Takes the sequences of a request out, every one or that of an `index`; returns those that were there. `keep`:
+        what they computed is sound."""
+
+        def meant(sequence: Sequence) -> bool:
+            return sequence.request_id == request_id and index in (None, sequence.index)
+
+        running = [sequence for sequence in self._running if meant(sequence)]
+        waiting = [sequence for sequence in self.waiting if meant(sequence)]
         for sequence in running:
             self._running.remove(sequence)
             self.blocks.free(sequence, keep=keep)

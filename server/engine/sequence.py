@@ -111,7 +111,7 @@ class Sequence:
         # Nothing is asked of what follows a scored continuation's last token.
         self.token_ids = [*self.prompt_token_ids, *(self.continuation or ())[:-1]]
         self.lockstep = (self,)
-        if self.share is OWN_SHARE:
+        if self.share == OWN_SHARE:
             self.share = ShareKey(self.request_id, self.request_id)
 
     @property
@@ -250,6 +250,14 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """What a sequence would end with if it ended with this token."""
+
+    steered_tokens: int
+    timing: Timing
+
+
+@dataclass(frozen=True)
 class TokenEvent:
     """One token of a sequence that streams, and the text that is certain by now: none while a character is unfinished
     or a stop string may have begun."""
@@ -258,6 +266,7 @@ class TokenEvent:
     index: int  # of the token among the sequence's new ones
     token: SampledToken
     text: str
+    progress: Progress | None = None  # where a stop string may end the sequence that the engine does not look for
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 from server.engine.sequence import SamplingParams
@@ -16,6 +17,12 @@ class Decoders:
     decode: Decode
     decode_all: Decode
     is_special: Callable[[int], bool]  # whether `decode` leaves a token out that `decode_all` shows
+
+    @classmethod
+    def of(cls, decode: Decode, decode_all: Decode | None = None) -> "Decoders":
+        """`decode_all` None: there are no special tokens."""
+        every = decode_all or decode
+        return cls(decode, every, cache(lambda token: decode([token]) != every([token])))
 
 
 class _Place(NamedTuple):

@@ -162,7 +162,7 @@ def asking_here(settings: Settings) -> Iterator[Ask]:
             )
         yield ask
     finally:
-        service.engine.stop()
+        service.client.stop()
 
 
 @contextmanager

@@ -44,7 +44,7 @@ def answer_here(settings: Settings, route: Route, body: dict[str, Any]) -> Gener
     try:
         result = asyncio.run(service.generate(request.to_params()))
     finally:
-        service.engine.stop()
+        service.client.stop()
     formatter = Formatter(service.codec)
     return formatter.generate_response(result) if route == "generate" else formatter.compare_response(result)
 

@@ -1,5 +1,6 @@
 """POST /compare and /score."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -142,7 +143,8 @@ def test_arms_are_as_long_as_two_of_them_fit_into_the_cache(fresh: World, monkey
     most = engine.max_pair_tokens
     monkeypatch.undo()
     assert most == 32
-    monkeypatch.setattr(type(engine), "max_pair_tokens", most)
+    client = fresh.service.client
+    monkeypatch.setattr(client, "facts", replace(client.facts, max_pair_tokens=most))
     body = {"prompt": "a b c", "temperature": 0, "max_new_tokens": 80, "ignore_eos": True}
     both = send(fresh, "/generate", **body, baseline=True)
     assert sum(both["results"][0]["usage"].values()) == most

@@ -79,7 +79,7 @@ def test_a_client_that_does_not_wait_for_a_load_keeps_nothing(fresh: World, monk
 
     asyncio.run(story())
     assert fresh.service.registry.pins == 0
-    assert not fresh.service._loads._waiting
+    assert not fresh.service.client._loads._waiting
 
 
 def test_lists_are_read_one_after_the_other(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:

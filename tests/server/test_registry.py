@@ -109,7 +109,7 @@ def test_a_folder_that_has_been_replaced_is_listed_as_what_is_served(
         shutil.copy(other / name, other.parent / "1" / name)
     entry = registry.entries()[0]
     assert entry.changed
-    assert entry.checkpoint is served.checkpoint
+    assert entry.config is served.checkpoint.config
 
 
 def test_a_folder_that_was_replaced_is_served_once_it_is_reloaded(

@@ -175,7 +175,7 @@ def test_the_first_token_does_not_wait_and_no_text_waits_for_another() -> None:
         return Finished(rows[row], (7,), "a", "length", 0, Timing(0, 0, 0), ())
 
     async def story() -> list[list[tuple[int, int]]]:
-        stream = RequestStream(2, on_end=lambda: None, interval=4)
+        stream = RequestStream(2, interval=4)
         seen: list[list[tuple[int, int]]] = []
 
         async def take() -> None:

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from server.engine.output_processor import SequenceState
-from server.engine.sequence import FinishReason, SampledToken, SamplingParams
+from server.engine.sequence import FinishReason, SampledToken, SamplingParams, Timing
 from server.engine.sequence import Sequence as EngineSequence
+from server.engine.sequence_output import SequenceOutput
 from server.engine.text_builder import Decoders
 from server.tokenizer import INCOMPLETE, Codec
 from tests.server.conftest import END
@@ -30,6 +30,7 @@ def decode_all(ids: Sequence[int]) -> str:
 
 
 PLAIN = Decoders(decode, decode_all, SPECIAL.__contains__)
+NO_TIME = Timing(0, 0, 0)
 
 
 def run(
@@ -38,16 +39,16 @@ def run(
     """Text, reason, the pieces that are streamed, and how many tokens were taken."""
     rules = {"max_new_tokens": max(1, len(tokens))} | rules
     sequence = EngineSequence("r", 0, (2, 3), SamplingParams(**rules), stream=True)
-    state = SequenceState(sequence, lambda event: None, 0.0, False, eos, both)
+    output = SequenceOutput(sequence, eos, both)
     pieces: list[str] = []
     for count, token in enumerate(tokens, 1):
         sampled = SampledToken(token)
-        if reason := state.accept(sampled):
-            finished = state.finish(reason)
-            pieces.append(state.token_event(sampled, last=True).text)
+        if reason := output.accept(sampled):
+            finished = output.finish(reason, 0, NO_TIME)
+            pieces.append(output.token_event(sampled, last=True).text)
             return finished.text, finished.finish_reason, pieces, count
-        pieces.append(state.token_event(sampled, last=False).text)
-    finished = state.finish("cancelled")
+        pieces.append(output.token_event(sampled, last=False).text)
+    finished = output.finish("cancelled", 0, NO_TIME)
     return finished.text, finished.finish_reason, pieces, len(tokens)
 
 

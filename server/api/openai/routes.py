@@ -22,26 +22,26 @@ from server.api.openai.schemas import (
     ModelList,
 )
 from server.api.responses import STREAMS, data_response, json_response, sse_response
+from server.engine_client import CheckpointInfo
 from server.errors import ServerError, UnknownModel
-from server.registry import LoadedCheckpoint
 from server.service import Service
 
 router = APIRouter(prefix="/v1", tags=["openai"], route_class=BodyRoute, dependencies=[Depends(require_api_key)])
 
 
 @router.get("/models")
-def models(service: ServiceDep) -> ModelList:
+async def models(service: ServiceDep) -> ModelList:
     """The base model, which is unsteered, and every loaded checkpoint, which steers by its default multipliers."""
-    loaded = (_checkpoint_model(one.label, one, service) for one in service.registry.loaded)
+    loaded = (_checkpoint_model(one.label, one, service) for one in (await service.snapshot()).loaded)
     return ModelList(data=[_base_model(service), *loaded])
 
 
 @router.get("/models/{name:path}")
-def model(name: str, service: ServiceDep) -> ModelBody:
+async def model(name: str, service: ServiceDep) -> ModelBody:
     """One of them; a checkpoint's plain name means what it means in a request."""
     if name == service.model:
         return _base_model(service)
-    if loaded := service.registry.find_loaded(name):
+    if loaded := await service.find_checkpoint(name):
         return _checkpoint_model(name, loaded, service)
     raise UnknownModel(f"There is no model {name!r}; GET /v1/models lists those there are.", param="model")
 
@@ -99,16 +99,15 @@ def _head(kind: str, model: str, request: Request) -> dict[str, Any]:
 
 
 def _base_model(service: Service) -> ModelBody:
-    return ModelBody(
-        id=service.model, created=service.created, root=service.model, adapter=service.adapter, attributes={}
-    )
+    facts = service.client.facts
+    return ModelBody(id=service.model, created=facts.created, root=service.model, adapter=facts.adapter, attributes={})
 
 
-def _checkpoint_model(name: str, loaded: LoadedCheckpoint, service: Service) -> ModelBody:
+def _checkpoint_model(name: str, loaded: CheckpointInfo, service: Service) -> ModelBody:
     return ModelBody(
         id=name,
         created=loaded.created,
         root=service.model,
-        adapter=service.adapter,
-        attributes=loaded.defaults,
+        adapter=service.client.facts.adapter,
+        attributes=dict(loaded.defaults),
     )
