@@ -98,6 +98,8 @@ def serve(
     max_num_batched_tokens: Annotated[int | None, setting("max_num_batched_tokens")] = None,
     max_model_len: Annotated[int | None, setting("max_model_len")] = None,
     queue_limit: Annotated[int | None, setting("queue_limit")] = None,
+    front_workers: Annotated[int | None, setting("front_workers")] = None,
+    engine_process: Annotated[str | None, setting("engine_process")] = None,
     log_level: Annotated[str | None, setting("log_level")] = None,
     max_batch_rows: Annotated[int | None, typer.Option(help="Old name of --max-num-seqs.", hidden=True)] = None,
     max_context: Annotated[int | None, typer.Option(help="Old name of --max-model-len.", hidden=True)] = None,
@@ -112,10 +114,15 @@ def serve(
     with _error_as_sentence():
         settings = load_settings(**given)
         _configure_logging(settings)
-        from server.listener import listen, run
+        from server.sockets import listen
 
         with listen(settings) as bound:  # first: nobody should wait for the model to hear that the port is taken
+            from server.process import supervisor
+
+            if supervisor.is_wanted(settings):
+                raise typer.Exit(supervisor.serve(settings, bound, _configure_logging))
             from server.app import create_app
+            from server.listener import run
 
             run(create_app(settings), bound, drain_s=settings.drain_s)
 

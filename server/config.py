@@ -127,7 +127,7 @@ class Settings(BaseSettings):
         default=512,
         ge=1,
         le=2**20,
-        description="open at once; for one more the one that has been idle longest is closed",
+        description="open at once, for each front worker; for one more the one that has been idle longest is closed",
     )
     keepalive_timeout_s: float = Field(
         default=75.0, gt=0, le=86400, description="a connection without a request is closed after so long"
@@ -186,6 +186,14 @@ class Settings(BaseSettings):
         default=None, description="SQLite file in which blind comparisons are kept; unset: there are none"
     )
     stall_s: float = Field(default=300.0, gt=0, description="a step longer than this makes /readyz say no")
+    engine_process: Literal["auto", "true", "false"] = Field(
+        default="auto",
+        description="the engine runs in a process of its own, beside those of front_workers; auto: on CUDA, and for "
+        "several front workers",
+    )
+    front_workers: int = Field(
+        default=1, ge=1, le=64, description="processes for HTTP and text; several of them share one engine"
+    )
     drain_s: float = Field(
         default=30.0, ge=0, le=86400, description="running requests get this long to finish at a shutdown; then: 503"
     )
@@ -248,6 +256,15 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, but must be at least max_num_seqs, "
                 f"{self.max_num_seqs}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _several_fronts_share_an_engine(self) -> Self:
+        if self.front_workers > 1 and self.engine_process == "false":
+            raise ValueError(
+                f"engine_process is false, but front_workers is {self.front_workers}: several of them need the engine "
+                "in a process of its own"
             )
         return self
 

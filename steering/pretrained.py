@@ -110,6 +110,16 @@ def open_config(id: str, *, revision: str | None = None, trust_remote_code: bool
     return _open_config(id, revision, trust_remote_code)
 
 
+def open_tokenizer(id: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of what `open_pretrained` opens. Raises ModelError."""
+    id = located(id)
+    if (adapter := _adapter(id, revision)) is None:
+        return _open_tokenizer(id, revision, trust_remote_code)
+    if any(_matching(adapter.folder, TOKENIZERS)):
+        return _open_tokenizer(str(adapter.folder), None, trust_remote_code)
+    return open_tokenizer(adapter.base, revision=adapter.base_revision, trust_remote_code=trust_remote_code)
+
+
 # --- what a folder holds --------------------------------------------------------------------------
 
 

@@ -23,6 +23,15 @@ FORBIDDEN = {
     "server/service.py": {"fastapi", "starlette", "torch", "transformers", "server.api", "server.schemas"},
     "server/loading.py": {"fastapi", "starlette", "server.api", "server.service"},
     "server/engine": {"fastapi", "starlette", "server.api", "server.service", "server.loading"},
+    "server/engine_client.py": {
+        "fastapi",
+        "starlette",
+        "torch",
+        "transformers",
+        "server.engine.engine",
+        "server.registry",
+    },
+    "server/process/supervisor.py": {"fastapi", "starlette", "transformers", "server.service", "server.engine"},
     "server/attention": {"fastapi", "starlette", "server.api", "server.service", "server.loading", "server.engine"},
     "server/attention/layout.py": {"torch", "transformers"},
     **{
@@ -112,6 +121,11 @@ def test_the_reader_of_imports_sees_every_form(tmp_path: Path) -> None:
     file.write_text("import a.b\nfrom c.d import e\ndef f():\n    from g import h\n")
     assert imported(file) == {"a", "a.b", "c", "c.d", "c.d.e", "g", "g.h"}
     assert imported(file, in_functions=False) == {"a", "a.b", "c", "c.d", "c.d.e"}
+
+
+def test_a_port_is_bound_and_processes_are_supervised_without_pytorch() -> None:
+    code = "import sys, server.sockets, server.process.supervisor; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_what_a_package_lists_is_imported_when_it_is_asked_for() -> None:

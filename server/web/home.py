@@ -4,11 +4,14 @@ import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, Field
 
-from server.service import Service
 from server.version import own_version
+
+if TYPE_CHECKING:
+    from server.service import Service
 
 STATIC = Path(__file__).parent / "static"  # what `make page` builds
 HEADERS = {
@@ -42,7 +45,7 @@ class PageInfo(BaseModel):
     judged: bool = Field(description="whether POST /judge can be asked")
 
 
-def page_info(service: Service) -> PageInfo:
+def page_info(service: "Service") -> PageInfo:
     settings, template = service.settings, service.codec.chat
     return PageInfo(
         model=service.model,

@@ -19,7 +19,8 @@ import pytest
 from server.app import create_app
 from server.config import Settings
 from server.errors import StartupError
-from server.listener import DrainingServer, address_of, listen, run
+from server.listener import DrainingServer, run
+from server.sockets import address_of, listen
 from tests.server.conftest import World
 
 
@@ -235,7 +236,7 @@ def test_a_thread_that_does_not_end_is_not_waited_for(settings: Settings) -> Non
         "from concurrent.futures import ThreadPoolExecutor\n"
         "from server.app import create_app\n"
         "from server.config import Settings\n"
-        "from server.listener import listen, run\n"
+        "from server.listener import run\nfrom server.sockets import listen\n"
         "app = create_app(Settings(model=sys.argv[1], remember=False, drain_s=0))\n"
         "ThreadPoolExecutor().submit(time.sleep, 60)\n"
         "run(app, listen(Settings(port=int(sys.argv[2]))), drain_s=0)\n"

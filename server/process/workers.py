@@ -1,0 +1,125 @@
+"""What runs in the engine's process, and in a front's."""
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+from server.app import app_of
+from server.assembly import open_engine, read_template, service_of
+from server.config import Settings
+from server.engine.text_builder import Decoders
+from server.engine_client import EngineFacts
+from server.errors import StartupError
+from server.listener import FrontProcess, run
+from server.loading import load_tokenizer
+from server.process.client import ProcessClient
+from server.process.host import HostedEngine, listen
+from server.process.messages import decode, encode
+from server.tokenizer import Codec
+from server.tracing import open_tracing
+
+log = logging.getLogger(__name__)
+Configure = Callable[[Settings], None]
+
+
+def run_engine(parent: Connection, settings: Settings, path: Path, configure: Configure) -> None:
+    """Until the parent closes its end of the pipe, or ends. Signals are for the parent, which drains the fronts
+    first."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    configure(settings)
+    with _reported(parent):
+        core, _ = open_engine(settings, makes_texts=False)
+        gc.collect()
+        gc.freeze()
+        try:
+            host(core, path, parent)
+        finally:
+            core.stop()
+
+
+def host(engine: HostedEngine, path: Path, parent: Connection) -> None:
+    """Lets fronts connect at `path`, until the parent closes its end of the pipe."""
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(_host(engine, path, parent))
+
+
+async def _host(engine: HostedEngine, path: Path, parent: Connection) -> None:
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    async with await listen(engine, path):
+        parent.send(encode(engine.facts))
+        _when_readable(parent, lambda: loop.call_soon_threadsafe(ended.set))
+        await ended.wait()
+
+
+def run_front(
+    parent: Connection, settings: Settings, bound: socket.socket, path: Path, configure: Configure, first: bool
+) -> None:
+    """Until SIGTERM, which drains it, or the end of its parent or of the engine. `first`: it speaks for all fronts in
+    the log."""
+    configure(settings)
+    with _reported(parent):
+        template = read_template(settings.chat_template)
+        tokenizer = load_tokenizer(settings)
+        if template is not None:
+            tokenizer.chat_template = template
+        facts: EngineFacts = decode(parent.recv(), EngineFacts)
+        codec = Codec(tokenizer, vocab=facts.vocab, context=facts.context)
+        client = ProcessClient(path, facts, Decoders.of(codec.decode, codec.decode_all), on_lost=_end)
+
+        @asynccontextmanager
+        async def engine() -> AsyncIterator[None]:
+            await client.connect()
+            yield
+            await client.disconnect()
+
+        tracing = open_tracing()
+        app = app_of(service_of(settings, codec, client, told=not first), engine, tracing)
+        _when_readable(parent, _end)
+        run(app, bound, drain_s=settings.drain_s, front=FrontProcess(lambda: parent.send(b""), first))
+
+
+def _end() -> None:
+    """Drains this process, and ends it."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def _reported(parent: Connection) -> Iterator[None]:
+    """The parent is told why the process cannot start. A parent that is gone wants nothing any more."""
+    try:
+        yield
+    except StartupError as error:
+        parent.send(error.message)
+        sys.exit(1)
+    except (EOFError, BrokenPipeError):
+        sys.exit(1)
+
+
+def _when_readable(parent: Connection, act: Callable[[], object]) -> None:
+    """The parent says nothing any more: what can be read is the end of its pipe."""
+
+    def watch() -> None:
+        wait([parent])
+        act()
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory

@@ -1,0 +1,422 @@
+"""The engine in a process of its own: the same answers, and what becomes of all when one of the processes ends."""
+
+import asyncio
+import itertools
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from server import errors
+from server.config import Settings
+from server.engine.sequence import Event, Failed, SamplingParams
+from server.engine.text_builder import Decoders
+from server.engine_client import EngineRequest, Prompt
+from server.engine_core import EngineCore
+from server.process.client import ProcessClient
+from server.process.host import listen
+from server.process.messages import Error
+from server.registry import Registry
+from server.tokenizer import Decode
+from server.types import CheckpointRef
+from tests.server.conftest import World
+from tests.server.test_listener import free_port, wait_until
+
+pytestmark = pytest.mark.timeout(300)  # several processes start, and import all that they need
+FRONTS = 2
+LONG = {"prompt": "a", "max_new_tokens": 90, "ignore_eos": True}
+OWN = ("id", "created", "timing", "request_id")  # fields that differ between two answers to one request
+
+
+@dataclass
+class Processes:
+    """A server of several processes."""
+
+    supervisor: subprocess.Popen[str]
+    url: str
+    said: Path
+
+    def __post_init__(self) -> None:
+        self.client = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
+
+    def children(self) -> list[psutil.Process]:
+        """The engine and the fronts."""
+        of_supervisor = psutil.Process(self.supervisor.pid).children()
+        return [one for one in of_supervisor if "resource_tracker" not in " ".join(one.cmdline())]
+
+    @property
+    def engine(self) -> psutil.Process:
+        (engine,) = (one for one in self.children() if not one.net_connections("tcp"))
+        return engine
+
+    def front_of(self, local_port: int) -> psutil.Process:
+        """The front that a client's connection is with."""
+        (front,) = (
+            one for one in self.children() for with_client in one.net_connections("tcp")
+            if with_client.raddr and with_client.raddr.port == local_port
+        )  # fmt: skip
+        return front
+
+    def metric(self, name: str, **labels: str) -> float:
+        """As whichever front answers tells it."""
+        text = httpx.get(f"{self.url}/metrics", timeout=60, trust_env=False).text
+        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+        return sum(one.value for one in samples if one.name == name and labels.items() <= one.labels.items())
+
+
+@contextmanager
+def started(settings: Settings, tmp_path: Path, *options: str, **environment: str) -> Iterator[Processes]:
+    """A server, from its readiness to its end."""
+    port, said = free_port(), tmp_path / "said"
+    command = [sys.executable, "-m", "server.cli", "serve", "--port", str(port), "--model", str(settings.model)]
+    command += ["--checkpoints", str(settings.checkpoints), "--threads", "1", "--engine-process", "true", *options]
+    with said.open("w") as stderr:
+        process = subprocess.Popen(
+            command, env=os.environ | {"MATSTEER_REMEMBER": "false"} | environment, stderr=stderr, text=True
+        )
+    made = Processes(process, f"http://127.0.0.1:{port}", said)
+    try:
+        wait_until(lambda: made.client.get("/readyz").status_code == 200, seconds=250)
+        yield made
+    finally:
+        made.client.close()
+        left = (
+            [process.pid, *(child.pid for child in psutil.Process(process.pid).children())]
+            if process.poll() is None
+            else []
+        )
+        process.kill()
+        process.wait(20)
+        for pid in left[1:]:  # whoever is left sees that the supervisor is gone
+            wait_until(lambda pid=pid: not psutil.pid_exists(pid))  # type: ignore[misc]
+
+
+@pytest.fixture(scope="module")
+def processes(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    folder = tmp_path_factory.mktemp("processes")
+    with started(settings, folder, "--front-workers", str(FRONTS), "--max-num-seqs", "2") as made:
+        yield made
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether two answers are the same but for their own fields, and for the rounding of numbers."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(name in OWN or alike(one[name], other[name]) for name in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(alike, one, other))
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-3, abs_tol=1e-4)
+    return bool(one == other)
+
+
+def events(text: str) -> list[Any]:
+    """A stream's events, and the data of each, text by text: those of several mix."""
+    found = re.findall(r"^(?:event: (\w+)\n)?data: (.*)$", text, re.MULTILINE)
+    told = [[name, data if data == "[DONE]" else json.loads(data)] for name, data in found]
+    return sorted(told[:-1], key=lambda event: _text(event[1])) + told[-1:]
+
+
+def _text(data: Any) -> int:
+    index: int = data["choices"][0]["index"] if data.get("choices") else data.get("index", 0)
+    return index
+
+
+PROMPT = "Q: What colour is the sky? A:"
+BODIES: list[tuple[str, dict[str, Any]]] = [
+    ("/generate", {"temperature": 0, "max_new_tokens": 24}),
+    ("/generate", {"prompt": [PROMPT, "a"], "n": 3, "seed": 5, "max_new_tokens": 24, "baseline": True}),
+    ("/generate", {"seed": 2, "max_new_tokens": 12, "trace": True, "logprobs": 3, "ignore_eos": True}),
+    ("/generate", {"attributes": {"kind": 1.5}, "checkpoint": "demo@1", "seed": 3, "max_new_tokens": 9}),
+    ("/generate", {"attributes": {}, "seed": 3, "max_new_tokens": 0}),
+    ("/compare", {"seed": 4, "max_new_tokens": 16, "arms": [{"name": "a", "attributes": {}}, {"name": "b"}]}),
+    ("/score", {"continuations": [" The sky", " is green."], "attributes": {"true": 1}}),
+    ("/v1/completions", {"model": "tiny", "echo": True, "logprobs": 2, "max_tokens": 5, "seed": 1}),
+    ("/v1/chat/completions", {"model": "demo", "max_tokens": 9, "seed": 1, "logprobs": True, "top_logprobs": 2}),
+    ("/v1/responses", {"model": "demo", "input": "a", "max_output_tokens": 9, "temperature": 0}),
+    ("/tokenize", {}),
+    ("/generate", {"checkpoint": "none"}),
+    ("/generate", {"checkpoint": "damaged"}),
+    ("/generate", {"attributes": {"nothing": 1}}),
+    ("/generate", {"prompt": "a " * 200}),
+    ("/generate", {"n": 64, "baseline": True, "max_new_tokens": 1, "checkpoint": "demo@2", "seed": 1}),
+    ("/v1/completions", {"model": "no-such-model"}),
+]
+
+
+@pytest.mark.parametrize("number", range(len(BODIES)))
+def test_answers_are_those_of_one_process(processes: Processes, world: World, number: int) -> None:
+    path, more = BODIES[number]
+    asked = {"messages": [{"role": "user", "content": "a"}]} if "chat" in path else {"prompt": PROMPT}
+    body = more if "input" in more else asked | more
+    one, other = world.client.post(path, json=body), processes.client.post(path, json=body)
+    assert other.status_code == one.status_code
+    assert alike(other.json(), one.json()), (other.text, one.text)
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
+@pytest.mark.parametrize("more", [{}, {"logprobs": 2}, {"stop": ["e"]}, {"n": 3, "stop": ["o", "zz"], "min_tokens": 4}])
+def test_streams_are_those_of_one_process(processes: Processes, world: World, path: str, more: dict[str, Any]) -> None:
+    length = "max_tokens" if path.startswith("/v1") else "max_new_tokens"
+    body = {"prompt": PROMPT, "seed": 7, length: 40, "stream": True, "ignore_eos": True, **more}
+    if path.startswith("/v1"):
+        body |= {"model": "demo"}
+    one, other = (client.post(path, json=body) for client in (world.client, processes.client))
+    assert other.status_code == one.status_code == 200
+    assert alike(events(other.text), events(one.text)), (other.text, one.text)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_ends_a_text_at_once_and_as_in_one_process(
+    processes: Processes, world: World, stream: bool
+) -> None:
+    body = {"prompt": PROMPT, "seed": 11, "max_new_tokens": 80, "ignore_eos": True}
+    whole = world.post(**body)["results"][0]
+    stop = whole["text"][4:6]
+    before = processes.metric("matsteer_computed_tokens_total")
+    asked = {**body, "stop": [stop], "stream": stream, "trace": True}
+    one, other = (client.post("/generate", json=asked).text for client in (world.client, processes.client))
+    if stream:
+        assert alike(events(other), events(one)), (other, one)
+    else:
+        assert alike(json.loads(other), json.loads(one)), (other, one)
+    wait_until(lambda: processes.metric("matsteer_num_requests_open") == 0)
+    length = len(re.findall('"token_id"', other)) + len(PROMPT)
+    assert processes.metric("matsteer_computed_tokens_total") - before < length, "not to its length"
+
+
+def test_what_one_front_changes_all_of_them_know(processes: Processes) -> None:
+    def of_new_connection() -> str | None:
+        with httpx.Client(base_url=processes.url, trust_env=False) as client:
+            active: str | None = client.get("/checkpoints").json()["active"]
+            assert client.get("/readyz").json()["checkpoint"] == active
+            return active
+
+    answers: list[httpx.Response] = []
+    streams = [
+        threading.Thread(target=lambda: answers.append(processes.client.post("/generate", json={**LONG, "n": 4})))
+        for _ in range(4)
+    ]
+    for one in streams:
+        one.start()
+    for version in ("1", "2"):
+        changed = processes.client.post("/checkpoints/demo/activate", json={"version": version})
+        assert changed.status_code == 200, changed.text
+        assert {of_new_connection() for _ in range(8)} == {f"demo@{version}"}
+    for one in streams:
+        one.join()
+    assert [answer.status_code for answer in answers] == [200] * 4
+    for answer in answers:
+        (version,) = {result["steering"]["version"] for result in answer.json()["results"]}
+    assert processes.client.post("/checkpoints/other/load").json()["name"] == "other"
+    assert processes.client.delete("/checkpoints/other").json()["unloaded"] == ["other@1"]
+    refused = processes.client.delete("/checkpoints/demo")
+    assert (refused.status_code, refused.json()["error"]["type"]) == (409, "checkpoint_in_use")
+
+
+def test_every_front_tells_what_all_have_counted(processes: Processes) -> None:
+    before = processes.metric("matsteer_http_requests_total", route="/tokenize")
+    for _ in range(12):
+        httpx.post(f"{processes.url}/tokenize", json={"prompt": "a"}, trust_env=False)
+    counted = {processes.metric("matsteer_http_requests_total", route="/tokenize") - before for _ in range(6)}
+    assert counted == {12}
+
+
+def test_a_client_that_goes_ends_its_texts_in_the_engine(processes: Processes) -> None:
+    with processes.client.stream("POST", "/generate", json={**LONG, "n": 120, "stream": True}) as told:
+        lines = told.iter_lines()
+        next(lines)
+        assert processes.metric("matsteer_num_requests_open") > 0
+    wait_until(
+        lambda: processes.metric("matsteer_num_requests_open") == 0 == processes.metric("matsteer_checkpoint_leases")
+    )
+
+
+def test_a_front_that_is_killed_takes_nobody_along(processes: Processes) -> None:
+    """Its texts end in the engine, another front takes its place, and the other goes on."""
+    with httpx.Client(base_url=processes.url, timeout=60, trust_env=False) as client:
+        body = {**LONG, "n": 120, "stream": True}
+        with client.stream("POST", "/generate", json=body) as told:
+            lines = told.iter_lines()
+            next(lines)
+            local = told.extensions["network_stream"].get_extra_info("client_addr")[1]
+            front, engine, before = processes.front_of(local), processes.engine, len(processes.children())
+            front.kill()
+            with pytest.raises(httpx.HTTPError):
+                list(lines)
+    wait_until(lambda: len(processes.children()) == before and not psutil.pid_exists(front.pid))
+    wait_until(
+        lambda: processes.metric("matsteer_num_requests_open") == 0 == processes.metric("matsteer_checkpoint_leases")
+    )
+    assert processes.engine.pid == engine.pid
+    for _ in range(8):  # of whichever front
+        assert httpx.post(f"{processes.url}/generate", json={"prompt": "a"}, timeout=60, trust_env=False).is_success
+    assert "its requests with it: another one starts" in processes.said.read_text()
+
+
+@pytest.mark.parametrize(("asked", "drain_s"), [(signal.SIGTERM, "20"), (signal.SIGINT, "0.2")])
+def test_a_server_that_is_asked_to_end_drains(
+    settings: Settings, tmp_path: Path, asked: signal.Signals, drain_s: str
+) -> None:
+    with started(settings, tmp_path, MATSTEER_DRAIN_S=drain_s, MATSTEER_MAX_NUM_SEQS="2") as server:
+        body = {**LONG, "n": 40 if drain_s == "0.2" else 2, "stream": True}
+        with server.client.stream("POST", "/generate", json=body) as told:
+            lines = told.iter_lines()
+            next(lines)
+            server.supervisor.send_signal(asked)
+            if asked == signal.SIGINT:  # as a terminal does
+                for child in server.children():
+                    child.send_signal(asked)
+            last = [line for line in lines if line][-2:]
+        assert server.supervisor.wait(20) == 0, server.said.read_text()
+    assert last[0] == ("event: error" if drain_s == "0.2" else "event: done")
+    if drain_s == "0.2":
+        assert json.loads(last[1].removeprefix("data: "))["error"]["type"] == "engine_down"
+    assert "Traceback" not in server.said.read_text()
+
+
+def test_an_engine_that_is_killed_ends_all_with_a_message(settings: Settings, tmp_path: Path) -> None:
+    with started(settings, tmp_path) as server:
+        answers: list[httpx.Response] = []
+        asking = threading.Thread(
+            target=lambda: answers.append(server.client.post("/generate", json={**LONG, "n": 120}))
+        )
+        asking.start()
+        wait_until(lambda: server.metric("matsteer_num_requests_open") > 0)
+        children = server.children()
+        server.engine.kill()
+        asking.join(20)
+        assert server.supervisor.wait(20) == 1
+        said = server.said.read_text()
+    assert [answer.status_code for answer in answers] == [503]
+    assert answers[0].json()["error"]["message"] == "The engine stopped: the engine's process has ended."
+    assert "the engine's process has ended (killed by signal 9): the server ends" in said
+    assert "Traceback" not in said
+    assert not any(psutil.pid_exists(child.pid) for child in children)
+
+
+def test_what_hinders_the_engine_is_one_sentence(settings: Settings, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "server.cli", "serve", "--port", str(free_port()), "--engine-process", "true"]
+    ended = subprocess.run([*command, "--model", str(tmp_path)], capture_output=True, text=True, timeout=280)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("matsteer: "), ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+def test_an_error_is_the_same_on_the_other_side() -> None:
+    for error in (
+        errors.QueueFull("full", retry_after_s=3),
+        errors.Refused("no", 415),
+        errors.UnknownAttribute("none", param="attributes.x"),
+        errors.StartupError("a sentence"),
+    ):
+        there = Error.of(error).to_exception()
+        assert type(there) is type(error)
+        assert vars(there) == vars(error)
+        assert (str(there), there.headers) == (str(error), error.headers)
+
+
+def test_several_fronts_need_an_engine_of_its_own() -> None:
+    with pytest.raises(ValueError, match="front_workers is 2"):
+        Settings(front_workers=2, engine_process="false")
+
+
+@contextmanager
+def path_for_socket() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:  # a short path: Unix sockets take no long ones
+        yield Path(folder) / "engine"
+
+
+@asynccontextmanager
+async def connected(world: World, path: Path, decode: Decode) -> AsyncIterator[ProcessClient]:
+    """A client of the world's engine, through a socket."""
+    core = world.service.client
+    assert isinstance(core, EngineCore)
+    async with await listen(core, path):
+        client = ProcessClient(path, core.facts, Decoders.of(decode), on_lost=lambda: None)
+        await client.connect()
+        yield client
+        await client.disconnect()
+
+
+def request(name: str, *, checkpoint: str | None = None) -> EngineRequest:
+    prompts = (Prompt((5, 6, 7), 1, 80), Prompt((8, 9), 2, 80))
+    sampling = SamplingParams(ignore_eos=True)
+    return EngineRequest(name, prompts, ((CheckpointRef(checkpoint),),), sampling, stream=True)
+
+
+def test_tokens_that_are_no_text_fail_their_request_and_end_in_the_engine(world: World) -> None:
+    calls = itertools.count()
+
+    def decode(ids: Any) -> str:
+        if next(calls) > 30:
+            raise ValueError("no text")
+        return "x" * len(ids)
+
+    async def story(path: Path) -> list[Event]:
+        told: list[Event] = []
+        async with connected(world, path, decode) as client:
+            await client.submit(request("undecodable"), told.append)
+            while sum(isinstance(event, Failed) for event in told) < 2 or world.service.engine.open_sequences:
+                await asyncio.sleep(0.01)
+            client.close("undecodable")
+            while world.service.registry.pins:
+                await asyncio.sleep(0.01)
+        return told
+
+    with path_for_socket() as path:
+        told = asyncio.run(asyncio.wait_for(story(path), 60))
+    failed = [event for event in told if isinstance(event, Failed)]
+    assert sorted(event.sequence.index for event in failed) == [0, 1], "one last event each"
+    assert {event.error.type for event in failed} == {"generation_failed"}
+
+
+def test_a_call_that_nobody_waits_for_leaves_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While its checkpoint is being loaded, and when it has been taken."""
+    world.client.delete("/checkpoints/other")
+    loading, go_on = threading.Event(), threading.Event()
+    load = Registry.load
+
+    def slowly(self: Registry, *arguments: Any) -> Any:
+        loading.set()
+        go_on.wait(20)
+        return load(self, *arguments)
+
+    monkeypatch.setattr(Registry, "load", slowly)
+
+    async def story(path: Path) -> None:
+        async with connected(world, path, lambda ids: "x") as client:
+            calls = [asyncio.create_task(client.submit(request("late", checkpoint="other"), lambda event: None))]
+            assert await asyncio.to_thread(loading.wait, 20)
+            calls += [
+                asyncio.create_task(client.submit(request(f"gone-{number}"), lambda event: None)) for number in range(8)
+            ]
+            for number, call in enumerate(calls):
+                await asyncio.sleep(0.002 * number)
+                call.cancel()
+            go_on.set()
+            await asyncio.gather(*calls, return_exceptions=True)
+            for number in range(8):
+                client.close(f"gone-{number}")  # of a request that was taken before
+                client.cancel(f"gone-{number}")
+            while world.service.registry.pins or world.service.engine.open_sequences:
+                await asyncio.sleep(0.01)
+            assert not client._requests
+            assert not client._replies
+
+    with path_for_socket() as path:
+        asyncio.run(asyncio.wait_for(story(path), 60))
