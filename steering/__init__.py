@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from steering.hook import Steering, steered
     from steering.operators import Trace, gate_codes, gate_values, steer, trace
     from steering.sites import layers, site_module, site_width
-    from steering.types import UNSTEERED, Column, Gate, Handle, Positions, SequenceSteering, Site, SiteKind
+    from steering.types import UNSTEERED, Clamp, Column, Gate, Handle, Positions, SequenceSteering, Site, SiteKind
 
 __all__ = [
     "UNSTEERED",
@@ -42,6 +42,7 @@ __all__ = [
     "CheckpointConfig",
     "CheckpointError",
     "CheckpointMismatch",
+    "Clamp",
     "Column",
     "ColumnBank",
     "ColumnConfig",

@@ -4,6 +4,7 @@ One bank serves one model. Every method is called from the thread that runs the 
 here takes a lock.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -22,9 +23,9 @@ NO_OWNER = -1  # the owner of a token that no column acts on
 class SiteBuffers:
     """What a hook reads at one site: C slots, of which the free ones are zero and have multipliers of zero.
 
-    vectors and weights [C, D], biases [C] float32; kinds [C] int8 (`Gate.code`); keep_norm [C] bool; multipliers
-    [max_tokens, C] float32, a view of the bank's buffer. Addresses change in `resize` only; the view changes whenever
-    the bank's buffer does.
+    vectors and weights [C, D], biases [C] float32; kinds [C] int8 (`Gate.code`); keep_norm [C] bool; clamps [C, 2]
+    float32 (value, origin), NaN where a column adds; multipliers [max_tokens, C] float32, a view of the bank's buffer.
+    Addresses change in `resize` only; the view changes whenever the bank's buffer does.
     """
 
     multipliers: Tensor
@@ -38,6 +39,7 @@ class SiteBuffers:
         self.biases = torch.zeros(0, device=device)
         self.kinds = torch.zeros(0, dtype=torch.int8, device=device)
         self.keep_norm = torch.zeros(0, dtype=torch.bool, device=device)
+        self.clamps = torch.zeros(0, 2, device=device)
 
     @property
     def live(self) -> int:
@@ -52,6 +54,11 @@ class SiteBuffers:
         """Whether every column keeps the activation's norm."""
         return all(column.keep_norm for column in self.columns if column is not None)
 
+    @property
+    def clamped(self) -> bool:
+        """Whether some column clamps."""
+        return any(column.clamp is not None for column in self.columns if column is not None)
+
     def attach(self, multipliers: Tensor, owner: int) -> None:
         self.multipliers = multipliers[:, owner : owner + len(self.columns)]
         self.owner = owner
@@ -60,7 +67,7 @@ class SiteBuffers:
         """Adds free slots up to `capacity`; columns keep their slots."""
         more = capacity - len(self.columns)
         self.columns.extend([None] * more)
-        for name in ("vectors", "weights", "biases", "kinds", "keep_norm"):
+        for name in ("vectors", "weights", "biases", "kinds", "keep_norm", "clamps"):
             old: Tensor = getattr(self, name)
             setattr(self, name, torch.cat([old, old.new_zeros(more, *old.shape[1:])]))
 
@@ -73,12 +80,13 @@ class SiteBuffers:
         self.biases[index].fill_(column.gate_bias)
         self.kinds[index].fill_(column.gate.code)
         self.keep_norm[index].fill_(column.keep_norm)
+        self.clamps[index].copy_(_clamp(column))
         return index
 
     def drop(self, index: int) -> None:
         """Clears a slot and makes it free."""
         self.columns[index] = None
-        for buffer in (self.vectors, self.weights, self.biases, self.kinds, self.keep_norm):
+        for buffer in (self.vectors, self.weights, self.biases, self.kinds, self.keep_norm, self.clamps):
             buffer[index].zero_()
 
     def check(self) -> None:
@@ -92,6 +100,10 @@ class SiteBuffers:
             assert torch.equal(self.biases[i].cpu(), torch.tensor(bias)), f"slot {i} holds another bias"
             assert int(self.kinds[i]) == kind, f"slot {i} holds another gate"
             assert bool(self.keep_norm[i]) == keep, f"slot {i} holds another norm rule"
+            clamp = _clamp(column) if column else torch.zeros(2)
+            assert torch.allclose(self.clamps[i].cpu(), clamp, rtol=0, atol=0, equal_nan=True), (
+                f"slot {i} holds another clamp"
+            )
 
 
 class MultiplierTable:
@@ -402,6 +414,12 @@ class ColumnBank:
     def _notify(self) -> None:
         for listener in tuple(self.listeners):
             listener()
+
+
+def _clamp(column: Column) -> Tensor:
+    """[2]: value and origin, NaN where the column adds."""
+    clamp = column.clamp
+    return torch.tensor([math.nan, math.nan] if clamp is None else [clamp.value, clamp.origin])
 
 
 def _layout(buffers: Mapping[Site, SiteBuffers]) -> tuple[dict[Site, int], int]:

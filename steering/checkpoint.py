@@ -119,7 +119,8 @@ def save(
     except ValidationError as error:
         raise CheckpointError(f"checkpoint {name!r} cannot be saved: {sentence(error)}") from None
     check_widths(config, columns)
-    text = json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    fields = config.model_dump(mode="json", exclude_defaults=True)
+    text = json.dumps(fields, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     for file, size, most in ((CONFIG, len(text.encode()), MAX_CONFIG), (TENSORS, len(data), _most_bytes(config))):
         if size > most:
             raise CheckpointError(f"checkpoint {name!r} cannot be saved: {file} would have {size} bytes, over {most}")

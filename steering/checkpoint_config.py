@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -32,6 +33,13 @@ class BaseModelInfo(Strict):
     num_layers: int = Field(gt=0)
 
 
+class ClampConfig(Strict):
+    """What a column sets a projection to."""
+
+    value: float
+    origin: float = 0.0
+
+
 class ColumnConfig(Strict):
     """One column, without its tensors."""
 
@@ -41,6 +49,7 @@ class ColumnConfig(Strict):
     gate: Gate
     default_multiplier: float
     range: tuple[float, float]
+    clamp: ClampConfig | None = None
 
 
 class CheckpointConfig(Strict):
@@ -79,6 +88,7 @@ def describe(column: Column) -> ColumnConfig:
         gate=column.gate,
         default_multiplier=column.default_multiplier,
         range=column.range,
+        clamp=ClampConfig(**asdict(column.clamp)) if column.clamp else None,
     )
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from steering.checkpoint_config import CheckpointConfig
 from steering.errors import CheckpointError
-from steering.types import Column, Site, SiteKind
+from steering.types import Clamp, Column, Site, SiteKind
 
 PARTS = ("vectors", "gate_weights", "gate_biases")
 
@@ -47,6 +47,7 @@ def unpack(config: CheckpointConfig, tensors: dict[str, Tensor]) -> tuple[Column
                 keep_norm=config.normalize,
                 default_multiplier=column.default_multiplier,
                 range=column.range,
+                clamp=Clamp(column.clamp.value, column.clamp.origin) if column.clamp else None,
             )
         )
     return tuple(columns)

@@ -135,9 +135,9 @@ class Steering:
         n = len(tokens)
         if n > bank.max_tokens:
             raise HookError(f"a forward pass of {n} tokens met a bank for {bank.max_tokens}: reserve more")
-        all_keep = False
+        all_keep, clamped = False, True
         if not (self.recording or _recorded(bank.device)):
-            all_keep = at.all_keep
+            all_keep, clamped = at.all_keep, at.clamped
             if n < bank.filled:
                 raise HookError(
                     f"a forward pass of {n} tokens met multipliers for {bank.filled}: fill or clear the bank"
@@ -150,21 +150,26 @@ class Steering:
             moved = fused_steer(at, tokens, bank.owners, bank.steered_tokens)
             if moved is not None:
                 return moved.reshape(activations.shape)
-        vectors, weights, biases, kinds, keep_norm, multipliers = self._parts(site, tokens)
+        vectors, weights, biases, kinds, keep_norm, clamps, multipliers = self._parts(site, tokens)
         bank.steered_tokens[:n].add_(bank.owners[:n] == at.owner)
-        moved = steer(tokens, vectors, weights, biases, kinds, keep_norm, multipliers, all_keep=all_keep)
+        targets = clamps if clamped else None
+        moved = steer(
+            tokens, vectors, weights, biases, kinds, keep_norm, multipliers, clamps=targets, all_keep=all_keep
+        )
         return moved.reshape(activations.shape)
 
     def _trace(self, site: Site, tokens: Tensor) -> None:
-        vectors, weights, biases, kinds, _, multipliers = self._parts(site, tokens)
-        seen = trace(tokens, vectors, weights, biases, kinds, multipliers)
+        vectors, weights, biases, kinds, _, clamps, multipliers = self._parts(site, tokens)
+        seen = trace(tokens, vectors, weights, biases, kinds, multipliers, clamps=clamps)
         measures = [getattr(seen, part.name) for part in fields(Trace)]
         self.traces[site][: len(tokens)].copy_(torch.stack(measures, dim=2).detach())
 
     def _parts(self, site: Site, tokens: Tensor) -> tuple[Tensor, ...]:
         """The arguments of `steer`, where the tokens are."""
         at, n = self.bank.at(site), len(tokens)
-        parts: tuple[Tensor, ...] = (at.vectors, at.weights, at.biases, at.kinds, at.keep_norm, at.multipliers[:n])
+        parts: tuple[Tensor, ...] = (
+            at.vectors, at.weights, at.biases, at.kinds, at.keep_norm, at.clamps, at.multipliers[:n]
+        )  # fmt: skip
         if tokens.device != self.bank.device:  # the model is spread over several
             parts = tuple(part.to(tokens.device) for part in parts)
         return parts

@@ -75,11 +75,21 @@ class Site:
         return cls(int(layer), _member(SiteKind, kind, "site kind"))
 
 
+@dataclass(frozen=True)
+class Clamp:
+    """What an activation's projection on a column's direction is set to: origin + multiplier x value."""
+
+    value: float
+    origin: float = 0.0
+
+
 @dataclass(frozen=True, eq=False)
 class Column:
     """One gated steering vector (arXiv 2502.12446, eq. 1-2: theta_t with its gate w_t, b_t).
 
-    Tensors are kept as float32 copies on the CPU. Norms, bias and range are at most `LARGEST` in size.
+    A column adds multiplier x gate x vector to an activation. With a `clamp` it sets the activation's projection on the
+    vector's direction to a value instead, or goes the gate's share of the way to there; its vector is kept as a unit
+    vector. Tensors are kept as float32 copies on the CPU. Norms, bias, clamp and range are at most `LARGEST` in size.
     """
 
     attribute: str
@@ -91,6 +101,7 @@ class Column:
     keep_norm: bool
     default_multiplier: float = 1.0
     range: tuple[float, float] = (-4.0, 4.0)
+    clamp: Clamp | None = None  # None: the vector is added
 
     def __post_init__(self) -> None:
         name = self.attribute
@@ -106,6 +117,10 @@ class Column:
                 f"column {name!r} has a vector of width {self.vector.numel()} "
                 f"but a gate_weight of width {self.gate_weight.numel()}"
             )
+        if self.clamp is not None:
+            for number in (self.clamp.value, self.clamp.origin):
+                _bounded(number, f"clamp of column {name!r}")
+            object.__setattr__(self, "vector", _unit(self.vector, f"vector of column {name!r}"))
         object.__setattr__(self, "gate_bias", _bounded(self.gate_bias, f"gate_bias of column {name!r}"))
         object.__setattr__(self, "keep_norm", bool(self.keep_norm))
         what = f"default_multiplier of column {name!r}"
@@ -201,6 +216,14 @@ def _own(tensor: Tensor, what: str) -> Tensor:
     if not bool(torch.isfinite(own).all()):
         raise ColumnError(f"{what} holds values that are not finite")
     return own
+
+
+def _unit(vector: Tensor, what: str) -> Tensor:
+    """The vector at length 1; one that has it stays the same in every bit."""
+    length = float(torch.linalg.vector_norm(vector.double()))
+    if not length:
+        raise ColumnError(f"{what} is zero: it has no direction to clamp a projection on")
+    return vector if abs(length - 1) <= 1e-6 else (vector.double() / length).float()
 
 
 def _finite(value: float, what: str) -> float:

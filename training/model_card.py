@@ -94,6 +94,8 @@ def _vectors(columns: Sequence[Column]) -> str:
 
 
 def _norms(columns: Sequence[Column]) -> str:
+    if clamp := columns[0].clamp:
+        return f"1, projection set to {clamp.origin + columns[0].default_multiplier * clamp.value:.3f}"
     norms = sorted(float(column.vector.norm()) for column in columns)
     return f"{norms[0]:.3f}" if len(norms) == 1 else f"{len(norms)} of {norms[0]:.3f} to {norms[-1]:.3f}"
 

@@ -21,7 +21,7 @@ MOST_WARPS = 32
 # One program serves any number of columns and any site: nothing is compiled while requests wait.
 @triton.jit(
     do_not_specialize=["columns", "multiplier_row", "owner"],
-    do_not_specialize_on_alignment=["multipliers", "kinds", "keep_norm"],
+    do_not_specialize_on_alignment=["multipliers", "kinds", "keep_norm", "clamps"],
 )
 def _steer(
     activations,
@@ -31,6 +31,7 @@ def _steer(
     biases,
     kinds,
     keep_norm,
+    clamps,
     multipliers,
     owners,
     counts,
@@ -54,14 +55,18 @@ def _steer(
     for column in range(columns):
         multiplier = tl.load(multipliers + token * multiplier_row + column)
         if multiplier != 0:
-            acting += 1
-            kind = tl.load(kinds + column)
+            vector = tl.load(vectors + column * WIDTH + d, mask=there, other=0.0)
+            value = tl.load(clamps + 2 * column)
             strength = multiplier
+            if value == value:  # NaN is not: the column adds
+                strength = tl.load(clamps + 2 * column + 1) + multiplier * value - tl.sum(a * vector, 0)
+            kind = tl.load(kinds + column)
             if kind != CONSTANT:
                 weight = tl.load(weights + column * WIDTH + d, mask=there, other=0.0)
                 linear = tl.load(biases + column) + tl.sum(a * weight, 0)
                 strength *= tl.where(kind == SIGMOID, 1 / (1 + tl.exp(-linear)), linear)
-            delta = strength * tl.load(vectors + column * WIDTH + d, mask=there, other=0.0)
+            acting += (strength != 0).to(tl.int32)
+            delta = strength * vector
             if tl.load(keep_norm + column) != 0:
                 kept += delta
             else:
@@ -80,6 +85,7 @@ def steer_and_count(
     biases: Tensor,
     kinds: Tensor,
     keep_norm: Tensor,
+    clamps: Tensor,
     multipliers: Tensor,
     owners: Tensor,
     counts: Tensor,
@@ -92,15 +98,16 @@ def steer_and_count(
     check(
         vectors.shape == weights.shape == (columns, width)
         and biases.shape == kinds.shape == keep_norm.shape == (columns,)
+        and clamps.shape == (columns, 2)
         and len(multipliers) >= tokens
         and multipliers.shape[1] == columns
         and min(len(owners), len(counts)) >= tokens,
         op,
         "shapes do not fit each other",
     )
-    dtypes = {part.dtype for part in (vectors, weights, biases, multipliers)}
+    dtypes = {part.dtype for part in (vectors, weights, biases, clamps, multipliers)}
     named = kinds.dtype, keep_norm.dtype, owners.dtype, counts.dtype
-    parts = (vectors, weights, biases, kinds, keep_norm, owners, counts)
+    parts = (vectors, weights, biases, kinds, keep_norm, clamps, owners, counts)
     check(
         dtypes == {torch.float32}
         and named == (torch.int8, torch.bool, torch.int32, torch.int64)
@@ -123,6 +130,7 @@ def steer_and_count(
                 biases,
                 kinds,
                 keep_norm,
+                clamps,
                 multipliers,
                 owners,
                 counts,

@@ -4,6 +4,7 @@ import os
 import pickle
 import shutil
 import tracemalloc
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from steering import (
     BaseModelInfo,
     CheckpointError,
     CheckpointMismatch,
+    Clamp,
     ColumnError,
     Gate,
     NotFound,
@@ -85,7 +87,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def same(columns, others) -> bool:
-    plain = ("attribute", "site", "gate", "gate_bias", "keep_norm", "default_multiplier", "range")
+    plain = ("attribute", "site", "gate", "gate_bias", "keep_norm", "default_multiplier", "range", "clamp")
     return len(columns) == len(others) and all(
         all(getattr(a, name) == getattr(b, name) for name in plain)
         and torch.equal(a.vector, b.vector)
@@ -101,6 +103,15 @@ def test_what_was_saved_is_loaded(folder):
     assert loaded.config.positions is Positions.GENERATED
     assert loaded.attributes == {"truthfulness": 1.5, "civility": 1.0, "fairness": 1.0}
     assert list(loaded.attributes) == ["truthfulness", "civility", "fairness"]
+
+
+def test_a_clamp_is_kept_and_told_only_where_there_is_one(tmp_path):
+    columns = [*three()[:2], replace(three()[2], clamp=Clamp(2.5, -0.75))]
+    write(tmp_path / "c" / "v1", columns=columns)
+    assert same(load(tmp_path / "c" / "v1").columns, columns)
+    told = json.loads((tmp_path / "c" / "v1" / "config.json").read_text())["columns"]
+    assert [column.get("clamp") for column in told] == [None, None, {"value": 2.5, "origin": -0.75}]
+    assert "clamp" not in told[0]
 
 
 def test_the_folder_is_what_the_format_says(folder):

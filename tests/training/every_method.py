@@ -13,6 +13,7 @@ from training.data import Sample, Split
 from training.methods.ablation import AblationConfig
 from training.methods.actadd import ActAddConfig
 from training.methods.caa import CaaConfig
+from training.methods.clamp import ClampConfig
 from training.methods.control import ControlConfig
 from training.methods.fit import Recipe, fit
 from training.methods.head_ablation import Fill, HeadAblationConfig
@@ -35,6 +36,7 @@ RECIPES: dict[str, tuple[Recipe, list[Site]]] = {
     "probe": (Recipe(ProbeConfig()), ATTENTION),
     "iti": (Recipe(ItiConfig(top=TOP)), HEADS),
     "ablation": (Recipe(AblationConfig(SOURCE)), RESIDUAL),
+    "clamp": (Recipe(ClampConfig()), RESIDUAL[1:]),
     "zeroed": (Recipe(HeadAblationConfig(heads=ZEROED)), HEADS),
     "meaned": (Recipe(HeadAblationConfig(heads=MEANED, fill=Fill.MEAN)), HEADS),
     "control": (Recipe(ControlConfig(coefficient=COEFFICIENTS)), RESIDUAL),

@@ -26,7 +26,8 @@ class Recipe:
     normalize: bool | None = None
     """Keep the activation's norm; None: as the method is published (MAT-Steer keeps it)."""
     strengths: Mapping[str, float] = field(default_factory=dict)
-    """Attribute -> factor on its vector, so that multiplier 1 means that strength; "" is for all others."""
+    """Attribute -> factor on its vector, or on the value of its clamp, so that multiplier 1 means that strength; "" is
+    for all others."""
     defaults: Mapping[str, float] = field(default_factory=dict)
     """Attribute -> default multiplier; the method's where it is not named."""
     places: Mapping[str, tuple[Site, ...]] = field(default_factory=dict)
@@ -109,9 +110,11 @@ def _with_strength(column: Column, recipe: Recipe) -> Column:
     default = recipe.defaults.get(column.attribute, usual)
     most = 2 * max(abs(default), abs(usual))
     low, high = column.range
+    clamp = column.clamp and replace(column.clamp, value=strength * column.clamp.value)
     return replace(
         column,
-        vector=strength * column.vector,
+        vector=column.vector if clamp else strength * column.vector,
+        clamp=clamp,
         default_multiplier=default,
         range=(min(low, -most), max(high, most)),
     )
