@@ -432,6 +432,13 @@ class Service:
             for ref, loaded in found
         ]
         chosen = _positions(positions, [loaded for _, loaded in found])
+        for (_, loaded), (_, multipliers) in zip(found, columns, strict=True):
+            if chosen != "generated" and (name := loaded.latched(multipliers)):
+                raise InvalidField(
+                    f"{name!r} of checkpoint {loaded.label} has a latched gate, which is known from the last prompt "
+                    f"token on: positions must be 'generated', not {chosen!r}.",
+                    param="positions",
+                )
         return _ArmSteering(SteeringParams(SequenceSteering.of(columns), chosen), tuple(applied))
 
     def _remark(self, loaded: LoadedCheckpoint, form: str) -> None:

@@ -181,12 +181,13 @@ def verify_against(checkpoint: Checkpoint, model_info: BaseModelInfo) -> None:
 def verify_sites(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Raises CheckpointMismatch where a column is not as wide as its site, UnsupportedArchitecture for no such site."""
     for column in checkpoint.columns:
-        width = site_width(model, column.site.kind)
-        if column.width != width:
-            raise CheckpointMismatch(
-                f"column {column.attribute!r} of checkpoint {checkpoint.config.name} has width {column.width}, "
-                f"but site {column.site} of the model has width {width}"
-            )
+        for site in (column.site, *([column.reads.site] if column.reads else ())):
+            width = site_width(model, site.kind)
+            if column.width != width:
+                raise CheckpointMismatch(
+                    f"column {column.attribute!r} of checkpoint {checkpoint.config.name} has width {column.width}, "
+                    f"but site {site} of the model has width {width}"
+                )
 
 
 def list_checkpoints(root: Path) -> list[tuple[str, str, Path]]:

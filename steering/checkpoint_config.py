@@ -40,6 +40,14 @@ class ClampConfig(Strict):
     origin: float = 0.0
 
 
+class ReadingConfig(Strict):
+    """What a column's gate reads, where that is not what the column steers."""
+
+    layer: int = Field(ge=0)
+    site: SiteKind
+    latched: bool = False
+
+
 class ColumnConfig(Strict):
     """One column, without its tensors."""
 
@@ -50,6 +58,7 @@ class ColumnConfig(Strict):
     default_multiplier: float
     range: tuple[float, float]
     clamp: ClampConfig | None = None
+    reads: ReadingConfig | None = None
 
 
 class CheckpointConfig(Strict):
@@ -76,11 +85,17 @@ class CheckpointConfig(Strict):
                 raise ValueError(f"attribute {column.attribute!r} has two default multipliers or ranges")
             if column.layer >= self.base_model.num_layers:
                 raise ValueError(f"layer {column.layer} is beyond the {self.base_model.num_layers} of the base model")
+            if column.reads and column.reads.latched and self.positions is not Positions.GENERATED:
+                raise ValueError(
+                    f"attribute {column.attribute!r} has a latched gate, which is known from the last prompt token on: "
+                    f"positions must be generated, not {self.positions.value}"
+                )
         return self
 
 
 def describe(column: Column) -> ColumnConfig:
     """A column without its tensors."""
+    reads = column.reads
     return ColumnConfig(
         attribute=column.attribute,
         layer=column.site.layer,
@@ -89,6 +104,7 @@ def describe(column: Column) -> ColumnConfig:
         default_multiplier=column.default_multiplier,
         range=column.range,
         clamp=ClampConfig(**asdict(column.clamp)) if column.clamp else None,
+        reads=ReadingConfig(layer=reads.site.layer, site=reads.site.kind, latched=reads.latched) if reads else None,
     )
 
 

@@ -33,7 +33,7 @@ def gate_codes(gates: Iterable[Gate], device: torch.device | str | None = None) 
 
 
 def gate_values(activations: Tensor, weights: Tensor, biases: Tensor, kinds: Tensor) -> Tensor:
-    """How open each column's gate is on each token (arXiv 2502.12446, eq. 2, and its constant and linear forms).
+    """How open each column's gate is on each token (arXiv 2502.12446, eq. 2, and the other kinds of `Gate`).
 
     activations [N, D], weights [C, D], biases [C], kinds [C] (`gate_codes`) -> [N, C] float32.
     """
@@ -51,13 +51,14 @@ def trace(
     multipliers: Tensor,
     *,
     clamps: Tensor | None = None,
+    opened: Tensor | None = None,
 ) -> Trace:
     """What `steer` does with these arguments, for each token and column. Shapes as for `steer`."""
     with full_precision(activations):
         a, v, w, b, m = widen(activations, vectors, weights, biases, multipliers)
-        opened = gates(a, w, b, kinds)
-        factors = strengths(a, v, opened, m, clamps)
+        found = gates(a, w, b, kinds, opened)
+        factors = strengths(a, v, found, m, clamps)
         widths = torch.linalg.vector_norm(v, dim=1)
         lengths = torch.linalg.vector_norm(a, dim=1, keepdim=True) * widths
         overlap = (a @ v.T) / torch.where(lengths > 0, lengths, 1)
-        return Trace(opened, factors, factors.abs() * widths, torch.sign(factors) * overlap)
+        return Trace(found, factors, factors.abs() * widths, torch.sign(factors) * overlap)

@@ -86,7 +86,7 @@ def _vectors(columns: Sequence[Column]) -> str:
     for column in columns:
         together.setdefault((column.attribute, str(column.site)), []).append(column)
     rows = [
-        [name, site, own[0].gate.value, _norms(own), f"{own[0].default_multiplier:g}",
+        [name, site, own[0].gate_and_site, _norms(own), f"{own[0].default_multiplier:g}",
          f"{own[0].range[0]:g} to {own[0].range[1]:g}"]
         for (name, site), own in together.items()
     ]  # fmt: skip

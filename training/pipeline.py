@@ -123,7 +123,7 @@ def train(
     name, version = run.out.resolve().name, next_version(run)
     say(f"1/5 data: {run.origin}")
     samples = prepare_data(run)
-    texts = texts_for(samples, run)
+    texts = [one for one in texts_for(samples, run) if one.attribute not in run.recipe.config.conditions()]
     if run.search is not None:
         check_search(run.evaluator, texts)
     base = load()

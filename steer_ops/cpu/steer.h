@@ -9,10 +9,11 @@ struct Steer {
     int64_t tokens, columns, width;
     int64_t token;       // stride of the activations
     int64_t multiplier;  // stride of the multipliers
+    int64_t gate;        // stride of the gates that were read elsewhere
     int64_t owner;       // tokens of this owner are counted
 };
 
-enum Gate : int8_t { SIGMOID, CONSTANT, LINEAR };  // as in plain.py
+enum Gate : int8_t { SIGMOID, CONSTANT, LINEAR, COSINE, READ };  // as in plain.py
 
 const float SMALLEST_NORM = 1e-19f;  // as in plain.py
 
@@ -38,7 +39,7 @@ inline void add(float *moved, float strength, const float *vector, int64_t width
 template <typename T>
 void steer(const Steer &call, const T *activations, T *out, const float *vectors, const float *weights,
            const float *biases, const int8_t *kinds, const bool *keep_norm, const float *clamps,
-           const float *multipliers, const int32_t *owners, int64_t *counts) {
+           const float *multipliers, const float *opened, const int32_t *owners, int64_t *counts) {
     const int64_t width = call.width;
 #pragma omp parallel if (call.tokens * width > 100000)
     {
@@ -54,14 +55,19 @@ void steer(const Steer &call, const T *activations, T *out, const float *vectors
                 continue;
             }
             for (int64_t d = 0; d < width; d++) moved[d] = a[d] = float(in[d]);
+            const float before = norm(a, width);
             bool acts = false;
             for (int64_t c = 0; c < call.columns; c++) {
                 strengths[c] = 0;
                 if (m[c] == 0) continue;
                 float gate = 1;
-                if (kinds[c] != CONSTANT) {
-                    gate = biases[c] + dot(a, weights + c * width, width);
+                if (kinds[c] == READ) {
+                    gate = opened[n * call.gate + c];
+                } else if (kinds[c] != CONSTANT) {
+                    const float overlap = dot(a, weights + c * width, width);
+                    gate = overlap + biases[c];
                     if (kinds[c] == SIGMOID) gate = 1 / (1 + std::exp(-gate));
+                    if (kinds[c] == COSINE) gate = overlap / std::max(before, SMALLEST_NORM) + biases[c] > 0;
                 }
                 const float value = clamps[2 * c], origin = clamps[2 * c + 1];
                 float amount = m[c];
@@ -74,7 +80,7 @@ void steer(const Steer &call, const T *activations, T *out, const float *vectors
                 std::memcpy(out + n * width, in, width * sizeof(T));
                 continue;
             }
-            const float before = norm(a, width), after = norm(moved, width);
+            const float after = norm(moved, width);
             const bool finite = before < INFINITY && after < INFINITY;
             const float rescale = finite ? before / std::max(after, SMALLEST_NORM) : 1;
             for (int64_t d = 0; d < width; d++) moved[d] *= rescale;

@@ -10,8 +10,8 @@ def render(
 ) -> str:
     """The card as Markdown."""
     rows = [
-        f"| {c.attribute} | {c.site} | {c.gate.value} | {('no', 'yes')[c.keep_norm]} | {float(c.vector.norm()):.3f} | "
-        f"{f'{c.clamp.value:g} x multiplier' if c.clamp else 'no'} |"
+        f"| {c.attribute} | {c.site} | {c.gate_and_site} | {('no', 'yes')[c.keep_norm]} | "
+        f"{float(c.vector.norm()):.3f} | {f'{c.clamp.value:g} x multiplier' if c.clamp else 'no'} |"
         for c in columns
     ]
     return "\n".join(

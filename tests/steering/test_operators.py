@@ -3,10 +3,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from steer_ops.plain import READ
 from steering import Gate, gate_codes, gate_values, steer, trace
 from steering.types import LARGEST
 
@@ -15,8 +16,13 @@ ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 
 
 def paper_gate(a, w, b, kind):
-    linear = a @ w + b
-    return {Gate.SIGMOID: 1 / (1 + math.exp(-max(linear, -700))), Gate.CONSTANT: 1.0, Gate.LINEAR: linear}[kind]
+    linear, length = a @ w + b, np.linalg.norm(a)
+    return {
+        Gate.SIGMOID: 1 / (1 + math.exp(-max(linear, -700))),
+        Gate.CONSTANT: 1.0,
+        Gate.LINEAR: linear,
+        Gate.COSINE: float((a @ w / length if length else 0.0) + b > 0),
+    }[kind]
 
 
 def paper_steer(a, vectors, weights, biases, kinds, keep_norm, multipliers, clamps):
@@ -49,11 +55,17 @@ def problems(draw, max_rows=4):
     vectors[clamped] = torch.nn.functional.normalize(vectors[clamped], dim=1)
     clamps = 3 * torch.randn(columns, 2, generator=random)
     clamps[~clamped] = torch.nan
+    weights = torch.randn(columns, width, generator=random) / width
+    biases = torch.randn(columns, generator=random)
+    activations = (torch.randn(rows, width, generator=random) * scale).to(dtype)
+    lengths = activations.double().norm(dim=1, keepdim=True).clamp_min(1e-19)
+    margins = (activations.double() @ weights.double().T / lengths + biases).abs()
+    assume(float(margins.min()) > 1e-5)  # no cosine so near its threshold that rounding decides
     return {
-        "activations": (torch.randn(rows, width, generator=random) * scale).to(dtype),
+        "activations": activations,
         "vectors": vectors,
-        "weights": torch.randn(columns, width, generator=random) / width,
-        "biases": torch.randn(columns, generator=random),
+        "weights": weights,
+        "biases": biases,
         "clamps": clamps,
         "kinds": gate_codes(kinds),
         "keep_norm": torch.tensor(draw(st.lists(st.booleans(), min_size=columns, max_size=columns))),
@@ -188,6 +200,33 @@ def test_directional_ablation_removes_the_direction():
     problem = plan(16, 1, vectors=-unit, weights=unit, biases=torch.zeros(1), kinds=gate_codes([Gate.LINEAR]))
     result = steer(**problem | {"keep_norm": torch.tensor([False])})
     torch.testing.assert_close(result @ unit.T, torch.zeros(4, 1), atol=1e-6, rtol=0)
+
+
+def test_a_cosine_gate_is_open_beyond_its_threshold_whatever_the_length():
+    angles = torch.tensor([0.0, 0.5, 1.0, 2.0, 3.1])
+    directions = torch.stack([angles.cos(), angles.sin()], dim=1)
+    for length in (1e-15, 1.0, 1e15):
+        found = gate_values(length * directions, torch.tensor([[1.0, 0]]), torch.tensor([-0.6]), gate_codes(["cosine"]))
+        assert found[:, 0].tolist() == [1, 1, 0, 0, 0]
+    nothing = gate_values(torch.zeros(1, 2), torch.ones(2, 2), torch.tensor([0.1, -0.1]), gate_codes(["cosine"] * 2))
+    assert nothing.tolist() == [[1, 0]]
+
+
+def test_a_gate_that_was_read_elsewhere_is_taken_as_it_is():
+    opened = torch.tensor([[0.25, 9.0, -1.0], [0.0, 9.0, 2.0], [1.0, 9.0, 0.0], [0.0, 9.0, 0.0]])
+    kinds = torch.tensor([READ, Gate.CONSTANT.code, READ], dtype=torch.int8)
+    problem = plan(kinds=kinds, keep_norm=torch.tensor([False] * 3), opened=opened)
+    a, v = problem["activations"], problem["vectors"]
+    expected = a + opened[:, :1] * v[0] + v[1] + opened[:, 2:] * v[2]
+    torch.testing.assert_close(steer(**problem), expected)
+    seen = trace(**{name: value for name, value in problem.items() if name != "keep_norm"})
+    assert seen.gates.tolist() == [[0.25, 1, -1], [0, 1, 2], [1, 1, 0], [0, 1, 0]]
+
+
+def test_a_closed_gate_leaves_every_bit():
+    problem = plan(kinds=torch.full((3,), READ, dtype=torch.int8), opened=torch.zeros(4, 3))
+    problem["activations"][0, :3] = torch.tensor([-0.0, math.inf, math.nan])
+    assert torch.equal(bits(steer(**problem)), bits(problem["activations"]))
 
 
 def clamp_plan(value: float, origin: float = 0.0, **changes) -> dict[str, Tensor]:

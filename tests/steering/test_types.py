@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from steering import UNSTEERED, Clamp, ColumnError, Gate, Handle, SequenceSteering, Site, SiteKind
+from steering import UNSTEERED, Clamp, ColumnError, Gate, Handle, Reading, SequenceSteering, Site, SiteKind
 from tests.steering.families import column
 
 HERE, THERE = Site(1, SiteKind.ATTN_OUTPUT), Site(0, SiteKind.RESIDUAL)
@@ -39,7 +39,7 @@ def test_a_layer_is_a_whole_number(layer):
     [
         ({"attribute": ""}, "attribute"),
         ({"attribute": "a\nb"}, "attribute"),
-        ({"gate": "softmax"}, "gate must be one of sigmoid, constant, linear"),
+        ({"gate": "softmax"}, "gate must be one of sigmoid, constant, linear, cosine"),
         ({"vector": torch.zeros(2, 2)}, "vector of column 'truthfulness'"),
         ({"vector": torch.zeros(0)}, "vector"),
         ({"vector": torch.tensor([1.0, math.nan])}, "not finite"),
@@ -53,6 +53,9 @@ def test_a_layer_is_a_whole_number(layer):
         ({"default_multiplier": math.nan}, "default_multiplier"),
         ({"default_multiplier": 5.0, "range": (-4, 4)}, r"outside its range \[-4, 4\]"),
         ({"range": (4, -4)}, "range"),
+        ({"reads": Reading(Site(7, SiteKind.RESIDUAL))}, "which a forward pass does not meet before"),
+        ({"reads": Reading(HERE)}, "which a forward pass does not meet before"),
+        ({"reads": Reading(Site(0, SiteKind.ATTN_HEADS)), "gate": Gate.CONSTANT}, "constant gate, which reads nothing"),
         ({"clamp": Clamp(2e9)}, "clamp of column 'truthfulness' must be at most 1e"),
         ({"clamp": Clamp(1.0, math.nan)}, "clamp of column 'truthfulness'"),
         ({"clamp": Clamp(1.0), "vector": torch.zeros(2)}, "is zero: it has no direction to clamp"),
@@ -114,4 +117,4 @@ def test_multipliers_that_cannot_be_used_are_refused(values):
 
 def test_unsteered_asks_for_nothing():
     assert UNSTEERED.slots == ()
-    assert {gate.code for gate in Gate} == {0, 1, 2}
+    assert {gate.code for gate in Gate} == {0, 1, 2, 3}

@@ -41,6 +41,7 @@ ROWS: list[dict[str, float]] = [
     {"iti": 15.0},
     {"ablation": -0.5},
     {"clamp": -2.0, "caa": 0.5},
+    {"cast": -2.0, "mat": 1.0, "probe": 0.5},
     {"mat": 2.0, "caa": -0.7, "iti": 3.0, "ablation": 1.0, "zeroed": 1.0, "control": 0.4},
     {"meaned": 0.5, "zeroed": 0.5, "actadd": 2.0, "probe": 1.5, "control": -1.0, "clamp": 0.5},
 ]
@@ -77,7 +78,7 @@ def test_a_mixed_batch_is_what_the_formulas_say(
     pair = [last_states(llama, tokenizer, text) for text in PAIR.prompts]
     changes = formulas(activations, stored, pair[0] - pair[1])
     model = copy.deepcopy(llama).double()
-    with by_hand(model, changes, stored["mat"].columns[0]):
+    with by_hand(model, changes, stored["mat"].columns[0], stored["cast"].columns[0]):
         expected = model(TOKENS).logits
     assert torch.equal(found[0], plain[0])
     for row, asked in enumerate(ROWS[1:], start=1):
@@ -136,10 +137,18 @@ def formulas(activations: Activations, stored: Mapping[str, checkpoints.Checkpoi
         "ablation": ablation,
         "zeroed": replaced(ZEROED, lambda rows: torch.zeros(rows.shape[1], dtype=rows.dtype)),
         "meaned": replaced(MEANED, lambda rows: rows.mean(0)),
+        "cast": lambda site, a: torch.zeros_like(a),  # by what each row has read
         "control": lambda site, a: COEFFICIENTS[site.layer] * difference(site).expand_as(a),
     }
     scale = {name: scaled(change) for name, change in changes.items()} | {"clamp": clamp}
     return {name: only_at(RECIPES[name][1], change) for name, change in scale.items()}
+
+
+def conditional(column: Column, read: Tensor) -> Scaled:
+    """The change of a row that has activations `read` [T, D] at the site that the gate reads."""
+    w, v = column.gate_weight.double(), column.vector.double()
+    opens = ((read @ w) / read.norm(dim=1) + column.gate_bias > 0).double()
+    return lambda site, a, m: m * opens[:, None] * v if site == column.site else torch.zeros_like(a)
 
 
 def sigmoid(column: Column) -> Change:
@@ -148,14 +157,18 @@ def sigmoid(column: Column) -> Change:
 
 
 @contextmanager
-def by_hand(model: Any, changes: Mapping[str, Scaled], mat: Column) -> Iterator[None]:
+def by_hand(model: Any, changes: Mapping[str, Scaled], mat: Column, cast: Column) -> Iterator[None]:
     """A float64 model whose activations change as ROWS ask for, without anything of `steering` but where sites are."""
     assert mat.keep_norm
+    changes, read = dict(changes), dict[Site, Tensor]()
 
     def moved(site: Site, batch: Tensor) -> Tensor:
         rows = []
-        for asked, a in zip(ROWS, batch, strict=True):
+        read[site] = batch
+        for row, (asked, a) in enumerate(zip(ROWS, batch, strict=True)):
             new = a
+            if "cast" in asked and site == RESIDUAL[2]:
+                changes["cast"] = conditional(cast, read[RESIDUAL[0]][row])
             if "mat" in asked and site == mat.site:
                 new = a + changes["mat"](site, a, asked["mat"])
                 new = new * (a.norm(dim=1) / new.norm(dim=1))[:, None]

@@ -79,6 +79,10 @@ class MethodConfig:
         """Sites whose activations are needed although the method does not act there."""
         return ()
 
+    def conditions(self) -> tuple[str, ...]:
+        """Attributes of the data that say when to steer, and get no columns of their own."""
+        return ()
+
     def own_samples(self) -> list["Sample"]:
         """The texts that are fitted on in place of data."""
         return []
