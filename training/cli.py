@@ -1,4 +1,4 @@
-"""`matsteer data | extract | train | evaluate | sweep | import-features | bake`.
+"""`matsteer data | extract | train | evaluate | sweep | inspect | import-features | bake`.
 
 torch is imported by a command that runs, never by --help: heavy imports are inside the functions.
 """
@@ -379,6 +379,42 @@ def sweep(
         else:
             best = swept.points[0]
             typer.echo(f"best: --layer {best.layer} --site {best.site}, multiplier {best.multiplier:g}; wrote {out}")
+
+
+@app.command("inspect")
+@with_option_groups
+def inspect_checkpoint(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint, with or without its version.")],
+    base: o.InspectedModelOptions,
+    texts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="On which gates are shown and norms taken: a text a line, or JSON lines (.jsonl) of text, prompt or "
+            "messages; default: eight neutral ones.",
+        ),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, max=100, help="Tokens that are named of each vector.")] = 8,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all of it there, as a page.")] = None,
+) -> None:
+    """Look into a checkpoint: what every vector promotes (logit lens), norms, cosines, what its gates fire on.
+
+    Example: matsteer inspect checkpoints/tone --texts questions.txt --html tone.html
+    """
+    with o.one_sentence():
+        from training.evaluation.evaluator import open_checkpoint
+        from training.evaluation.neutral import TEXTS
+        from training.evaluation.report import terminal
+        from training.inspection import inspect, read_texts
+        from training.inspection_report import render_page, show_inspection
+
+        loaded, _ = open_checkpoint(checkpoint)
+        said = read_texts(texts) if texts else list(TEXTS)
+        found = inspect(base.of(loaded.config.base_model.id), loaded, said, top=top)
+        terminal().print(show_inspection(found))
+        if html is not None:
+            html.write_text(render_page(found), encoding="utf-8")
+            typer.echo(f"wrote {html}")
 
 
 @app.command()

@@ -140,6 +140,17 @@ class ChatModelOptions(ModelOptions):
 
 
 @dataclass(frozen=True)
+class InspectedModelOptions(ChatModelOptions):
+    """The same for the model of a checkpoint, which says what it was trained on."""
+
+    model: Annotated[str, typer.Option(help="Its base model, where it is not found under the name it had.")] = ""
+
+    def of(self, trained_on: str) -> "Base":
+        """Raises TrainingError."""
+        return replace(self, model=self.model or trained_on).load()
+
+
+@dataclass(frozen=True)
 class BakedModelOptions(ModelOptions):
     """The same for a model that is written again, in the dtype that it is stored in."""
 
