@@ -102,6 +102,7 @@ def train(
     texts: o.DataOptions,
     measured: o.EvaluationOptions,
     how: o.MethodOptions,
+    recipe: o.RecipeOption = None,
     layer: o.MaybeLayers = None,
     site: o.SearchedSiteKinds = None,
     at: Annotated[
@@ -141,9 +142,9 @@ def train(
     --method mat --out checkpoints/mine
     """
     with o.one_sentence():
-        recipe, own = how.recipe(texts.seed), o.parse_places(at)
+        settings, own = how.recipe(texts.seed), o.parse_places(at)
         specs = texts.fitted_on(how.method, activations)
-        sites, search = _sites(recipe, layer, site, elsewhere=bool(own) or places is not None)
+        sites, search = _sites(settings, layer, site, elsewhere=bool(own) or places is not None)
         if activations is not None:
             _refuse_unused(pool, specs, chosen=evaluate and measured.judge is None)
         strengths, defaults = parse_settings(strength, "--strength", unnamed=True), parse_settings(set_, "--set")
@@ -161,7 +162,7 @@ def train(
             activations=activations,
             sites=sites,
             out=out,
-            recipe=replace(recipe, strengths=strengths, defaults=defaults, places=own),
+            recipe=replace(settings, strengths=strengths, defaults=defaults, places=own),
             evaluator=measured.evaluator(texts.seed),
             pool=pool or how.method.pool,
             version=version,
@@ -197,9 +198,7 @@ def _sites(
     if (named or elsewhere) and not wanted:
         return named, None
     if not method.one_place:
-        raise TrainingError(
-            f"--layer is missing: --method {method.name} acts at several places, and none are looked for."
-        )
+        raise TrainingError(f"--layer is missing: for --method {method.name} no place is looked for.")
     return (), o.parse_search(layer, site)
 
 

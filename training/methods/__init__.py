@@ -14,9 +14,11 @@ from training.methods.head_ablation import HEAD_ABLATION
 from training.methods.iti import ITI
 from training.methods.mat import MAT
 from training.methods.probe import PROBE
+from training.methods.reps import REPS
 
 METHODS: dict[str, Method] = {
-    method.name: method for method in (MAT, CAA, ACTADD, PROBE, ITI, ABLATION, CLAMP, CAST, HEAD_ABLATION, CONTROL)
+    method.name: method
+    for method in (MAT, CAA, ACTADD, PROBE, ITI, ABLATION, CLAMP, CAST, HEAD_ABLATION, CONTROL, REPS)
 }
 
 
