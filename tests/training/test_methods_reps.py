@@ -64,6 +64,7 @@ def test_training_makes_both_directions_prefer_their_side(base: Base, tmp_path: 
     assert min(row["dev"] for row in told) < told[0]["dev"]
 
 
+@torch.no_grad()
 def test_the_loss_is_what_the_paper_writes(base: Base) -> None:
     from training.methods.base import FitInputs
 
