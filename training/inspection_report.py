@@ -1,13 +1,13 @@
 """An inspection as tables for the terminal, and as one HTML file that needs nothing else."""
 
 from collections.abc import Iterable, Sequence
-from html import escape
 from itertools import combinations
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from training.html import render
 from training.inspection import ColumnView, Inspection, Token
 
 SHOWN = 48  # columns on a terminal
@@ -77,24 +77,12 @@ def _words(tokens: Iterable[Token]) -> str:
     return " ".join(repr(token.text)[1:-1].strip() or "␣" for token in tokens)
 
 
-STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;color:#1b1f24;background:#fff}
-table{border-collapse:collapse;margin:1rem 0}
-td,th{border-bottom:1px solid #d8dee4;padding:.25rem .6rem;text-align:left;vertical-align:top}
-code{background:#f2f4f7;padding:0 .25rem;border-radius:3px;white-space:pre}
-.text{white-space:pre-wrap;margin:.5rem 0 1rem}
-.text span{border-radius:3px}
-@media(prefers-color-scheme:dark){
-body{background:#15181c;color:#e6e8eb}code{background:#262b31}td,th{border-color:#343b43}}
-"""
-
-
 def render_page(found: Inspection) -> str:
-    """The whole inspection as an HTML document: tables, and every text shaded by each gate."""
-    title = f"{found.name} of {found.base_model}"
-    rows = [
+    """The whole inspection as one HTML file: tables, and every text with the strength of each gate under its tokens."""
+    header = ["column", "gate", "norm", "share", "default", "sink", "promoted", "suppressed"]
+    columns = [
         [view.label, _gate(view), f"{view.norm:.4g}", f"{view.share:.3f}", f"{view.column.default_multiplier:g}",
-         f"{view.sink:+.3f}", _codes(view.promoted), _codes(view.suppressed)]
+         f"{view.sink:+.3f}", _words(view.promoted), _words(view.suppressed)]
         for view in found.columns
     ]  # fmt: skip
     labels = [view.label for view in found.columns]
@@ -102,51 +90,17 @@ def render_page(found: Inspection) -> str:
         [label, *("" if value is None else f"{value:+.3f}" for value in line)]
         for label, line in zip(labels, found.cosines, strict=True)
     ]
-    parts = [
-        f"<h1>{escape(title)}</h1><p>Method: {escape(found.method)}. Tokens: what each vector by itself makes likelier "
-        "and less likely, by the final norm and the unembedding, with its logit. Share: default multiplier x norm, of "
-        "the median norm of the activations at the site. Sink: the cosine to the activations at the first position of "
-        "the texts.</p>",
-        _table(["column", "gate", "norm", "share", "default", "sink", "promoted", "suppressed"], rows, {6, 7}),
-    ]
-    if len(labels) > 1:
-        parts += ["<h2>Cosines between columns</h2>", _table(["", *labels], cosines, set())]
-    parts += [_gate_section(view) for view in found.columns if view.gates]
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f"<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    facts = {"base model": found.base_model, "method": found.method, "columns": len(labels)}
+    gates = [_gate_section(view) for view in found.columns if view.gates]
+    return render("inspection.html", title=found.name, facts=facts, header=header, columns=columns, labels=labels,
+                  cosines=cosines, gates=gates)  # fmt: skip
+
+
+def _gate_section(view: ColumnView) -> dict[str, object]:
+    values = view.opened or [0.0]
+    most = max(map(abs, values)) or 1.0
+    about = (
+        f"{view.column.gate_and_site}: mean {sum(values) / len(values):.4g}, largest {most:.4g}; cosine of its weight "
+        f"to the sink {view.gate_sink:+.3f}. First tokens are never steered."
     )
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], markup: set[int]) -> str:
-    """Cells of the columns in `markup` are HTML already."""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{cell if i in markup else escape(cell)}</td>" for i, cell in enumerate(row)) + "</tr>"
-        for row in rows
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _codes(tokens: Iterable[Token]) -> str:
-    return " ".join(f'<code title="{token.value:+.3f}">{escape(repr(token.text)[1:-1])}</code>' for token in tokens)
-
-
-def _gate_section(view: ColumnView) -> str:
-    values = view.opened
-    most = max((abs(value) for value in values), default=0.0) or 1.0
-    texts = "".join(
-        '<p class="text">' + "".join(_shaded(token, most) for token in text) + "</p>" for text in view.gates
-    )
-    mean = f"{sum(values) / len(values):.4g}" if values else "-"
-    sink = f"{view.gate_sink:+.3f}" if view.gate_sink is not None else "-"
-    return (
-        f"<h2>Gate of {escape(view.label)}</h2><p>{escape(view.column.gate_and_site)}; mean {mean}, largest "
-        f"{most:.4g}; cosine of its weight to the sink {sink}. First tokens are never steered.</p>{texts}"
-    )
-
-
-def _shaded(token: Token, most: float) -> str:
-    share = min(1.0, abs(token.value) / most)
-    shade = f"rgba({'46,160,67' if token.value >= 0 else '207,34,46'},{0.75 * share:.3f})"
-    return f'<span style="background:{shade}" title="{token.value:.4g}">{escape(token.text)}</span>'
+    return {"label": view.label, "about": about, "most": most, "texts": view.gates}
