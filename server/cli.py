@@ -335,6 +335,10 @@ def import_checkpoint(
     positions: Annotated[
         Literal["generated", "prompt", "all"] | None, typer.Option(help="Default: as the other tool steers.")
     ] = None,
+    clamp: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="Set the projection on each vector to X times the multiplier, add nothing."),
+    ] = None,
     version: Annotated[str | None, typer.Option(help="Default: the next of v1, v2, ...")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace that version.")] = False,
     revision: Annotated[str | None, typer.Option(help="Revision of the model.")] = None,
@@ -352,7 +356,7 @@ def import_checkpoint(
         import_file(
             ImportOptions(
                 source, model, out, format, layers, site, tuple(attribute or ()), version, positions, revision,
-                overwrite, counting,
+                overwrite, counting, clamp,
             )
         )  # fmt: skip
 

@@ -278,6 +278,13 @@ class EngineCore:
             for ref, loaded in found
         )
         chosen = _positions(positions, [loaded for _, loaded in found])
+        for (_, loaded), (_, multipliers) in zip(found, columns, strict=True):
+            if chosen != "generated" and (name := loaded.latched(multipliers)):
+                raise InvalidField(
+                    f"{name!r} of checkpoint {loaded.label} has a latched gate, which is known from the last prompt "
+                    f"token on: positions must be 'generated', not {chosen!r}.",
+                    param="positions",
+                )
         return SteeringParams(SequenceSteering.of(columns), chosen), AppliedSteering(applied, chosen)
 
     def _remark(self, loaded: LoadedCheckpoint, form: Form) -> None:

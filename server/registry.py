@@ -78,6 +78,17 @@ class LoadedCheckpoint:
         """Attribute -> default multiplier."""
         return self.checkpoint.attributes
 
+    def latched(self, multipliers: Sequence[float]) -> str | None:
+        """An attribute that these multipliers steer through a latched gate, if there is one."""
+        return next(
+            (
+                column.attribute
+                for column, multiplier in zip(self.checkpoint.columns, multipliers, strict=True)
+                if multiplier and column.reads and column.reads.latched
+            ),
+            None,
+        )
+
     def multipliers(self, attributes: Mapping[str, float] | None, param: str) -> tuple[float, ...]:
         """One multiplier a column. None: every column's own default; else what is not listed is 0.
 

@@ -193,7 +193,9 @@ def steer_and_count(
     biases: Tensor,
     kinds: Tensor,
     keep_norm: Tensor,
+    clamps: Tensor,
     multipliers: Tensor,
+    opened: Tensor,
     owners: Tensor,
     counts: Tensor,
     owner: int,
@@ -201,24 +203,33 @@ def steer_and_count(
     """Gated steering (`steer_ops.plain.steer` has the formula), and how many times each token was steered.
 
     activations [N, D] float32 or bfloat16, vectors and weights [C, D], biases [C] float32, kinds [C] int8, keep_norm
-    [C] bool, multipliers [M, C] float32, owners [M] int32, counts [M] int64 with M >= N -> [N, D]. `counts` of the
-    first N tokens go up where `owners` is `owner`.
+    [C] bool, clamps [C, 2] float32 (NaN: none), multipliers and opened [M, C] float32, owners [M] int32, counts [M]
+    int64 with M >= N -> [N, D]. `counts` of the first N tokens go up where `owners` is `owner`.
     """
     moved: Tensor = STEER_AND_COUNT.for_tensor(activations)(
-        activations, vectors, weights, biases, kinds, keep_norm, multipliers, owners, counts, owner
+        activations, vectors, weights, biases, kinds, keep_norm, clamps, multipliers, opened, owners, counts, owner
     )
     return moved
 
 
 def _steer_examples(dtype: torch.dtype) -> Iterator[Example]:
     random = torch.Generator().manual_seed(0)
-    kinds = torch.tensor([plain.SIGMOID, plain.CONSTANT, plain.LINEAR, plain.SIGMOID], dtype=torch.int8)
-    keep = torch.tensor([True, True, False, False])
-    vectors, weights = torch.randn(2, 4, 37, generator=random)
-    multipliers = torch.randn(6, 4, generator=random) * torch.tensor([[1.0], [0.0], [1.0], [0.5], [1.0], [1.0]])
+    gates = (
+        plain.SIGMOID, plain.CONSTANT, plain.LINEAR, plain.SIGMOID, plain.CONSTANT, plain.SIGMOID, plain.COSINE,
+        plain.READ, plain.READ,
+    )  # fmt: skip
+    kinds = torch.tensor(gates, dtype=torch.int8)
+    keep = torch.tensor([True, True, False, False, False, True, False, True, False])
+    vectors, weights = torch.randn(2, 9, 37, generator=random)
+    clamps = torch.tensor([*[[torch.nan] * 2] * 4, [3.0, 0.0], [-2.0, 1.5], *[[torch.nan] * 2] * 2, [1.0, 0.0]])
+    vectors[4:] /= vectors[4:].norm(dim=1, keepdim=True)
+    multipliers = torch.randn(6, 9, generator=random) * torch.tensor([[1.0], [0.0], [1.0], [0.5], [1.0], [1.0]])
     owners, counts = torch.tensor([3, 3, -1, 0, 3, 3], dtype=torch.int32), torch.zeros(6, dtype=torch.int64)
     x = torch.randn(5, 37, generator=random).to(dtype)
-    yield (x, vectors, weights, torch.randn(4, generator=random), kinds, keep, multipliers, owners, counts, 3), {}
+    biases = torch.randn(9, generator=random)
+    opened = torch.rand(6, 10, generator=random)[:, :9]  # rows of another length than those of the multipliers
+    opened[0, 7] = 0
+    yield (x, vectors, weights, biases, kinds, keep, clamps, multipliers, opened, owners, counts, 3), {}
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -306,7 +317,8 @@ def _tiled_linear_examples(dtype: torch.dtype) -> Iterator[Example]:
 
 STEER_AND_COUNT = Op(
     "steer_and_count(Tensor activations, Tensor vectors, Tensor weights, Tensor biases, Tensor kinds, "
-    "Tensor keep_norm, Tensor multipliers, Tensor owners, Tensor(a!) counts, int owner) -> Tensor",
+    "Tensor keep_norm, Tensor clamps, Tensor multipliers, Tensor opened, Tensor owners, Tensor(a!) counts, "
+    "int owner) -> Tensor",
     plain.steer_and_count,
     _steer_examples,
     fake=lambda activations, *rest: torch.empty_like(activations, memory_format=torch.contiguous_format),

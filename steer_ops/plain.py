@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
-SIGMOID, CONSTANT, LINEAR = range(3)  # kinds of gates, as kernels know them
+SIGMOID, CONSTANT, LINEAR, COSINE, READ = range(5)  # kinds of gates, as kernels know them
 SMALLEST_NORM = 1e-19  # below it squares leave float32
 GATHERED = 16 * 2**20  # numbers that are copied together at most, unless one row needs more
 
@@ -163,28 +163,34 @@ def steer(
     keep_norm: Tensor,
     multipliers: Tensor,
     *,
+    clamps: Tensor | None = None,
+    opened: Tensor | None = None,
     all_keep: bool = False,
 ) -> Tensor:
-    """f(a) = a + sum m g(a) v over the norm-keeping columns, rescaled to |a|, then + sum m g(a) v over the others.
+    """f(a) = a + sum s(a) v over the norm-keeping columns, rescaled to |a|, then + sum s(a) v over the others.
 
-    arXiv 2502.12446, eq. 1-3, with a multiplier m for each token and column. Gates are taken on the original a.
+    arXiv 2502.12446, eq. 1-3, with a multiplier m for each token and column: s(a) = m g(a). A column with a clamp
+    (c, o) sets a's projection on its unit vector to o + m c instead: s(a) = g(a) (o + m c - v.a). Gates and projections
+    are taken on the original a.
     Computed in float32 whatever the dtype of the activations (in float64 for float64), because a half-precision sum of
     squares overflows at the widths that models have.
 
-    activations [N, D], vectors and weights [C, D], biases [C], kinds [C] int8 (SIGMOID, CONSTANT or LINEAR), keep_norm
-    [C] bool, multipliers [N, C] -> [N, D] in the dtype of the activations. A row whose multipliers are all 0 comes out
-    bit for bit as it went in, -0.0, infinities and NaN included; a column whose multiplier is 0 has no influence on a
-    row whatever its gate. `all_keep`: the caller knows that every column keeps the norm, which saves a product.
+    activations [N, D], vectors and weights [C, D], biases [C], kinds [C] int8 (as `gates` has them), keep_norm [C]
+    bool, multipliers [N, C], clamps [C, 2], NaN where there is none (None: nowhere), opened [N, C], gates that were
+    read at another site (None: none were) -> [N, D] in the dtype of the activations. A row whose multipliers, or whose
+    s(a), are all 0 comes out bit for bit as it went in, -0.0, infinities and NaN included; a column whose multiplier is
+    0 has no influence on a row whatever its gate. `all_keep`: the caller knows that every column keeps the norm, which
+    saves a product.
     """
     with full_precision(activations):
         a, v, w, b, m = widen(activations, vectors, weights, biases, multipliers)
-        acts = m != 0
-        strength = torch.where(acts, m * gates(a, w, b, kinds), 0)
+        strength = strengths(a, v, gates(a, w, b, kinds, opened), m, clamps)
         moved = torch.addmm(a, strength if all_keep else torch.where(keep_norm, strength, 0), v)
         moved = moved * _rescale(a, moved)
         if not all_keep:
             moved = torch.addmm(moved, torch.where(keep_norm, 0, strength), v)
-        return torch.where(acts.any(dim=1, keepdim=True), moved.to(activations.dtype), activations)
+        acts = (strength != 0).any(dim=1, keepdim=True)
+        return torch.where(acts, moved.to(activations.dtype), activations)
 
 
 def steer_and_count(
@@ -194,7 +200,9 @@ def steer_and_count(
     biases: Tensor,
     kinds: Tensor,
     keep_norm: Tensor,
+    clamps: Tensor,
     multipliers: Tensor,
+    opened: Tensor,
     owners: Tensor,
     counts: Tensor,
     owner: int,
@@ -202,14 +210,36 @@ def steer_and_count(
     """See `steer_ops.steer_and_count`."""
     tokens = len(activations)
     counts[:tokens].add_(owners[:tokens] == owner)
-    return steer(activations, vectors, weights, biases, kinds, keep_norm, multipliers[:tokens])
+    return steer(
+        activations, vectors, weights, biases, kinds, keep_norm, multipliers[:tokens], clamps=clamps,
+        opened=opened[:tokens],
+    )  # fmt: skip
 
 
-def gates(a: Tensor, weights: Tensor, biases: Tensor, kinds: Tensor) -> Tensor:
-    """How open each column's gate is on each token. a [N, D], weights [C, D], biases, kinds [C] -> [N, C]."""
-    linear = torch.addmm(biases, a, weights.T)
-    opened = torch.where(kinds == SIGMOID, torch.sigmoid(linear), linear)
-    return torch.where(kinds == CONSTANT, 1.0, opened)
+def gates(a: Tensor, weights: Tensor, biases: Tensor, kinds: Tensor, opened: Tensor | None = None) -> Tensor:
+    """How open each column's gate is on each token: sigmoid(w.a + b) of a SIGMOID, 1 of a CONSTANT, w.a + b of a
+    LINEAR, of a COSINE 1 where w.a / |a| + b > 0 and 0 elsewhere, of a READ what `opened` says.
+
+    a [N, D], weights [C, D], biases, kinds [C], opened [N, C] or None -> [N, C].
+    """
+    overlap = a @ weights.T
+    linear = overlap + biases
+    found = torch.where(kinds == SIGMOID, torch.sigmoid(linear), linear)
+    lengths = torch.linalg.vector_norm(a, dim=1, keepdim=True).clamp_min(SMALLEST_NORM)
+    found = torch.where(kinds == COSINE, (overlap / lengths + biases > 0).to(a.dtype), found)
+    found = torch.where(kinds == CONSTANT, 1.0, found)
+    return found if opened is None else torch.where(kinds == READ, opened.to(a.dtype), found)
+
+
+def strengths(a: Tensor, vectors: Tensor, opened: Tensor, multipliers: Tensor, clamps: Tensor | None) -> Tensor:
+    """The factor of each column's vector on each token, s(a) of `steer`. a [N, D], vectors [C, D], opened (what `gates`
+    gives) and multipliers [N, C], clamps [C, 2] or None -> [N, C]."""
+    amount = multipliers
+    if clamps is not None:
+        values, origins = torch.nan_to_num(clamps.to(a.dtype)).unbind(1)
+        targets = origins + multipliers * values
+        amount = torch.where(clamps[:, 0].isnan(), multipliers, targets - a @ vectors.T)
+    return torch.where(multipliers != 0, opened * amount, 0)
 
 
 def widen(activations: Tensor, *others: Tensor) -> tuple[Tensor, ...]:

@@ -112,13 +112,14 @@ def _run(
 
 
 def _largest(numbers: Tensor) -> float:
-    return float(numbers.abs().max()) if numbers.numel() else 0.0
+    return float(numbers.abs().nan_to_num(0, torch.inf).max()) if numbers.numel() else 0.0
 
 
 def _same(found: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> bool:
     return len(found) == len(expected) and all(
         mine.shape == theirs.shape
         and mine.dtype == theirs.dtype
+        and torch.equal(mine.isnan(), theirs.isnan())
         and _largest(mine.double() - theirs.double()) <= TOLERANCES[dtype] * _largest(theirs.double())
         for mine, theirs in zip(found, expected, strict=True)
     )

@@ -33,7 +33,18 @@ if TYPE_CHECKING:
     from steering.hook import Steering, steered
     from steering.operators import Trace, gate_codes, gate_values, steer, trace
     from steering.sites import layers, site_module, site_width
-    from steering.types import UNSTEERED, Column, Gate, Handle, Positions, SequenceSteering, Site, SiteKind
+    from steering.types import (
+        UNSTEERED,
+        Clamp,
+        Column,
+        Gate,
+        Handle,
+        Positions,
+        Reading,
+        SequenceSteering,
+        Site,
+        SiteKind,
+    )
 
 __all__ = [
     "UNSTEERED",
@@ -42,6 +53,7 @@ __all__ = [
     "CheckpointConfig",
     "CheckpointError",
     "CheckpointMismatch",
+    "Clamp",
     "Column",
     "ColumnBank",
     "ColumnConfig",
@@ -51,6 +63,7 @@ __all__ = [
     "HookError",
     "NotFound",
     "Positions",
+    "Reading",
     "SequenceSteering",
     "Site",
     "SiteKind",

@@ -119,7 +119,8 @@ def save(
     except ValidationError as error:
         raise CheckpointError(f"checkpoint {name!r} cannot be saved: {sentence(error)}") from None
     check_widths(config, columns)
-    text = json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    fields = config.model_dump(mode="json", exclude_defaults=True)
+    text = json.dumps(fields, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     for file, size, most in ((CONFIG, len(text.encode()), MAX_CONFIG), (TENSORS, len(data), _most_bytes(config))):
         if size > most:
             raise CheckpointError(f"checkpoint {name!r} cannot be saved: {file} would have {size} bytes, over {most}")
@@ -180,12 +181,13 @@ def verify_against(checkpoint: Checkpoint, model_info: BaseModelInfo) -> None:
 def verify_sites(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Raises CheckpointMismatch where a column is not as wide as its site, UnsupportedArchitecture for no such site."""
     for column in checkpoint.columns:
-        width = site_width(model, column.site.kind)
-        if column.width != width:
-            raise CheckpointMismatch(
-                f"column {column.attribute!r} of checkpoint {checkpoint.config.name} has width {column.width}, "
-                f"but site {column.site} of the model has width {width}"
-            )
+        for site in (column.site, *([column.reads.site] if column.reads else ())):
+            width = site_width(model, site.kind)
+            if column.width != width:
+                raise CheckpointMismatch(
+                    f"column {column.attribute!r} of checkpoint {checkpoint.config.name} has width {column.width}, "
+                    f"but site {site} of the model has width {width}"
+                )
 
 
 def list_checkpoints(root: Path) -> list[tuple[str, str, Path]]:

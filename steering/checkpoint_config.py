@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -32,6 +33,21 @@ class BaseModelInfo(Strict):
     num_layers: int = Field(gt=0)
 
 
+class ClampConfig(Strict):
+    """What a column sets a projection to."""
+
+    value: float
+    origin: float = 0.0
+
+
+class ReadingConfig(Strict):
+    """What a column's gate reads, where that is not what the column steers."""
+
+    layer: int = Field(ge=0)
+    site: SiteKind
+    latched: bool = False
+
+
 class ColumnConfig(Strict):
     """One column, without its tensors."""
 
@@ -41,6 +57,8 @@ class ColumnConfig(Strict):
     gate: Gate
     default_multiplier: float
     range: tuple[float, float]
+    clamp: ClampConfig | None = None
+    reads: ReadingConfig | None = None
 
 
 class CheckpointConfig(Strict):
@@ -67,11 +85,17 @@ class CheckpointConfig(Strict):
                 raise ValueError(f"attribute {column.attribute!r} has two default multipliers or ranges")
             if column.layer >= self.base_model.num_layers:
                 raise ValueError(f"layer {column.layer} is beyond the {self.base_model.num_layers} of the base model")
+            if column.reads and column.reads.latched and self.positions is not Positions.GENERATED:
+                raise ValueError(
+                    f"attribute {column.attribute!r} has a latched gate, which is known from the last prompt token on: "
+                    f"positions must be generated, not {self.positions.value}"
+                )
         return self
 
 
 def describe(column: Column) -> ColumnConfig:
     """A column without its tensors."""
+    reads = column.reads
     return ColumnConfig(
         attribute=column.attribute,
         layer=column.site.layer,
@@ -79,6 +103,8 @@ def describe(column: Column) -> ColumnConfig:
         gate=column.gate,
         default_multiplier=column.default_multiplier,
         range=column.range,
+        clamp=ClampConfig(**asdict(column.clamp)) if column.clamp else None,
+        reads=ReadingConfig(layer=reads.site.layer, site=reads.site.kind, latched=reads.latched) if reads else None,
     )
 
 

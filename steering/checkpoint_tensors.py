@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from steering.checkpoint_config import CheckpointConfig
+from steering.checkpoint_config import CheckpointConfig, ReadingConfig
 from steering.errors import CheckpointError
-from steering.types import Column, Site, SiteKind
+from steering.types import Clamp, Column, Reading, Site, SiteKind
 
 PARTS = ("vectors", "gate_weights", "gate_biases")
 
@@ -47,9 +47,15 @@ def unpack(config: CheckpointConfig, tensors: dict[str, Tensor]) -> tuple[Column
                 keep_norm=config.normalize,
                 default_multiplier=column.default_multiplier,
                 range=column.range,
+                clamp=Clamp(column.clamp.value, column.clamp.origin) if column.clamp else None,
+                reads=_reading(column.reads),
             )
         )
     return tuple(columns)
+
+
+def _reading(reads: ReadingConfig | None) -> Reading | None:
+    return Reading(Site(reads.layer, reads.site), reads.latched) if reads else None
 
 
 def _check_tensors(prefixes: Sequence[str], tensors: Mapping[str, Tensor]) -> None:

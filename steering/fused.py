@@ -20,7 +20,18 @@ def fused_steer(at: SiteBuffers, activations: Tensor, owners: Tensor, counts: Te
     kernel = STEER_AND_COUNT.for_tensor(activations)
     if kernel is STEER_AND_COUNT.reference:
         return None
-    parts = at.vectors, at.weights, at.biases, at.kinds, at.keep_norm, at.multipliers, owners, counts
+    parts = (
+        at.vectors,
+        at.weights,
+        at.biases,
+        at.kinds,
+        at.keep_norm,
+        at.clamps,
+        at.multipliers,
+        at.opened,
+        owners,
+        counts,
+    )
     moved: Tensor = kernel(activations, *parts, at.owner)
     return moved
 

@@ -36,6 +36,7 @@ class Steering:
         self.native = native and can_fuse(bank.device)
         self.recording = False  # passes are recorded for batches to come: what this one asks for must not matter
         self.traces: dict[Site, Tensor] = {}
+        self.batch: PlainBatch | None = None  # of a `steered` block
         self._hooks: dict[Site, RemovableHandle] = {}
         self._installed = False
 
@@ -72,6 +73,11 @@ class Steering:
             self._hooks.pop(site).remove()
         self.traces.clear()
 
+    def keep(self, rows: Sequence[int]) -> None:
+        """Of a `steered` block: from now on its batch is of these rows, in their order."""
+        assert self.batch is not None, "a block of `steered` has a batch"
+        self.batch.keep(rows)
+
     def record(self, on: bool) -> None:
         """Fill `traces` in the passes that follow, or do not."""
         if on != self.traced:
@@ -86,15 +92,17 @@ class Steering:
         self.remove()
 
     def _sync(self) -> None:
-        """Makes the hooks those of the bank's live sites."""
+        """Makes the hooks those of the bank's live sites, and of those that gates read."""
         live = self.bank.sites
-        for site in set(self._hooks) - set(live):
+        hooked = {*live, *self.bank.read_sites}
+        for site in set(self._hooks) - hooked:
             self._hooks.pop(site).remove()
-            self.traces.pop(site, None)
-        for site in live:
+        for site in set(self.traces) - set(live):
+            self.traces.pop(site)
+        for site in sorted(hooked):
             if site not in self._hooks:
                 self._hooks[site] = self._hook(site)
-            if self.traced:
+            if self.traced and site in live:
                 shape = (*self.bank.at(site).multipliers.shape, len(fields(Trace)))
                 if site not in self.traces or self.traces[site].shape != shape:
                     with torch.inference_mode(False):
@@ -102,10 +110,11 @@ class Steering:
 
     def _hook(self, site: Site) -> RemovableHandle:
         module, side = site_module(self.model, site)
-        width, expected = self.bank.at(site).width, site_width(self.model, site.kind)
-        if width != expected:
+        at = self.bank.at(site) if self.bank.has(site) else self.bank.gates_at(site)
+        expected = site_width(self.model, site.kind)
+        if at.width != expected:
             raise HookError(
-                f"site {site} of {type(self.model).__name__} has width {expected}, its columns have {width}"
+                f"site {site} of {type(self.model).__name__} has width {expected}, its columns have {at.width}"
             )
         # Before any hook that is there already: who records activations shall see what the next module sees.
         if side == "input":
@@ -115,56 +124,65 @@ class Steering:
     def _on_input(self, site: Site) -> Callable[..., Any]:
         def steer_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if args:
-                return (self._steer(site, args[0]), *args[1:]), kwargs
+                return (self._act(site, args[0]), *args[1:]), kwargs
             name = next(iter(kwargs))
-            return args, kwargs | {name: self._steer(site, kwargs[name])}
+            return args, kwargs | {name: self._act(site, kwargs[name])}
 
         return steer_input
 
     def _on_output(self, site: Site) -> Callable[..., Any]:
         def steer_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             if isinstance(output, Tensor):
-                return self._steer(site, output)
-            return type(output)((self._steer(site, output[0]), *output[1:]))
+                return self._act(site, output)
+            return type(output)((self._act(site, output[0]), *output[1:]))
 
         return steer_output
 
-    def _steer(self, site: Site, activations: Tensor) -> Tensor:
-        bank, at = self.bank, self.bank.at(site)
+    def _act(self, site: Site, activations: Tensor) -> Tensor:
+        """Opens gates of later sites by what is here, then steers."""
+        bank = self.bank
         tokens = activations.reshape(-1, activations.shape[-1])
         n = len(tokens)
         if n > bank.max_tokens:
             raise HookError(f"a forward pass of {n} tokens met a bank for {bank.max_tokens}: reserve more")
-        all_keep = False
-        if not (self.recording or _recorded(bank.device)):
-            all_keep = at.all_keep
-            if n < bank.filled:
-                raise HookError(
-                    f"a forward pass of {n} tokens met multipliers for {bank.filled}: fill or clear the bank"
-                )
-            if site not in bank.active_sites and not self.traced:
-                return activations
+        recorded = self.recording or _recorded(bank.device)
+        if n < bank.filled and not recorded:
+            raise HookError(f"a forward pass of {n} tokens met multipliers for {bank.filled}: fill or clear the bank")
+        if bank.is_read(site) and (recorded or self.traced or site in bank.active_read_sites):
+            bank.gates_at(site).open(tokens, bank.opened[:n], bank.lines[:n], bank.latching[:n])
+        if bank.has(site) and (recorded or self.traced or site in bank.active_sites):
+            return self._steer(site, tokens, recorded).reshape(activations.shape)
+        return activations
+
+    def _steer(self, site: Site, tokens: Tensor, recorded: bool) -> Tensor:
+        """tokens [n, D] -> [n, D]"""
+        bank, at, n = self.bank, self.bank.at(site), len(tokens)
+        all_keep, clamped = (False, True) if recorded else (at.all_keep, at.clamped)
         if self.traced:
             self._trace(site, tokens)
         if self.native and not torch.compiler.is_compiling():
             moved = fused_steer(at, tokens, bank.owners, bank.steered_tokens)
             if moved is not None:
-                return moved.reshape(activations.shape)
-        vectors, weights, biases, kinds, keep_norm, multipliers = self._parts(site, tokens)
+                return moved
+        vectors, weights, biases, kinds, keep_norm, clamps, multipliers, opened = self._parts(site, tokens)
         bank.steered_tokens[:n].add_(bank.owners[:n] == at.owner)
-        moved = steer(tokens, vectors, weights, biases, kinds, keep_norm, multipliers, all_keep=all_keep)
-        return moved.reshape(activations.shape)
+        return steer(
+            tokens, vectors, weights, biases, kinds, keep_norm, multipliers, clamps=clamps if clamped else None,
+            opened=opened, all_keep=all_keep,
+        )  # fmt: skip
 
     def _trace(self, site: Site, tokens: Tensor) -> None:
-        vectors, weights, biases, kinds, _, multipliers = self._parts(site, tokens)
-        seen = trace(tokens, vectors, weights, biases, kinds, multipliers)
+        vectors, weights, biases, kinds, _, clamps, multipliers, opened = self._parts(site, tokens)
+        seen = trace(tokens, vectors, weights, biases, kinds, multipliers, clamps=clamps, opened=opened)
         measures = [getattr(seen, part.name) for part in fields(Trace)]
         self.traces[site][: len(tokens)].copy_(torch.stack(measures, dim=2).detach())
 
     def _parts(self, site: Site, tokens: Tensor) -> tuple[Tensor, ...]:
         """The arguments of `steer`, where the tokens are."""
         at, n = self.bank.at(site), len(tokens)
-        parts: tuple[Tensor, ...] = (at.vectors, at.weights, at.biases, at.kinds, at.keep_norm, at.multipliers[:n])
+        parts: tuple[Tensor, ...] = (
+            at.vectors, at.weights, at.biases, at.kinds, at.keep_norm, at.clamps, at.multipliers[:n], at.opened[:n]
+        )  # fmt: skip
         if tokens.device != self.bank.device:  # the model is spread over several
             parts = tuple(part.to(tokens.device) for part in parts)
         return parts
@@ -192,7 +210,8 @@ def steered(
     tokens that the pass goes on from, which stay as they are. Without a mask
     `positions` decides, for left-padded prompts and a model that caches keys and values: GENERATED steers the last
     token of every forward pass (the last prompt token, then each new token), PROMPT every token but padding of passes
-    that have no cache yet, ALL every token but padding.
+    that have no cache yet, ALL every token but padding. A latched gate is set by the first token that is steered inside
+    the block; rows that end are taken out of the block by `Steering.keep`.
 
     Raises ColumnError for columns and multipliers that do not fit, HookError for a forward pass that does not fit the
     mask, the multipliers or the rule, UnsupportedArchitecture for a model without such sites. Whatever happens inside,
@@ -201,6 +220,7 @@ def steered(
     bank = ColumnBank(device=next(model.parameters()).device, max_tokens=1, spare=0)
     batch = PlainBatch(bank, bank.add(columns), multipliers, mask, positions)
     with Steering(model, bank) as steering:
+        steering.batch = batch
         watch = model.register_forward_pre_hook(batch.before, with_kwargs=True)
         try:
             yield steering

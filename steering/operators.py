@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from steer_ops.plain import full_precision, gates, steer, widen
+from steer_ops.plain import full_precision, gates, steer, strengths, widen
 from steering.types import Gate
 
 __all__ = ["Trace", "gate_codes", "gate_values", "steer", "trace"]
@@ -22,8 +22,8 @@ class Trace:
     """What each column does to each token; every tensor is [N, C] float32."""
 
     gates: Tensor
-    strengths: Tensor  # multiplier x gate
-    delta_norms: Tensor  # |multiplier x gate x v|, before the norm rescale
+    strengths: Tensor  # the vector's factor: multiplier x gate, or gate x (target - projection)
+    delta_norms: Tensor  # |strength x v|, before the norm rescale
     cosines: Tensor  # between the delta and the activation; 0 where one of them is zero
 
 
@@ -33,7 +33,7 @@ def gate_codes(gates: Iterable[Gate], device: torch.device | str | None = None) 
 
 
 def gate_values(activations: Tensor, weights: Tensor, biases: Tensor, kinds: Tensor) -> Tensor:
-    """How open each column's gate is on each token (arXiv 2502.12446, eq. 2, and its constant and linear forms).
+    """How open each column's gate is on each token (arXiv 2502.12446, eq. 2, and the other kinds of `Gate`).
 
     activations [N, D], weights [C, D], biases [C], kinds [C] (`gate_codes`) -> [N, C] float32.
     """
@@ -43,14 +43,22 @@ def gate_values(activations: Tensor, weights: Tensor, biases: Tensor, kinds: Ten
 
 
 def trace(
-    activations: Tensor, vectors: Tensor, weights: Tensor, biases: Tensor, kinds: Tensor, multipliers: Tensor
+    activations: Tensor,
+    vectors: Tensor,
+    weights: Tensor,
+    biases: Tensor,
+    kinds: Tensor,
+    multipliers: Tensor,
+    *,
+    clamps: Tensor | None = None,
+    opened: Tensor | None = None,
 ) -> Trace:
     """What `steer` does with these arguments, for each token and column. Shapes as for `steer`."""
     with full_precision(activations):
         a, v, w, b, m = widen(activations, vectors, weights, biases, multipliers)
-        opened = gates(a, w, b, kinds)
-        strengths = torch.where(m != 0, m * opened, 0)
+        found = gates(a, w, b, kinds, opened)
+        factors = strengths(a, v, found, m, clamps)
         widths = torch.linalg.vector_norm(v, dim=1)
         lengths = torch.linalg.vector_norm(a, dim=1, keepdim=True) * widths
         overlap = (a @ v.T) / torch.where(lengths > 0, lengths, 1)
-        return Trace(opened, strengths, strengths.abs() * widths, torch.sign(strengths) * overlap)
+        return Trace(found, factors, factors.abs() * widths, torch.sign(factors) * overlap)

@@ -27,8 +27,22 @@ class PlainBatch:
     ) -> None:
         self.bank = bank
         self.rows = _rows(handle, multipliers)
+        self.latches = any(column.reads and column.reads.latched for column in bank.columns(handle))
+        self.lines: NDArray[np.int64] | None = None  # of the latched gates of each row, once they are set
         self.mask = None if mask is None else mask.detach().cpu().numpy().astype(bool)
         self.positions = Positions(positions)
+        if self.latches and mask is None and self.positions is not Positions.GENERATED:
+            raise HookError(
+                f"a latched gate is known from the last prompt token on: positions must be 'generated', not "
+                f"{self.positions.value!r}"
+            )
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """From now on the batch is of these rows, in their order, each with multipliers of its own."""
+        if len(self.rows) > 1:
+            self.rows = tuple(self.rows[row] for row in rows)
+        if self.lines is not None:
+            self.lines = self.lines[list(rows)]
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
@@ -42,7 +56,7 @@ class PlainBatch:
         chosen = self._chosen(batch, length, cached, given.get("attention_mask"))
         rows = self._row_of_each(batch)
         self.bank.reserve(batch * length)
-        self.bank.fill(self.rows, np.where(chosen, rows[:, None], -1))
+        self.bank.fill(self.rows, np.where(chosen, rows[:, None], -1), self._token_lines(chosen, cached))
 
     def _chosen(self, batch: int, length: int, cached: int, attention_mask: Any) -> NDArray[np.bool_]:
         """Which tokens are steered, [batch, length]."""
@@ -60,6 +74,22 @@ class PlainBatch:
                 raise HookError("positions 'generated' needs left padding: a row of this batch ends in padding")
             return np.broadcast_to(np.arange(length) == length - 1, (batch, length))
         return _real(attention_mask, batch, length)
+
+    def _token_lines(self, chosen: NDArray[np.bool_], cached: int) -> NDArray[np.int64] | None:
+        """For `ColumnBank.fill`, of tokens of which some are `chosen` [batch, length]."""
+        if not self.latches:
+            return None
+        if self.mask is not None and self.mask[:, :cached].any():
+            raise HookError("a latched gate was set by a token that is cached: its value is not known here")
+        first = np.zeros_like(chosen)
+        if self.lines is None or self.mask is not None:
+            self.lines = np.arange(1, len(chosen) + 1)
+            self.bank.reserve_lines(len(chosen))
+            first = chosen & (chosen.cumsum(axis=1) == 1)
+        if len(chosen) != len(self.lines):
+            raise HookError(f"gates were latched for {len(self.lines)} rows, but the batch has {len(chosen)}")
+        lines = self.lines[:, None]
+        return np.stack([np.where(chosen, lines, 0).reshape(-1), np.where(first, lines, 0).reshape(-1)])
 
     def _row_of_each(self, batch: int) -> NDArray[np.int64]:
         """The steering row of each batch row; generate repeats a prompt's row for its beams and sequences."""

@@ -28,11 +28,13 @@ class SiteKind(StrEnum):
 
 
 class Gate(StrEnum):
-    """How strongly a column acts on an activation a: sigmoid(w.a + b), 1, or w.a + b."""
+    """How strongly a column acts on an activation a: sigmoid(w.a + b), 1, w.a + b, or 1 where w.a / |a| + b > 0 and 0
+    elsewhere (a threshold on the cosine, for a unit vector w)."""
 
     SIGMOID = "sigmoid"
     CONSTANT = "constant"
     LINEAR = "linear"
+    COSINE = "cosine"
 
     @property
     def code(self) -> int:
@@ -40,7 +42,7 @@ class Gate(StrEnum):
         return _GATE_CODES[self]
 
 
-_GATE_CODES = {Gate.SIGMOID: 0, Gate.CONSTANT: 1, Gate.LINEAR: 2}
+_GATE_CODES = {Gate.SIGMOID: 0, Gate.CONSTANT: 1, Gate.LINEAR: 2, Gate.COSINE: 3}
 
 
 class Positions(StrEnum):
@@ -75,11 +77,29 @@ class Site:
         return cls(int(layer), _member(SiteKind, kind, "site kind"))
 
 
+@dataclass(frozen=True)
+class Clamp:
+    """What an activation's projection on a column's direction is set to: origin + multiplier x value."""
+
+    value: float
+    origin: float = 0.0
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Which activations open a column's gate, where that are not those that it steers (CAST, arXiv 2409.05907)."""
+
+    site: Site
+    latched: bool = False  # read once, at the first steered token, and held for the row; else at every token
+
+
 @dataclass(frozen=True, eq=False)
 class Column:
     """One gated steering vector (arXiv 2502.12446, eq. 1-2: theta_t with its gate w_t, b_t).
 
-    Tensors are kept as float32 copies on the CPU. Norms, bias and range are at most `LARGEST` in size.
+    A column adds multiplier x gate x vector to an activation. With a `clamp` it sets the activation's projection on the
+    vector's direction to a value instead, or goes the gate's share of the way to there; its vector is kept as a unit
+    vector. Tensors are kept as float32 copies on the CPU. Norms, bias, clamp and range are at most `LARGEST` in size.
     """
 
     attribute: str
@@ -91,6 +111,8 @@ class Column:
     keep_norm: bool
     default_multiplier: float = 1.0
     range: tuple[float, float] = (-4.0, 4.0)
+    clamp: Clamp | None = None  # None: the vector is added
+    reads: Reading | None = None  # None: the gate reads what the column steers
 
     def __post_init__(self) -> None:
         name = self.attribute
@@ -106,6 +128,18 @@ class Column:
                 f"column {name!r} has a vector of width {self.vector.numel()} "
                 f"but a gate_weight of width {self.gate_weight.numel()}"
             )
+        if self.clamp is not None:
+            for number in (self.clamp.value, self.clamp.origin):
+                _bounded(number, f"clamp of column {name!r}")
+            object.__setattr__(self, "vector", _unit(self.vector, f"vector of column {name!r}"))
+        if self.reads is not None:
+            if not self.reads.site < self.site:
+                raise ColumnError(
+                    f"the gate of column {name!r} reads {self.reads.site}, which a forward pass does not meet before "
+                    f"{self.site}, the site that it steers"
+                )
+            if self.gate is Gate.CONSTANT:
+                raise ColumnError(f"column {name!r} has a constant gate, which reads nothing, and reads a site")
         object.__setattr__(self, "gate_bias", _bounded(self.gate_bias, f"gate_bias of column {name!r}"))
         object.__setattr__(self, "keep_norm", bool(self.keep_norm))
         what = f"default_multiplier of column {name!r}"
@@ -114,6 +148,13 @@ class Column:
         object.__setattr__(self, "range", (low, high))
         if not low <= self.default_multiplier <= high:
             raise ColumnError(f"{what} is {self.default_multiplier:g}, outside its range [{low:g}, {high:g}]")
+
+    @property
+    def gate_and_site(self) -> str:
+        """The gate in words, with what it reads where that is another site."""
+        if self.reads is None:
+            return self.gate.value
+        return f"{self.gate.value} of {self.reads.site}{', held' if self.reads.latched else ''}"
 
     @property
     def width(self) -> int:
@@ -201,6 +242,14 @@ def _own(tensor: Tensor, what: str) -> Tensor:
     if not bool(torch.isfinite(own).all()):
         raise ColumnError(f"{what} holds values that are not finite")
     return own
+
+
+def _unit(vector: Tensor, what: str) -> Tensor:
+    """The vector at length 1; one that has it stays the same in every bit."""
+    length = float(torch.linalg.vector_norm(vector.double()))
+    if not length:
+        raise ColumnError(f"{what} is zero: it has no direction to clamp a projection on")
+    return vector if abs(length - 1) <= 1e-6 else (vector.double() / length).float()
 
 
 def _finite(value: float, what: str) -> float:

@@ -99,7 +99,7 @@ def test_the_page_names_settings_and_files_that_exist() -> None:
     options = set(re.findall(r"(--[a-z][a-z-]+)", text))
     helps = "".join(
         CliRunner(env={"COLUMNS": "200"}).invoke(training.cli.app, [name, "--help"]).output
-        for name in ("sweep", "train", "evaluate", "extract")
+        for name in ("sweep", "train", "evaluate", "extract", "inspect")
     )
     elsewhere = {"--checkpoints", "--num_processes", "--nproc-per-node", "--num", "--no", "--no-python"}
     assert {option for option in options - elsewhere if option not in helps} == set()

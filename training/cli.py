@@ -1,4 +1,4 @@
-"""`matsteer data | extract | train | evaluate | sweep | import-features | bake`.
+"""`matsteer data | extract | train | evaluate | sweep | inspect | import-features | bake`.
 
 torch is imported by a command that runs, never by --help: heavy imports are inside the functions.
 """
@@ -102,6 +102,7 @@ def train(
     texts: o.DataOptions,
     measured: o.EvaluationOptions,
     how: o.MethodOptions,
+    recipe: o.RecipeOption = None,
     layer: o.MaybeLayers = None,
     site: o.SearchedSiteKinds = None,
     at: Annotated[
@@ -141,9 +142,9 @@ def train(
     --method mat --out checkpoints/mine
     """
     with o.one_sentence():
-        recipe, own = how.recipe(texts.seed), o.parse_places(at)
+        settings, own = how.recipe(texts.seed), o.parse_places(at)
         specs = texts.fitted_on(how.method, activations)
-        sites, search = _sites(recipe, layer, site, elsewhere=bool(own) or places is not None)
+        sites, search = _sites(settings, layer, site, elsewhere=bool(own) or places is not None)
         if activations is not None:
             _refuse_unused(pool, specs, chosen=evaluate and measured.judge is None)
         strengths, defaults = parse_settings(strength, "--strength", unnamed=True), parse_settings(set_, "--set")
@@ -161,7 +162,7 @@ def train(
             activations=activations,
             sites=sites,
             out=out,
-            recipe=replace(recipe, strengths=strengths, defaults=defaults, places=own),
+            recipe=replace(settings, strengths=strengths, defaults=defaults, places=own),
             evaluator=measured.evaluator(texts.seed),
             pool=pool or how.method.pool,
             version=version,
@@ -197,9 +198,7 @@ def _sites(
     if (named or elsewhere) and not wanted:
         return named, None
     if not method.one_place:
-        raise TrainingError(
-            f"--layer is missing: --method {method.name} acts at several places, and none are looked for."
-        )
+        raise TrainingError(f"--layer is missing: for --method {method.name} no place is looked for.")
     return (), o.parse_search(layer, site)
 
 
@@ -379,6 +378,42 @@ def sweep(
         else:
             best = swept.points[0]
             typer.echo(f"best: --layer {best.layer} --site {best.site}, multiplier {best.multiplier:g}; wrote {out}")
+
+
+@app.command("inspect")
+@with_option_groups
+def inspect_checkpoint(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint, with or without its version.")],
+    base: o.InspectedModelOptions,
+    texts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="On which gates are shown and norms taken: a text a line, or JSON lines (.jsonl) of text, prompt or "
+            "messages; default: eight neutral ones.",
+        ),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, max=100, help="Tokens that are named of each vector.")] = 8,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all of it there, as a page.")] = None,
+) -> None:
+    """Look into a checkpoint: what every vector promotes (logit lens), norms, cosines, what its gates fire on.
+
+    Example: matsteer inspect checkpoints/tone --texts questions.txt --html tone.html
+    """
+    with o.one_sentence():
+        from training.evaluation.evaluator import open_checkpoint
+        from training.evaluation.neutral import TEXTS
+        from training.evaluation.report import terminal
+        from training.inspection import inspect, read_texts
+        from training.inspection_report import render_page, show_inspection
+
+        loaded, _ = open_checkpoint(checkpoint)
+        said = read_texts(texts) if texts else list(TEXTS)
+        found = inspect(base.of(loaded.config.base_model.id), loaded, said, top=top)
+        terminal().print(show_inspection(found))
+        if html is not None:
+            html.write_text(render_page(found), encoding="utf-8")
+            typer.echo(f"wrote {html}")
 
 
 @app.command()

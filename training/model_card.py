@@ -86,7 +86,7 @@ def _vectors(columns: Sequence[Column]) -> str:
     for column in columns:
         together.setdefault((column.attribute, str(column.site)), []).append(column)
     rows = [
-        [name, site, own[0].gate.value, _norms(own), f"{own[0].default_multiplier:g}",
+        [name, site, own[0].gate_and_site, _norms(own), f"{own[0].default_multiplier:g}",
          f"{own[0].range[0]:g} to {own[0].range[1]:g}"]
         for (name, site), own in together.items()
     ]  # fmt: skip
@@ -94,6 +94,8 @@ def _vectors(columns: Sequence[Column]) -> str:
 
 
 def _norms(columns: Sequence[Column]) -> str:
+    if clamp := columns[0].clamp:
+        return f"1, projection set to {clamp.origin + columns[0].default_multiplier * clamp.value:.3f}"
     norms = sorted(float(column.vector.norm()) for column in columns)
     return f"{norms[0]:.3f}" if len(norms) == 1 else f"{len(norms)} of {norms[0]:.3f} to {norms[-1]:.3f}"
 

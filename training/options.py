@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import isfinite
@@ -89,6 +90,28 @@ ChatData = Annotated[
         "so anyway.",
     ),
 ]
+
+
+_from_recipe: ContextVar[Mapping[str, Any] | None] = ContextVar("_from_recipe", default=None)
+
+
+def _use_recipe(context: typer.Context, recipe: str | None) -> str | None:
+    from training.recipe_files import use
+
+    with one_sentence():
+        _from_recipe.set(None if recipe is None else use(context, recipe))
+    return recipe
+
+
+RecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        is_eager=True,
+        callback=_use_recipe,
+        help="Options of a published run, or of a .yaml file; options that are given here win.",
+    ),
+]
 CheckpointFolder = Annotated[Path, typer.Option(help="Folder of a checkpoint, with or without its version.")]
 
 
@@ -137,6 +160,17 @@ class ChatModelOptions(ModelOptions):
     def load(self) -> "Base":
         """Raises TrainingError."""
         return self._load(self.dtype, chat_template=self.chat_template, chat_template_kwargs=self.chat_template_kwargs)
+
+
+@dataclass(frozen=True)
+class InspectedModelOptions(ChatModelOptions):
+    """The same for the model of a checkpoint, which says what it was trained on."""
+
+    model: Annotated[str, typer.Option(help="Its base model, where it is not found under the name it had.")] = ""
+
+    def of(self, trained_on: str) -> "Base":
+        """Raises TrainingError."""
+        return replace(self, model=self.model or trained_on).load()
 
 
 @dataclass(frozen=True)
@@ -320,7 +354,10 @@ class MethodOptions(OptionGroup):
     @classmethod
     def take(cls, given: dict[str, Any]) -> Self:
         found = {parameter.name: given.pop(parameter.name) for parameter in cls.parameters()}
-        return cls(METHODS[found.pop("method")], found.pop("normalize"), found)
+        method, normalize = METHODS[found.pop("method")], found.pop("normalize")
+        for name in _overridden(method, found):
+            found[name] = None
+        return cls(method, normalize, found)
 
     def config(self, seed: int) -> MethodConfig:
         """The method's settings. Raises TrainingError for an option that the method does not use or cannot take."""
@@ -349,6 +386,13 @@ class MethodOptions(OptionGroup):
 
     def _refuse(self, name: str, users: Sequence[str]) -> None:
         raise TrainingError(f"{_flag(name)} is for --method {' or '.join(users)}, not for {self.method.name}.")
+
+
+def _overridden(method: Method, given: Mapping[str, Any]) -> list[str]:
+    """What a recipe has set that does not go with the method, or with the preset, of the command line."""
+    set_by = {name for name, value in (_from_recipe.get() or {}).items() if name in given and given[name] == value}
+    chosen = any(given[name] for name in _presets() if name not in set_by)
+    return [name for name in set_by if method.name not in users_of(name) or (chosen and name in _presets())]
 
 
 def users_of(name: str) -> list[str]:

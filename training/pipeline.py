@@ -123,7 +123,7 @@ def train(
     name, version = run.out.resolve().name, next_version(run)
     say(f"1/5 data: {run.origin}")
     samples = prepare_data(run)
-    texts = texts_for(samples, run)
+    texts = [one for one in texts_for(samples, run) if one.attribute not in run.recipe.config.conditions()]
     if run.search is not None:
         check_search(run.evaluator, texts)
     base = load()
@@ -136,7 +136,7 @@ def train(
         say(f"looking for a place on dev, among {len(run.sites)}; --layer and --site name one")
         run = _placed(base, texts, activations, run, say)
     say(f"3/5 fit: {run.recipe.method.name}")
-    columns = fit_for(activations, run)
+    columns = fit_for(activations, run, base, [] if run.activations else used)
     say("4/5 evaluate on dev, then on test" if run.evaluated else "4/5 no evaluation, as asked for (--no-evaluate)")
     _tell_of_no_effect(base, texts, columns, run, say)
     evaluation = evaluate_for(base, texts, columns, run, version, say)
@@ -261,9 +261,14 @@ def activations_for(base: Base, samples: Sequence[Sample], run: TrainingRun) -> 
     )
 
 
-def fit_for(activations: Activations, run: TrainingRun) -> tuple[Column, ...]:
+def fit_for(
+    activations: Activations, run: TrainingRun, base: Base | None = None, samples: Sequence[Sample] = ()
+) -> tuple[Column, ...]:
     key = content_key({"activations": dict(activations.source), "recipe": run.recipe.settings()})
-    return fit(activations, run.sites, run.recipe, folder=run.workspace / f"fit-{key}", progress=run.progress)
+    return fit(
+        activations, run.sites, run.recipe, folder=run.workspace / f"fit-{key}", progress=run.progress, base=base,
+        samples=samples,
+    )  # fmt: skip
 
 
 def evaluate_for(

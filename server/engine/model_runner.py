@@ -137,6 +137,27 @@ class InFlightStep:
         ]
 
 
+class Lines:
+    """Which line of the bank holds the latched gates of a sequence, from its first step until it has ended: also while
+    it waits to be computed again, when the token that latches may come from the prefix cache."""
+
+    def __init__(self) -> None:
+        self.most = 0  # lines that were ever in use
+        self._of: dict[Sequence, int] = {}
+        self._free: list[int] = []
+
+    def of(self, sequence: Sequence) -> int:
+        """Its line, from 1 on."""
+        if sequence not in self._of:
+            if not self._free:
+                self._free = [self._of.pop(one) for one in list(self._of) if one.ended]
+            if not self._free:
+                self.most += 1
+                self._free.append(self.most)
+            self._of[sequence] = self._free.pop()
+        return self._of[sequence]
+
+
 class ModelRunner:
     """A Hugging Face causal language model whose attention reads a `KVPool` and whose steering hooks, once they are
     installed, read `bank`. One forward pass and one sampling a step."""
@@ -160,6 +181,7 @@ class ModelRunner:
         self._sampled: list[Sequence] = []  # those that it was made for
         self._texts = TokenCounts(self.vocab_size, self.device)  # of those that are penalised
         self.gate_stats = GateStats()
+        self._lines = Lines()
         model.set_attn_implementation(NAME)
 
     @property
@@ -365,16 +387,31 @@ class ModelRunner:
         """Fills the bank for the tokens of the chunks, and for idle ones up to `room`."""
         rows: dict[SequenceSteering, int] = {}
         token_rows: list[int] = []
+        lines: list[tuple[int, int, int]] = []  # of latched gates: where a row's tokens begin and end, its line
+        latching: list[tuple[int, int]] = []  # the token that latches, and its line
         for chunk in chunks:
             steering, prompt = chunk.sequence.steering_params, chunk.sequence.num_prompt_tokens
             row = rows.setdefault(steering.columns, len(rows))
+            if self.bank.latches(steering.columns):
+                line, at, first = self._lines.of(chunk.sequence), len(token_rows) - chunk.start, prompt - 1
+                lines.append((max(chunk.start, first) + at, chunk.end + at, line))
+                if chunk.start <= first < chunk.end:
+                    latching.append((first + at, line))
             if len(chunk) == 1 and chunk.start >= prompt:
                 token_rows.append(-1 if steering.positions == "prompt" else row)
             else:
                 acting = steering_mask(steering.positions, chunk.start, chunk.end, prompt)
                 token_rows += np.where(acting, row, -1).tolist()
         token_rows += [-1] * (room - len(token_rows))
-        self.bank.fill(tuple(rows), np.array(token_rows, dtype=np.int64))
+        token_lines = None
+        if lines:
+            self.bank.reserve_lines(self._lines.most)
+            token_lines = np.zeros((2, len(token_rows)), dtype=np.int64)
+            for begin, end, line in lines:
+                token_lines[0, begin:end] = line
+            for token, line in latching:
+                token_lines[1, token] = line
+        self.bank.fill(tuple(rows), np.array(token_rows, dtype=np.int64), token_lines)
 
     def _traces(self, chunks: Chunks, traced: Chunks) -> dict[Hashable, Tensor]:
         """What the columns did to the last token of each chunk that is `traced`: of each site [chunks, columns,

@@ -83,6 +83,7 @@ class Scheduler:
         self._running.remove(sequence)
         self._waiting.leave(sequence)
         self.blocks.free(sequence)
+        sequence.ended = True
 
     def abort(self, request_id: str, *, index: int | None = None, keep: bool = True) -> list[Sequence]:
         """Takes the sequences of a request out, every one or that of an `index`; returns those that were there. `keep`:
@@ -98,6 +99,7 @@ class Scheduler:
             self.blocks.free(sequence, keep=keep)
         for sequence in running + waiting:
             self._waiting.leave(sequence)
+            sequence.ended = True
         return running + waiting
 
     def clear(self) -> list[Sequence]:
@@ -105,6 +107,8 @@ class Scheduler:
         sequences = [*self._running, *self.waiting]
         for sequence in self._running:
             self.blocks.free(sequence, keep=False)
+        for sequence in sequences:
+            sequence.ended = True
         self._running, self._waiting = [], FairQueue()
         return sequences
 

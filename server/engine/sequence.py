@@ -101,6 +101,7 @@ class Sequence:
     steered: list[int] = field(default_factory=list, init=False)  # 1 for each computed token that was steered, else 0
     logprobs: list[TokenLogprob] = field(default_factory=list, init=False)  # of the continuation's scored tokens
     kl: float = field(default=0.0, init=False)  # sum over its tokens of KL(leader || follower), nats
+    ended: bool = field(default=False, init=False)  # it is in no later step
     # Set by the block manager
     block_table: list[int] = field(default_factory=list, init=False)  # empty: the sequence does not run
     # For each token its id and what steered it

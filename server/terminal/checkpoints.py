@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from steering.errors import CheckpointError, FormatError, ModelError, NotFound, 
 from steering.formats import Counting, Format, Hints, ModelShape, detect, read_foreign, write_foreign
 from steering.formats.card import render
 from steering.sites import layers, site_module, site_width, text_config
-from steering.types import Column, Positions, SiteKind
+from steering.types import Clamp, Column, Positions, SiteKind
 
 
 def list_folders(root: Path) -> None:
@@ -140,6 +140,7 @@ class ImportOptions:
     revision: str | None = None
     overwrite: bool = False
     counting: str | None = None
+    clamp: float | None = None
 
 
 def import_file(options: ImportOptions) -> None:
@@ -189,6 +190,9 @@ def _imported(options: ImportOptions) -> folders.Checkpoint:
     format = detect(options.source) if options.format == "auto" else Format(options.format)
     model = skeleton(options.model, options.revision)
     foreign = read_foreign(options.source, _hints(options, model), format)
+    if options.clamp is not None:
+        clamp = Clamp(options.clamp)
+        foreign = replace(foreign, columns=tuple(replace(column, clamp=clamp) for column in foreign.columns))
     for column in foreign.columns:
         _check_column(column, model, options)
     if foreign.model_hint not in (None, text_config(model).model_type):

@@ -100,31 +100,32 @@ void paged_attention_decode(const Tensor &query, const Tensor &key, const Tensor
 }
 
 Tensor steer_and_count(const Tensor &activations, const Tensor &vectors, const Tensor &weights, const Tensor &biases,
-                       const Tensor &kinds, const Tensor &keep_norm, const Tensor &multipliers, const Tensor &owners,
-                       Tensor counts, int64_t owner) {
+                       const Tensor &kinds, const Tensor &keep_norm, const Tensor &clamps, const Tensor &multipliers,
+                       const Tensor &opened, const Tensor &owners, Tensor counts, int64_t owner) {
     const char *op = "steer_and_count";
-    STD_TORCH_CHECK(activations.dim() == 2 && vectors.dim() == 2 && multipliers.dim() == 2, op,
-                    ": activations, vectors and multipliers have 2 dimensions");
+    STD_TORCH_CHECK(activations.dim() == 2 && vectors.dim() == 2 && multipliers.dim() == 2 && opened.dim() == 2,
+                    op, ": activations, vectors, multipliers and gates have 2 dimensions");
     const int64_t tokens = activations.size(0), width = activations.size(1), columns = vectors.size(0);
     STD_TORCH_CHECK(has_shape(vectors, {columns, width}) && has_shape(weights, {columns, width}) &&
                         has_shape(biases, {columns}) && has_shape(kinds, {columns}) &&
-                        has_shape(keep_norm, {columns}) && multipliers.size(0) >= tokens &&
-                        multipliers.size(1) == columns && owners.numel() >= tokens && counts.numel() >= tokens,
+                        has_shape(keep_norm, {columns}) && has_shape(clamps, {columns, 2}) && multipliers.size(0) >= tokens &&
+                        multipliers.size(1) == columns && opened.size(0) >= tokens && opened.size(1) == columns && owners.numel() >= tokens && counts.numel() >= tokens,
                     op, ": shapes do not fit each other");
     STD_TORCH_CHECK(is(vectors, ScalarType::Float) && is(weights, ScalarType::Float) && is(biases, ScalarType::Float) &&
                         is(kinds, ScalarType::Char) && is(keep_norm, ScalarType::Bool) &&
-                        is(owners, ScalarType::Int) && is(counts, ScalarType::Long) &&
-                        multipliers.scalar_type() == ScalarType::Float && (columns == 0 || multipliers.stride(1) == 1),
+                        is(clamps, ScalarType::Float) && is(owners, ScalarType::Int) &&
+                        is(counts, ScalarType::Long) && multipliers.scalar_type() == ScalarType::Float && opened.scalar_type() == ScalarType::Float &&
+                        (columns == 0 || (multipliers.stride(1) == 1 && opened.stride(1) == 1)),
                     op, ": columns and multipliers are float32 (kinds int8, keep_norm bool), owners int32, counts int64, "
                         "and all are contiguous");
     const Tensor a = with_dense_rows(activations);
     Tensor out = torch::stable::new_empty(a, a.sizes());
-    const Steer call{tokens, columns, width, a.stride(0), multipliers.stride(0), owner};
+    const Steer call{tokens, columns, width, a.stride(0), multipliers.stride(0), opened.stride(0), owner};
     with_type(op, a.scalar_type(), [&](auto number) {
         using T = decltype(number);
         steer<T>(call, data<const T>(a), data<T>(out), data<float>(vectors), data<float>(weights), data<float>(biases),
-                 data<int8_t>(kinds), data<bool>(keep_norm), data<float>(multipliers), data<int32_t>(owners),
-                 data<int64_t>(counts));
+                 data<int8_t>(kinds), data<bool>(keep_norm), data<float>(clamps), data<float>(multipliers),
+                 data<float>(opened), data<int32_t>(owners), data<int64_t>(counts));
     });
     return out;
 }

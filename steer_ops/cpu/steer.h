@@ -9,10 +9,11 @@ struct Steer {
     int64_t tokens, columns, width;
     int64_t token;       // stride of the activations
     int64_t multiplier;  // stride of the multipliers
+    int64_t gate;        // stride of the gates that were read elsewhere
     int64_t owner;       // tokens of this owner are counted
 };
 
-enum Gate : int8_t { SIGMOID, CONSTANT, LINEAR };  // as in plain.py
+enum Gate : int8_t { SIGMOID, CONSTANT, LINEAR, COSINE, READ };  // as in plain.py
 
 const float SMALLEST_NORM = 1e-19f;  // as in plain.py
 
@@ -23,6 +24,13 @@ inline float norm(const float *a, int64_t width) {
     return std::sqrt(squares);
 }
 
+inline float dot(const float *a, const float *b, int64_t width) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t d = 0; d < width; d++) sum += a[d] * b[d];
+    return sum;
+}
+
 inline void add(float *moved, float strength, const float *vector, int64_t width) {
 #pragma omp simd
     for (int64_t d = 0; d < width; d++) moved[d] += strength * vector[d];
@@ -30,8 +38,8 @@ inline void add(float *moved, float strength, const float *vector, int64_t width
 
 template <typename T>
 void steer(const Steer &call, const T *activations, T *out, const float *vectors, const float *weights,
-           const float *biases, const int8_t *kinds, const bool *keep_norm, const float *multipliers,
-           const int32_t *owners, int64_t *counts) {
+           const float *biases, const int8_t *kinds, const bool *keep_norm, const float *clamps,
+           const float *multipliers, const float *opened, const int32_t *owners, int64_t *counts) {
     const int64_t width = call.width;
 #pragma omp parallel if (call.tokens * width > 100000)
     {
@@ -47,21 +55,32 @@ void steer(const Steer &call, const T *activations, T *out, const float *vectors
                 continue;
             }
             for (int64_t d = 0; d < width; d++) moved[d] = a[d] = float(in[d]);
+            const float before = norm(a, width);
+            bool acts = false;
             for (int64_t c = 0; c < call.columns; c++) {
                 strengths[c] = 0;
                 if (m[c] == 0) continue;
                 float gate = 1;
-                if (kinds[c] != CONSTANT) {
-                    const float *w = weights + c * width;
-                    gate = biases[c];
-#pragma omp simd reduction(+ : gate)
-                    for (int64_t d = 0; d < width; d++) gate += a[d] * w[d];
+                if (kinds[c] == READ) {
+                    gate = opened[n * call.gate + c];
+                } else if (kinds[c] != CONSTANT) {
+                    const float overlap = dot(a, weights + c * width, width);
+                    gate = overlap + biases[c];
                     if (kinds[c] == SIGMOID) gate = 1 / (1 + std::exp(-gate));
+                    if (kinds[c] == COSINE) gate = overlap / std::max(before, SMALLEST_NORM) + biases[c] > 0;
                 }
-                strengths[c] = m[c] * gate;
+                const float value = clamps[2 * c], origin = clamps[2 * c + 1];
+                float amount = m[c];
+                if (!std::isnan(value)) amount = origin + amount * value - dot(a, vectors + c * width, width);
+                strengths[c] = gate * amount;
+                acts |= strengths[c] != 0;
                 if (keep_norm[c]) add(moved, strengths[c], vectors + c * width, width);
             }
-            const float before = norm(a, width), after = norm(moved, width);
+            if (!acts) {
+                std::memcpy(out + n * width, in, width * sizeof(T));
+                continue;
+            }
+            const float after = norm(moved, width);
             const bool finite = before < INFINITY && after < INFINITY;
             const float rescale = finite ? before / std::max(after, SMALLEST_NORM) : 1;
             for (int64_t d = 0; d < width; d++) moved[d] *= rescale;

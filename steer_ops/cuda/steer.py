@@ -13,6 +13,7 @@ from steer_ops import plain
 from steer_ops.cuda.launch import check, dense_rows, on_device_of
 
 SIGMOID, CONSTANT = tl.constexpr(plain.SIGMOID), tl.constexpr(plain.CONSTANT)
+COSINE, READ = tl.constexpr(plain.COSINE), tl.constexpr(plain.READ)
 SMALLEST_NORM = tl.constexpr(plain.SMALLEST_NORM)
 WARP_NUMBERS = 512  # of a token, for each warp
 MOST_WARPS = 32
@@ -20,8 +21,8 @@ MOST_WARPS = 32
 
 # One program serves any number of columns and any site: nothing is compiled while requests wait.
 @triton.jit(
-    do_not_specialize=["columns", "multiplier_row", "owner"],
-    do_not_specialize_on_alignment=["multipliers", "kinds", "keep_norm"],
+    do_not_specialize=["columns", "multiplier_row", "opened_row", "owner"],
+    do_not_specialize_on_alignment=["multipliers", "opened", "kinds", "keep_norm", "clamps"],
 )
 def _steer(
     activations,
@@ -31,12 +32,15 @@ def _steer(
     biases,
     kinds,
     keep_norm,
+    clamps,
     multipliers,
+    opened,
     owners,
     counts,
     columns,
     activation_row,
     multiplier_row,
+    opened_row,
     owner,
     WIDTH: tl.constexpr,
     PAD: tl.constexpr,
@@ -51,22 +55,32 @@ def _steer(
     kept = a  # with the deltas after which the norm is restored
     free = tl.full([PAD], 0.0, tl.float32)  # the other deltas
     acting = 0
+    before = tl.sqrt(tl.sum(a * a, 0))
     for column in range(columns):
         multiplier = tl.load(multipliers + token * multiplier_row + column)
         if multiplier != 0:
-            acting += 1
-            kind = tl.load(kinds + column)
+            vector = tl.load(vectors + column * WIDTH + d, mask=there, other=0.0)
+            value = tl.load(clamps + 2 * column)
             strength = multiplier
-            if kind != CONSTANT:
+            if value == value:  # NaN is not: the column adds
+                strength = tl.load(clamps + 2 * column + 1) + multiplier * value - tl.sum(a * vector, 0)
+            kind = tl.load(kinds + column)
+            if kind == READ:
+                strength *= tl.load(opened + token * opened_row + column)
+            elif kind != CONSTANT:
                 weight = tl.load(weights + column * WIDTH + d, mask=there, other=0.0)
-                linear = tl.load(biases + column) + tl.sum(a * weight, 0)
-                strength *= tl.where(kind == SIGMOID, 1 / (1 + tl.exp(-linear)), linear)
-            delta = strength * tl.load(vectors + column * WIDTH + d, mask=there, other=0.0)
+                bias, overlap = tl.load(biases + column), tl.sum(a * weight, 0)
+                linear = bias + overlap
+                above = (overlap / tl.maximum(before, SMALLEST_NORM) + bias > 0).to(tl.float32)
+                gate = tl.where(kind == SIGMOID, 1 / (1 + tl.exp(-linear)), linear)
+                strength *= tl.where(kind == COSINE, above, gate)
+            acting += (strength != 0).to(tl.int32)
+            delta = strength * vector
             if tl.load(keep_norm + column) != 0:
                 kept += delta
             else:
                 free += delta
-    before, after = tl.sqrt(tl.sum(a * a, 0)), tl.sqrt(tl.sum(kept * kept, 0))
+    after = tl.sqrt(tl.sum(kept * kept, 0))
     finite = (before < float("inf")) & (after < float("inf"))
     rescale = tl.where(finite, before / tl.maximum(after, SMALLEST_NORM), 1.0)
     moved = (kept * rescale + free).to(given.dtype)
@@ -80,7 +94,9 @@ def steer_and_count(
     biases: Tensor,
     kinds: Tensor,
     keep_norm: Tensor,
+    clamps: Tensor,
     multipliers: Tensor,
+    opened: Tensor,
     owners: Tensor,
     counts: Tensor,
     owner: int,
@@ -92,20 +108,21 @@ def steer_and_count(
     check(
         vectors.shape == weights.shape == (columns, width)
         and biases.shape == kinds.shape == keep_norm.shape == (columns,)
-        and len(multipliers) >= tokens
-        and multipliers.shape[1] == columns
+        and clamps.shape == (columns, 2)
+        and min(len(multipliers), len(opened)) >= tokens
+        and multipliers.shape[1] == opened.shape[1] == columns
         and min(len(owners), len(counts)) >= tokens,
         op,
         "shapes do not fit each other",
     )
-    dtypes = {part.dtype for part in (vectors, weights, biases, multipliers)}
+    dtypes = {part.dtype for part in (vectors, weights, biases, clamps, multipliers, opened)}
     named = kinds.dtype, keep_norm.dtype, owners.dtype, counts.dtype
-    parts = (vectors, weights, biases, kinds, keep_norm, owners, counts)
+    parts = (vectors, weights, biases, kinds, keep_norm, clamps, owners, counts)
     check(
         dtypes == {torch.float32}
         and named == (torch.int8, torch.bool, torch.int32, torch.int64)
         and all(part.is_contiguous() for part in parts)
-        and (columns <= 1 or multipliers.stride(1) == 1),
+        and (columns <= 1 or multipliers.stride(1) == opened.stride(1) == 1),
         op,
         "columns and multipliers are float32 (kinds int8, keep_norm bool), owners int32, counts int64, and all are "
         "contiguous",
@@ -123,12 +140,15 @@ def steer_and_count(
                 biases,
                 kinds,
                 keep_norm,
+                clamps,
                 multipliers,
+                opened,
                 owners,
                 counts,
                 columns,
                 activations.stride(0),
                 multipliers.stride(0),
+                opened.stride(0),
                 owner,
                 width,
                 pad,

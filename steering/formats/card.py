@@ -10,7 +10,8 @@ def render(
 ) -> str:
     """The card as Markdown."""
     rows = [
-        f"| {c.attribute} | {c.site} | {c.gate.value} | {('no', 'yes')[c.keep_norm]} | {float(c.vector.norm()):.3f} |"
+        f"| {c.attribute} | {c.site} | {c.gate_and_site} | {('no', 'yes')[c.keep_norm]} | "
+        f"{float(c.vector.norm()):.3f} | {f'{c.clamp.value:g} x multiplier' if c.clamp else 'no'} |"
         for c in columns
     ]
     return "\n".join(
@@ -20,8 +21,8 @@ def render(
             f"Steers **{', '.join(attribute_names(columns))}** of `{base_model}`. Imported from `{file}` ({format}); "
             f"steered positions: {positions}.\n",
             "## Vectors\n",
-            "| attribute | site | gate | norm kept | norm of the vector |",
-            "| --- | --- | --- | --- | --- |",
+            "| attribute | site | gate | norm kept | norm of the vector | projection set to |",
+            "| --- | --- | --- | --- | --- | --- |",
             *rows,
             "",
             "## Evaluation\n",

@@ -95,6 +95,11 @@ def displacements(columns: Sequence[Column], multipliers: Sequence[float], targe
                 f"{target} adds one vector to every activation, but column {column.attribute!r} at {column.site} has a "
                 f"{column.gate} gate, which opens more or less for each activation"
             )
+        if column.clamp is not None:
+            raise FormatError(
+                f"{target} adds one vector to every activation, but column {column.attribute!r} at {column.site} "
+                "clamps a projection, which moves each activation by another amount"
+            )
         if column.keep_norm:
             raise FormatError(
                 f"{target} adds one vector to every activation, but column {column.attribute!r} at {column.site} keeps "

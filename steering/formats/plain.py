@@ -50,7 +50,7 @@ def write(path: Path, checkpoint: Checkpoint, multipliers: Sequence[float]) -> N
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(pack(columns), partial, {CONFIG: config.model_dump_json()})
+        save_file(pack(columns), partial, {CONFIG: config.model_dump_json(exclude_defaults=True)})
         os.replace(partial, path)
     except OSError as error:
         raise FormatError(f"{path} cannot be written: {error}") from None

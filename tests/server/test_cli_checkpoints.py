@@ -13,7 +13,8 @@ from server.app import create_app
 from server.cli import app
 from server.config import Settings
 from steering.checkpoint import base_model_info, load, save
-from steering.types import Column, Gate, Positions, Site
+from steering.hook import steered
+from steering.types import Clamp, Column, Gate, Positions, Site
 
 runner = CliRunner(env={"COLUMNS": "240", "NO_COLOR": "1", "MATSTEER_THREADS": "1"})
 WIDTH = 32
@@ -207,6 +208,24 @@ def test_an_imported_vector_is_served_as_plain_hooks_add_it(
     assert steered["token_ids"] == greedy(model, spelling, body["prompt"], 12, block=1)
     assert plain["token_ids"] == greedy(model, spelling, body["prompt"], 12, block=None)
     assert steered["token_ids"] != plain["token_ids"]
+
+
+def test_an_imported_vector_clamps_where_that_is_asked_for(model: Any, model_folder: Path, tmp_path: Path) -> None:
+    torch.save(VECTOR, tmp_path / "v.pt")
+    arguments = ["--layer", "1", "--site", "residual", "--attribute", "honesty", "--clamp", "40"]
+    taken = take(tmp_path / "v.pt", model_folder, tmp_path / "checkpoints", *arguments)
+    assert taken.exit_code == 0, taken.output
+    (column,) = load(tmp_path / "checkpoints" / "mine" / "v1").columns
+    assert column.clamp == Clamp(40.0)
+    ids = torch.tensor([[5, 7, 9]])
+    seen = []
+    with torch.no_grad(), steered(model, [column], [2.0], positions=Positions.ALL):
+        watch = model.model.layers[1].register_forward_hook(
+            lambda _, __, output: seen.append(output if isinstance(output, torch.Tensor) else output[0])
+        )
+        model(ids)
+        watch.remove()
+    torch.testing.assert_close(seen[0][0] @ (VECTOR / VECTOR.norm()), torch.full((3,), 80.0), rtol=1e-4, atol=1e-3)
 
 
 def test_what_was_left_out_and_not_applied_is_told(model_folder: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ INTEGERS = {"tables": "*i32", "lengths": "*i32", "owners": "*i32", "counts": "*i
 COLUMNS = {
     "kinds": "*i8",
     "keep_norm": "*i1",
-    **dict.fromkeys(("vectors", "weights", "biases", "multipliers"), "*fp32"),
+    **dict.fromkeys(("vectors", "weights", "biases", "clamps", "multipliers", "opened"), "*fp32"),
 }
 FLOATS = {"parts": "*fp32", "logs": "*fp32", **dict.fromkeys(("scale", "softcap", "epsilon"), "fp32")}
 SIZES = ("_row", "_head", "_stride", "window", "first", "columns", "owner")  # how arguments that are int32 end

@@ -19,7 +19,7 @@ from steer_ops.ops import (
     VARLEN_ATTENTION,
     WRITE_KV,
 )
-from steer_ops.registry import DTYPES, NAMESPACE, Op, _run
+from steer_ops.registry import DTYPES, NAMESPACE, Op, _run, _same
 
 CPU = torch.device("cpu")
 OPS = [PAGED_ATTENTION_DECODE, STEER_AND_COUNT, RMS_NORM, ROTARY, SILU_MUL, TILED_LINEAR]  # with kernels for CPUs
@@ -59,6 +59,14 @@ def test_a_kernel_that_computes_something_else_is_not_used(
     monkeypatch.setattr(op, "overload", other)
     assert op.choose(CPU, dtype) is reference
     assert f"the kernel of {op.name} for {dtype} computes something else" in caplog.text
+
+
+def test_numbers_that_are_none_agree_with_each_other_alone() -> None:
+    numbers, none = torch.tensor([1.0, -2.0]), torch.tensor([1.0, torch.nan])
+    assert _same([none], [none.clone()], torch.float32)
+    assert not _same([none], [numbers], torch.float32)
+    assert not _same([numbers], [none], torch.float32)
+    assert not _same([torch.tensor([1.0, torch.inf])], [numbers], torch.float32)
 
 
 @needs_kernels

@@ -198,7 +198,7 @@ def test_what_is_not_steered_keeps_every_bit_and_columns_that_rest_have_no_say(
 ) -> None:
     args, _ = next(iter(STEER_AND_COUNT._examples(torch.float32)))
     args = [arg.to(DEVICE, copy=True) if isinstance(arg, Tensor) else arg for arg in args]
-    activations, vectors, weights, _, _, _, multipliers, _, counts, _ = args
+    activations, vectors, weights, _, _, _, _, multipliers, _, _, counts, _ = args
     multipliers[1] = 0
     multipliers[2, 3] = 0
     activations[1, :4] = torch.tensor([-0.0, torch.inf, torch.nan, -torch.inf], device=DEVICE)

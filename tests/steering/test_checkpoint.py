@@ -4,6 +4,7 @@ import os
 import pickle
 import shutil
 import tracemalloc
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -16,10 +17,12 @@ from steering import (
     BaseModelInfo,
     CheckpointError,
     CheckpointMismatch,
+    Clamp,
     ColumnError,
     Gate,
     NotFound,
     Positions,
+    Reading,
     Site,
     SiteKind,
     base_model_info,
@@ -85,7 +88,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def same(columns, others) -> bool:
-    plain = ("attribute", "site", "gate", "gate_bias", "keep_norm", "default_multiplier", "range")
+    plain = ("attribute", "site", "gate", "gate_bias", "keep_norm", "default_multiplier", "range", "clamp", "reads")
     return len(columns) == len(others) and all(
         all(getattr(a, name) == getattr(b, name) for name in plain)
         and torch.equal(a.vector, b.vector)
@@ -101,6 +104,32 @@ def test_what_was_saved_is_loaded(folder):
     assert loaded.config.positions is Positions.GENERATED
     assert loaded.attributes == {"truthfulness": 1.5, "civility": 1.0, "fairness": 1.0}
     assert list(loaded.attributes) == ["truthfulness", "civility", "fairness"]
+
+
+def test_a_clamp_is_kept_and_told_only_where_there_is_one(tmp_path):
+    columns = [*three()[:2], replace(three()[2], clamp=Clamp(2.5, -0.75))]
+    write(tmp_path / "c" / "v1", columns=columns)
+    assert same(load(tmp_path / "c" / "v1").columns, columns)
+    told = json.loads((tmp_path / "c" / "v1" / "config.json").read_text())["columns"]
+    assert [column.get("clamp") for column in told] == [None, None, {"value": 2.5, "origin": -0.75}]
+    assert "clamp" not in told[0]
+
+
+def test_what_a_gate_reads_is_kept(tmp_path):
+    earlier = Site(0, SiteKind.RESIDUAL)
+    columns = [
+        replace(three()[0], reads=Reading(earlier)),
+        replace(three()[0], attribute="b", gate=Gate.COSINE, reads=Reading(earlier, latched=True)),
+    ]
+    write(tmp_path / "c" / "v1", columns=columns)
+    assert same(load(tmp_path / "c" / "v1").columns, columns)
+    told = json.loads((tmp_path / "c" / "v1" / "config.json").read_text())["columns"]
+    assert told[1]["reads"] == {"layer": 0, "site": "residual", "latched": True}
+    with pytest.raises(CheckpointError, match="latched gate, which is known from the last prompt token on"):
+        write(tmp_path / "c" / "v2", columns=columns, positions=Positions.ALL)
+    edit(tmp_path / "c" / "v1", columns=[told[0] | {"reads": {"layer": 2, "site": "residual"}}, told[1]])
+    with pytest.raises(CheckpointError, match=r"reads 2\.residual, which a forward pass does not meet before"):
+        load(tmp_path / "c" / "v1")
 
 
 def test_the_folder_is_what_the_format_says(folder):

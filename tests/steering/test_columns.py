@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from steering import UNSTEERED, ColumnBank, ColumnError, Gate, SequenceSteering, Site, SiteKind
+from steering import UNSTEERED, ColumnBank, ColumnError, Gate, Reading, SequenceSteering, Site, SiteKind
 from tests.steering.families import column
 
 A, B, C = Site(0, SiteKind.RESIDUAL), Site(1, SiteKind.ATTN_OUTPUT), Site(1, SiteKind.ATTN_HEADS)
@@ -32,9 +34,13 @@ class Bank(RuleBasedStateMachine):
         self.live = []
         self.addresses, self.version = self.pointers(), 0
 
-    @rule(target=handles, sites=st.lists(st.sampled_from([A, B, C]), min_size=1, max_size=4), seed=st.integers(0, 99))
-    def add(self, sites, seed):
-        handle = self.bank.add(columns(*sites, seed=seed))
+    @rule(
+        target=handles, sites=st.lists(st.sampled_from([A, B, C]), min_size=1, max_size=4), seed=st.integers(0, 99),
+        reads=st.sampled_from([None, Reading(A), Reading(A, latched=True)]),
+    )  # fmt: skip
+    def add(self, sites, seed, reads):
+        made = [replace(one, reads=reads) if one.site == B else one for one in columns(*sites, seed=seed)]
+        handle = self.bank.add(made)
         assert [site for site, _ in handle.slots] == sites
         self.live.append(handle)
         return handle
@@ -50,8 +56,19 @@ class Bank(RuleBasedStateMachine):
     def fill(self, data):
         rows = data.draw(st.lists(self.rows(), max_size=4))
         tokens = data.draw(st.lists(st.integers(-1, len(rows) - 1), max_size=self.bank.max_tokens))
-        self.bank.fill(rows, tokens)
+        lines = data.draw(st.none() | st.integers(0, 300))
+        given = None if lines is None else np.array([[lines] * len(tokens), [0] * len(tokens)])
+        self.bank.fill(rows, tokens, given)
         assert self.bank.filled == len(tokens)
+        latched = [self.bank.columns(handle)[i] for row in rows for handle, values in row.parts
+                   for i, value in enumerate(values) if value]  # fmt: skip
+        assert any(map(self.bank.latches, rows)) <= any(one.reads and one.reads.latched for one in latched)
+        assert self.bank.active_read_sites <= {one.reads.site for one in latched if one.reads}
+
+    @rule(lines=st.integers(1, 600))
+    def reserve_lines(self, lines):
+        self.bank.reserve_lines(lines)
+        assert self.bank.max_lines > lines
 
     @rule()
     def clear(self):
@@ -72,14 +89,19 @@ class Bank(RuleBasedStateMachine):
         return st.lists(part, max_size=2).map(SequenceSteering.of)
 
     def pointers(self):
-        shared = [self.bank.multipliers, self.bank.owners, self.bank.steered_tokens]
+        shared = [self.bank.multipliers, self.bank.owners, self.bank.steered_tokens, self.bank.opened]
+        shared += [self.bank.lines, self.bank.latching]
         own = [part for site in self.bank.sites for part in (self.bank.at(site).vectors, self.bank.at(site).kinds)]
+        gates = [self.bank.gates_at(site) for site in self.bank.read_sites]
+        own += [part for at in gates for part in (at.weights, at.places, at.held) if part.numel()]
         return {(i, tensor.data_ptr(), tensor.shape) for i, tensor in enumerate(shared)}, {t.data_ptr() for t in own}
 
     @invariant()
     def holds(self):
         self.bank.check()
         assert set(self.bank.sites) == {site for handle in self.live for site, _ in handle.slots}
+        reads = [one.reads for handle in self.live for one in self.bank.columns(handle) if one.reads]
+        assert set(self.bank.read_sites) == {one.site for one in reads}
 
     @invariant()
     def addresses_change_with_the_version_only(self):

@@ -14,6 +14,7 @@ from torch import nn
 from steering import (
     BaseModelInfo,
     Checkpoint,
+    Clamp,
     Gate,
     Positions,
     Site,
@@ -250,6 +251,7 @@ def test_what_is_exported_is_imported_again_bit_for_bit(tmp_path, format):
         ([column(Site(1, RESIDUAL))], Format.PYVENE, "has a sigmoid gate"),
         ([column(Site(1, RESIDUAL), gate=Gate.LINEAR, keep_norm=False)], Format.GGUF, "has a linear gate"),
         ([column(Site(1, RESIDUAL), gate=Gate.CONSTANT)], Format.GGUF, "keeps the norm"),
+        ([replace(constant(1), clamp=Clamp(2.0))], Format.GGUF, "clamps a projection"),
         ([constant(1, OUTPUT)], Format.GGUF, "acts on residual, the output of a block, not at 1.attn_output"),
         ([constant(0)], Format.GGUF, "llama.cpp never steers the block with index 0"),
         ([constant(1)], Format.MAT, "can be written as gguf, pyvene, safetensors, not as mat"),

@@ -1,10 +1,12 @@
 """The kernel for CPUs steers as `operators.steer` does, which is beside it in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from steering import Column, ColumnBank, Gate, SequenceSteering, Site, steer
+from steering import Clamp, Column, ColumnBank, Gate, Reading, SequenceSteering, Site, steer
 from steering.bank import SiteBuffers
 from steering.fused import can_fuse, fused_steer
 
@@ -13,7 +15,7 @@ WIDTH = 67
 pytestmark = pytest.mark.skipif(not can_fuse(torch.device("cpu")), reason="nothing can be compiled here")
 
 
-def column(seed: int, gate: Gate, keep_norm: bool, width: int = WIDTH) -> Column:
+def column(seed: int, gate: Gate, keep_norm: bool, width: int = WIDTH, **changes: Any) -> Column:
     generator = torch.Generator().manual_seed(seed)
     return Column(
         attribute=f"a{seed}",
@@ -24,6 +26,7 @@ def column(seed: int, gate: Gate, keep_norm: bool, width: int = WIDTH) -> Column
         gate_bias=0.3 * seed,
         keep_norm=keep_norm,
         range=(-9.0, 9.0),
+        **changes,
     )
 
 
@@ -36,6 +39,8 @@ def bank_of(columns: list[Column], rows: list[tuple[float, ...]], tokens: list[i
 
 
 def fused(bank: ColumnBank, activations: Tensor) -> Tensor:
+    bank.opened.copy_(torch.rand(bank.opened.shape, generator=torch.Generator().manual_seed(5)))
+    bank.opened[1] = 0
     found = fused_steer(bank.at(SITE), activations, bank.owners, bank.steered_tokens)
     assert found is not None
     return found
@@ -43,7 +48,9 @@ def fused(bank: ColumnBank, activations: Tensor) -> Tensor:
 
 def expected(at: SiteBuffers, activations: Tensor) -> Tensor:
     parts = at.vectors.double(), at.weights.double(), at.biases.double(), at.kinds, at.keep_norm
-    return steer(activations.double(), *parts, at.multipliers[: len(activations)].double())
+    return steer(
+        activations.double(), *parts, at.multipliers[: len(activations)].double(), clamps=at.clamps, opened=at.opened
+    )
 
 
 COLUMNS = [
@@ -52,8 +59,17 @@ COLUMNS = [
     column(3, Gate.LINEAR, True),
     column(4, Gate.SIGMOID, False),
     column(5, Gate.CONSTANT, False),
+    column(6, Gate.SIGMOID, True, clamp=Clamp(2.0, 0.5)),
+    column(7, Gate.CONSTANT, False, clamp=Clamp(-3.0)),
+    column(8, Gate.COSINE, True),
+    column(9, Gate.SIGMOID, False, reads=Reading(Site.parse("0.residual"))),
 ]
-ROWS = [(1.0, 0.0, 0.0, 0.0, 0.0), (-1.0, 0.5, 0.25, 2.0, -1.0), (0.0, 0.0, 0.0, 0.0, 3.0), (0.0,) * 5]
+ROWS = [
+    (1.0, *(0.0,) * 8),
+    (-1.0, 0.5, 0.25, 2.0, -1.0, 1.5, 0.75, 2.0, -1.5),
+    (0.0, 0.0, 0.0, 0.0, 3.0, 0.0, -2.0, -1.0, 2.5),
+    (0.0,) * 9,
+]
 TOKENS = [0, 1, 2, 3, -1, 1]
 
 
@@ -92,9 +108,11 @@ def test_norms_beyond_float32_are_left_alone_as_the_operators_leave_them() -> No
     at = bank.at(SITE)
     activations = 1e30 * torch.randn(len(TOKENS), WIDTH)
     parts = at.vectors, at.weights, at.biases, at.kinds, at.keep_norm, at.multipliers[: len(TOKENS)]
-    found, wanted = fused(bank, activations).double(), steer(activations, *parts).double()
+    rest = {"clamps": at.clamps, "opened": at.opened}
+    found, wanted = fused(bank, activations).double(), steer(activations, *parts, **rest).double()
     assert ((found - wanted).norm(dim=1) / wanted.norm(dim=1)).max() < 1e-5
-    assert torch.equal(fused(bank, torch.zeros(len(TOKENS), WIDTH)), steer(torch.zeros_like(activations), *parts))
+    nothing = torch.zeros_like(activations)
+    assert torch.equal(fused(bank, nothing), steer(nothing, *parts, **rest))
 
 
 def test_a_view_is_steered_like_its_copy() -> None:

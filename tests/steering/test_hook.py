@@ -295,7 +295,7 @@ def test_the_hook_never_looks_at_a_value_on_the_device():
     site = Site(0, SiteKind.RESIDUAL)
     bank = ColumnBank(device="meta", max_tokens=4)
     row = SequenceSteering.of(
-        [(bank.add([column(site, 4, gate=gate, seed=i) for i, gate in enumerate(Gate)]), [1.0] * 3)]
+        [(bank.add([column(site, 4, gate=gate, seed=i) for i, gate in enumerate(Gate)]), [1.0] * len(Gate))]
     )
     with Steering(toy, bank, traced=True):
         bank.fill([row, UNSTEERED])

@@ -1,9 +1,10 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from steering import UNSTEERED, ColumnError, Gate, Handle, SequenceSteering, Site, SiteKind
+from steering import UNSTEERED, Clamp, ColumnError, Gate, Handle, Reading, SequenceSteering, Site, SiteKind
 from tests.steering.families import column
 
 HERE, THERE = Site(1, SiteKind.ATTN_OUTPUT), Site(0, SiteKind.RESIDUAL)
@@ -38,7 +39,7 @@ def test_a_layer_is_a_whole_number(layer):
     [
         ({"attribute": ""}, "attribute"),
         ({"attribute": "a\nb"}, "attribute"),
-        ({"gate": "softmax"}, "gate must be one of sigmoid, constant, linear"),
+        ({"gate": "softmax"}, "gate must be one of sigmoid, constant, linear, cosine"),
         ({"vector": torch.zeros(2, 2)}, "vector of column 'truthfulness'"),
         ({"vector": torch.zeros(0)}, "vector"),
         ({"vector": torch.tensor([1.0, math.nan])}, "not finite"),
@@ -52,6 +53,12 @@ def test_a_layer_is_a_whole_number(layer):
         ({"default_multiplier": math.nan}, "default_multiplier"),
         ({"default_multiplier": 5.0, "range": (-4, 4)}, r"outside its range \[-4, 4\]"),
         ({"range": (4, -4)}, "range"),
+        ({"reads": Reading(Site(7, SiteKind.RESIDUAL))}, "which a forward pass does not meet before"),
+        ({"reads": Reading(HERE)}, "which a forward pass does not meet before"),
+        ({"reads": Reading(Site(0, SiteKind.ATTN_HEADS)), "gate": Gate.CONSTANT}, "constant gate, which reads nothing"),
+        ({"clamp": Clamp(2e9)}, "clamp of column 'truthfulness' must be at most 1e"),
+        ({"clamp": Clamp(1.0, math.nan)}, "clamp of column 'truthfulness'"),
+        ({"clamp": Clamp(1.0), "vector": torch.zeros(2)}, "is zero: it has no direction to clamp"),
     ],
 )
 def test_a_column_that_cannot_be_used_is_refused_by_name(changes, named):
@@ -65,6 +72,12 @@ def test_a_column_owns_float32_copies_of_its_tensors():
     mine.zero_()
     assert made.vector.dtype == torch.float32
     assert made.vector.tolist() == [1.0] * 4
+
+
+def test_the_vector_of_a_clamp_has_length_1_and_stays_as_it_is_from_then_on():
+    made = column(HERE, 4, vector=torch.tensor([3.0, 0, 4, 0]), clamp=Clamp(2.0))
+    torch.testing.assert_close(made.vector, torch.tensor([0.6, 0, 0.8, 0]))
+    assert torch.equal(replace(made).vector, made.vector)
 
 
 def handle(*sites: Site) -> Handle:
@@ -104,4 +117,4 @@ def test_multipliers_that_cannot_be_used_are_refused(values):
 
 def test_unsteered_asks_for_nothing():
     assert UNSTEERED.slots == ()
-    assert {gate.code for gate in Gate} == {0, 1, 2}
+    assert {gate.code for gate in Gate} == {0, 1, 2, 3}

@@ -13,6 +13,8 @@ from training.data import Sample, Split
 from training.methods.ablation import AblationConfig
 from training.methods.actadd import ActAddConfig
 from training.methods.caa import CaaConfig
+from training.methods.cast import CastConfig, Hold
+from training.methods.clamp import ClampConfig
 from training.methods.control import ControlConfig
 from training.methods.fit import Recipe, fit
 from training.methods.head_ablation import Fill, HeadAblationConfig
@@ -35,6 +37,8 @@ RECIPES: dict[str, tuple[Recipe, list[Site]]] = {
     "probe": (Recipe(ProbeConfig()), ATTENTION),
     "iti": (Recipe(ItiConfig(top=TOP)), HEADS),
     "ablation": (Recipe(AblationConfig(SOURCE)), RESIDUAL),
+    "cast": (Recipe(CastConfig("questions", RESIDUAL[0], Hold.TOKEN)), RESIDUAL[2:]),
+    "clamp": (Recipe(ClampConfig()), RESIDUAL[1:]),
     "zeroed": (Recipe(HeadAblationConfig(heads=ZEROED)), HEADS),
     "meaned": (Recipe(HeadAblationConfig(heads=MEANED, fill=Fill.MEAN)), HEADS),
     "control": (Recipe(ControlConfig(coefficient=COEFFICIENTS)), RESIDUAL),
@@ -51,6 +55,21 @@ def read_everywhere(model: Any, tokenizer: Any) -> Activations:
     return extract(model, tokenizer, texts, [*RESIDUAL, *HEADS, *ATTENTION], pool=Pool.LAST)
 
 
+def read_with_condition(model: Any, tokenizer: Any) -> Activations:
+    """The same attribute, and which of the prompts are questions, token by token at RESIDUAL."""
+    texts = [
+        Sample("questions", f"{said} {n}?{end}", " .", label, f"q{n}", Split.TRAIN)
+        for n in range(12)
+        for label, said, end in ((True, "Q: What is", " A:"), (False, "good cows", " bees"))
+    ]
+    plain = [
+        Sample(NAME, f"Q: What is {n}? A:", f" {word} {n}", label, f"g{n}", Split.TRAIN)
+        for n in range(12)
+        for label, word in ((True, "good bees"), (False, "bad cows moo"))
+    ]
+    return extract(model, tokenizer, [*plain, *texts], RESIDUAL, pool=Pool.TOKENS)
+
+
 def store_all(model: Any, tokenizer: Any, activations: Activations, folder: Path) -> dict[str, checkpoints.Checkpoint]:
     """A checkpoint of each method in `folder`/NAME/v1, written and read."""
     found = {}
@@ -58,6 +77,8 @@ def store_all(model: Any, tokenizer: Any, activations: Activations, folder: Path
         on = activations
         if recipe.config.own_samples():
             on = extract(model, tokenizer, recipe.config.own_samples(), sites, pool=Pool.LAST)
+        if recipe.config.conditions():
+            on = read_with_condition(model, tokenizer)
         found[name] = _store(model, folder / name / "v1", name, recipe, fit(on, sites, recipe))
     return found
 

@@ -331,7 +331,7 @@ def test_another_model_is_refused(here: Path) -> None:
     assert "hidden_size 16" in result.output
 
 
-COMMANDS = ["data", "extract", "train", "evaluate", "sweep", "import-features", "bake"]
+COMMANDS = ["data", "extract", "train", "evaluate", "sweep", "inspect", "import-features", "bake"]
 
 
 def test_help_lists_every_command_and_loads_no_library(tmp_path: Path) -> None:
@@ -371,7 +371,7 @@ def test_an_attribute_can_have_a_place_of_its_own(here: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--method", "iti"], "--layer is missing: --method iti acts at several places"),
+        (["--method", "iti"], "--layer is missing: for --method iti no place is looked for"),
         (["--layer", "auto", "--site", "roof"], "--site must be one of"),
         (["--at", "truthfulness=0.residual"], "'civility' has no place"),
         (["--at", "truthfulness=residual", "--layer", "1"], "--at must be NAME=LAYER.SITE"),

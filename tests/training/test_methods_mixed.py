@@ -40,12 +40,15 @@ ROWS: list[dict[str, float]] = [
     *({name: 1.0} for name in RECIPES),
     {"iti": 15.0},
     {"ablation": -0.5},
+    {"clamp": -2.0, "caa": 0.5},
+    {"cast": -2.0, "mat": 1.0, "probe": 0.5},
     {"mat": 2.0, "caa": -0.7, "iti": 3.0, "ablation": 1.0, "zeroed": 1.0, "control": 0.4},
-    {"meaned": 0.5, "zeroed": 0.5, "actadd": 2.0, "probe": 1.5, "control": -1.0},
+    {"meaned": 0.5, "zeroed": 0.5, "actadd": 2.0, "probe": 1.5, "control": -1.0, "clamp": 0.5},
 ]
 TOKENS = torch.randint(3, 320, (len(ROWS), 5), generator=torch.Generator().manual_seed(5))
 
 Change = Callable[[Site, Tensor], Tensor]  # the change of activations [T, D] at a site, by multiplier 1
+Scaled = Callable[[Site, Tensor, float], Tensor]  # by any multiplier
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +78,7 @@ def test_a_mixed_batch_is_what_the_formulas_say(
     pair = [last_states(llama, tokenizer, text) for text in PAIR.prompts]
     changes = formulas(activations, stored, pair[0] - pair[1])
     model = copy.deepcopy(llama).double()
-    with by_hand(model, changes, stored["mat"].columns[0]):
+    with by_hand(model, changes, stored["mat"].columns[0], stored["cast"].columns[0]):
         expected = model(TOKENS).logits
     assert torch.equal(found[0], plain[0])
     for row, asked in enumerate(ROWS[1:], start=1):
@@ -84,7 +87,7 @@ def test_a_mixed_batch_is_what_the_formulas_say(
         assert moved > 0.05, f"{asked} does next to nothing"
 
 
-def formulas(activations: Activations, stored: Mapping[str, checkpoints.Checkpoint], pair: Tensor) -> dict[str, Change]:
+def formulas(activations: Activations, stored: Mapping[str, checkpoints.Checkpoint], pair: Tensor) -> dict[str, Scaled]:
     """Each method's own formula in float64, from the activations; of MAT-Steer and the probe what was learned."""
     values = {site: rows.double() for site, rows in activations.values.items()}
     sides = activations.labels
@@ -104,6 +107,12 @@ def formulas(activations: Activations, stored: Mapping[str, checkpoints.Checkpoi
         r = difference(SOURCE) / difference(SOURCE).norm()
         return -(a @ r)[:, None] * r
 
+    def clamp(site: Site, a: Tensor, multiplier: float) -> Tensor:
+        r = difference(site) / difference(site).norm()
+        high, low = (values[site][side].mean(0) @ r for side in (sides, ~sides))
+        target = (high + low) / 2 + multiplier * (high - low) / 2
+        return (target - a @ r)[:, None] * r
+
     def replaced(heads: tuple[Head, ...], fill: Callable[[Tensor], Tensor]) -> Change:
         def change(site: Site, a: Tensor) -> Tensor:
             target = a.clone()
@@ -113,8 +122,11 @@ def formulas(activations: Activations, stored: Mapping[str, checkpoints.Checkpoi
 
         return change
 
-    def only_at(sites: list[Site], change: Change) -> Change:
-        return lambda site, a: change(site, a) if site in sites else torch.zeros_like(a)
+    def only_at(sites: list[Site], change: Scaled) -> Scaled:
+        return lambda site, a, m: change(site, a, m) if site in sites else torch.zeros_like(a)
+
+    def scaled(change: Change) -> Scaled:
+        return lambda site, a, m: m * change(site, a)
 
     changes: dict[str, Change] = {
         "mat": sigmoid(stored["mat"].columns[0]),
@@ -125,9 +137,18 @@ def formulas(activations: Activations, stored: Mapping[str, checkpoints.Checkpoi
         "ablation": ablation,
         "zeroed": replaced(ZEROED, lambda rows: torch.zeros(rows.shape[1], dtype=rows.dtype)),
         "meaned": replaced(MEANED, lambda rows: rows.mean(0)),
+        "cast": lambda site, a: torch.zeros_like(a),  # by what each row has read
         "control": lambda site, a: COEFFICIENTS[site.layer] * difference(site).expand_as(a),
     }
-    return {name: only_at(RECIPES[name][1], change) for name, change in changes.items()}
+    scale = {name: scaled(change) for name, change in changes.items()} | {"clamp": clamp}
+    return {name: only_at(RECIPES[name][1], change) for name, change in scale.items()}
+
+
+def conditional(column: Column, read: Tensor) -> Scaled:
+    """The change of a row that has activations `read` [T, D] at the site that the gate reads."""
+    w, v = column.gate_weight.double(), column.vector.double()
+    opens = ((read @ w) / read.norm(dim=1) + column.gate_bias > 0).double()
+    return lambda site, a, m: m * opens[:, None] * v if site == column.site else torch.zeros_like(a)
 
 
 def sigmoid(column: Column) -> Change:
@@ -136,18 +157,22 @@ def sigmoid(column: Column) -> Change:
 
 
 @contextmanager
-def by_hand(model: Any, changes: Mapping[str, Change], mat: Column) -> Iterator[None]:
+def by_hand(model: Any, changes: Mapping[str, Scaled], mat: Column, cast: Column) -> Iterator[None]:
     """A float64 model whose activations change as ROWS ask for, without anything of `steering` but where sites are."""
     assert mat.keep_norm
+    changes, read = dict(changes), dict[Site, Tensor]()
 
     def moved(site: Site, batch: Tensor) -> Tensor:
         rows = []
-        for asked, a in zip(ROWS, batch, strict=True):
+        read[site] = batch
+        for row, (asked, a) in enumerate(zip(ROWS, batch, strict=True)):
             new = a
+            if "cast" in asked and site == RESIDUAL[2]:
+                changes["cast"] = conditional(cast, read[RESIDUAL[0]][row])
             if "mat" in asked and site == mat.site:
-                new = a + asked["mat"] * changes["mat"](site, a)
+                new = a + changes["mat"](site, a, asked["mat"])
                 new = new * (a.norm(dim=1) / new.norm(dim=1))[:, None]
-            rows.append(new + sum(m * changes[name](site, a) for name, m in asked.items() if name != "mat"))
+            rows.append(new + sum(changes[name](site, a, m) for name, m in asked.items() if name != "mat"))
         return torch.stack(rows)
 
     handles = []

@@ -198,10 +198,11 @@ class GateMeans:
 
 def gate_means(activations: Activations, columns: Sequence[Column], splits: Sequence[Split]) -> list[GateMeans]:
     """Per column and split in which both sides of its attribute occur; a linear gate, which is a coordinate of the
-    activation, has no state between closed and open to speak of."""
+    activation, has no state between closed and open to speak of, and one that reads another site is not the attribute's
+    own."""
     found = []
     for column in columns:
-        if column.gate is Gate.LINEAR:
+        if column.gate is Gate.LINEAR or column.reads is not None:
             continue
         values = activations.values[column.site]
         for split in splits:

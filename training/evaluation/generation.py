@@ -176,8 +176,8 @@ class _Decoder:
         written: list[list[int]] = [[] for _ in range(len(strengths))]
         alive = torch.arange(len(strengths))
         step = 0
-        while len(alive) and step < self.sampling.max_new_tokens:
-            with self._steered(strengths[alive]):
+        with self._steered(strengths) as steering:
+            while len(alive) and step < self.sampling.max_new_tokens:
                 # Leaving the loop regroups the batch once half of its rows have ended.
                 while step < self.sampling.max_new_tokens:
                     at = (mask.cumsum(1) - 1).clamp_min(0)[:, -fed.shape[1] :]
@@ -191,11 +191,13 @@ class _Decoder:
                     going = self._write(written, alive, chosen.tolist())
                     if not going or (shared and 2 * len(going) <= len(alive)):
                         break
-            kept = torch.tensor(going, dtype=torch.int64)
-            alive = alive[kept]
-            if len(kept) and len(kept) < len(mask):
-                cache.batch_select_indices(kept.to(device))
-                fed, mask = fed[kept.to(device)], mask[kept.to(device)]
+                kept = torch.tensor(going, dtype=torch.int64)
+                alive = alive[kept]
+                if len(kept) and len(kept) < len(mask):
+                    cache.batch_select_indices(kept.to(device))
+                    fed, mask = fed[kept.to(device)], mask[kept.to(device)]
+                    if steering is not None:
+                        steering.keep(going)
         return [tuple(tokens) for tokens in written]
 
     def _write(self, written: list[list[int]], alive: Tensor, chosen: list[int]) -> list[int]:

@@ -27,6 +27,7 @@ class Kept:
             return cls()
         vectors = [
             [column.attribute, str(column.site), column.gate.value, column.gate_bias, column.keep_norm,
+             column.clamp and asdict(column.clamp), column.reads and [str(column.reads.site), column.reads.latched],
              *(hashlib.sha256(part.numpy().tobytes()).hexdigest() for part in (column.vector, column.gate_weight))]
             for column in columns
         ]  # fmt: skip

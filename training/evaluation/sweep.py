@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from steering.types import Column, Site
 from training.activations.store import Activations
@@ -79,6 +80,11 @@ class Sweep:
     progress: bool = False
     say: Say = lambda _: None
 
+    @property
+    def _texts(self) -> dict[str, Any]:
+        """For a method that is trained through the model."""
+        return {"base": self.base, "samples": self.samples}
+
     def together(self) -> SweepResult:
         """All attributes at once at every site and multiplier, the best point first.
 
@@ -107,7 +113,7 @@ class Sweep:
                 raise TrainingError(f"No site is left for {name}: sweep more of them, or fewer for each attribute.")
             best[name] = self._best_sites(name, own, sites_each)
         self.say(f"together: {', '.join(f'{name} at {_listed(place.sites)}' for name, place in best.items())}")
-        columns = fit(self.activations, [], self._recipe_at(best), progress=self.progress)
+        columns = fit(self.activations, [], self._recipe_at(best), progress=self.progress, **self._texts)
         strengths = combine(
             lambda arms: self._run(columns, arms)[1:], {name: place.strength for name, place in best.items()}, self.goal
         )
@@ -137,7 +143,9 @@ class Sweep:
             for site in [site for site in ranked if site not in chosen][:CANDIDATES]:
                 place = Place((*chosen, site), strength)
                 self.say(f"{name} at {_listed(place.sites)}")
-                columns = fit(self.activations, [], self._recipe_at({name: place}), progress=self.progress)
+                columns = fit(
+                    self.activations, [], self._recipe_at({name: place}), progress=self.progress, **self._texts
+                )
                 arms = [Arm(f"{name} {x:g}", {name: x}) for x in self.multipliers]
                 unsteered, *results = self._run(columns, arms)
                 ranks = [self.goal.rank(result, name, unsteered) for result in results]
@@ -195,8 +203,8 @@ class Sweep:
     def _fit(self, site: Site, attribute: str | None) -> Sequence[Column]:
         """All attributes together, or one as if there were no other: at one site they shape each other."""
         if attribute is None:
-            return fit(self.activations, [site], self.recipe)
-        return fit(self.activations, [], self._recipe_at({attribute: Place((site,), 1.0)}))
+            return fit(self.activations, [site], self.recipe, **self._texts)
+        return fit(self.activations, [], self._recipe_at({attribute: Place((site,), 1.0)}), **self._texts)
 
     def _run(self, columns: Sequence[Column], arms: Sequence[Arm]) -> Sequence[ArmResult]:
         """The unsteered arm's result, then those of `arms`."""

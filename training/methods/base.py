@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from steering.types import Column, Site
     from training.activations.store import Activations
     from training.data.samples import Sample
+    from training.models import Base
 
 
 class Direction(StrEnum):
@@ -79,6 +80,10 @@ class MethodConfig:
         """Sites whose activations are needed although the method does not act there."""
         return ()
 
+    def conditions(self) -> tuple[str, ...]:
+        """Attributes of the data that say when to steer, and get no columns of their own."""
+        return ()
+
     def own_samples(self) -> list["Sample"]:
         """The texts that are fitted on in place of data."""
         return []
@@ -97,6 +102,10 @@ class FitInputs:
     """For what a fit needs to resume, and what it found out."""
     device: str = "cpu"
     progress: bool = False
+    base: "Base | None" = None
+    """The model and its tokenizer, for a method that is trained through the model."""
+    samples: Sequence["Sample"] = ()
+    """The texts of the activations, likewise."""
 
     def by_site(self) -> Iterator[tuple["Site", list[str]]]:
         """Every site once, with the attributes that get columns there."""
@@ -138,6 +147,8 @@ class Method:
     """Whether both sides of every attribute are needed."""
     fitted_on: str | None = None
     """What is fitted on in place of data, in words; None: data."""
+    through_model: bool = False
+    """Whether the model itself and the texts are needed, so that stored activations are not enough."""
     one_place: bool = True
     """Whether it acts at one site at a time, so that a good one can be looked for."""
     layer_options: tuple[str, ...] = ()

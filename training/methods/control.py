@@ -98,19 +98,20 @@ def fit_control(
         raise FitError(f"A coefficient names layer {unknown[0]}; the layers are {', '.join(map(str, sorted(layers)))}.")
     columns = []
     for site in sites:
-        vector = config.coefficient.get(site.layer, 1.0) * _vector(activations, name, site, config)
+        vector = config.coefficient.get(site.layer, 1.0) * control_vector(activations, name, site, config)
         columns.append(Column(name, site, Gate.CONSTANT, vector, torch.zeros_like(vector), 0.0, normalize))
     return tuple(columns)
 
 
-def _vector(activations: "Activations", name: str, site: "Site", config: ControlConfig) -> "Tensor":
+def control_vector(activations: "Activations", name: str, site: "Site", config: ControlConfig) -> "Tensor":
+    """[D]: length * direction, as the config says, at one site."""
     from torch.nn.functional import normalize as unit
 
     contrast = activations.contrasts(site, Split.TRAIN, [name])[name]
     difference = contrast.positive.mean(0) - contrast.negative.mean(0)
     direction = unit(difference, dim=0)
     if config.direction is Direction.PCA:
-        direction = _principal(group_differences(activations, name, site))
+        direction = principal(group_differences(activations, name, site))
         direction = direction if direction @ difference >= 0 else -direction
     return _length(config.scale, contrast, float(difference @ direction)) * direction
 
@@ -136,7 +137,7 @@ def group_differences(activations: "Activations", name: str, site: "Site") -> "T
     return torch.stack([values[group[True]].mean(0) - values[group[False]].mean(0) for group in pairs])
 
 
-def _principal(differences: "Tensor") -> "Tensor":
+def principal(differences: "Tensor") -> "Tensor":
     """The unit vector [D] along which the rows [G, D] are largest in sum of squares."""
     import torch
 

@@ -9,10 +9,12 @@ from typing import Any
 from steering.types import Column, Site
 from training.activations import SINK
 from training.activations.store import Activations
-from training.data.samples import Split
+from training.data.samples import Sample, Split
+from training.errors import FitError
 from training.methods import Method, MethodConfig, method_of
 from training.methods.base import FitInputs
 from training.methods.mat import MatConfig
+from training.models import Base
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +28,8 @@ class Recipe:
     normalize: bool | None = None
     """Keep the activation's norm; None: as the method is published (MAT-Steer keeps it)."""
     strengths: Mapping[str, float] = field(default_factory=dict)
-    """Attribute -> factor on its vector, so that multiplier 1 means that strength; "" is for all others."""
+    """Attribute -> factor on its vector, or on the value of its clamp, so that multiplier 1 means that strength; "" is
+    for all others."""
     defaults: Mapping[str, float] = field(default_factory=dict)
     """Attribute -> default multiplier; the method's where it is not named."""
     places: Mapping[str, tuple[Site, ...]] = field(default_factory=dict)
@@ -68,15 +71,22 @@ def fit(
     folder: Path | None = None,
     device: str = "cpu",
     progress: bool = False,
+    base: Base | None = None,
+    samples: Sequence[Sample] = (),
 ) -> tuple[Column, ...]:
     """Fit on the train split; columns of one attribute at several sites share its name. An attribute with places of
     its own is fitted there alone, all others at `sites`.
 
-    `folder` keeps what a fit needs to resume, and what it found about heads. Raises FitError.
+    `folder` keeps what a fit needs to resume, and what it found about heads. `base` and the texts, `samples`, are for a
+    method that is trained through the model. Raises FitError.
     """
     places = {name: recipe.places.get(name, sites) for name in activations.names}
     warn_of_sinks(activations, places)
-    inputs = FitInputs(activations, places, recipe.keep_norm, folder, device, progress)
+    inputs = FitInputs(activations, places, recipe.keep_norm, folder, device, progress, base, samples)
+    if recipe.method.through_model and (base is None or not samples):
+        raise FitError(
+            f"--method {recipe.method.name} is trained through the model on texts: stored activations are not enough."
+        )
     return tuple(_with_strength(column, recipe) for column in recipe.method.fit(inputs, recipe.config))
 
 
@@ -109,9 +119,11 @@ def _with_strength(column: Column, recipe: Recipe) -> Column:
     default = recipe.defaults.get(column.attribute, usual)
     most = 2 * max(abs(default), abs(usual))
     low, high = column.range
+    clamp = column.clamp and replace(column.clamp, value=strength * column.clamp.value)
     return replace(
         column,
-        vector=strength * column.vector,
+        vector=column.vector if clamp else strength * column.vector,
+        clamp=clamp,
         default_multiplier=default,
         range=(min(low, -most), max(high, most)),
     )
