@@ -168,7 +168,7 @@ class KeyEverywhere:
         service: Service = scope["app"].state.service
         if scope["type"] == "http" and service.settings.api_key_everywhere and scope["path"] not in HEALTH:
             try:
-                require_api_key(service, await credentials_of(Request(scope)))
+                await require_api_key(service, await credentials_of(Request(scope)))
             except Unauthorized as error:
                 await error_response(error, scope["state"]["request_id"])(scope, receive, send)
                 return

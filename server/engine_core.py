@@ -30,7 +30,7 @@ from server.engine_client import (
 )
 from server.errors import InvalidField, UnknownCheckpoint, UnknownModel
 from server.registry import CheckpointLease, LoadedCheckpoint, Registry
-from server.threads import KeyedThreads
+from server.threads import KeyedThreads, result_of
 from server.types import AppliedCheckpoint, CheckpointRef
 from steering.types import SequenceSteering
 
@@ -107,7 +107,7 @@ class EngineCore:
     async def prompt_logprobs(self, request_id: str) -> list[tuple[TokenLogprob, ...]]:
         future = self._requests[request_id].prompt_logprobs
         assert future is not None, "the request did not ask for them"
-        return await _of(future)
+        return await result_of(future)
 
     async def compare(
         self, request_id: str, steered: int, reference: int, texts: tuple[TokenIds, TokenIds]
@@ -115,14 +115,14 @@ class EngineCore:
         sequences = self._requests[request_id].sequences
         mine, base = sequences[steered], sequences[reference]
         pair = ComparisonPair(mine.prompt_token_ids, *texts, mine.steering_params, base.steering_params)
-        return await _of(self.engine.compare(pair, share=mine.share))
+        return await result_of(self.engine.compare(pair, share=mine.share))
 
     async def score(self, request: ScoreRequest) -> Scores:
         lease = CheckpointLease(self.registry)
         try:
             found = await self._acquire(request.checkpoints, lease)
             ((steering, applied),) = await asyncio.to_thread(self._resolve_arms, [found], request.positions, "plain")
-            scored = await _of(self.engine.score([*request.texts], steering, share=request.share))
+            scored = await result_of(self.engine.score([*request.texts], steering, share=request.share))
             return Scores(tuple(scored), applied)
         finally:
             lease.close()
@@ -130,18 +130,20 @@ class EngineCore:
     async def checkpoints(self, name: str | None) -> list[CheckpointEntry]:
         """Of the list of all, one reader at a time."""
         readers, key = (self._lists, "") if name is None else (self._loads, name)
-        return await _of(readers.submit(key, lambda: self.registry.entries(name)))
+        return await result_of(readers.submit(key, lambda: self.registry.entries(name)))
 
     async def find_checkpoint(self, name: str) -> CheckpointInfo | None:
         found = self.registry.find_loaded(name)
         return found.info if found else None
 
     async def reload(self, name: str, version: str | None, activate: bool) -> CheckpointInfo:
-        loaded = await _of(self._loads.submit(name, lambda: self.registry.reload(name, version, activate=activate)))
+        loaded = await result_of(
+            self._loads.submit(name, lambda: self.registry.reload(name, version, activate=activate))
+        )
         return loaded.info
 
     async def unload(self, name: str, version: str | None) -> list[str]:
-        return await _of(self._loads.submit(name, lambda: self.registry.unload(name, version)))
+        return await result_of(self._loads.submit(name, lambda: self.registry.unload(name, version)))
 
     async def snapshot(self) -> EngineSnapshot:
         active, loaded = self.registry.active, self.registry.loaded
@@ -238,7 +240,7 @@ class EngineCore:
         param = ref.named_by or f"{ref.param}checkpoint"
         name = reference.partition("@")[0]
         try:
-            await _of(self._loads.submit(name, lambda: self.registry.load(reference, param)))
+            await result_of(self._loads.submit(name, lambda: self.registry.load(reference, param)))
         except UnknownCheckpoint:
             if ref.named_by != "model":
                 raise
@@ -296,10 +298,6 @@ class EngineCore:
             "checkpoint %s was trained on %s, and a request steers %s with it: it may steer less there (said once)",
             loaded.label, FORMS[loaded.form], FORMS[form],
         )  # fmt: skip
-
-
-async def _of(future: "Future[T]") -> T:
-    return await asyncio.wrap_future(future)
 
 
 def _hand_over(events: list[_Delivery]) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import logging
+import stat
 import threading
 import time
 import tomllib
@@ -18,6 +19,7 @@ from server.config import KEY, KEY_NAME, Settings
 from server.errors import InvalidField, RateLimited, StartupError
 
 log = logging.getLogger(__name__)
+LARGEST = 2**22  # bytes of the file
 LOOK_EVERY_S = 1.0  # whether the file has changed
 State = tuple[int, int, int]  # of a file: when it was written (ns), its size (bytes) and its inode
 
@@ -164,10 +166,10 @@ class ApiKeys:
         if file is None:
             return None
         try:
-            stat = file.stat()
+            found = file.stat()
         except OSError as error:
             raise _unusable(file, f"it cannot be read: {error.strerror}") from None
-        return stat.st_mtime_ns, stat.st_size, stat.st_ino
+        return found.st_mtime_ns, found.st_size, found.st_ino
 
     def _all(self) -> dict[bytes, ApiKey]:
         """By digest. Raises StartupError."""
@@ -198,12 +200,15 @@ class ApiKeys:
 def read_keys(file: Path) -> dict[str, KeyEntry]:
     """The tables of a file of keys, by name. Raises StartupError, which holds nothing of what a key is."""
     try:
+        found = file.stat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size > LARGEST:  # to open a pipe would wait for ever
+            raise _unusable(file, f"it is not a file of {LARGEST} bytes at most")
         tables = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise _unusable(file, f"it cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise _unusable(file, "it is not UTF-8") from None
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # numbers and nesting beyond what Python reads are no TOMLDecodeError
         raise _unusable(file, 'it is not TOML, as in\n[alice]\nkey = "..."\n') from None
     if not tables:
         raise _unusable(file, "it holds no key")

@@ -8,6 +8,7 @@ import logging
 import time
 from typing import Any, Literal
 
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from server.api.exception_handlers import REQUEST_ID, error_response, new_request_id
@@ -17,6 +18,7 @@ from server.errors import Refused, ServerError
 log = logging.getLogger(__name__)
 MAX_HEAD_BYTES = 64 * 2**10  # of the request line and all headers; trailers count too
 SLICE_BYTES = 16 * 2**10  # what the parser is given at once: a head that has no end is noticed so much later
+HEAD_SLICE_BYTES = 2**10  # the same where requests begin: it holds no more than some dozens of them
 WARN_EVERY_S = 60.0
 LINGER_S = 1.0  # what a refused client still sends is read away for so long, else it would never see the answer
 
@@ -55,6 +57,25 @@ class _Unfit(Exception):
     """Raised in a callback of the parser, which then stops."""
 
 
+class _Flow(FlowControl):
+    """Reads nothing while a client has sent requests that are not parsed yet, whoever waits for its body or its end:
+    what it sends ahead is otherwise as long as it likes."""
+
+    held = b""
+
+    def hold(self, data: bytes) -> None:
+        self.held = data
+        self.pause_reading()
+
+    def take(self) -> bytes:
+        held, self.held = self.held, b""
+        return held
+
+    def resume_reading(self) -> None:
+        if not self.held:
+            super().resume_reading()
+
+
 class BoundedProtocol(HttpToolsProtocol):
     """A connection."""
 
@@ -73,6 +94,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.flow = self._flow = _Flow(transport)
         if len(self.connections) > self._others.most:
             self._others.make_room(self)
         self._watch()
@@ -82,14 +104,19 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        for start in range(0, len(data), SLICE_BYTES):
-            if self._refusal or self.transport.is_closing():
+        data, start = self._flow.take() + data, 0
+        while start < len(data) and not (self._refusal or self.transport.is_closing()):
+            if self.pipeline:  # as many requests as wait already are enough to parse ahead
+                self._flow.hold(data[start:])
                 break
-            piece = data[start : start + SLICE_BYTES]
+            piece = data[start : start + (SLICE_BYTES if self._in_body else HEAD_SLICE_BYTES)]
+            start += len(piece)
             self._unparsed += len(piece)
             super().data_received(piece)
             if self._head_bytes + self._unparsed > MAX_HEAD_BYTES and not self._refusal:
                 self._refuse(_too_large())
+        if (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing():
+            self.flow.resume_reading()  # otherwise who works on a request does
         self._watch()
 
     def pause_writing(self) -> None:
@@ -129,6 +156,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self._flow.held and not self.pipeline:
+            self.loop.call_soon(self.data_received, b"")
         self._watch()
 
     def shutdown(self) -> None:

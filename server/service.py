@@ -6,11 +6,11 @@ import secrets
 import time
 import weakref
 from collections import abc
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from server.config import Settings
 from server.engine.engine import Engine
@@ -28,15 +28,16 @@ from server.engine_client import (
     Submitted,
 )
 from server.engine_core import EngineCore
-from server.errors import DeadlineExceeded, InvalidField, PromptTooLong, UnknownModel
-from server.judge import Judge
+from server.errors import DeadlineExceeded, InvalidField, NotFound, PromptTooLong, UnknownModel
+from server.judge import Judge, verdicts
 from server.keys import ApiKeys
 from server.metrics import Metrics
 from server.registry import Registry
 from server.request_record import RequestRecord, current_record
 from server.request_stream import RequestStream
 from server.studies import Studies
-from server.tokenizer import Codec
+from server.threads import KeyedThreads, result_of
+from server.tokenizer import Codec, texts_of
 from server.types import (
     ArmResult,
     EchoedPrompt,
@@ -51,6 +52,8 @@ from server.types import (
 
 T = TypeVar("T")
 _Pair = tuple[Finished, Finished]  # a text, and the one that it is compared with
+JUDGING_THREADS = 4
+LONG_TEXT = 2**16  # characters or tokens: that many are tokenized in some 50 ms
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,10 @@ class Service:
         self.codec = codec
         self.client = client
         self.metrics = metrics
+        # What waits for files, or for the operator's code, has threads of its own: other requests never wait for it.
+        self._votes = KeyedThreads(1, "studies")
+        self._judging = KeyedThreads(JUDGING_THREADS, "judge")
+        self._long_texts = KeyedThreads(2, "text")  # keys: prompts, and what /tokenize and /detokenize get
 
     @property
     def engine(self) -> Engine:
@@ -122,7 +129,8 @@ class Service:
     async def score(self, params: ScoreParams) -> ScoreResult:
         """The log-likelihood of each continuation, steered as if it were being generated."""
         created, deadline = int(time.time()), time.monotonic() + self.settings.deadline_s
-        texts = await asyncio.to_thread(self._encode_pairs, params)
+        length = sum(len(params.prompt) + len(one) for one in params.continuations)
+        texts = await self._on_texts("prompts", length, lambda: self._encode_pairs(params))
         name = f"score-{secrets.token_hex(12)}"
         record = self._note(sum(len(prompt) + len(rest) for prompt, rest in texts), params.prompt)
         rows = self.keys.take_rows(record.key, len(texts))
@@ -141,20 +149,46 @@ class Service:
             positions=scores.steering.positions,
         )
 
-    async def tokenize(self, params: TokenizeParams, model: str | None = None) -> tuple[int, ...]:
-        """The ids that a text or a conversation becomes, as a request to generate from it would have them.
+    async def tokenize(self, params: TokenizeParams, model: str | None, answer: Callable[[tuple[int, ...]], T]) -> T:
+        """`answer` of the ids that a text or a conversation becomes, as a request to generate from it would have them;
+        it is called on the thread that has made them, for there may be millions.
 
         Raises InvalidField, ChatTemplateUnusable; UnknownModel where there is no such `model`.
         """
         await self.check_model(model)
-        return await asyncio.to_thread(self.codec.encode_any, params)
+        length = len(params.prompt or "") + _characters(params.messages)
+        return await self._on_texts("any", length, lambda: answer(self.codec.encode_any(params)))
 
     async def detokenize(self, token_ids: abc.Sequence[int], model: str | None = None) -> str:
         """The text of tokens, special ones included. Raises InvalidField, UnknownModel where there is no such
         `model`."""
         await self.check_model(model)
-        self.codec.check_ids(token_ids, "tokens")
-        return await asyncio.to_thread(self.codec.decode_all, list(token_ids))
+
+        def text() -> str:
+            self.codec.check_ids(token_ids, "tokens")
+            return self.codec.decode_all(token_ids)
+
+        return await self._on_texts("any", len(token_ids), text)
+
+    async def verdicts(self, prompt: str, texts: list[str]) -> list[dict[str, bool | None]]:
+        """What the operator's judge says, however long it takes. Raises NotFound where there is none; InvalidField."""
+        if (judge := self.judge) is None:
+            raise NotFound("This server has no judge: MATSTEER_JUDGE names one.")
+        return await result_of(self._judging.submit(secrets.token_hex(8), lambda: verdicts(judge, prompt, texts)))
+
+    async def in_studies(self, work: Callable[[Studies], T]) -> T:
+        """`work` done with the studies; their file may be another process' for a while. Raises NotFound where the
+        operator keeps none."""
+        if (studies := self.studies) is None:
+            raise NotFound("This server keeps no studies: MATSTEER_STUDIES names the file that it would keep them in.")
+        return await result_of(self._votes.submit("", lambda: work(studies)))
+
+    async def _on_texts(self, key: str, length: int, work: Callable[[], T]) -> T:
+        """`work` done on a thread; what is long is done one after another by `key`, so that short texts find a thread
+        free."""
+        if length <= LONG_TEXT:
+            return await asyncio.to_thread(work)
+        return await result_of(self._long_texts.submit(key, work))
 
     async def checkpoints(self, name: str | None = None) -> list[CheckpointEntry]:
         """Every complete folder of checkpoints, or those of one name."""
@@ -188,7 +222,8 @@ class Service:
     async def _submit(self, params: GenerateParams, *, stream: bool) -> _RunningRequest:
         created, deadline = int(time.time()), time.monotonic() + self.settings.deadline_s
         self._check_ids(params.sampling)
-        prompts = await asyncio.to_thread(self._encode, params)
+        length = sum(map(len, params.prompts)) + _characters(params.messages)
+        prompts = await self._on_texts("prompts", length, lambda: self._encode(params))
         record = self._note(sum(map(len, prompts)), params.prompts or params.messages)
         record.arms = tuple(arm.name for arm in params.arms)
         request = self._request(params, prompts, record, stream=stream)
@@ -379,6 +414,10 @@ class Service:
                 param="prompt",
             )
         return most - len(prompt)
+
+
+def _characters(messages: abc.Sequence[abc.Mapping[str, Any]]) -> int:
+    return sum(len(text) for message in messages for text in texts_of(message.get("content")))
 
 
 def _note_checkpoints(record: RequestRecord, arms: abc.Iterable[AppliedSteering]) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from server.errors import InvalidField, NotFound, StartupError
+from steering.text import lone_surrogate
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS studies (name TEXT PRIMARY KEY, arms TEXT NOT NULL, created REAL NOT NULL);
@@ -87,6 +88,8 @@ class Studies:
         """Keeps a vote; the first one makes the study. Raises InvalidField where the study has other arms, or the id
         was another vote's."""
         arms, row = _text(vote.arms), (study, vote.winner, vote.shown_first, _text(vote.asked), _text(vote.texts))
+        if lone_surrogate("".join((study, arms, *map(str, row[3:])))):
+            raise InvalidField("The vote holds half of a surrogate pair, which is no character.")
         with self._transaction() as run:
             now = time.time()
             run("INSERT OR IGNORE INTO studies VALUES (?, ?, ?)", (study, arms, now))

@@ -1,5 +1,6 @@
 """Threads: how many compute, and whose they are; those for what is slow."""
 
+import asyncio
 import os
 import threading
 import time
@@ -104,6 +105,11 @@ def run_in_disposable_thread(work: Callable[[], T]) -> T:
     """
     with ThreadPoolExecutor(max_workers=1) as pool:
         return pool.submit(work).result()
+
+
+async def result_of(future: "Future[T]") -> T:
+    """Of what is done on a thread, for a coroutine."""
+    return await asyncio.wrap_future(future)
 
 
 class KeyedThreads:

@@ -128,7 +128,7 @@ class Codec:
             raise InvalidField("This model has no chat template; send 'prompt' instead of 'messages'.", param=param)
         length = 0
         for index, message in enumerate(messages):
-            for text in _texts(message.get("content")):
+            for text in texts_of(message.get("content")):
                 self._check_text(text, f"{param}.{index}.content")
                 length += len(text)
         if limited:
@@ -249,7 +249,7 @@ def _have(what: str) -> str:
     return "have" if what == "messages" else "has"
 
 
-def _texts(content: Any) -> Sequence[str]:
+def texts_of(content: Any) -> Sequence[str]:
     """The texts of a message's content, be it a string, a list of parts, or absent."""
     if content is None:
         return ()

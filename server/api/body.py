@@ -43,7 +43,7 @@ class BodyRoute(APIRoute):
 
         async def handler(request: Request) -> Response:
             for check in keys:
-                check(request.app.state.service, await credentials_of(request))
+                await check(request.app.state.service, await credentials_of(request))
             if schema is not None:
                 request.app.state.service.keys.take_request(current_record().key)
             if schema is not None and (body := await _read(request)):

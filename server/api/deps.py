@@ -11,7 +11,7 @@ from server.request_record import current_record
 from server.service import Service
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
 
@@ -22,16 +22,17 @@ credentials_of = _bearer.__call__
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 
 
-def require_api_key(service: ServiceDep, credentials: Credentials) -> None:
+# Coroutines, since FastAPI calls functions on threads, and those may all be busy.
+async def require_api_key(service: ServiceDep, credentials: Credentials) -> None:
     """For what clients do. An admin key is good for it, too. Raises Unauthorized."""
     if _find(service, credentials) is None and service.keys.asked:
         raise Unauthorized("This server asks for its API key: send 'Authorization: Bearer KEY'.")
 
 
-def require_admin_key(service: ServiceDep, credentials: Credentials) -> None:
+async def require_admin_key(service: ServiceDep, credentials: Credentials) -> None:
     """For changes of what is served; without an admin key any API key is enough. Raises Unauthorized, Forbidden."""
     if not service.keys.has_admin:
-        require_api_key(service, credentials)
+        await require_api_key(service, credentials)
         return
     key = _find(service, credentials)
     if key is None:

@@ -1,5 +1,6 @@
 """The native routes: generation, checkpoints, tokens, operations."""
 
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -9,11 +10,10 @@ from starlette.responses import PlainTextResponse, Response
 from server import formatting
 from server.api.body import BodyRoute
 from server.api.deps import ServiceDep, require_admin_key, require_api_key
-from server.api.responses import STREAMS, event_response, json_response
+from server.api.responses import STREAMS, event_response, json_response, to_json
 from server.engine_client import CheckpointEntry, EngineSnapshot
-from server.errors import EngineDown, NotFound, UnknownCheckpoint
+from server.errors import EngineDown, UnknownCheckpoint
 from server.formatting import Formatter
-from server.judge import verdicts
 from server.registry import why_none_is_active
 from server.schemas import (
     CheckpointListBody,
@@ -72,11 +72,9 @@ async def score(body: ScoreRequest, request: Request, service: ServiceDep) -> Re
 
 
 @generation.post("/judge")
-def judge(body: JudgeRequest, service: ServiceDep) -> JudgeResponse:
+async def judge(body: JudgeRequest, service: ServiceDep) -> JudgeResponse:
     """What the server's judge says of texts as answers to a prompt: of the embedded demo, its exact oracle."""
-    if service.judge is None:
-        raise NotFound("This server has no judge: MATSTEER_JUDGE names one.")
-    return JudgeResponse(verdicts=verdicts(service.judge, body.prompt, body.texts))
+    return JudgeResponse(verdicts=await service.verdicts(body.prompt, body.texts))
 
 
 @checkpoints.get("", dependencies=READS, name="checkpoints", response_model=CheckpointListBody)
@@ -127,11 +125,14 @@ async def unload(name: str, service: ServiceDep, query: Annotated[VersionRequest
     return UnloadedBody(unloaded=await service.unload(name, query.version))
 
 
-@tokens.post("/tokenize")
-async def tokenize(body: TokenizeRequest, service: ServiceDep) -> TokenizeBody:
+@tokens.post("/tokenize", response_model=TokenizeBody)
+async def tokenize(body: TokenizeRequest, service: ServiceDep) -> Response:
     """The tokens of a text or a conversation: those that a request to generate from it would have."""
-    ids = await service.tokenize(body.to_params(), body.model)
-    return formatting.tokenized(service.codec, ids, names=bool(body.return_token_strs))
+
+    def answer(ids: tuple[int, ...]) -> bytes:
+        return to_json(partial(formatting.tokenized, service.codec, names=bool(body.return_token_strs)), ids)
+
+    return Response(await service.tokenize(body.to_params(), body.model, answer), media_type="application/json")
 
 
 @tokens.post("/detokenize")

@@ -12,10 +12,8 @@ from starlette.responses import StreamingResponse
 
 from server.api.body import BodyRoute
 from server.api.deps import ServiceDep, require_api_key
-from server.errors import NotFound
 from server.formatting import study
 from server.schemas import StudiesBody, StudyBody, VoteRequest
-from server.service import Service
 from server.studies import Studies, Vote
 
 router = APIRouter(prefix="/studies", tags=["studies"], route_class=BodyRoute, dependencies=[Depends(require_api_key)])
@@ -27,30 +25,24 @@ COLUMNS = ("id", "at", "study", "arm_1", "arm_2", "shown_first", "winner", "aske
 
 
 @router.get("")
-def studies(service: ServiceDep) -> StudiesBody:
+async def studies(service: ServiceDep) -> StudiesBody:
     """Every study: votes, wins, and the second arm's win rate with its interval."""
-    return StudiesBody(studies=list(map(study, _kept(service).tallies())))
+    return StudiesBody(studies=list(map(study, await service.in_studies(Studies.tallies))))
 
 
 @router.post("/{name}/votes")
-def vote(name: Name, body: VoteRequest, service: ServiceDep) -> StudyBody:
+async def vote(name: Name, body: VoteRequest, service: ServiceDep) -> StudyBody:
     """Keep a vote; the first one makes the study. The same vote sent again, by its id, counts once."""
-    return study(_kept(service).add(name, body.to_vote()))
+    kept = body.to_vote()
+    return study(await service.in_studies(lambda studies: studies.add(name, kept)))
 
 
 @router.get("/{name}/votes.csv", responses=CSV, response_class=StreamingResponse)
-def votes(name: Name, service: ServiceDep) -> StreamingResponse:
+async def votes(name: Name, service: ServiceDep) -> StreamingResponse:
     """Every vote of a study as a row, with what was asked and both texts."""
-    rows = _rows(name, _kept(service).votes(name))
+    rows = _rows(name, await service.in_studies(lambda studies: studies.votes(name)))
     headers = {"content-disposition": 'attachment; filename="votes.csv"', "x-content-type-options": "nosniff"}
     return StreamingResponse(rows, media_type="text/csv; charset=utf-8", headers=headers)
-
-
-def _kept(service: Service) -> Studies:
-    """Raises NotFound where the operator keeps none."""
-    if service.studies is None:
-        raise NotFound("This server keeps no studies: MATSTEER_STUDIES names the file that it would keep them in.")
-    return service.studies
 
 
 def _rows(name: str, votes: list[Vote]) -> Iterator[str]:

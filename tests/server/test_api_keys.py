@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -102,9 +103,16 @@ def test_a_file_that_changes_is_read_again_and_one_that_breaks_changes_nothing(
         file.write_text("[root\nkey =")
         assert names() == names() == ["root"]
         assert caplog.text.count("is not TOML") == 1
+        for strange in ("a = " + "[" * 20_000, "a = " + "9" * 5000):
+            file.write_text(strange)
+            assert names() == names() == ["root"]
         file.unlink()
         assert names() == names() == ["root"]
         assert caplog.text.count("No such file") == 1
+        os.mkfifo(file)
+        assert names() == names() == ["root"], "a pipe that nobody writes to is not opened"
+        assert caplog.text.count("is not a file") == 1
+        file.unlink()
         file.write_text(f'[alice]\nkey = "{SECRETS["alice"]}"\n')
         assert names() == ["alice"]
         assert "read again: alice" in caplog.text

@@ -1,5 +1,8 @@
 """The operator's judge of answers."""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -42,3 +45,20 @@ def test_without_a_judge_the_route_says_how_to_have_one(world: World) -> None:
     refused = world.client.post("/judge", json={"prompt": ASKED, "texts": ["a"]})
     assert refused.status_code == 404
     assert "MATSTEER_JUDGE" in refused.json()["error"]["message"]
+
+
+def test_a_slow_judge_keeps_nobody_else_waiting(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = threading.Event()
+    monkeypatch.setattr(world.service, "judge", lambda prompt, text: {"fine": done.wait(20)})
+    with ThreadPoolExecutor(50) as clients:
+        asked = [clients.submit(world.client.post, "/judge", json={"prompt": ASKED, "texts": ["a"]}) for _ in range(45)]
+        try:
+            time.sleep(0.3)
+            began = time.monotonic()
+            assert world.client.get("/readyz").status_code == 200
+            assert world.client.get("/page.json").status_code == 200
+            assert world.client.post("/tokenize", json={"prompt": "a"}).status_code == 200
+            assert time.monotonic() - began < 5
+        finally:
+            done.set()
+        assert [one.result().json()["verdicts"] for one in asked] == [[{"fine": True}]] * 45

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from server.service import LONG_TEXT
 from steering import checkpoint as folders
 from tests.server.conftest import World
 from tests.server.test_engine import api
@@ -60,6 +61,44 @@ def test_a_checkpoint_that_loads_slowly_delays_nobody_else(fresh: World, monkeyp
 
     asyncio.run(story())
     assert fresh.service.registry.pins == 0
+
+
+def test_long_texts_delay_no_short_ones(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    codec, go_on = fresh.service.codec, threading.Event()
+    at_once: list[int] = []
+    most = []
+    real = codec.encode_any
+
+    def encode_any(params: Any) -> Any:
+        if len(params.prompt) > LONG_TEXT:
+            at_once.append(1)
+            most.append(len(at_once))
+            assert go_on.wait(20)
+            at_once.pop()
+        return real(params)
+
+    monkeypatch.setattr(codec, "encode_any", encode_any)
+
+    async def story() -> None:
+        async with api(fresh.app) as client:
+            long = {"prompt": "a" * (LONG_TEXT + 1), "return_token_strs": True}
+            waiting = [asyncio.create_task(client.post("/tokenize", json=long)) for _ in range(40)]
+            try:
+                await asyncio.sleep(0.05)
+                async with asyncio.timeout(15):
+                    assert (await client.post("/tokenize", json={"prompt": "a"})).status_code == 200
+                    assert (await client.post("/detokenize", json={"tokens": [5]})).status_code == 200
+                    short = {"prompt": "a", "max_new_tokens": 1}
+                    assert (await client.post("/generate", json=short)).status_code == 200
+                    long_prompt = {"prompt": ["a b " * (LONG_TEXT // 64)] * 20, "max_new_tokens": 1}
+                    assert (await client.post("/generate", json=long_prompt)).status_code == 413
+                assert not any(task.done() for task in waiting)
+            finally:
+                go_on.set()
+            assert {(await task).status_code for task in waiting} == {200}
+
+    asyncio.run(story())
+    assert max(most) == 1, "what many of them take is taken by one after the other"
 
 
 def test_a_client_that_does_not_wait_for_a_load_keeps_nothing(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:

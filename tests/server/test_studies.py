@@ -2,10 +2,13 @@
 
 import csv
 import io
+import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -182,6 +185,38 @@ def test_a_vote_that_cannot_be_read_is_refused_by_field(client: TestClient, chan
     assert error["param"] == param
     if param == "winer":
         assert "winner" in error["message"]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"texts": ["\ud800", "b"]}, {"asked": {"\ud800": 1}}, {"asked": {"prompt": ["\udfff"]}}]
+)
+def test_half_a_surrogate_pair_is_refused(client: TestClient, changes: Any) -> None:
+    text = json.dumps(body(**changes))
+    refused = client.post("/studies/halves/votes", content=text, headers={"content-type": "application/json"})
+    assert (refused.status_code, refused.json()["error"]["type"]) == (422, "invalid_field")
+    assert client.get("/studies/halves/votes.csv").status_code == 404
+
+
+def test_a_file_that_another_process_writes_to_delays_votes_only(client: TestClient) -> None:
+    path: Any = client.app.state.service.settings.studies
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    with ThreadPoolExecutor(50) as voters:
+        votes = [
+            voters.submit(client.post, "/studies/busy/votes", json=body(id=f"busy-{count:04}")) for count in range(45)
+        ]
+        try:
+            time.sleep(0.3)
+            began = time.monotonic()
+            assert client.get("/readyz").status_code == client.get("/").status_code == 200
+            assert client.post("/tokenize", json={"prompt": "a"}).status_code == 200
+            assert time.monotonic() - began < 5
+            assert not any(vote.done() for vote in votes)
+        finally:
+            other.execute("ROLLBACK")
+        assert {vote.result().status_code for vote in votes} == {200}
+    other.close()
+    assert [one["votes"] for one in client.get("/studies").json()["studies"] if one["study"] == "busy"] == [45]
 
 
 def test_without_the_setting_nothing_is_kept(world: Any) -> None:
