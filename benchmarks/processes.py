@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import httpx
+import psutil
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,24 @@ def running(
     finally:
         process.terminate()
         process.wait()
+
+
+def ray_processes(title: str) -> dict[int, str]:
+    """Process id -> title, of those of Ray that this process has started and whose titles begin so."""
+    found = {}
+    for child in psutil.Process().children(recursive=True):
+        try:
+            name = child.cmdline()[0]
+        except (psutil.Error, IndexError):
+            continue
+        if name.startswith(f"ray::{title}"):
+            found[child.pid] = name
+    return found
+
+
+def ready_replicas() -> set[int]:
+    """Replicas of Ray Serve that take requests."""
+    return {pid for pid, title in ray_processes("ServeReplica").items() if "initialize" not in title}
 
 
 def _wait(process: "subprocess.Popen[bytes]", url: str, end: float) -> None:

@@ -69,7 +69,7 @@ def app_of(
             await asyncio.to_thread(tracing.close)
 
     app = bare_app(lifespan=lifespan)
-    app.state.service = service
+    app.state.service = app.state.changes = service
     add_exception_handlers(app)
     app.add_middleware(KeyEverywhere)
     app.add_middleware(TrailingSlash)

@@ -100,6 +100,8 @@ def serve(
     queue_limit: Annotated[int | None, setting("queue_limit")] = None,
     front_workers: Annotated[int | None, setting("front_workers")] = None,
     engine_process: Annotated[str | None, setting("engine_process")] = None,
+    ray: Annotated[bool | None, setting("ray", "--ray")] = None,
+    replicas: Annotated[int | None, setting("replicas")] = None,
     log_level: Annotated[str | None, setting("log_level")] = None,
     max_batch_rows: Annotated[int | None, typer.Option(help="Old name of --max-num-seqs.", hidden=True)] = None,
     max_context: Annotated[int | None, typer.Option(help="Old name of --max-model-len.", hidden=True)] = None,
@@ -114,6 +116,11 @@ def serve(
     with _error_as_sentence():
         settings = load_settings(**given)
         _configure_logging(settings)
+        if settings.ray:
+            from server import scale
+
+            scale.serve(settings)
+            return
         from server.sockets import listen
 
         with listen(settings) as bound:  # first: nobody should wait for the model to hear that the port is taken

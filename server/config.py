@@ -194,6 +194,29 @@ class Settings(BaseSettings):
     front_workers: int = Field(
         default=1, ge=1, le=64, description="processes for HTTP and text; several of them share one engine"
     )
+    ray: bool = Field(
+        default=False,
+        description="serve replicas on a Ray cluster (extra `ray`; `RAY_ADDRESS` names it; unset: on this machine)",
+    )
+    replicas: int = Field(default=1, ge=1, le=4096, description="with ray: servers of the model, at least")
+    max_replicas: int | None = Field(
+        default=None,
+        ge=1,
+        le=4096,
+        description="with ray: at most, where there are more for more requests that run and wait; unset: replicas",
+    )
+    replica_cpus: float = Field(default=1.0, gt=0, le=1024, description="with ray: CPU cores of each replica")
+    replica_gpus: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="with ray: GPUs of each replica, as in 0.5 for two on one; unset: 1 where the cluster has any",
+    )
+    session_affinity: bool = Field(
+        default=False,
+        description="with ray: requests with the same X-Session-Id go to the same replica, whose cache knows their "
+        "conversation; false: all go where there is least to do",
+    )
     drain_s: float = Field(
         default=30.0, ge=0, le=86400, description="running requests get this long to finish at a shutdown; then: 503"
     )
@@ -266,6 +289,12 @@ class Settings(BaseSettings):
                 f"engine_process is false, but front_workers is {self.front_workers}: several of them need the engine "
                 "in a process of its own"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _replicas_have_an_order(self) -> Self:
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(f"max_replicas is {self.max_replicas}, but replicas is {self.replicas}")
         return self
 
     @model_validator(mode="after")

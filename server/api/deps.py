@@ -1,10 +1,11 @@
 """What handlers depend on: the service, and the keys that a request needs."""
 
-from typing import Annotated
+from typing import Annotated, Protocol
 
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from server.engine_client import CheckpointInfo
 from server.errors import Forbidden, Unauthorized
 from server.keys import ApiKey
 from server.request_record import current_record
@@ -16,7 +17,21 @@ async def _service(request: Request) -> Service:
     return service
 
 
+class Changes(Protocol):
+    """What changes the loaded checkpoints: the service, or what makes the same change on all replicas of it."""
+
+    async def reload(self, name: str, version: str | None, *, activate: bool = False) -> CheckpointInfo: ...
+
+    async def unload(self, name: str, version: str | None) -> list[str]: ...
+
+
+def _changes(request: Request) -> Changes:
+    changes: Changes = request.app.state.changes
+    return changes
+
+
 ServiceDep = Annotated[Service, Depends(_service)]
+ChangesDep = Annotated[Changes, Depends(_changes)]
 _bearer = HTTPBearer(auto_error=False, description="the server's API key or admin key, where it has one")
 credentials_of = _bearer.__call__
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]

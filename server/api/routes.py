@@ -9,7 +9,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from server import formatting
 from server.api.body import BodyRoute
-from server.api.deps import ServiceDep, require_admin_key, require_api_key
+from server.api.deps import ChangesDep, ServiceDep, require_admin_key, require_api_key
 from server.api.responses import STREAMS, event_response, json_response, to_json
 from server.engine_client import CheckpointEntry, EngineSnapshot
 from server.errors import EngineDown, UnknownCheckpoint
@@ -108,21 +108,21 @@ async def checkpoint(name: str, request: Request, service: ServiceDep) -> Respon
 
 
 @checkpoints.post("/{name}/load", dependencies=CHANGES)
-async def load(name: str, service: ServiceDep, body: VersionRequest | None = None) -> LoadedBody:
+async def load(name: str, changes: ChangesDep, body: VersionRequest | None = None) -> LoadedBody:
     """Load a version (absent: the newest) as its folder is now. Requests that run finish on what they began with."""
-    return formatting.loaded(await service.reload(name, body.version if body else None))
+    return formatting.loaded(await changes.reload(name, body.version if body else None))
 
 
 @checkpoints.post("/{name}/activate", dependencies=CHANGES)
-async def activate(name: str, service: ServiceDep, body: VersionRequest | None = None) -> LoadedBody:
+async def activate(name: str, changes: ChangesDep, body: VersionRequest | None = None) -> LoadedBody:
     """The same, and requests that name no checkpoint get it from now on."""
-    return formatting.loaded(await service.reload(name, body.version if body else None, activate=True))
+    return formatting.loaded(await changes.reload(name, body.version if body else None, activate=True))
 
 
 @checkpoints.delete("/{name}", dependencies=CHANGES)
-async def unload(name: str, service: ServiceDep, query: Annotated[VersionRequest, Query()]) -> UnloadedBody:
+async def unload(name: str, changes: ChangesDep, query: Annotated[VersionRequest, Query()]) -> UnloadedBody:
     """Take a version (absent: all) out of the device's memory; the folder stays, and a request loads it again."""
-    return UnloadedBody(unloaded=await service.unload(name, query.version))
+    return UnloadedBody(unloaded=await changes.unload(name, query.version))
 
 
 @tokens.post("/tokenize", response_model=TokenizeBody)
