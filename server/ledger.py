@@ -5,9 +5,9 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar
 
 from server.errors import CheckpointInUse, EngineDown, NotFound, ServerError, UnusableCheckpoint
 from server.registry_state import RegistryState, read_state, write_state
@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # without torch: Ray's own processes import this, too
     from server.registry import LoadedCheckpoint
     from server.service import Service
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 POLL_S = 10.0  # how long a question for changes stays open
 LOOK_S = 0.25  # how often the ledger looks whether a replica that it waits for is alive
@@ -204,6 +205,7 @@ class Follower:
         self._ledger = ledger
         self._replica = replica
         self._known = Served()
+        self._changing: set[asyncio.Task[Any]] = set()
         self._joined = ""
         self._number = 0
 
@@ -263,6 +265,9 @@ class Follower:
 
     async def reload(self, name: str, version: str | None, *, activate: bool = False) -> "LoadedCheckpoint":
         """See `Registry.reload`: on this replica, which finds the newest version where none is given, then on all."""
+        return await self._to_the_end(self._reload(name, version, activate))
+
+    async def _reload(self, name: str, version: str | None, activate: bool) -> "LoadedCheckpoint":
         loaded = await self._service.reload(name, version, activate=activate)
         what = "activate" if activate else "load"
         await self._publish({"name": name, "version": loaded.version, "what": what, "sha256": loaded.sha256})
@@ -270,6 +275,16 @@ class Follower:
 
     async def unload(self, name: str, version: str | None) -> list[str]:
         """See `Registry.unload`: on all replicas; returns what was loaded on this one."""
+        return await self._to_the_end(self._unload(name, version))
+
+    async def _to_the_end(self, change: Coroutine[Any, Any, T]) -> T:
+        """Also where whoever asked for it has gone: a change of this replica alone would set it apart."""
+        task = asyncio.create_task(change)
+        self._changing.add(task)
+        task.add_done_callback(self._changing.discard)
+        return await asyncio.shield(task)
+
+    async def _unload(self, name: str, version: str | None) -> list[str]:
         unloaded = await self._service.unload(name, version)
         await self._publish({"name": name, "version": version, "what": "unload", "sha256": None})
         return unloaded

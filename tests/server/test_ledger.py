@@ -30,6 +30,8 @@ class Line:
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger: Ledger | None = ledger
+        self.free = asyncio.Event()  # cleared: changes wait to be published
+        self.free.set()
 
     def _up(self) -> Ledger:
         if self.ledger is None:
@@ -43,6 +45,7 @@ class Line:
         return await self._up().changes_after(*asked)
 
     async def publish(self, change: Change) -> Outcome:
+        await self.free.wait()
         return await self._up().publish(change)
 
 
@@ -153,6 +156,25 @@ def test_changes_from_two_replicas_at_once_end_in_one_order(services: Services, 
                     *(one.reload("demo", "1", activate=True), other.reload("demo", "2", activate=True))
                 )
                 assert await active(first) == await active(second)
+
+    run(story)
+
+
+def test_a_change_reaches_all_though_the_client_that_asked_has_gone(services: Services, root: Path) -> None:
+    first, second = services(), services()
+
+    async def story() -> None:
+        line = Line(ledger_of(root))
+        async with following(line, first, second) as (one, _):
+            line.free.clear()
+            asked = asyncio.create_task(one.reload("demo", "1", activate=True))
+            while await active(first) != "demo@1":
+                await asyncio.sleep(0.01)
+            asked.cancel()
+            await asyncio.gather(asked, return_exceptions=True)
+            line.free.set()
+            while await active(second) != "demo@1":
+                await asyncio.sleep(0.01)
 
     run(story)
 
