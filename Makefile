@@ -15,7 +15,7 @@ DEV_INSTALLED := $(VENV)/.installed-dev
 PAGE_INSTALLED := $(VENV)/.installed-page
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: help install serve test check format real-model real-checkpoint demo-model demo-data demo-sweep demo-checkpoint reproduce readme api-docs page check-page test-page screenshots test-monitoring test-proxy fuzz soak test-clients bench test-release test-image audit check-gpu clean
+.PHONY: help install serve test check format real-model real-checkpoint demo-model demo-data demo-sweep demo-checkpoint reproduce readme api-docs page check-page test-page screenshots test-monitoring test-proxy fuzz soak test-clients test-ray check-chart bench test-release test-image audit check-gpu clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -120,6 +120,25 @@ soak: $(INSTALLED)  ## a server under mixed traffic for MINUTES=10: benchmarks/r
 
 test-clients: $(INSTALLED)  ## twelve clients of OpenAI's API, each in an environment of its own: docs/clients.md
 	$(BIN)/python -m tests.clients.run --write
+
+RAY := runs/ray
+# Only what Ray needs beside the development install, whose packages it sees.
+$(RAY)/.installed: pyproject.toml $(CONSTRAINTS) | $(DEV_INSTALLED)
+	$(BIN)/python -m venv --clear $(RAY)
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+	  > "$$($(RAY)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/mat-steer.pth"
+	$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable '.[ray]'
+	@touch $@
+
+test-ray: $(RAY)/.installed  ## two and three replicas of the demo on a Ray cluster of this machine
+	$(RAY)/bin/python -m pytest tests/ray -s
+
+check-chart: $(DEV_INSTALLED)  ## the Helm chart, by helm and by Kubernetes' schemas; needs helm, and is left out without it
+	@if command -v helm >/dev/null; then $(BIN)/python -m pytest tests/test_chart.py && $(BIN)/python -m venv runs/chart \
+	  && runs/chart/bin/python -m pip install --quiet --disable-pip-version-check kubernetes-validate \
+	  && for version in 1.25 1.37; do helm template steer deploy/helm/mat-steer --set secret.name=keys --set checkpoints.create=true \
+	    | runs/chart/bin/kubernetes-validate --strict --kubernetes-version $$version - || exit 1; done; \
+	else echo "check-chart is left out: there is no helm"; fi
 
 bench: $(INSTALLED)  ## the engine beside the alternatives on the CPU: benchmarks/results
 	$(BIN)/python -m benchmarks.engine
