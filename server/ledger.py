@@ -13,7 +13,7 @@ from server.errors import CheckpointInUse, EngineDown, NotFound, ServerError, Un
 from server.registry_state import RegistryState, read_state, write_state
 
 if TYPE_CHECKING:  # without torch: Ray's own processes import this, too
-    from server.registry import LoadedCheckpoint
+    from server.engine_client import CheckpointInfo
     from server.service import Service
 
 T = TypeVar("T")
@@ -263,11 +263,11 @@ class Follower:
                 raise UnusableCheckpoint(f"The folder of {loaded.label} holds another content here than elsewhere.")
         self._known.add(change)
 
-    async def reload(self, name: str, version: str | None, *, activate: bool = False) -> "LoadedCheckpoint":
+    async def reload(self, name: str, version: str | None, *, activate: bool = False) -> "CheckpointInfo":
         """See `Registry.reload`: on this replica, which finds the newest version where none is given, then on all."""
         return await self._to_the_end(self._reload(name, version, activate))
 
-    async def _reload(self, name: str, version: str | None, activate: bool) -> "LoadedCheckpoint":
+    async def _reload(self, name: str, version: str | None, activate: bool) -> "CheckpointInfo":
         loaded = await self._service.reload(name, version, activate=activate)
         what = "activate" if activate else "load"
         await self._publish({"name": name, "version": loaded.version, "what": what, "sha256": loaded.sha256})

@@ -207,7 +207,7 @@ def serve(settings: Settings) -> None:
     Raises StartupError.
     """
     ray, ray_serve = _ray()
-    from server.listener import listen
+    from server.sockets import listen
 
     listen(settings).close()  # Ray would only log that the port is taken
     ray.init(namespace=APPLICATION, include_dashboard=False, configure_logging=False)
