@@ -152,9 +152,8 @@ class ApiKeys:
             state = self._look()
             if state == self._state:
                 return
-            self._state = state
-            self._keys = self._all()
-            self._trouble = None
+            self._keys = self._all()  # raises before the state is taken: what could not be read is tried again
+            self._state, self._trouble = state, None
             log.info("the API keys are read again: %s", ", ".join(key.name for key in self._keys.values()))
         except StartupError as error:
             if error.message != self._trouble:

@@ -119,6 +119,23 @@ def test_a_file_that_changes_is_read_again_and_one_that_breaks_changes_nothing(
     assert not any(secret in caplog.text for secret in SECRETS.values())
 
 
+def test_a_file_that_could_not_be_read_for_a_moment_is_tried_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    keys = ApiKeys(Settings(api_keys_file=file), clock)
+    file.write_text(f'[root]\nkey = "{SECRETS["root"]}"\n')
+    with monkeypatch.context() as failing:
+        failing.setattr("server.keys.read_keys", lambda file: throw(StartupError("too many open files")))
+        clock.now += 2
+        assert keys.find(SECRETS["alice"])
+    clock.now += 2
+    assert keys.find(SECRETS["alice"]) is None, "it has been taken out"
+    assert keys.find(SECRETS["root"])
+
+
+def throw(error: Exception) -> None:
+    raise error
+
+
 def test_a_file_is_looked_at_no_more_than_once_a_second(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     keys = ApiKeys(Settings(api_keys_file=file), clock)
