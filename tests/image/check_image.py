@@ -97,7 +97,7 @@ def build(buildah: Buildah, base: str, args: argparse.Namespace) -> None:
     for volume in volumes:
         options += ["--volume", volume]
     began = time.monotonic()
-    buildah("build", "--format", "docker", "--layers", *options, "--tag", IMAGE, str(ROOT))
+    buildah("build", "--format", "docker", "--layers=false", *options, "--tag", IMAGE, str(ROOT))
     told("built", f"{time.monotonic() - began:.0f} s")
 
 
