@@ -15,7 +15,7 @@ DEV_INSTALLED := $(VENV)/.installed-dev
 PAGE_INSTALLED := $(VENV)/.installed-page
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: help install serve test check format real-model real-checkpoint demo-model demo-data demo-sweep demo-checkpoint reproduce readme api-docs page check-page test-page screenshots test-monitoring test-proxy fuzz soak test-clients test-ray check-chart bench test-release test-image audit check-gpu clean
+.PHONY: help install serve test check format real-model real-checkpoint demo-model demo-data demo-sweep demo-checkpoint reproduce reproduce-real readme api-docs page check-page test-page screenshots test-monitoring test-proxy fuzz soak test-clients test-ray check-chart bench test-release test-image audit check-gpu clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -84,6 +84,11 @@ demo-checkpoint: demo-data  ## train the shipped checkpoint
 
 reproduce: demo-data $(DEV_INSTALLED)  ## every table and plot of docs/results and the README
 	$(BIN)/python -m demo.reproduce --checkpoint checkpoints/demo/v1
+
+# DATA: a folder with the three data sets (docs/data.md); without it they come from the Hugging Face hub.
+# SIZES: more or less of them, as in SIZES='--test 400'; what was measured before is not measured again.
+reproduce-real: real-model $(DEV_INSTALLED)  ## the same on SmolLM2 with TruthfulQA, ToxiGen and BBQ (about an hour; goes on where it was stopped)
+	$(BIN)/python -m studies.real --model smollm2 $(if $(DATA),--data $(DATA)) $(SIZES)
 
 readme: $(DEV_INSTALLED)  ## write the server's answers to the README's request into the README
 	$(BIN)/python -m demo.readme

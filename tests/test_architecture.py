@@ -13,10 +13,10 @@ import steering
 
 ROOT = Path(__file__).parents[1]
 FORBIDDEN = {
-    "steer_ops": {"steering", "server", "training", "demo"},
-    "steering": {"server", "training", "demo"},
-    "training": {"server", "demo"},
-    "server": {"training", "demo"},
+    "steer_ops": {"steering", "server", "training", "demo", "studies"},
+    "steering": {"server", "training", "demo", "studies"},
+    "training": {"server", "demo", "studies"},
+    "server": {"training", "demo", "studies"},
     "server/api": {"torch", "transformers", "steering"},
     "server/schemas.py": {"fastapi", "starlette", "torch", "transformers", "server.api", "server.service"},
     "server/formatting.py": {"fastapi", "starlette", "torch", "transformers", "server.api", "server.service"},
@@ -46,7 +46,8 @@ FORBIDDEN = {
             "tasks",
         )
     },
-    "demo": {"server"},
+    "demo": {"server", "studies"},
+    "studies": {"server"},
 }
 
 
@@ -87,7 +88,7 @@ def test_nothing_is_imported_the_wrong_way(place: str) -> None:
 def modules() -> dict[str, Path]:
     """Every module of ours by its name; a package is its `__init__`."""
     found = {}
-    for package in ("steer_ops", "steering", "server", "training", "demo", "benchmarks"):
+    for package in ("steer_ops", "steering", "server", "training", "demo", "studies", "benchmarks"):
         for path in (ROOT / package).rglob("*.py"):
             found[".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")] = path
     return found

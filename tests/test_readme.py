@@ -19,6 +19,8 @@ import yaml
 from demo.readme import ANSWERS, RESULTS, commands, requests, served, shown
 from demo.results import table
 from server.config import OLD_NAMES, Settings
+from studies.real_results import MARKERS as REAL_RESULTS
+from studies.real_results import page, summary
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -142,6 +144,12 @@ def test_the_train_command_trains_a_checkpoint_on_rows_as_the_readme_shows_them(
 def test_the_table_is_the_one_that_was_measured() -> None:
     results = json.loads((ROOT / "docs/results/results.json").read_text(encoding="utf-8"))
     assert between(RESULTS) == table(results["methods"]).strip()
+
+
+def test_what_is_said_of_a_real_model_was_measured() -> None:
+    results = json.loads((ROOT / "docs/results/real.json").read_text(encoding="utf-8"))
+    assert between(REAL_RESULTS) == summary(results).strip()
+    assert (ROOT / "docs/results/real.md").read_text(encoding="utf-8") == page(results)
 
 
 def test_links_lead_somewhere() -> None:

@@ -150,6 +150,19 @@ def test_helpsteer_draws_the_same_rows_in_any_order_both_sides_of_one_prompt_fir
     assert positive <= negative
 
 
+def test_few_rows_are_of_many_groups_where_a_group_has_many_prompts() -> None:
+    samples = [
+        Sample("a", f"Q: {n // 3} of {group} A:", f" {n % 3}", n % 3 == 0, f"template {group}")
+        for group in range(20)
+        for n in range(150)
+    ]
+    drawn = draw(samples, 40)
+    positive, negative = ([s for s in drawn if s.label is side] for side in (True, False))
+    assert len({s.group for s in positive}) == len({s.group for s in negative}) == 20
+    assert {s.prompt for s in negative} <= {s.prompt for s in positive}
+    assert set(draw(samples[::-1], 40)) == set(drawn)
+
+
 def test_paradetox_pairs_a_toxic_sentence_with_its_neutral_ones(caplog: pytest.LogCaptureFixture) -> None:
     samples = load_data([f"paradetox={DATA}/paradetox.tsv"])
     assert [(s.group, s.completion, s.label) for s in samples] == [

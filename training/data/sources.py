@@ -257,12 +257,22 @@ def draw(samples: Sequence[Sample], per_side: int) -> list[Sample]:
     """At most `per_side` samples of each attribute and label, attribute by attribute, else in their order.
 
     Drawn by a hash of the group, then of the text: the same ones whatever the order of the rows, and, as far as both
-    labels have enough, positives and negatives of the same prompts.
+    labels have enough, positives and negatives of the same prompts. Of groups with several prompts, as BBQ's templates,
+    every group's first is drawn before any group's second.
     """
     sides: dict[tuple[str, bool], list[int]] = defaultdict(list)
     for index, sample in enumerate(samples):
         sides[sample.attribute, sample.label].append(index)
-    keys = [(_hash(sample.group), _hash(sample.text)) for sample in samples]
+    prompts: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for sample in samples:
+        prompts[sample.attribute, sample.group].add(sample.prompt)
+    turns = {
+        (*place, prompt): turn for place, own in prompts.items() for turn, prompt in enumerate(sorted(own, key=_hash))
+    }
+    keys = [
+        (turns[sample.attribute, sample.group, sample.prompt], _hash(sample.group), _hash(sample.text))
+        for sample in samples
+    ]
     drawn = {index for side in sides.values() for index in sorted(side, key=keys.__getitem__)[:per_side]}
     order = {attribute: place for place, (attribute, _) in enumerate(sides)}
     return sorted((samples[index] for index in sorted(drawn)), key=lambda sample: order[sample.attribute])

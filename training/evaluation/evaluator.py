@@ -102,7 +102,7 @@ class Evaluator:
                 evaluation, examples=answered(base, columns, arms, prompts, texts, self.positions, self.examples)
             ), texts
         own = [sample for sample in samples if sample.split is split]
-        asked = _drawn(questions(own, self.prompting), self.limit)
+        asked = drawn(questions(own, self.prompting), self.limit)
         evaluation = evaluate_choices(
             base.model,
             base.tokenizer,
@@ -139,7 +139,7 @@ def _left_out(samples: Sequence[Sample], asked: Sequence[Question], split: Split
             )
 
 
-def _drawn(asked: Sequence[Question], limit: int | None) -> list[Question]:
+def drawn(asked: Sequence[Question], limit: int | None) -> list[Question]:
     """At most `limit` of each attribute, in their order."""
     if limit is None:
         return list(asked)

@@ -1,0 +1,1 @@
+"""Comparisons that are run by one command and written into `docs/results`."""
