@@ -235,5 +235,5 @@ def _ray() -> tuple[Any, Any]:
         import ray
         from ray import serve
     except ImportError as error:
-        raise StartupError("Replicas need Ray Serve: pip install 'mat-steer[ray]'.") from error
+        raise StartupError("Replicas need Ray Serve: pip install 'ray[serve]>=2.60'.") from error
     return ray, serve

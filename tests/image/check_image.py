@@ -24,7 +24,7 @@ import psutil
 
 ROOT = Path(__file__).parents[2]
 IMAGE = "localhost/mat-steer:cpu"
-START_S, DRAIN_S, MORE_S = 180.0, 5, 2.0
+START_S, DRAIN_S, MORE_S = 180.0, 10, 2.0
 PORT = 8997
 QUESTION = {
     "prompt": "Q: What is the capital of Japan? A:",
@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--pip-conf", type=Path, help="pip's configuration while the image is built")
     parser.add_argument("--volume", type=Path, action="append", default=[], help="a path that the build may read")
     parser.add_argument("--store", type=Path, help="where images are kept for the next time; otherwise nowhere")
+    parser.add_argument("--no-build", action="store_true", help="run the image that --store has")
     args = parser.parse_args()
     for program in ["buildah", *(["debootstrap"] if args.debootstrap else [])]:
         if shutil.which(program) is None:
@@ -65,8 +66,9 @@ def main() -> None:
     os.environ["BUILDAH_ISOLATION"] = "chroot"
     with tempfile.TemporaryDirectory() as folder:
         buildah = Buildah(args.store or Path(folder))
-        base = debian(buildah, args.debootstrap, Path(folder)) if args.debootstrap else args.base
-        build(buildah, base, args)
+        if not args.no_build:
+            base = debian(buildah, args.debootstrap, Path(folder)) if args.debootstrap else args.base
+            build(buildah, base, args)
         facts(buildah)
         container = buildah("from", "--pull-never", IMAGE)
         try:
@@ -132,7 +134,7 @@ def check(buildah: Buildah, container: str) -> None:
         expect(
             "two arms, one steered", steered["steering"]["steered_tokens"] > 0 and steered["text"] != unsteered["text"]
         )
-        expect("kernels are compiled", b"steer_ops" in Path(f"/proc/{inside}/maps").read_bytes())
+        expect("kernels are compiled", b"/library-" in Path(f"/proc/{inside}/maps").read_bytes())
         drain(url, inside, server)
     except BaseException:
         log.seek(0)
@@ -145,7 +147,7 @@ def check(buildah: Buildah, container: str) -> None:
 
 def drain(url: str, inside: int, server: "subprocess.Popen[str]") -> None:
     """A stream that runs when SIGTERM comes is told to its end."""
-    body = {"prompt": "Q:", "max_new_tokens": 200, "ignore_eos": True, "stream": True}
+    body = {"prompt": "Q:", "max_new_tokens": 60, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{url}/generate", json=body, timeout=60) as stream:
         lines = stream.iter_lines()
         next(lines)

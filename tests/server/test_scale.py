@@ -80,5 +80,5 @@ def test_without_ray_serve_says_what_to_install() -> None:
     command = [sys.executable, "-m", "server.cli", "serve", "--ray"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
     assert ended.returncode == 1
-    assert "pip install 'mat-steer[ray]'" in ended.stderr
+    assert "pip install 'ray[serve]>=2.60'" in ended.stderr
     assert "Traceback" not in ended.stderr
