@@ -56,8 +56,7 @@ class Processes:
 
     def children(self) -> list[psutil.Process]:
         """The engine and the fronts."""
-        of_supervisor = psutil.Process(self.supervisor.pid).children()
-        return [one for one in of_supervisor if "resource_tracker" not in " ".join(one.cmdline())]
+        return [one for one in psutil.Process(self.supervisor.pid).children() if is_engine_or_front(one)]
 
     @property
     def engine(self) -> psutil.Process:
@@ -77,6 +76,14 @@ class Processes:
         text = httpx.get(f"{self.url}/metrics", timeout=60, trust_env=False).text
         samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
         return sum(one.value for one in samples if one.name == name and labels.items() <= one.labels.items())
+
+
+def is_engine_or_front(process: psutil.Process) -> bool:
+    """Of the supervisor's children that live: multiprocessing has one of its own."""
+    try:
+        return "resource_tracker" not in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # or ended, and the supervisor does not know yet
+        return False
 
 
 @contextmanager
