@@ -17,13 +17,14 @@ from torch import Tensor
 from steer_ops.plain import READ
 from steering.errors import ColumnError
 from steering.gate_buffers import GateBuffers
+from steering.slots import Slots
 from steering.types import Column, Handle, SequenceSteering, Site
 
 LINES = 257  # of latched gates at first: so many rows less one
 NO_OWNER = -1  # the owner of a token that no column acts on
 
 
-class SiteBuffers:
+class SiteBuffers(Slots):
     """What a hook reads at one site: C slots, of which the free ones are zero and have multipliers of zero.
 
     vectors and weights [C, D], biases [C] float32; kinds [C] int8 (`Gate.code`); keep_norm [C] bool; clamps [C, 2]
@@ -31,27 +32,20 @@ class SiteBuffers:
     bank's buffers. Addresses change in `resize` only; the views change whenever the bank's buffers do.
     """
 
+    BUFFERS = ("vectors", "weights", "biases", "kinds", "keep_norm", "clamps")
     multipliers: Tensor
     opened: Tensor
     owner: int  # where this site's columns begin in the bank's buffer; how `ColumnBank.owners` calls the site
 
     def __init__(self, width: int, device: torch.device) -> None:
+        super().__init__()
         self.width = width
-        self.columns: list[Column | None] = []
         self.vectors = torch.zeros(0, width, device=device)
         self.weights = torch.zeros(0, width, device=device)
         self.biases = torch.zeros(0, device=device)
         self.kinds = torch.zeros(0, dtype=torch.int8, device=device)
         self.keep_norm = torch.zeros(0, dtype=torch.bool, device=device)
         self.clamps = torch.zeros(0, 2, device=device)
-
-    @property
-    def live(self) -> int:
-        return sum(column is not None for column in self.columns)
-
-    @property
-    def free(self) -> int:
-        return len(self.columns) - self.live
 
     @property
     def all_keep(self) -> bool:
@@ -69,16 +63,11 @@ class SiteBuffers:
 
     def resize(self, capacity: int) -> None:
         """Adds free slots up to `capacity`; columns keep their slots."""
-        more = capacity - len(self.columns)
-        self.columns.extend([None] * more)
-        for name in ("vectors", "weights", "biases", "kinds", "keep_norm", "clamps"):
-            old: Tensor = getattr(self, name)
-            setattr(self, name, torch.cat([old, old.new_zeros(more, *old.shape[1:])]))
+        self._grow(capacity)
 
     def put(self, column: Column) -> int:
         """Writes a column into a free slot and says which."""
-        index = self.columns.index(None)
-        self.columns[index] = column
+        index = self._take(column)
         self.vectors[index].copy_(column.vector)
         if column.reads is None:
             self.weights[index].copy_(column.gate_weight)
@@ -87,12 +76,6 @@ class SiteBuffers:
         self.keep_norm[index].fill_(column.keep_norm)
         self.clamps[index].copy_(_clamp(column))
         return index
-
-    def drop(self, index: int) -> None:
-        """Clears a slot and makes it free."""
-        self.columns[index] = None
-        for buffer in (self.vectors, self.weights, self.biases, self.kinds, self.keep_norm, self.clamps):
-            buffer[index].zero_()
 
     def check(self) -> None:
         """Raises AssertionError when a slot does not hold what its column says."""

@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from steer_ops.plain import full_precision, gates, widen
+from steering.slots import Slots
 from steering.types import Column
 
 
-class GateBuffers:
+class GateBuffers(Slots):
     """What a hook reads at a site whose activations open the gates of columns at other sites: G slots, of which the
     free ones are zero.
 
@@ -15,9 +16,11 @@ class GateBuffers:
     gate goes in a line of the bank's `opened`; held [lines, G] float32: latched gates of the rows that have lines.
     """
 
+    BUFFERS = ("weights", "biases", "kinds", "latched", "places")
+
     def __init__(self, width: int, lines: int, device: torch.device) -> None:
+        super().__init__()
         self.width = width
-        self.columns: list[Column | None] = []
         self.weights = torch.zeros(0, width, device=device)
         self.biases = torch.zeros(0, device=device)
         self.kinds = torch.zeros(0, dtype=torch.int8, device=device)
@@ -26,25 +29,13 @@ class GateBuffers:
         self.held = torch.zeros(lines, 0, device=device)
 
     @property
-    def live(self) -> int:
-        return sum(column is not None for column in self.columns)
-
-    @property
-    def free(self) -> int:
-        return len(self.columns) - self.live
-
-    @property
     def latches(self) -> bool:
         """Whether some gate is latched."""
         return any(column.reads.latched for column in self.columns if column and column.reads)
 
     def resize(self, capacity: int, lines: int) -> None:
         """Adds free slots up to `capacity` and lines up to `lines`; gates keep their slots, and what is held."""
-        more = capacity - len(self.columns)
-        self.columns.extend([None] * more)
-        for name in ("weights", "biases", "kinds", "latched", "places"):
-            old: Tensor = getattr(self, name)
-            setattr(self, name, torch.cat([old, old.new_zeros(more, *old.shape[1:])]))
+        self._grow(capacity)
         held = self.held.new_zeros(lines, capacity)
         held[: len(self.held), : self.held.shape[1]] = self.held
         self.held = held
@@ -52,19 +43,12 @@ class GateBuffers:
     def put(self, column: Column) -> int:
         """Writes a column's gate into a free slot and says which."""
         assert column.reads is not None
-        index = self.columns.index(None)
-        self.columns[index] = column
+        index = self._take(column)
         self.weights[index].copy_(column.gate_weight)
         self.biases[index].fill_(column.gate_bias)
         self.kinds[index].fill_(column.gate.code)
         self.latched[index].fill_(column.reads.latched)
         return index
-
-    def drop(self, index: int) -> None:
-        """Clears a slot and makes it free."""
-        self.columns[index] = None
-        for buffer in (self.weights, self.biases, self.kinds, self.latched):
-            buffer[index].zero_()
 
     def open(self, activations: Tensor, opened: Tensor, lines: Tensor, latching: Tensor) -> None:
         """Writes the gates of activations [n, D] into `opened` [n, columns]. lines and latching [n] int64: the line of

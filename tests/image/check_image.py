@@ -39,15 +39,15 @@ class Buildah:
 
     def __init__(self, store: Path) -> None:
         places = ["--root", str(store / "images"), "--runroot", str(store / "run")]
-        self._command = ["buildah", *places, "--storage-driver", "vfs"]
+        self.command = ["buildah", *places, "--storage-driver", "vfs"]
 
     def __call__(self, *arguments: str) -> str:
         """What it prints. Raises CalledProcessError."""
-        done = subprocess.run([*self._command, *arguments], check=True, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run([*self.command, *arguments], check=True, stdout=subprocess.PIPE, text=True)
         return done.stdout.strip()
 
     def begin(self, *arguments: str, **options: Any) -> "subprocess.Popen[str]":
-        return subprocess.Popen([*self._command, *arguments], text=True, **options)
+        return subprocess.Popen([*self.command, *arguments], text=True, **options)
 
 
 def main() -> None:
@@ -79,7 +79,7 @@ def main() -> None:
 
 def debian(buildah: Buildah, suite: str, folder: Path) -> str:
     name = f"localhost/debian:{suite}"
-    if subprocess.run([*buildah._command, "inspect", name], capture_output=True).returncode == 0:
+    if subprocess.run([*buildah.command, "inspect", name], capture_output=True).returncode == 0:
         return name
     files = folder / "debian"
     subprocess.run(["debootstrap", "--variant=minbase", "--include=ca-certificates", suite, files], check=True)
