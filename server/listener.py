@@ -9,7 +9,8 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import FrameType
@@ -55,10 +56,20 @@ def run(app: FastAPI, bound: socket.socket, *, drain_s: float, front: "FrontProc
         service: Service = app.state.service
         service.client.stop()
         raise
-    # The garbage collector need not look at the model and the libraries again: that would stop every stream for long.
+    with heap_frozen():
+        DrainingServer(app, drain_s=drain_s, front=front).run(sockets=[bound])
+
+
+@contextmanager
+def heap_frozen() -> Iterator[None]:
+    """The garbage collector does not look at what there is before, the model and the libraries: that would stop every
+    stream for long. It does afterwards: else Triton's binding tells of leaks at the end of the process."""
     gc.collect()
     gc.freeze()
-    DrainingServer(app, drain_s=drain_s, front=front).run(sockets=[bound])
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @dataclass(frozen=True)

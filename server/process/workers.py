@@ -1,7 +1,6 @@
 """What runs in the engine's process, and in a front's."""
 
 import asyncio
-import gc
 import logging
 import os
 import signal
@@ -19,7 +18,7 @@ from server.config import Settings
 from server.engine.text_builder import Decoders
 from server.engine_client import EngineFacts
 from server.errors import StartupError
-from server.listener import FrontProcess, run
+from server.listener import FrontProcess, heap_frozen, run
 from server.loading import load_tokenizer
 from server.process.client import ProcessClient
 from server.process.host import HostedEngine, listen
@@ -39,10 +38,9 @@ def run_engine(parent: Connection, settings: Settings, path: Path, configure: Co
     configure(settings)
     with _reported(parent):
         core, _ = open_engine(settings, makes_texts=False)
-        gc.collect()
-        gc.freeze()
         try:
-            host(core, path, parent)
+            with heap_frozen():
+                host(core, path, parent)
         finally:
             core.stop()
 

@@ -255,6 +255,18 @@ def test_a_thread_that_does_not_end_is_not_waited_for(settings: Settings) -> Non
     assert b"a thread has not ended in time" in said
 
 
+def test_the_heap_is_frozen_only_while_it_serves() -> None:
+    """What stays frozen at the end of the process is a leak to Triton's binding, which says so at length."""
+    pytest.importorskip("triton")
+    code = (
+        "import gc, triton\n"
+        "from server.listener import heap_frozen\n"
+        "with heap_frozen():\n    assert gc.get_freeze_count()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert ended.stderr == ""
+
+
 def wait_until(ready: Callable[[], bool], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while True:
