@@ -2,6 +2,9 @@
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from server.config import Settings
@@ -12,12 +15,12 @@ from server.engine.scoring import max_num_logits
 from server.engine_client import EngineClient, EngineFacts
 from server.engine_core import EngineCore
 from server.errors import ServerError, StartupError
-from server.judge import load_judge
+from server.judge import Judge, load_judge
 from server.keys import ApiKeys
 from server.loading import LoadedModel, load_model, open_runner
 from server.memory import choose_block_size, num_kv_cache_blocks
 from server.metrics import Metrics
-from server.registry import LoadedCheckpoint, Registry, fits_model, why_none_is_active
+from server.registry import LoadedCheckpoint, Registry, find_folder, fits_model, why_none_is_active
 from server.registry_state import read_state, write_state
 from server.service import Service
 from server.studies import Studies
@@ -33,16 +36,28 @@ log = logging.getLogger(__name__)
 def open_service(settings: Settings) -> Service:
     """A service whose engine runs in this process. Close with `service.client.stop()`. Raises StartupError with one
     sentence."""
+    judging = open_judging(settings)
     core, codec = open_engine(settings)
-    try:
-        return service_of(settings, codec, core)
-    except StartupError:
-        core.stop()
-        raise
+    return service_of(settings, codec, core, judging)
 
 
-def service_of(settings: Settings, codec: Codec, client: EngineClient, *, told: bool = False) -> Service:
-    """`told`: another process has logged already what the operator should know. Raises StartupError."""
+@dataclass(frozen=True)
+class Judging:
+    """Who judges answers, and where people's votes are kept."""
+
+    judge: Judge | None
+    studies: Studies | None
+
+
+def open_judging(settings: Settings) -> Judging:
+    """What can fail before the model is loaded. Raises StartupError."""
+    return Judging(load_judge(settings), Studies(settings.studies) if settings.studies else None)
+
+
+def service_of(
+    settings: Settings, codec: Codec, client: EngineClient, judging: Judging, *, told: bool = False
+) -> Service:
+    """`told`: another process has logged already what the operator should know."""
     if not told:
         _tell_chat_template(codec.chat, settings)
     return Service(
@@ -50,8 +65,8 @@ def service_of(settings: Settings, codec: Codec, client: EngineClient, *, told: 
         codec,
         client,
         Metrics(settings.served_name),
-        judge=load_judge(settings),
-        studies=Studies(settings.studies) if settings.studies else None,
+        judge=judging.judge,
+        studies=judging.studies,
     )
 
 
@@ -64,17 +79,30 @@ def open_engine(settings: Settings, *, makes_texts: bool = True) -> tuple[Engine
     if "checkpoints" in settings.model_fields_set and not settings.checkpoints.is_dir():
         raise StartupError(f"There is no checkpoints folder {str(settings.checkpoints)!r} (MATSTEER_CHECKPOINTS).")
     template = read_template(settings.chat_template)
-    ApiKeys(settings)  # a file that cannot be used is told of before the model is loaded
+    ApiKeys(settings)  # what cannot be used is told of before the model is loaded
+    with _usable(settings):
+        if settings.checkpoint:
+            name, at, version = settings.checkpoint.partition("@")
+            find_folder(settings.checkpoints, name, version if at else None)
     core, codec = run_in_disposable_thread(lambda: _build(settings, load_model(settings), template, makes_texts))
     core.engine.start()
     try:
-        active = _activate(core.registry, settings)
-    except ServerError as error:
+        with _usable(settings):
+            active = _activate(core.registry, settings)
+    except StartupError:
         core.stop()
-        raise StartupError(f"The checkpoint {settings.checkpoint!r} cannot be used: {error.message}") from error
+        raise
     core.engine.warm_up().result()  # with the hooks of what has been loaded, and before anybody waits
     log.info("serving %s, checkpoint %s, after %.1f s", settings.served_name, active, time.monotonic() - start)
     return core, codec
+
+
+@contextmanager
+def _usable(settings: Settings) -> Iterator[None]:
+    try:
+        yield
+    except ServerError as error:
+        raise StartupError(f"The checkpoint {settings.checkpoint!r} cannot be used: {error.message}") from error
 
 
 def read_template(file: Path | None) -> str | None:

@@ -129,6 +129,32 @@ def fits_model(model: Any, name: str, revision: str | None) -> Callable[[Checkpo
     return fits
 
 
+def find_folder(root: Path, name: str, version: str | None, param: str | None = None) -> Path:
+    """The folder of a version, or of the newest one. Waits for one that is being written.
+
+    Raises UnknownCheckpoint, UnusableCheckpoint.
+    """
+    reference = name if version is None else f"{name}@{version}"
+    until = time.monotonic() + PATIENCE
+    while folders.is_being_written(root, name, version) and time.monotonic() < until:
+        time.sleep(POLL)
+    try:
+        return folders.find(root, name, version)
+    except NotFound:
+        if folders.is_being_written(root, name, version):
+            raise UnusableCheckpoint(
+                f"Checkpoint {reference!r} is being written, or was not written to its end; try again.", param=param
+            ) from None
+        versions = [other for one, other, _ in folders.list_checkpoints(root) if one == name]
+        known = f" Of {name!r} there are {', '.join(versions)}." if versions else _known_names(root)
+        raise UnknownCheckpoint(f"There is no checkpoint {reference!r}.{known}", param=param) from None
+
+
+def _known_names(root: Path) -> str:
+    names = dict.fromkeys(name for name, _, _ in folders.list_checkpoints(root))
+    return f" There are {', '.join(names)}." if names else ""
+
+
 def why_none_is_active(entries: Sequence[CheckpointEntry]) -> str:
     """What to do about it: the sentence for the log and for GET /checkpoints."""
     names = list(dict.fromkeys(entry.name for entry in entries if not entry.problem))
@@ -209,7 +235,7 @@ class Registry:
         Raises UnknownCheckpoint, UnusableCheckpoint, WrongModel.
         """
         with self._lock_of(name):
-            folder = self._folder(name, version, "name" if version is None else "version")
+            folder = find_folder(self._root, name, version, "name" if version is None else "version")
             checkpoint, key = self._read_checked(folder, None), (name, folder.name)
             with self._lock:
                 old = self._loaded.get(key)
@@ -243,7 +269,7 @@ class Registry:
         for one in retired:
             self._retire(one)
         if not gone:
-            self._folder(name, version, "name" if version is None else "version")
+            find_folder(self._root, name, version, "name" if version is None else "version")
         return [one.label for one in retired]
 
     def _activate(self, loaded: LoadedCheckpoint) -> LoadedCheckpoint:
@@ -308,7 +334,7 @@ class Registry:
         with self._lock_of(name):
             if found := self._find_loaded(name, version):  # loaded while this call waited
                 return found
-            folder = self._folder(name, version, param)
+            folder = find_folder(self._root, name, version, param)
             loaded = self._find_loaded(name, folder.name) or self._add_to_bank(folder, param)
             with self._lock:
                 self._loaded[name, loaded.version] = loaded
@@ -329,27 +355,6 @@ class Registry:
         """Held while folders of a name are read and loaded."""
         with self._lock:
             return self._name_locks.setdefault(name, threading.Lock())
-
-    def _folder(self, name: str, version: str | None, param: str | None) -> Path:
-        """The folder of a version, or of the newest one. Waits for one that is being written."""
-        reference = name if version is None else f"{name}@{version}"
-        until = time.monotonic() + PATIENCE
-        while folders.is_being_written(self._root, name, version) and time.monotonic() < until:
-            time.sleep(POLL)
-        try:
-            return folders.find(self._root, name, version)
-        except NotFound:
-            if folders.is_being_written(self._root, name, version):
-                raise UnusableCheckpoint(
-                    f"Checkpoint {reference!r} is being written, or was not written to its end; try again.", param=param
-                ) from None
-            versions = [other for one, other, _ in folders.list_checkpoints(self._root) if one == name]
-            known = f" Of {name!r} there are {', '.join(versions)}." if versions else self._known_names()
-            raise UnknownCheckpoint(f"There is no checkpoint {reference!r}.{known}", param=param) from None
-
-    def _known_names(self) -> str:
-        names = dict.fromkeys(name for name, _, _ in folders.list_checkpoints(self._root))
-        return f" There are {', '.join(names)}." if names else ""
 
     def acquire(self, reference: str | None) -> LoadedCheckpoint | None:
         """The checkpoint for a request (None: the active one), which stays in the bank until `release`. None: it is not

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from server.app import app_of
-from server.assembly import open_engine, read_template, service_of
+from server.assembly import open_engine, open_judging, read_template, service_of
 from server.config import Settings
 from server.engine.text_builder import Decoders
 from server.engine_client import EngineFacts
@@ -68,6 +68,7 @@ def run_front(
     configure(settings)
     with _reported(parent):
         template = read_template(settings.chat_template)
+        judging = open_judging(settings)
         tokenizer = load_tokenizer(settings)
         if template is not None:
             tokenizer.chat_template = template
@@ -82,7 +83,7 @@ def run_front(
             await client.disconnect()
 
         tracing = open_tracing()
-        app = app_of(service_of(settings, codec, client, told=not first), engine, tracing)
+        app = app_of(service_of(settings, codec, client, judging, told=not first), engine, tracing)
         _when_readable(parent, _end)
         run(app, bound, drain_s=settings.drain_s, front=FrontProcess(lambda: parent.send(b""), first))
 

@@ -158,6 +158,21 @@ def test_a_checkpoints_folder_that_is_not_there_ends_the_start(settings: Setting
         open_service(settings.model_copy(update={"checkpoints": tmp_path / "none"}))
 
 
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"checkpoint": "nope"}, "'nope' cannot be used: There is no checkpoint 'nope'. There are .*demo"),
+        ({"checkpoint": "demo@v9"}, "There is no checkpoint 'demo@v9'. Of 'demo' there are v1"),
+        ({"judge": "nowhere:judge"}, "MATSTEER_JUDGE"),
+        ({"studies": "nowhere/votes.db"}, "MATSTEER_STUDIES"),
+        ({"api_keys_file": "nowhere.toml"}, "MATSTEER_API_KEYS_FILE"),
+    ],
+)
+def test_what_cannot_be_used_is_told_before_the_model_is_loaded(setting: dict[str, str], said: str) -> None:
+    with pytest.raises(StartupError, match=said):
+        open_service(load_settings(model="no/such-model", **setting))
+
+
 def test_an_architecture_that_cannot_be_steered_ends_the_start(tmp_path: Path, spelling: object) -> None:
     from transformers import BertConfig, BertLMHeadModel
 
