@@ -1,8 +1,8 @@
-"""What the front costs: `python -m benchmarks.front`, and with `--demo` the demo.
+"""What the front costs: `python -m benchmarks.front`, and with `--model demo` or `--model smollm2` on a model.
 
 A fake engine gives 256 streams 30,000 tokens a second together; one or more front processes make texts, JSON and events
 of them for 256 clients, over sockets. What is counted is processor time, which other work on the machine changes
-little. `--demo`: the demo's model in one process, and with the engine in a process of its own, in turn, round by round.
+little. `--model`: that model in one process, and with the engine in a process of its own, in turn, round by round.
 """
 
 import argparse
@@ -125,11 +125,11 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=400, help="of each stream")
     parser.add_argument("--workers", default="1,2", help="front processes")
-    parser.add_argument("--clients", default="1,8,32", help="of the demo")
-    parser.add_argument("--requests", type=int, default=32, help="of a run on the demo; at most 8 for each client")
+    parser.add_argument("--clients", default="1,8,32", help="of the model")
+    parser.add_argument("--requests", type=int, default=32, help="of a run on the model; at most 8 for each client")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--demo", action="store_true", help="the demo in place of the fake engine")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/front-cpu.json, or front-demo-cpu.json")
+    parser.add_argument("--model", help="a model in place of the fake engine: demo, smollm2, or a folder")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/front-cpu.json, or front-MODEL-cpu.json")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # the fake engine and its fronts
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -140,9 +140,9 @@ def main() -> None:
         )  # fmt: skip
         with listen(settings) as bound:
             sys.exit(supervisor.serve(settings, bound, quiet, run_engine=run_fake_engine))
-    out = args.out or Path(f"benchmarks/results/front-{'demo-' if args.demo else ''}cpu.json")
+    out = args.out or Path(f"benchmarks/results/front-{f'{Path(args.model).name}-' if args.model else ''}cpu.json")
     found: dict[str, Any] = {"machine": described(), "runs": []}
-    for run in on_demo(args) if args.demo else on_fake_engine(args):
+    for run in on_model(args) if args.model else on_fake_engine(args):
         print(run, file=sys.stderr)
         found["runs"].append(run)
         out.write_text(json.dumps(found, indent=2) + "\n")
@@ -154,17 +154,19 @@ def on_fake_engine(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield delivered(args.rate, args.streams, args.tokens, workers, interval)
 
 
-def on_demo(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def on_model(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     with ExitStack() as stack:
         contenders = {
-            name: stack.enter_context(running(DEMO, environment=QUIET | {"MATSTEER_ENGINE_PROCESS": own}))
+            name: stack.enter_context(
+                running([*SERVE, args.model], environment=QUIET | {"MATSTEER_ENGINE_PROCESS": own})
+            )
             for name, own in (("one process", "false"), ("the engine in its own", "true"))
         }
         for clients in map(int, args.clients.split(",")):
             yield side_by_side(contenders, clients, min(args.requests, 8 * clients), args.rounds)
 
 
-DEMO = [sys.executable, "-m", "server.cli", "serve", "--model", str(MODEL), "--log-level", "warning"]
+SERVE = [sys.executable, "-m", "server.cli", "serve", "--log-level", "warning", "--model"]
 QUIET = {"MATSTEER_REMEMBER": "false"}
 
 
@@ -237,15 +239,16 @@ def text_of(answer: bytes) -> str:
     return "".join(json.loads(chunk)["choices"][0]["text"] for chunk in chunks)
 
 
-# --- the demo -------------------------------------------------------------------------------------
+# --- a model --------------------------------------------------------------------------------------
 
 
 def side_by_side(contenders: Mapping[str, Running], clients: int, requests: int, rounds: int) -> dict[str, Any]:
+    model = httpx.get(next(iter(contenders.values())).url + "/v1/models").json()["data"][0]["id"]
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     first: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 1):  # the first one warms up
         for name in in_turn(list(contenders), number):
-            work = Workload("demo", requests, (16, 32), (64, 128), seed=number, extra={"ignore_eos": True})
+            work = Workload(model, requests, (16, 32), (64, 128), seed=number, extra={"ignore_eos": True})
             summary = asyncio.run(load(contenders[name], clients, work))
             if summary.failed:
                 raise RuntimeError(f"{name}: {summary.first_error}")
