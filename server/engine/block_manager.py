@@ -66,7 +66,7 @@ class BlockManager:
         self._full: dict[bytes, Block] = {}  # by hash
         # Every block with content, by the hash of the prefix before it and its first token: for matches within a block.
         self._by_first_token: dict[tuple[bytes, int], dict[int, None]] = {}
-        self._steerings: dict[SequenceSteering, int] = {}
+        self._steerings: dict[bytes, int] = {}  # by `SequenceSteering.digest`
         self._next_steering = 1
 
     @property
@@ -299,14 +299,14 @@ class BlockManager:
         return [token | number if acts else token for token, acts in zip(tokens, acting, strict=True)]
 
     def _number(self, steering: SequenceSteering) -> int:
-        """A number for equal steerings, never given twice. Handles compare by identity: a checkpoint that is loaded
-        again gets a new number."""
-        if steering not in self._steerings:
+        """A number for equal steerings, never given twice. A checkpoint that is loaded again gets a new one."""
+        number = self._steerings.get(steering.digest)
+        if number is None:
             if len(self._steerings) >= KEPT_STEERINGS:
                 self._steerings.clear()
-            self._steerings[steering] = self._next_steering
+            number = self._steerings[steering.digest] = self._next_steering
             self._next_steering += 1
-        return self._steerings[steering]
+        return number
 
     @staticmethod
     def _hash(parent: bytes, content: NDArray[np.int64] | list[int]) -> bytes:

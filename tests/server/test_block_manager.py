@@ -1,5 +1,7 @@
 """Who holds which blocks, where a prefix is found again, and that no memory is lost."""
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -89,6 +91,18 @@ def test_equal_names_and_numbers_of_another_checkpoint_are_not_the_same_steering
     after = steering(1.0, "all", bank.add(columns(8, seed=1)))
     assert before.columns.slots == after.columns.slots
     assert shared(text(PROMPT, before), text(PROMPT, after)) == 0
+
+
+def test_columns_that_are_gone_are_not_kept_for_the_prompts_that_they_steered() -> None:
+    bank = ColumnBank(device="cpu", max_tokens=1)
+    handle = bank.add(columns(8, seed=1))
+    blocks = BlockManager(16, SIZE)
+    left_behind(blocks, text(PROMPT, steering(1.0, "all", handle)))
+    bank.remove(handle)
+    gone = weakref.ref(handle)
+    del handle
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_prefix_is_found_to_the_token_also_within_a_block() -> None:

@@ -105,6 +105,14 @@ def test_rows_that_ask_for_the_same_are_equal():
     assert SequenceSteering.of([(one, [1.0])]) != SequenceSteering.of([(handle(HERE), [1.0])])
 
 
+def test_equal_rows_have_one_digest_and_others_another():
+    one, two = (Handle(((Site(1, "residual"), 0),), ("civility",)) for _ in range(2))
+    rows = [[(one, (1.0,))], [(one, (2.0,))], [(two, (1.0,))], [(one, (1.0,)), (two, (1.0,))], []]
+    digests = [SequenceSteering.of(row).digest for row in rows]
+    assert digests == [SequenceSteering.of(row).digest for row in rows]
+    assert len(set(digests)) == len(rows)
+
+
 def test_a_multiplier_too_small_for_float32_does_not_steer():
     assert SequenceSteering.of([(handle(HERE), [1e-60])]).slots == ()
 
