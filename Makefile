@@ -87,7 +87,7 @@ reproduce: demo-data $(DEV_INSTALLED)  ## every table and plot of docs/results a
 
 # DATA: a folder with the three data sets (docs/data.md); without it they come from the Hugging Face hub.
 # SIZES: more or less of them, as in SIZES='--test 400'; what was measured before is not measured again.
-reproduce-real: real-model $(DEV_INSTALLED)  ## the same on SmolLM2 with TruthfulQA, ToxiGen and BBQ (about an hour; goes on where it was stopped)
+reproduce-real: real-model $(DEV_INSTALLED)  ## the same on SmolLM2 with TruthfulQA, ToxiGen and BBQ (an hour or two; goes on where it was stopped)
 	$(BIN)/python -m studies.real --model smollm2 $(if $(DATA),--data $(DATA)) $(SIZES)
 
 readme: $(DEV_INSTALLED)  ## write the server's answers to the README's request into the README
