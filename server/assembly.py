@@ -1,6 +1,7 @@
 """From settings to a service whose engine runs: the one place that knows all parts."""
 
 import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,7 +77,7 @@ def open_engine(settings: Settings, *, makes_texts: bool = True) -> tuple[Engine
     Raises StartupError with one sentence.
     """
     start = time.monotonic()
-    if "checkpoints" in settings.model_fields_set and not settings.checkpoints.is_dir():
+    if "checkpoints" in settings.model_fields_set and not os.path.isdir(settings.checkpoints):
         raise StartupError(f"There is no checkpoints folder {str(settings.checkpoints)!r} (MATSTEER_CHECKPOINTS).")
     template = read_template(settings.chat_template)
     ApiKeys(settings)  # what cannot be used is told of before the model is loaded

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,10 @@ from steering.types import Handle
 log = logging.getLogger(__name__)
 PREFERRED_NAME = "demo"
 Key = tuple[str, str]  # name, version
-# Of a folder: when each of its files was written (ns), its size (bytes) and its inode; None: there is no such file.
-State = tuple[tuple[int, int, int] | None, ...]
+# Of each file of a folder: when it was written, and last changed in any way (ns), its size (bytes) and its inode; None:
+# there is no such file.
+State = tuple[tuple[int, int, int, int] | None, ...]
+FOLDER_GONE = "Its folder is gone or cannot be read; requests get what was loaded."
 PATIENCE = 2.0  # seconds that a folder is waited for which is being written
 POLL = 0.01
 OnEngine = Callable[[Callable[[], Any]], "Future[Any]"]
@@ -145,6 +148,8 @@ def find_folder(root: Path, name: str, version: str | None, param: str | None = 
             raise UnusableCheckpoint(
                 f"Checkpoint {reference!r} is being written, or was not written to its end; try again.", param=param
             ) from None
+        if why := folders.unreadable(root, name):
+            raise UnusableCheckpoint(f"The folder of checkpoint {name!r} cannot be read: {why}.", param=param) from None
         versions = [other for one, other, _ in folders.list_checkpoints(root) if one == name]
         known = f" Of {name!r} there are {', '.join(versions)}." if versions else _known_names(root)
         raise UnknownCheckpoint(f"There is no checkpoint {reference!r}.{known}", param=param) from None
@@ -244,11 +249,11 @@ class Registry:
                 with self._lock:
                     before = self._loaded.get(self._active) if self._active else None
                     self._loaded[key], self._plain_names[name] = new, key
+                    unused = self._unused([old] if old is not None and old is not new else [])
                     self._active = key if activate else self._active
                     self.swaps += self._active is not None and self._loaded[self._active] is not before
                 self.on_change()
-        if old is not None and old is not new:
-            self._retire(old)
+        self._remove_from_bank(unused)
         return new
 
     def unload(self, name: str, version: str | None = None) -> list[str]:
@@ -262,12 +267,12 @@ class Registry:
                 if self._active in gone:
                     raise CheckpointInUse(f"Checkpoint {'@'.join(self._active)} is active; activate another one first.")
                 retired = [self._loaded.pop(key) for key in gone]
+                unused = self._unused(retired)
                 if self._plain_names.get(name) in gone:
                     del self._plain_names[name]
             if gone:
                 self.on_change()
-        for one in retired:
-            self._retire(one)
+        self._remove_from_bank(unused)
         if not gone:
             find_folder(self._root, name, version, "name" if version is None else "version")
         return [one.label for one in retired]
@@ -378,25 +383,25 @@ class Registry:
             del self._users[loaded]
             stays = self._loaded.get((loaded.name, loaded.version)) is loaded
         if not stays:
-            self._remove_from_bank(loaded)
+            self._remove_from_bank([loaded])
 
-    def _retire(self, loaded: LoadedCheckpoint) -> None:
-        """Called when it is not in `_loaded` any more: removes it from the bank, unless a request uses it still."""
-        with self._lock:
-            used = loaded in self._users
-        if not used:
-            self._remove_from_bank(loaded)
+    def _unused(self, gone: Sequence[LoadedCheckpoint]) -> list[LoadedCheckpoint]:
+        """Of those that leave `_loaded`, under the lock that is held: those that can leave the bank, too. The others do
+        when their last user releases them."""
+        return [loaded for loaded in gone if loaded not in self._users]
 
-    def _remove_from_bank(self, loaded: LoadedCheckpoint) -> None:
-        try:
-            self._on_engine(lambda: self._bank.remove(loaded.handle))
-        except EngineDown:  # and the bank with it
-            return
-        log.info("unloaded checkpoint %s", loaded.label)
+    def _remove_from_bank(self, gone: Sequence[LoadedCheckpoint]) -> None:
+        for loaded in gone:
+            try:
+                self._on_engine(partial(self._bank.remove, loaded.handle))
+            except EngineDown:  # and the bank with it
+                return
+            log.info("unloaded checkpoint %s", loaded.label)
 
     def entries(self, name: str | None = None) -> list[CheckpointEntry]:
-        """Every complete folder, or those of one name. Reads files that have changed since the last call: it blocks.
-        The list of all does not wait for a load: of a folder that is being read it says so."""
+        """Every complete folder, or those of one name, and what is loaded though its folder is gone. Reads files that
+        have changed since the last call: it blocks. The list of all does not wait for a load: of a folder that is being
+        read it says so."""
         listed = [entry for entry in folders.list_checkpoints(self._root) if name in (None, entry[0])]
         inspected: list[tuple[Checkpoint | None, str | None] | None] = []
         for found, _, folder in listed:
@@ -431,6 +436,12 @@ class Registry:
                     active=key == active,
                 )
             )
+        there = {(found, version) for found, version, _ in listed}
+        for key in sorted(loaded.keys() - there):
+            if name not in (None, key[0]) or _state(self._root.joinpath(*key))[0]:  # loaded since the look
+                continue
+            config = loaded[key].checkpoint.config
+            entries.append(CheckpointEntry(*key, config, FOLDER_GONE, loaded=True, changed=True, active=key == active))
         return entries
 
     def find_loaded(self, reference: str) -> LoadedCheckpoint | None:
@@ -493,12 +504,12 @@ def _state(folder: Path) -> State:
     return tuple(_file_state(folder / name) for name in (folders.CONFIG, folders.TENSORS))
 
 
-def _file_state(path: Path) -> tuple[int, int, int] | None:
+def _file_state(path: Path) -> tuple[int, int, int, int] | None:
     try:
         found = path.stat()
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
 
 
 def _read_or_reason(folder: Path) -> Checkpoint | str:

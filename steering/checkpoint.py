@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ __all__ = [
     "list_checkpoints",
     "load",
     "save",
+    "unreadable",
     "verify_against",
     "verify_sites",
 ]
@@ -194,17 +196,36 @@ def list_checkpoints(root: Path) -> list[tuple[str, str, Path]]:
     """(name, version, folder) of every complete folder root/name/version, by name, then oldest version first.
 
     Versions are ordered as people read them: v2 before v10. A name or version that is not plain, and anything that
-    leads out of `root` through a symbolic link, is passed over.
+    leads out of `root` through a symbolic link, is passed over. A folder that may not be looked into is listed: `load`
+    says so.
     """
     real = root.resolve()
-    found = []
-    for config in root.glob(f"*/*/{CONFIG}"):
-        folder = config.parent
-        plain = NAME.fullmatch(folder.name) and NAME.fullmatch(folder.parent.name)
-        inside = folder.resolve().is_relative_to(real) and config.resolve().parent == folder.resolve()
-        if plain and inside and config.is_file():
-            found.append((folder.parent.name, folder.name, folder))
+    found = [
+        (named.name, folder.name, folder)
+        for named in _plain_entries(root)
+        for folder in _plain_entries(named)
+        if _is_complete(folder, real)
+    ]
     return sorted(found, key=lambda entry: (entry[0], _natural(entry[1])))
+
+
+def _plain_entries(folder: Path) -> list[Path]:
+    """What has a plain name in it; nothing where it is no folder, is gone by now, or may not be read."""
+    try:
+        return [folder / name for name in os.listdir(folder) if NAME.fullmatch(name)]
+    except OSError:
+        return []
+
+
+def _is_complete(folder: Path, root: Path) -> bool:
+    config = folder / CONFIG
+    try:
+        inside = folder.resolve().is_relative_to(root) and config.resolve().parent == folder.resolve()
+        return inside and stat.S_ISREG(config.stat().st_mode)
+    except PermissionError:
+        return True
+    except (OSError, RuntimeError):  # the second for links in a circle, before Python 3.13
+        return False
 
 
 def find(root: Path, name: str, version: str | None = None) -> Path:
@@ -229,12 +250,28 @@ def _read_config(folder: Path) -> CheckpointConfig:
         raise CheckpointError(f"{folder / CONFIG} is refused: {sentence(error)}") from None
 
 
+def unreadable(root: Path, name: str) -> str | None:
+    """Why it cannot be told which versions of that name there are; None: it can, or there is nothing of that name."""
+    try:
+        os.listdir(root)
+        if NAME.fullmatch(name):
+            os.listdir(root / name)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        return error.strerror
+    return None
+
+
 def is_being_written(root: Path, name: str, version: str | None = None) -> bool:
     """Whether `save` is replacing a version, or any of that name, so that it is not complete for a moment."""
     if not NAME.fullmatch(name) or (version is not None and not NAME.fullmatch(version)):
         return False
     staged = (root / name).glob(f"{version or '*'}/.{CONFIG}.*.tmp")
-    return any(not (path.parent / CONFIG).exists() for path in staged)
+    try:
+        return any(not (path.parent / CONFIG).exists() for path in staged)
+    except OSError:  # gone while it was looked for, or not to be looked into
+        return False
 
 
 def _most_bytes(config: CheckpointConfig) -> int:
@@ -245,18 +282,27 @@ def _most_bytes(config: CheckpointConfig) -> int:
 
 def _read(folder: Path, name: str, most: int) -> bytes:
     path = folder / name
-    if path.is_symlink() and path.resolve().parent != folder.resolve():
-        raise CheckpointError(f"{path} is a symbolic link out of its folder")
-    if not path.is_file():
-        raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {name}")
     try:
+        if path.is_symlink() and path.resolve().parent != folder.resolve():
+            raise CheckpointError(f"{path} is a symbolic link out of its folder")
+        if not _is_file(path):
+            raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {name}")
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size > most:
                 raise CheckpointError(f"{path} has {size} bytes; it can have {most} at most")
             return file.read(size)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except (OSError, RuntimeError) as error:  # the second for links in a circle, before Python 3.13
+        why = error.strerror if isinstance(error, OSError) else "it is a symbolic link in a circle"
+        raise CheckpointError(f"{path} cannot be read: {why}") from error
+
+
+def _is_file(path: Path) -> bool:
+    """Raises PermissionError where that may not be known."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def _write(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -17,7 +17,7 @@ from server.app import create_app
 from server.config import Settings
 from server.errors import CheckpointInUse, UnknownCheckpoint, UnusableCheckpoint
 from server.registry import CheckpointLease, Registry, fits_model
-from server.registry_state import NAME, read_state
+from server.registry_state import NAME, RegistryState, read_state, write_state
 from steering import checkpoint as folders
 from steering.bank import ColumnBank
 from steering.errors import ColumnError
@@ -184,6 +184,50 @@ def test_an_unloaded_version_serves_who_holds_it_and_comes_back_when_asked(
         registry.unload("nobody")
     with pytest.raises(UnknownCheckpoint):
         registry.unload("mine", "3")
+
+
+def test_what_is_released_while_it_is_unloaded_leaves_the_bank_once(
+    registry: Registry, put: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put("1")
+    registry.load("mine@1")
+    held, removed = registry.acquire("mine@1"), []
+    assert held is not None
+    monkeypatch.setattr(registry._bank, "remove", removed.append)
+    registry.on_change = lambda: registry.release(held)  # between the two
+    registry.unload("mine")
+    assert removed == [held.handle]
+
+
+def test_a_folder_that_is_gone_is_listed_with_what_is_loaded_of_it(
+    registry: Registry, put: Callable[[str], Path], tmp_path: Path
+) -> None:
+    put("1")
+    put("2")
+    registry.activate("mine@1")
+    shutil.rmtree(tmp_path / "mine")
+    (entry,) = registry.entries()
+    assert (entry.version, entry.loaded, entry.active, entry.changed) == ("1", True, True, True)
+    assert entry.problem is not None
+    assert "folder is gone" in entry.problem
+    assert registry.entries("mine") == [entry]
+    assert registry.entries("other") == []
+
+
+@pytest.mark.parametrize("kind", ["a file", "a link in a circle", "a folder"])
+def test_a_state_file_that_cannot_be_written_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    root = tmp_path / "checkpoints"
+    if kind == "a file":
+        root.write_text("in place of the folder")
+    elif kind == "a link in a circle":
+        root.symlink_to(root)
+    else:
+        (root / NAME).mkdir(parents=True)
+    write_state(root, RegistryState("tiny", "demo@1"))
+    assert "will not be restored" in caplog.text
+    assert not root.is_dir() or sorted(root.iterdir()) == [root / NAME]
 
 
 def test_a_lease_of_two_owners_lasts_until_both_release_it(registry: Registry, put: Callable[[str], Path]) -> None:

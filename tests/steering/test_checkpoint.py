@@ -548,6 +548,34 @@ def test_what_would_be_too_large_to_be_loaded_is_not_saved(tmp_path, monkeypatch
     assert not (tmp_path / "mine").exists()
 
 
+def test_a_folder_whose_files_go_while_it_is_listed_is_not_there(folder, monkeypatch):
+    real = os.listdir
+
+    def goes(path):
+        found = real(path)
+        if path == folder.parent:
+            shutil.rmtree(folder)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", goes)
+        assert list_checkpoints(folder.parent.parent) == []
+    shutil.rmtree(folder.parent)
+    assert list_checkpoints(folder.parent.parent) == []
+    assert checkpoint.unreadable(folder.parent.parent, folder.parent.name) is None
+
+
+def test_links_in_a_circle_are_no_checkpoint(folder):
+    for file in (checkpoint.CONFIG, checkpoint.TENSORS):
+        (folder / file).rename(folder / "kept")
+        (folder / file).symlink_to(folder / file)
+        with pytest.raises(CheckpointError):
+            load(folder)
+        assert (list_checkpoints(folder.parent.parent) == []) == (file == checkpoint.CONFIG)
+        (folder / file).unlink()
+        (folder / "kept").rename(folder / file)
+
+
 def test_a_folder_is_being_written_until_its_config_is_there(folder, monkeypatch):
     root, name, version = folder.parent.parent, folder.parent.name, folder.name
     assert not checkpoint.is_being_written(root, name, version)
