@@ -30,6 +30,7 @@ ServerError                      500  internal_error
 │   └── OutOfMemory              503  out_of_memory          with Retry-After
 ├── ChatTemplateUnusable         501  chat_template_unusable
 ├── EngineDown                   503  engine_down
+├── StorageFailed                503  storage_failed
 └── DeadlineExceeded             504  deadline_exceeded
 """
 
@@ -237,6 +238,13 @@ class ChatTemplateUnusable(ServerError):
 class EngineDown(ServerError):
     status = 503
     type = "engine_down"
+
+
+class StorageFailed(ServerError):
+    """What a client wants kept, or looks for, is in a file that cannot be used now, as on a full disk."""
+
+    status = 503
+    type = "storage_failed"
 
 
 class DeadlineExceeded(ServerError):

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import stat
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,8 +52,12 @@ def write_state(root: Path, state: RegistryState) -> None:
     draft = path.with_suffix(f".{os.getpid()}")
     fields = {"model": state.model, "active": state.active, "loaded": state.loaded, "meant": state.versions}
     try:
-        draft.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(fields, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # some file systems say only now that they are full
         draft.replace(path)
     except OSError as error:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
         log.warning("what is served will not be restored after a restart: %s", error)

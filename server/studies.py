@@ -5,6 +5,7 @@ disk before it is answered. The same vote sent again, by its id, counts once.
 """
 
 import json
+import logging
 import math
 import sqlite3
 import threading
@@ -15,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from server.errors import InvalidField, NotFound, StartupError
+from server.errors import InvalidField, NotFound, StartupError, StorageFailed
 from steering.text import lone_surrogate
 
+log = logging.getLogger(__name__)
 TABLES = """
 CREATE TABLE IF NOT EXISTS studies (name TEXT PRIMARY KEY, arms TEXT NOT NULL, created REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS votes (
@@ -67,7 +69,8 @@ class Tally:
 
 
 class Studies:
-    """The file. For several threads, and for several processes at once."""
+    """The file. For several threads, and for several processes at once. Everything raises StorageFailed where it cannot
+    be read or written; a vote is not kept then."""
 
     def __init__(self, path: Path) -> None:
         """Raises StartupError where the file cannot be opened or is none of ours."""
@@ -114,11 +117,11 @@ class Studies:
 
     def tallies(self) -> list[Tally]:
         """Of every study, oldest first."""
-        with self._lock:
+        with self._file():
             counts = self._connection.execute(
                 "SELECT name, arms, coalesce(sum(winner = 0), 0), coalesce(sum(winner = 1), 0), "
                 "sum(votes.id IS NOT NULL AND winner IS NULL) "
-                "FROM studies LEFT JOIN votes ON study = name GROUP BY name ORDER BY created, name"
+                "FROM studies LEFT JOIN votes ON study = name GROUP BY name ORDER BY studies.rowid"
             ).fetchall()
         return [
             Tally(name, tuple(arm["name"] for arm in json.loads(arms)), (first, second), ties)
@@ -127,10 +130,10 @@ class Studies:
 
     def votes(self, study: str) -> list[Vote]:
         """Every vote of a study, oldest first. Raises NotFound."""
-        with self._lock:
+        with self._file():
             found = self._connection.execute("SELECT arms FROM studies WHERE name = ?", (study,)).fetchone()
             rows = self._connection.execute(
-                "SELECT id, asked, texts, winner, shown_first, at FROM votes WHERE study = ? ORDER BY at, id", (study,)
+                "SELECT id, asked, texts, winner, shown_first, at FROM votes WHERE study = ? ORDER BY rowid", (study,)
             ).fetchall()
         if found is None:
             raise NotFound(f"There is no study {study!r}.", param="study")
@@ -142,14 +145,24 @@ class Studies:
 
     @contextmanager
     def _transaction(self) -> Iterator[Any]:
-        with self._lock:
+        with self._file():
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self._connection.execute
                 self._connection.execute("COMMIT")
             except BaseException:
-                self._connection.execute("ROLLBACK")
+                if self._connection.in_transaction:  # where the disk is full, SQLite has ended it
+                    self._connection.execute("ROLLBACK")
                 raise
+
+    @contextmanager
+    def _file(self) -> Iterator[None]:
+        with self._lock:
+            try:
+                yield
+            except sqlite3.DatabaseError as error:
+                log.error("the studies file (MATSTEER_STUDIES) cannot be used: %s", error)
+                raise StorageFailed(f"The server's file of studies cannot be used: {error}.") from error
 
 
 def wilson(rate: float, count: int) -> tuple[float, float]:
