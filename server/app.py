@@ -126,10 +126,10 @@ class RequestMiddleware:
             return
         request_id, client = _own_id(scope) or new_request_id(), scope.get("client")
         record = RequestRecord(request_id, client[0] if client else None, scope["method"], _path(scope))
-        record.started_ns = time.time_ns()
+        record.started_ns, record.started = time.time_ns(), time.monotonic()
         open_record(record)
         scope.setdefault("state", {})["request_id"] = request_id
-        started, complete = time.monotonic(), False
+        complete = False
 
         async def tagged(message: Message) -> None:
             nonlocal complete
@@ -149,7 +149,7 @@ class RequestMiddleware:
             response = error_response(to_server_error(exception), request_id, path=scope["path"])
             await response(scope, receive, tagged)
         finally:
-            record.total_ms = round((time.monotonic() - started) * 1000, 3)
+            record.total_ms = round((time.monotonic() - record.started) * 1000, 3)
             record.route = getattr(scope.get("route"), "path", record.route)
             record.outcome = record.outcome or ("ok" if complete else ClientGone.type)
             if self._tracing is not None:

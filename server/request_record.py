@@ -9,7 +9,7 @@ from typing import Any
 from server.engine.sequence import Finished, ShareKey
 from server.keys import ApiKey
 
-HIDDEN = frozenset({"started_ns", "submitted_ns", "key"})
+HIDDEN = frozenset({"started_ns", "started", "submitted", "key"})
 
 
 @dataclass
@@ -36,7 +36,8 @@ class RequestRecord:
     prompt: Any = None  # what was asked, where the settings have it logged
     trace_id: str | None = None  # OpenTelemetry's
     started_ns: int | None = None  # Unix time
-    submitted_ns: int | None = None  # at which the engine was given the texts
+    started: float = 0.0  # the same of time.monotonic, which no change of the clock moves: for durations
+    submitted: float | None = None  # of time.monotonic: when the engine was given the texts
 
     def share(self, request: str) -> ShareKey:
         """Of the engine: the key's, and in it the request's."""
@@ -44,8 +45,8 @@ class RequestRecord:
 
     def count(self, tokens: int) -> None:
         """So many more of a stream have come; `end` knows better, where it is called."""
-        if self.ttft_ms is None and self.submitted_ns is not None:
-            self.ttft_ms = round((time.time_ns() - self.submitted_ns) / 1e6, 3)
+        if self.ttft_ms is None and self.submitted is not None:
+            self.ttft_ms = round((time.monotonic() - self.submitted) * 1000, 3)
         self.completion_tokens = (self.completion_tokens or 0) + tokens
 
     def end(self, texts: Iterable[Finished]) -> None:

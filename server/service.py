@@ -254,7 +254,7 @@ class Service:
         record = current_record()
         record.model = self.model
         record.prompt_tokens = prompt_tokens
-        record.submitted_ns = time.time_ns()
+        record.submitted = time.monotonic()
         if self.settings.log_prompts:
             record.prompt = prompt
         return record

@@ -68,11 +68,12 @@ class Tracing:
             span.set_status(StatusCode.ERROR, record.outcome)
         record.trace_id = f"{span.get_span_context().trace_id:032x}"
         inside = set_span_in_context(span)
-        start = record.submitted_ns
+        submitted = record.started_ns + int(((record.submitted or record.started) - record.started) * 1e9)
+        start = submitted
         for name, end_ms in (("queue", record.queue_ms), ("prefill", record.ttft_ms), ("decode", record.engine_ms)):
-            if start is None or record.submitted_ns is None or end_ms is None:
+            if record.submitted is None or end_ms is None:
                 break
-            end = record.submitted_ns + int(end_ms * 1e6)
+            end = submitted + int(end_ms * 1e6)
             self._tracer.start_span(name, context=inside, start_time=start).end(end)
             start = end
         span.end(record.started_ns + int((record.total_ms or 0) * 1e6))
