@@ -20,11 +20,13 @@ MAX_HEAD_BYTES = 64 * 2**10  # of the request line and all headers; trailers cou
 SLICE_BYTES = 16 * 2**10  # what the parser is given at once: a head that has no end is noticed so much later
 HEAD_SLICE_BYTES = 2**10  # the same where requests begin: it holds no more than some dozens of them
 WARN_EVERY_S = 60.0
-LINGER_S = 1.0  # what a refused client still sends is read away for so long, else it would never see the answer
+# What a client still sends of a body that nobody wants is read away for so long: a connection that is closed before is
+# reset by the system, and the answer lost with it.
+LINGER_S = 5.0
 
 # What a connection waits for: the client's first or next head, the rest of a head or of a body; that it reads what was
-# sent; that it takes the last of it. None: the server works on an answer.
-Waiting = Literal["idle", "head", "body", "send", "close", "refused"] | None
+# sent; that it takes the last of it; that it stops sending. None: the server works on an answer.
+Waiting = Literal["idle", "head", "body", "send", "close", "linger"] | None
 
 
 class Connections:
@@ -39,7 +41,7 @@ class Connections:
             "body": settings.client_body_timeout_s,
             "send": settings.send_timeout_s,
             "close": settings.send_timeout_s,
-            "refused": LINGER_S,
+            "linger": LINGER_S,
         }
         self.idle: dict[BoundedProtocol, None] = {}  # no request is answered on them; the longest waiting first
         self._warned = -float("inf")
@@ -76,6 +78,19 @@ class _Flow(FlowControl):
             super().resume_reading()
 
 
+class _OfCycle:
+    """A connection's transport, as uvicorn's cycle of a request has it: closed in the protocol's way."""
+
+    def __init__(self, protocol: "BoundedProtocol") -> None:
+        self._protocol = protocol
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._protocol.transport, name)
+
+    def close(self) -> None:
+        self._protocol.end()
+
+
 class BoundedProtocol(HttpToolsProtocol):
     """A connection."""
 
@@ -89,6 +104,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._unparsed = 0  # bytes since the parser last told of something
         self._refusal: ServerError | None = None
+        self._ended = False  # the last answer is out, and what comes is dropped
 
     # --- what asyncio calls ---
 
@@ -105,7 +121,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         data, start = self._flow.take() + data, 0
-        while start < len(data) and not (self._refusal or self.transport.is_closing()):
+        while start < len(data) and not (self._ended or self.transport.is_closing()):
             if self.pipeline:  # as many requests as wait already are enough to parse ahead
                 self._flow.hold(data[start:])
                 break
@@ -145,6 +161,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_head, self._in_body = False, True
         super().on_headers_complete()
+        if self.cycle is not None:  # not so for an upgrade
+            self.cycle.transport = _OfCycle(self)  # type: ignore[assignment]
 
     def on_body(self, body: bytes) -> None:
         self._unparsed = 0
@@ -155,6 +173,8 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
+        if self._ended:
+            return
         super().on_response_complete()
         if self._flow.held and not self.pipeline:
             self.loop.call_soon(self.data_received, b"")
@@ -173,6 +193,20 @@ class BoundedProtocol(HttpToolsProtocol):
         """Closes without another word."""
         self._wait_for(None)
         self.transport.abort()
+
+    def end(self) -> None:
+        """Closes when the last answer is out, and the client has sent its body, or for long enough."""
+        if self._in_body and not self.transport.is_closing():
+            self._linger()
+        else:
+            self.transport.close()
+
+    def _linger(self) -> None:
+        self._ended = True
+        self._flow.take()
+        self.transport.write_eof()
+        self.flow.resume_reading()
+        self._watch()
 
     def _count(self, size: int) -> None:
         self._unparsed = 0
@@ -204,9 +238,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if running:
             self.cycle.disconnected = True  # the application's answer comes too late
             self.cycle.message_event.set()
-        self.transport.write_eof()
-        self.flow.resume_reading()
-        self._watch()
+        self._linger()
 
     def _watch(self) -> None:
         """Starts the timer of what the connection waits for by now, if that is another thing than before."""
@@ -214,8 +246,8 @@ class BoundedProtocol(HttpToolsProtocol):
         waiting: Waiting
         if self.transport.is_closing():
             waiting = "close"
-        elif self._refusal:
-            waiting = "refused"
+        elif self._ended:
+            waiting = "linger"
         elif self.flow.write_paused:
             waiting = "send"
         elif self._in_body:

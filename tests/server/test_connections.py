@@ -5,11 +5,12 @@ import re
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import httpx
 import pytest
 
+from server import protocol
 from server.config import Settings
 from server.listener import DrainingServer
 from tests.server.test_listener import Slow, serving, wait_until
@@ -138,6 +139,37 @@ def test_a_trailer_is_no_header(running: Running) -> None:
 )
 def test_what_is_not_http_gets_an_error_like_all_others(running: Running, sent: bytes) -> None:
     assert refused(running.talk(sent)) == (400, "bad_request")
+
+
+@pytest.mark.parametrize(
+    ("head", "mib", "status"),
+    [
+        (POST, 5, 413),
+        (POST.replace(b"application/json", b"application/json\r\nContent-Encoding: gzip"), 3, 415),
+        (POST.replace(b"/tokenize", b"/nothing"), 3, 404),
+    ],
+)
+def test_who_sends_a_body_that_nobody_wants_can_read_why(running: Running, head: bytes, mib: int, status: int) -> None:
+    """All of it is sent before the answer is read, as most clients do, on a connection that is to be closed."""
+    size = mib * 2**20
+    with running.open(head + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % size) as client:
+        for _ in range(size // 2**16):
+            client.sendall(b" " * 2**16)
+            time.sleep(0.001)
+        assert refused(rest(client))[0] == status
+
+
+def test_who_sends_on_for_ever_is_cut_off(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "LINGER_S", 0.3)
+    with serving(settings, 1) as (server, slow, url):
+        running = Running(server, slow, url)
+        with running.open(POST + b"Connection: close\r\nContent-Length: 99999999999\r\n\r\n") as client:
+            began = time.monotonic()
+            with suppress(OSError):  # a reset or a broken pipe
+                while time.monotonic() - began < 10:
+                    client.sendall(b" " * 2**16)
+            assert 0.3 <= time.monotonic() - began < 5
+        assert running.answers()
 
 
 def test_an_answer_that_is_due_has_no_other_one_in_it(running: Running) -> None:
