@@ -111,7 +111,7 @@ class Metrics:
     def _of_all_fronts(self) -> CollectorRegistry:
         """Where several processes answer, each of them tells what all have counted (prometheus_client's multiprocess
         mode)."""
-        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:  # see server/process/counting.py
             return self._all
         together = CollectorRegistry()
         MultiProcessCollector(together)  # type: ignore[no-untyped-call]

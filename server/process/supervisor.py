@@ -3,7 +3,6 @@ together."""
 
 import logging
 import multiprocessing
-import os
 import signal
 import socket
 import tempfile
@@ -17,6 +16,7 @@ from typing import Any
 
 from server.config import Settings
 from server.errors import StartupError
+from server.process.counting import count_together
 from server.sockets import FORCED_S, bind_again, claim
 
 log = logging.getLogger(__name__)
@@ -203,8 +203,6 @@ def is_wanted(settings: Settings) -> bool:
 def serve(settings: Settings, bound: socket.socket, configure: Configure, *, run_engine: Main = _run_engine) -> int:
     """Serves with the engine in a process of its own; returns the exit status. Raises StartupError."""
     with tempfile.TemporaryDirectory(prefix="matsteer-") as folder:
-        if settings.front_workers > 1:  # read when prometheus_client is imported: the fronts count together
-            metrics = Path(folder, "metrics")
-            metrics.mkdir()
-            os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics)
+        if settings.front_workers > 1:
+            count_together(Path(folder, "metrics"))
         return Supervisor(settings, bound, configure, Path(folder), run_engine).run()

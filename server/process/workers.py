@@ -21,6 +21,7 @@ from server.errors import StartupError
 from server.listener import FrontProcess, heap_frozen, run
 from server.loading import load_tokenizer
 from server.process.client import ProcessClient
+from server.process.counting import reserve_files
 from server.process.host import HostedEngine, listen
 from server.process.messages import decode, encode
 from server.tokenizer import Codec
@@ -67,6 +68,7 @@ def run_front(
     the log."""
     configure(settings)
     with _reported(parent):
+        reserve_files()
         template = read_template(settings.chat_template)
         judging = open_judging(settings)
         tokenizer = load_tokenizer(settings)
