@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -253,23 +254,39 @@ def test_a_client_that_goes_ends_its_texts_in_the_engine(processes: Processes) -
     )
 
 
+@contextmanager
+def streaming(
+    processes: Processes, *, n: int = 120, not_of: int | None = None
+) -> Iterator[tuple[Iterator[str], psutil.Process]]:
+    """The lines of a stream of `n` texts that has begun, and the front that sends it, another one than `not_of`."""
+    for _ in range(40):  # the system chooses, by the client's port
+        with (
+            httpx.Client(base_url=processes.url, timeout=60, trust_env=False) as client,
+            client.stream("POST", "/generate", json={**LONG, "n": n, "stream": True}) as told,
+        ):
+            front = processes.front_of(told.extensions["network_stream"].get_extra_info("client_addr")[1])
+            if front.pid != not_of:
+                lines = told.iter_lines()
+                next(lines)
+                yield lines, front
+                return
+    raise AssertionError("all connections are with one front")
+
+
 def test_a_front_that_is_killed_takes_nobody_along(processes: Processes) -> None:
     """Its texts end in the engine, another front takes its place, and the other goes on."""
-    with httpx.Client(base_url=processes.url, timeout=60, trust_env=False) as client:
-        body = {**LONG, "n": 120, "stream": True}
-        with client.stream("POST", "/generate", json=body) as told:
-            lines = told.iter_lines()
-            next(lines)
-            local = told.extensions["network_stream"].get_extra_info("client_addr")[1]
-            front, engine, before = processes.front_of(local), processes.engine, len(processes.children())
-            front.kill()
-            with pytest.raises(httpx.HTTPError):
-                list(lines)
+    engine, before = processes.engine, len(processes.children())
+    with streaming(processes) as (lines, front), streaming(processes, n=12, not_of=front.pid) as (others, other):
+        front.kill()
+        with pytest.raises(httpx.HTTPError):
+            list(lines)
+        assert "event: done" in others
     wait_until(lambda: len(processes.children()) == before and not psutil.pid_exists(front.pid))
     wait_until(
         lambda: processes.metric("matsteer_num_requests_open") == 0 == processes.metric("matsteer_checkpoint_leases")
     )
     assert processes.engine.pid == engine.pid
+    assert psutil.pid_exists(other.pid)
     for _ in range(8):  # of whichever front
         assert httpx.post(f"{processes.url}/generate", json={"prompt": "a"}, timeout=60, trust_env=False).is_success
     assert "its requests with it: another one starts" in processes.said.read_text()
@@ -297,23 +314,33 @@ def test_a_server_that_is_asked_to_end_drains(
 
 
 def test_an_engine_that_is_killed_ends_all_with_a_message(settings: Settings, tmp_path: Path) -> None:
-    with started(settings, tmp_path) as server:
+    """Who waits and who reads a stream is told; a server that is started again goes on with what was active."""
+    own = settings.model_copy(update={"checkpoints": shutil.copytree(settings.checkpoints, tmp_path / "checkpoints")})
+    remember = {"MATSTEER_REMEMBER": "true"}
+    with started(own, tmp_path, "--front-workers", str(FRONTS), **remember) as server:
+        assert server.client.post("/checkpoints/demo/activate", json={"version": "1"}).status_code == 200
         answers: list[httpx.Response] = []
-        asking = threading.Thread(
-            target=lambda: answers.append(server.client.post("/generate", json={**LONG, "n": 120}))
-        )
-        asking.start()
-        wait_until(lambda: server.metric("matsteer_num_requests_open") > 0)
-        children = server.children()
-        server.engine.kill()
+        asking = threading.Thread(target=lambda: answers.append(server.client.post("/generate", json={**LONG, "n": 8})))
+        with streaming(server) as (lines, front), streaming(server, not_of=front.pid) as (others, _):
+            asking.start()
+            wait_until(lambda: server.metric("matsteer_num_requests_open") > 240)
+            children = server.children()
+            server.engine.kill()
+            ends = [[line for line in each if line][-2:] for each in (lines, others)]
         asking.join(20)
         assert server.supervisor.wait(20) == 1
         said = server.said.read_text()
-    assert [answer.status_code for answer in answers] == [503]
-    assert answers[0].json()["error"]["message"] == "The engine stopped: the engine's process has ended."
+    message = "The engine stopped: the engine's process has ended."
+    assert [(answer.status_code, answer.json()["error"]["message"]) for answer in answers] == [(503, message)]
+    for event, data in ends:
+        error = json.loads(data.removeprefix("data: "))["error"]
+        assert (event, error["type"], error["message"]) == ("event: error", "engine_down", message)
     assert "the engine's process has ended (killed by signal 9): the server ends" in said
     assert "Traceback" not in said
     assert not any(psutil.pid_exists(child.pid) for child in children)
+    with started(own, tmp_path, **remember) as again:
+        assert again.client.get("/readyz").json()["checkpoint"] == "demo@1"
+        assert again.client.post("/generate", json={"prompt": "a", "max_new_tokens": 1}).status_code == 200
 
 
 def test_what_hinders_the_engine_is_one_sentence(settings: Settings, tmp_path: Path) -> None:
