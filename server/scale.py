@@ -216,10 +216,13 @@ def serve(settings: Settings) -> None:
     try:
         http = {"host": settings.host, "port": settings.port}
         keep_alive = {"keep_alive_timeout_s": math.ceil(settings.keepalive_timeout_s)}
-        ray_serve.start(proxy_location="EveryNode", http_options={**http, **keep_alive})
         try:
+            ray_serve.start(proxy_location="EveryNode", http_options={**http, **keep_alive})
             ray_serve.run(application(settings), name=APPLICATION, route_prefix="/")
-        except RuntimeError as error:
+        except (
+            RuntimeError,
+            ray.exceptions.RayError,
+        ) as error:  # the second where a part of Ray's does not start in time
             raise StartupError(f"Ray could not start the replicas: {error}") from error
         log.info("ready at http://%s:%d on %d replicas", settings.host, settings.port, settings.replicas)
         threading.Event().wait()

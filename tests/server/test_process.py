@@ -275,8 +275,8 @@ def streaming(
 
 def test_a_front_that_is_killed_takes_nobody_along(processes: Processes) -> None:
     """Its texts end in the engine, another front takes its place, and the other goes on."""
-    engine, before = processes.engine, len(processes.children())
     with streaming(processes) as (lines, front), streaming(processes, n=12, not_of=front.pid) as (others, other):
+        engine, before = processes.engine, len(processes.children())
         front.kill()
         with pytest.raises(httpx.HTTPError):
             list(lines)
@@ -317,24 +317,23 @@ def test_an_engine_that_is_killed_ends_all_with_a_message(settings: Settings, tm
     """Who waits and who reads a stream is told; a server that is started again goes on with what was active."""
     own = settings.model_copy(update={"checkpoints": shutil.copytree(settings.checkpoints, tmp_path / "checkpoints")})
     remember = {"MATSTEER_REMEMBER": "true"}
-    with started(own, tmp_path, "--front-workers", str(FRONTS), **remember) as server:
+    with started(own, tmp_path, **remember) as server:
         assert server.client.post("/checkpoints/demo/activate", json={"version": "1"}).status_code == 200
         answers: list[httpx.Response] = []
         asking = threading.Thread(target=lambda: answers.append(server.client.post("/generate", json={**LONG, "n": 8})))
-        with streaming(server) as (lines, front), streaming(server, not_of=front.pid) as (others, _):
+        with streaming(server) as (lines, _):
             asking.start()
-            wait_until(lambda: server.metric("matsteer_num_requests_open") > 240)
+            wait_until(lambda: server.metric("matsteer_num_requests_open") > 120)
             children = server.children()
             server.engine.kill()
-            ends = [[line for line in each if line][-2:] for each in (lines, others)]
+            event, data = [line for line in lines if line][-2:]
         asking.join(20)
         assert server.supervisor.wait(20) == 1
         said = server.said.read_text()
     message = "The engine stopped: the engine's process has ended."
     assert [(answer.status_code, answer.json()["error"]["message"]) for answer in answers] == [(503, message)]
-    for event, data in ends:
-        error = json.loads(data.removeprefix("data: "))["error"]
-        assert (event, error["type"], error["message"]) == ("event: error", "engine_down", message)
+    error = json.loads(data.removeprefix("data: "))["error"]
+    assert (event, error["type"], error["message"]) == ("event: error", "engine_down", message)
     assert "the engine's process has ended (killed by signal 9): the server ends" in said
     assert "Traceback" not in said
     assert not any(psutil.pid_exists(child.pid) for child in children)
