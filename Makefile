@@ -6,10 +6,11 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 HOST ?= $(or $(MATSTEER_HOST),127.0.0.1)
 PORT ?= $(or $(MATSTEER_PORT),8000)
-EXAMPLES ?= 300
+EXAMPLES ?= 400
 MINUTES ?= 10
 
 BIN := $(VENV)/bin
+RAY := runs/ray
 INSTALLED := $(VENV)/.installed
 DEV_INSTALLED := $(VENV)/.installed-dev
 PAGE_INSTALLED := $(VENV)/.installed-page
@@ -117,16 +118,15 @@ test-monitoring: $(DEV_INSTALLED)  ## every query of the dashboard in deploy/, a
 test-proxy: $(DEV_INSTALLED)  ## the server behind a real nginx, with the site of deploy/nginx.conf
 	$(BIN)/python -m pytest -rs tests/server/test_nginx.py
 
-fuzz: $(DEV_INSTALLED)  ## many more requests of the OpenAPI document than `make test` sends
-	FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/server/test_fuzz.py --timeout 0
+fuzz: $(DEV_INSTALLED)  ## at least 5,000 requests of the OpenAPI document; none may be answered with a 5xx
+	FUZZ_EXAMPLES=$(EXAMPLES) FUZZ_LEAST=5000 $(BIN)/python -m pytest tests/server/test_fuzz.py --timeout 0
 
-soak: $(INSTALLED)  ## a server under mixed traffic for MINUTES=10: benchmarks/results/soak-cpu.json
-	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
+soak: $(if $(REPLICAS),$(RAY)/.installed,$(INSTALLED))  ## a server, or REPLICAS=2 on Ray, under mixed traffic for MINUTES=10
+	$(if $(REPLICAS),$(RAY)/bin,$(BIN))/python -m benchmarks.soak --minutes $(MINUTES) $(if $(REPLICAS),--replicas $(REPLICAS))
 
 test-clients: $(INSTALLED)  ## twelve clients of OpenAI's API, each in an environment of its own: docs/clients.md
 	$(BIN)/python -m tests.clients.run --write
 
-RAY := runs/ray
 # Only what Ray needs beside the development install, whose packages it sees.
 $(RAY)/.installed: pyproject.toml $(CONSTRAINTS) | $(DEV_INSTALLED)
 	$(BIN)/python -m venv --clear $(RAY)

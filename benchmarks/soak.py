@@ -1,8 +1,9 @@
-"""A server under mixed traffic for a while: `python -m benchmarks.soak --help`, `make soak`.
+"""A server, or replicas of it, under mixed traffic for a while: `python -m benchmarks.soak --help`, `make soak`.
 
 Clients ask for everything that the API has, swap checkpoints, send what is wrong, read slowly and leave at any moment.
 What they send is the same for the same seed. At the end a table says what was answered, how fast, and whether memory
-grew; the exit status is 1 where a criterion is not met.
+grew; the exit status is 1 where a criterion is not met. Of replicas (`--replicas`, extra `ray`) each is looked at; what
+is no HTTP is left out there, since Ray's proxy answers it.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,8 @@ from scipy import stats
 
 from benchmarks.hot_swap import PROMPTS, versions
 from benchmarks.machine import described
-from benchmarks.processes import running
+from benchmarks.processes import ready_replicas, running
+from server.threads import usable_cores
 
 KEY, ADMIN_KEY = "soak-client", "soak-admin"
 VERSIONS = ("v1", "v2", "v3")
@@ -41,6 +44,7 @@ GAUGES = (
 FIRST_S = 60.0  # latencies of the first minute beside those of the rest
 WARM_S = 300.0  # caches fill: memory is judged after that
 SAMPLE_S = 2.0
+ASKS = 40  # how often replicas are asked until each has been met once
 BIN_S = 30.0  # memory is judged by the medians of so many seconds: neighbouring samples are not independent
 SETTLED_S = 30.0  # until when blocks, rows and leases have to be free after the last request
 TOLERANCE = 0.1  # MiB a minute that memory may grow by and count as level
@@ -65,9 +69,11 @@ class Soak:
     client: httpx.AsyncClient
     began: float
     end: float
+    servers: list[psutil.Process]
+    by_ray: bool
     seen: list[Seen] = field(default_factory=list)
     texts: dict[tuple[str, str], set[str]] = field(default_factory=dict)  # greedy ones, by prompt and version
-    samples: list[dict[str, float]] = field(default_factory=list)
+    samples: dict[str, list[dict[str, float]]] = field(default_factory=dict)  # by the start of a server's process
 
     async def post(self, path: str, body: Any, key: str = KEY) -> httpx.Response:
         return await self.client.post(path, json=body, headers={"authorization": f"Bearer {key}"})
@@ -79,50 +85,60 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kv-cache-mib", type=int, default=32, help="so small that texts are preempted")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/soak-cpu.json"))
+    parser.add_argument("--replicas", type=int, default=0, help="so many on a Ray cluster of this machine")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/soak-cpu.json, soak-replicas-cpu.json")
     args = parser.parse_args()
+    out = args.out or Path(f"benchmarks/results/soak-{'replicas-' if args.replicas else ''}cpu.json")
     settings = {"API_KEY": KEY, "ADMIN_KEY": ADMIN_KEY, "KV_CACHE_MIB": args.kv_cache_mib, "LOG_LEVEL": "error"}
     environment = {f"MATSTEER_{name}": str(value) for name, value in settings.items()}
     with tempfile.TemporaryDirectory() as root:
         command = [sys.executable, "-m", "server.cli", "serve", "--checkpoints", str(versions(Path(root)))]
+        if args.replicas:
+            command += ["--ray", "--replicas", str(args.replicas)]
+            environment["MATSTEER_REPLICA_CPUS"] = str(min(1.0, usable_cores() / args.replicas))
         with running(command, environment=environment) as server:
-            soak = asyncio.run(
-                traffic(server.url, psutil.Process(server.pid), args.minutes * 60, args.clients, args.seed)
-            )
+            while args.replicas and len(ready_replicas()) < args.replicas:
+                time.sleep(0.2)
+            servers = [psutil.Process(pid) for pid in (ready_replicas() if args.replicas else {server.pid})]
+            seconds, by_ray = args.minutes * 60, args.replicas > 0
+            soak = asyncio.run(traffic(server.url, servers, seconds, args.clients, args.seed, by_ray=by_ray))
     results = {"machine": described(), "minutes": args.minutes, "clients": args.clients, "seed": args.seed}
-    results |= report(soak)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(results, indent=1) + "\n")
+    results |= {"replicas": args.replicas} | report(soak)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
     sys.exit(0 if all(results["criteria"].values()) else 1)
 
 
-async def traffic(url: str, server: psutil.Process, seconds: float, clients: int, seed: int) -> Soak:
+async def traffic(
+    url: str, servers: list[psutil.Process], seconds: float, clients: int, seed: int, *, by_ray: bool
+) -> Soak:
     """Clients for so long, then a look until nothing is left of their requests."""
     host, _, port = url.removeprefix("http://").partition(":")
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=clients)
     async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits, trust_env=False) as client:
         began = time.monotonic()
-        soak = Soak((host, int(port)), client, began, began + seconds)
+        soak = Soak((host, int(port)), client, began, began + seconds, servers, by_ray)
         async with asyncio.TaskGroup() as group:
             for index in range(clients):
                 group.create_task(one_client(soak, random.Random(f"{seed}/{index}")))
             while time.monotonic() < soak.end:
-                await sample(soak, server)
+                await sample(soak)
                 await asyncio.sleep(SAMPLE_S)
         settled = time.monotonic() + SETTLED_S
-        await sample(soak, server)
+        await sample(soak)
         while any(left(soak).values()) and time.monotonic() < settled:
             await asyncio.sleep(0.5)
-            await sample(soak, server)
+            await sample(soak)
     return soak
 
 
 async def one_client(soak: Soak, number: random.Random) -> None:
-    kinds, weights = zip(*((kind, weight) for kind, (weight, _, _) in KINDS.items()), strict=True)
+    asked = {kind: of for kind, of in KINDS.items() if not (soak.by_ray and kind == NO_HTTP)}
+    kinds, weights = zip(*((kind, weight) for kind, (weight, _, _) in asked.items()), strict=True)
     while (now := time.monotonic()) < soak.end:
         kind = number.choices(kinds, weights)[0]
-        _, expected, ask = KINDS[kind]
+        _, expected, ask = asked[kind]
         try:
             status = await ask(soak, number)
         except (httpx.TransportError, OSError, asyncio.IncompleteReadError) as error:
@@ -131,20 +147,32 @@ async def one_client(soak: Soak, number: random.Random) -> None:
         soak.seen.append(Seen(kind, status, now - soak.began, seconds, status in expected.split()))
 
 
-async def sample(soak: Soak, server: psutil.Process) -> None:
-    asked = time.monotonic()
-    answer = await soak.client.get("/metrics")
-    answered = time.monotonic() - asked
-    gauges = dict(line.rsplit(" ", 1) for line in answer.text.splitlines() if line.startswith("matsteer_"))
-    taken = {name: float(gauges[f"matsteer_{name}"]) for name in GAUGES}
-    taken |= {"metrics_s": answered, "preemptions": float(gauges["matsteer_num_preemptions_total"])}
-    taken |= {"at": time.monotonic() - soak.began, "rss_mib": server.memory_info().rss / 2**20}
-    soak.samples.append(taken | {"files": server.num_fds(), "threads": server.num_threads()})
+async def sample(soak: Soak) -> None:
+    """What each server says of itself. Replicas are asked, whichever answers, until all have been met."""
+    met: set[str] = set()
+    for _ in range(ASKS):
+        asked = time.monotonic()
+        answer = await soak.client.get("/metrics")
+        answered = time.monotonic() - asked
+        said = dict(line.rsplit(" ", 1) for line in answer.text.splitlines() if line[:1] != "#")
+        started = said["process_start_time_seconds"]
+        if started not in met:
+            met.add(started)
+            taken = {name: float(said[f"matsteer_{name}"]) for name in GAUGES}
+            taken |= {"metrics_s": answered, "preemptions": float(said["matsteer_num_preemptions_total"])}
+            taken |= {"at": time.monotonic() - soak.began, "files": float(said["process_open_fds"])}
+            taken["rss_mib"] = float(said["process_resident_memory_bytes"]) / 2**20
+            server = min(soak.servers, key=lambda one: abs(one.create_time() - float(started)))
+            with suppress(psutil.NoSuchProcess):
+                taken["threads"] = server.num_threads()
+            soak.samples.setdefault(started, []).append(taken)
+        if len(met) == len(soak.servers):
+            return
 
 
 def left(soak: Soak) -> dict[str, float]:
-    """What is held at the last sample."""
-    return {name: soak.samples[-1][name] for name in GAUGES}
+    """What is held at the last sample, by all servers together."""
+    return {name: sum(samples[-1][name] for samples in soak.samples.values()) for name in GAUGES}
 
 
 # --- what is asked ---
@@ -357,6 +385,7 @@ def request(path: str, body: bytes) -> bytes:
     return f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
 
 
+NO_HTTP = "bad HTTP"
 OF_ANSWERS: dict[str, tuple[int, str, Ask]] = {  # how often, what may come of it, and how
     **{kind: (weight, "200 429", whole(made)) for kind, (weight, made) in ASKED.items()},
     **{kind: (weight, "200 429", streamed(made)) for kind, (weight, made) in STREAMED.items()},
@@ -369,7 +398,7 @@ KINDS: dict[str, tuple[int, str, Ask]] = OF_ANSWERS | {
     "slow reader": (1, "200 429", read_slowly),
     "bad body": (4, "400 404 422", bad_body),
     "bad key": (3, "401 403", bad_key),
-    "bad HTTP": (3, "400 431", bad_http),
+    NO_HTTP: (3, "400 431", bad_http),
 }
 
 
@@ -390,7 +419,8 @@ def report(soak: Soak) -> dict[str, Any]:
             "ms": milliseconds([one.seconds for one in these]),
         }
     slowest = sorted(fast, key=lambda one: -one.seconds)[:10]
-    memory, held = growth(soak.samples), left(soak)
+    held, samples = left(soak), list(soak.samples.values())
+    servers = [of_server(each) for each in samples]
     errors = {status: count for status, count in sorted(statuses.items()) if status[0] == "5"}
     unexpected = Counter(f"{one.kind}: {one.status}" for one in soak.seen if not one.as_expected)
     changed = sum(len(texts) > 1 for texts in soak.texts.values())
@@ -401,26 +431,33 @@ def report(soak: Soak) -> dict[str, Any]:
         "429": statuses["429"],
         "unexpected": dict(unexpected),
         "greedy_texts": {"different_requests": len(soak.texts), "with_more_than_one_text": changed},
-        "preemptions": soak.samples[-1]["preemptions"],
         "ms": {"first_minute": first, "rest": rest},
-        "metrics_ms": milliseconds([each["metrics_s"] for each in soak.samples]),
+        "metrics_ms": milliseconds([one["metrics_s"] for each in samples for one in each]),
         "slowest": [(one.kind, round(one.at), round(one.seconds, 1)) for one in slowest],
-        "rss_mib": memory,
-        "files_and_threads": {
-            name: [soak.samples[0][name], max(each[name] for each in soak.samples), soak.samples[-1][name]]
-            for name in ("files", "threads")
-        },
+        "servers": servers,
         "left": held,
         "criteria": {
             "no 5xx": not errors,
             "every answer is one that was to be expected": not unexpected,
             "greedy texts stay the same": not changed,
             "p99 is at most twice that of the first minute": not rest or rest["p99"] <= 2 * first["p99"],
-            f"memory does not grow by more than {TOLERANCE:g} MiB a minute": memory["mib_a_minute"] is None
-            or memory["low"] <= TOLERANCE,
+            f"memory does not grow by more than {TOLERANCE:g} MiB a minute": all(
+                memory["mib_a_minute"] is None or memory["low"] <= TOLERANCE
+                for memory in (server["rss_mib"] for server in servers)
+            ),
             "blocks, rows, leases and queue are free again": not any(held.values()),
+            "no process was replaced": len(servers) == len(soak.servers),
         },
     }
+
+
+def of_server(samples: list[dict[str, float]]) -> dict[str, Any]:
+    """One process: its memory, and at the beginning, at most and at the end, its open files and threads."""
+    spans = {}
+    for name in ("files", "threads"):
+        counts = [each[name] for each in samples if name in each]
+        spans[name] = [counts[0], max(counts), counts[-1]]
+    return {"rss_mib": growth(samples), "samples": len(samples), "preemptions": samples[-1]["preemptions"]} | spans
 
 
 def growth(samples: list[dict[str, float]]) -> dict[str, Any]:
@@ -451,8 +488,9 @@ def table(results: dict[str, Any]) -> str:
         lines.append(
             f"{kind:<18} {of['requests']:>8} {of['ms'].get('p50', 0):>9} {of['ms'].get('p99', 0):>9}  {status}"
         )
-    names = ("requests", "5xx", "429", "unexpected", "greedy_texts", "preemptions", "ms", "metrics_ms", "rss_mib")
-    lines += [f"{name:<18} {results[name]}" for name in (*names, "files_and_threads", "left")]
+    names = ("requests", "5xx", "429", "unexpected", "greedy_texts", "ms", "metrics_ms", "left")
+    lines += [f"{name:<18} {results[name]}" for name in names]
+    lines += [f"{'server':<18} {server}" for server in results["servers"]]
     return "\n".join(lines + [f"{'met' if met else 'NOT MET':<18} {what}" for what, met in results["criteria"].items()])
 
 

@@ -219,10 +219,7 @@ def serve(settings: Settings) -> None:
         try:
             ray_serve.start(proxy_location="EveryNode", http_options={**http, **keep_alive})
             ray_serve.run(application(settings), name=APPLICATION, route_prefix="/")
-        except (
-            RuntimeError,
-            ray.exceptions.RayError,
-        ) as error:  # the second where a part of Ray's does not start in time
+        except (RuntimeError, ray.exceptions.RayError) as error:  # the second: a part of Ray's is late
             raise StartupError(f"Ray could not start the replicas: {error}") from error
         log.info("ready at http://%s:%d on %d replicas", settings.host, settings.port, settings.replicas)
         threading.Event().wait()

@@ -2,6 +2,7 @@
 a 5xx. `make fuzz` tries far more of it."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -22,6 +23,8 @@ from server.config import Settings
 from tests.server.conftest import listening
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "4"))
+LEAST = int(os.environ.get("FUZZ_LEAST", "0"))  # requests of all tests together
+ANSWERS = Counter[int]()  # by status
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 
 
@@ -39,4 +42,15 @@ def url(settings: Settings) -> Iterator[str]:
 @schema.parametrize()
 @hypothesis_settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 def test_every_answer_is_one_that_is_documented(case: Case, url: str) -> None:
-    case.validate_response(case.call(base_url=url), checks=CHECKS)
+    response = case.call(base_url=url)
+    ANSWERS[response.status_code] += 1
+    case.validate_response(response, checks=CHECKS)
+
+
+def test_so_many_were_sent_and_none_was_answered_with_a_5xx(request: pytest.FixtureRequest) -> None:
+    """The last test of the file, for its numbers."""
+    if (reporter := request.config.pluginmanager.get_plugin("terminalreporter")) is not None:
+        told = ", ".join(f"{status}: {count:,}" for status, count in sorted(ANSWERS.items()))
+        reporter.write_line(f"\n{ANSWERS.total():,} requests, answered with {told}")
+    assert ANSWERS.total() >= LEAST
+    assert max(ANSWERS, default=0) < 500

@@ -39,7 +39,7 @@ KEYS = f'[anybody]\nkey = "{KEY}"\n[limited]\nkey = "{LIMITED}"\nrequests_per_mi
 PROMPT = "Q: What colour is grass? A:"
 LONG = {"prompt": PROMPT, "n": 64, "max_new_tokens": 80, "ignore_eos": True, "stream": True}
 COPIES = 24
-DEADLINE_S = 5
+DEADLINE_S = 4
 DAC_OVERRIDE = 1  # the bit of the capability with which root reads what nobody may
 VOTE = {
     "arms": [{"name": "baseline", "attributes": {}}, {"name": "kind", "attributes": {"kind": 1.0}}],
@@ -434,7 +434,7 @@ def test_200_loads_at_once_are_each_told_the_truth_and_change_no_text(server: Se
                 assert answer.status_code == 200, answer.text
                 return version, answer.json()["results"][0]["text"]
 
-            generated = [asyncio.create_task(text(version)) for version in versions * 8]
+            generated = [asyncio.create_task(text(version)) for version in versions * 4]
             loaded = await asyncio.gather(*(load(*one) for one in loads))
             return loaded, await asyncio.gather(*generated)
 
@@ -501,7 +501,7 @@ def test_a_clock_that_jumps_moves_no_limit_and_no_duration(server: Server, secon
 
 @pytest.fixture(scope="module")
 def second(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Another server, on which a request may take five seconds."""
+    """Another server, on which no request may take long."""
     more = {"DEADLINE_S": str(DEADLINE_S), "QUEUE_LIMIT": "2048", "MAX_REQUEST_ROWS": "1024"}
     folder = tmp_path_factory.mktemp("second")
     with started(settings, folder, **{f"MATSTEER_{name}": value for name, value in more.items()}) as made:
