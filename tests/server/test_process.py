@@ -275,7 +275,7 @@ def streaming(
 
 def test_a_front_that_is_killed_takes_nobody_along(processes: Processes) -> None:
     """Its texts end in the engine, another front takes its place, and the other goes on."""
-    with streaming(processes) as (lines, front), streaming(processes, n=12, not_of=front.pid) as (others, other):
+    with streaming(processes) as (lines, front), streaming(processes, n=6, not_of=front.pid) as (others, other):
         engine, before = processes.engine, len(processes.children())
         front.kill()
         with pytest.raises(httpx.HTTPError):
