@@ -337,7 +337,7 @@ def test_an_engine_that_is_killed_ends_all_with_a_message(settings: Settings, tm
     assert "the engine's process has ended (killed by signal 9): the server ends" in said
     assert "Traceback" not in said
     assert not any(psutil.pid_exists(child.pid) for child in children)
-    with started(own, tmp_path, **remember) as again:
+    with started(own, tmp_path, "--engine-process", "false", **remember) as again:
         assert again.client.get("/readyz").json()["checkpoint"] == "demo@1"
         assert again.client.post("/generate", json={"prompt": "a", "max_new_tokens": 1}).status_code == 200
 
