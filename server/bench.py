@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from server.errors import ServerError
+from server.event_lines import EventLines
 from server.proxies import with_proxy_hint
 from server.terminal import terminal
 
@@ -173,8 +174,8 @@ async def _chunks(http: httpx.AsyncClient, body: Mapping[str, Any]) -> AsyncIter
     async with http.stream("POST", "/v1/completions", json=body) as response:
         if response.is_error:
             raise RuntimeError(f"{response.status_code} {(await response.aread()).decode(errors='replace')[:300]}")
-        ended = False
-        async for line in response.aiter_lines():
+        ended, lines = False, EventLines()
+        async for line in (line async for text in response.aiter_text() for line in lines.feed(text)):
             data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
             if data == "[DONE]":
                 ended = True

@@ -20,6 +20,7 @@ from typing import Any, Generic, Self, TypeVar
 import httpx
 from pydantic import BaseModel
 
+from server.event_lines import EventLines
 from server.proxies import proxy_hint, with_proxy_hint
 from server.schemas import (
     TOKEN_BODY,
@@ -202,14 +203,15 @@ class Client:
             return call.read(self._http.request(**call.request()))
 
     def _stream(self, call: _Call[Body]) -> Iterator[TokenBody | Body]:
-        events = _Events(call.answer)
+        events, lines = _Events(call.answer), EventLines()
         with _proxy_named(self._http), self._http.stream(**call.request()) as response:
             if response.is_error:
                 text = response.read().decode(errors="replace")
                 raise ApiError.of(response.status_code, text, str(response.url))
-            for line in response.iter_lines():
-                if (item := events.line(line)) is not None:
-                    yield item
+            for text in response.iter_text():
+                for line in lines.feed(text):
+                    if (item := events.line(line)) is not None:
+                        yield item
         events.end()
 
 
@@ -301,15 +303,16 @@ class AsyncClient:
             return call.read(await self._http.request(**call.request()))
 
     async def _stream(self, call: _Call[Body]) -> AsyncIterator[TokenBody | Body]:
-        events = _Events(call.answer)
+        events, lines = _Events(call.answer), EventLines()
         with _proxy_named(self._http):
             async with self._http.stream(**call.request()) as response:
                 if response.is_error:
                     text = (await response.aread()).decode(errors="replace")
                     raise ApiError.of(response.status_code, text, str(response.url))
-                async for line in response.aiter_lines():
-                    if (item := events.line(line)) is not None:
-                        yield item
+                async for text in response.aiter_text():
+                    for line in lines.feed(text):
+                        if (item := events.line(line)) is not None:
+                            yield item
         events.end()
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 import uvicorn
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from server.app import create_app
 from server.config import Settings
 from server.engine.model_runner import ModelRunner
+from server.event_lines import EventLines
 from server.service import Service
 from steering.checkpoint import BaseModelInfo, base_model_info, save
 from steering.types import Column, Gate, Positions, Site
@@ -167,6 +169,12 @@ def world(settings: Settings) -> Iterator[World]:
     app = create_app(settings)
     with TestClient(app) as client:
         yield World(app, client)
+
+
+def event_lines(told: httpx.Response) -> Iterator[str]:
+    """The lines of a stream, as they come."""
+    lines = EventLines()
+    return (line for text in told.iter_text() for line in lines.feed(text))
 
 
 @contextmanager

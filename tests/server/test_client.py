@@ -6,6 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
+from server.bench import _chunks
 from server.client import ApiError, AsyncClient, Client
 from server.schemas import CompareResponse, GenerateResponse, TokenBody
 from tests.server.conftest import World
@@ -18,6 +19,28 @@ def texts(answer: GenerateResponse | CompareResponse) -> list[str]:
     if isinstance(answer, CompareResponse):
         return [result.text for arm in answer.arms for result in arm.results]
     return [result.text for result in [*answer.results, *(answer.baseline or [])]]
+
+
+def test_a_line_of_a_stream_ends_where_the_server_ends_it(address: str) -> None:
+    """Not at what ends a line of text elsewhere."""
+    name = "one\u2028two\x85three\u2029"
+    arms = [{"name": name, "attributes": {}}, {"name": "kind"}]
+
+    async def story() -> list[Any]:
+        async with AsyncClient(address) as other:
+            return [one async for one in other.stream_compare("Q: What", arms, **RULES)]
+
+    async def chunks() -> str:
+        async with httpx.AsyncClient(base_url=address) as http:
+            body = {"model": "demo", "prompt": name, "echo": True, "max_tokens": 1, "stream": True}
+            return "".join([chunk["choices"][0]["text"] async for chunk in _chunks(http, body)])
+
+    with Client(address) as client:
+        for told in (list(client.stream_compare("Q: What", arms, **RULES)), asyncio.run(story())):
+            assert isinstance(told[-1], CompareResponse)
+            assert told[-1].arms[0].name == name
+            assert {one.arm for one in told[:-1] if isinstance(one, TokenBody)} == {name, "kind"}
+    assert asyncio.run(chunks()).startswith(name)
 
 
 def test_both_clients_say_what_http_says(world: World, address: str) -> None:

@@ -21,7 +21,7 @@ from server.config import Settings
 from server.errors import StartupError
 from server.listener import DrainingServer, run
 from server.sockets import address_of, listen
-from tests.server.conftest import World
+from tests.server.conftest import World, event_lines
 
 
 def free_port() -> int:
@@ -197,7 +197,7 @@ def test_a_server_that_is_asked_to_end_finishes_and_ends_with_0(settings: Settin
         wait_until(lambda: httpx.get(f"{url}/readyz", trust_env=False).status_code == 200)
         body = {"prompt": "a", "max_new_tokens": 60, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", f"{url}/generate", json=body, timeout=30, trust_env=False) as told:
-            lines = told.iter_lines()
+            lines = event_lines(told)
             next(lines)
             server.send_signal(asked)
             assert "event: done" in list(lines)

@@ -35,7 +35,7 @@ from server.process.messages import Error
 from server.registry import Registry
 from server.tokenizer import Decode
 from server.types import CheckpointRef
-from tests.server.conftest import World
+from tests.server.conftest import World, event_lines
 from tests.server.test_listener import free_port, wait_until
 
 pytestmark = pytest.mark.timeout(300)  # several processes start, and import all that they need
@@ -246,7 +246,7 @@ def test_every_front_tells_what_all_have_counted(processes: Processes) -> None:
 
 def test_a_client_that_goes_ends_its_texts_in_the_engine(processes: Processes) -> None:
     with processes.client.stream("POST", "/generate", json={**LONG, "n": 120, "stream": True}) as told:
-        lines = told.iter_lines()
+        lines = event_lines(told)
         next(lines)
         assert processes.metric("matsteer_num_requests_open") > 0
     wait_until(
@@ -266,7 +266,7 @@ def streaming(
         ):
             front = processes.front_of(told.extensions["network_stream"].get_extra_info("client_addr")[1])
             if front.pid != not_of:
-                lines = told.iter_lines()
+                lines = event_lines(told)
                 next(lines)
                 yield lines, front
                 return
@@ -299,7 +299,7 @@ def test_a_server_that_is_asked_to_end_drains(
     with started(settings, tmp_path, MATSTEER_DRAIN_S=drain_s, MATSTEER_MAX_NUM_SEQS="2") as server:
         body = {**LONG, "n": 40 if drain_s == "0.2" else 2, "stream": True}
         with server.client.stream("POST", "/generate", json=body) as told:
-            lines = told.iter_lines()
+            lines = event_lines(told)
             next(lines)
             server.supervisor.send_signal(asked)
             if asked == signal.SIGINT:  # as a terminal does

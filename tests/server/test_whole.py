@@ -30,6 +30,7 @@ import httpx
 import pytest
 
 from server.config import Settings
+from tests.server.conftest import event_lines
 from tests.server.test_listener import free_port, wait_until
 from tests.server.test_nginx import NGINX, nginx
 
@@ -40,7 +41,7 @@ PROMPT = "Q: What colour is grass? A:"
 LONG = {"prompt": PROMPT, "n": 64, "max_new_tokens": 80, "ignore_eos": True, "stream": True}
 COPIES = 24
 DEADLINE_S = 4
-DAC_OVERRIDE = 1  # the bit of the capability with which root reads what nobody may
+READS_ALL = 0b110  # the bits of CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH, with which root reads what nobody may
 VOTE = {
     "arms": [{"name": "baseline", "attributes": {}}, {"name": "kind", "attributes": {"kind": 1.0}}],
     "asked": {"prompt": "a"},
@@ -172,8 +173,9 @@ def started(settings: Settings, folder: Path, **environment: str) -> Iterator[Se
         environment |= {"LD_PRELOAD": str(clock), "CLOCK": str(folder / "clock")}
     port = free_port()
     command = [sys.executable, "-m", "server.cli", "serve", "--port", str(port), "--model", str(settings.model)]
-    if os.getuid() == 0 and (setpriv := shutil.which("setpriv")):  # as an ordinary user, before files
-        command = [setpriv, "--bounding-set", "-dac_override,-dac_read_search", *command]
+    ordinary = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"]  # before files, whoever this is
+    if shutil.which("setpriv") and subprocess.run([*ordinary, "true"], capture_output=True).returncode == 0:
+        command = [*ordinary, *command]
     options = {
         "CHECKPOINTS": str(checkpoints),
         "THREADS": "1",
@@ -323,7 +325,7 @@ def test_a_folder_that_goes_while_it_is_loaded_serves_on_and_is_told_of(server: 
 @pytest.mark.parametrize("what", ["shut/1", "shut/1/config.json", "shut/1/steering.safetensors", "shut", "."])
 def test_what_may_not_be_read_is_said_and_can_be_loaded_when_it_may(server: Server, what: str) -> None:
     capabilities = re.search(r"CapEff:\s*(\w+)", Path(f"/proc/{server.process.pid}/status").read_text())
-    if capabilities and int(capabilities[1], 16) >> DAC_OVERRIDE & 1:
+    if capabilities and int(capabilities[1], 16) & READS_ALL:
         pytest.skip("this user reads everything, and there is no setpriv to change that")
     folder, place = (
         shutil.copytree(server.checkpoints / "other", server.checkpoints / "shut"),
@@ -472,7 +474,7 @@ def test_a_clock_that_jumps_moves_no_limit_and_no_duration(server: Server, secon
     jumping = threading.Thread(target=jump)
     try:
         with server.client.stream("POST", "/generate", json=LONG) as told:
-            each = told.iter_lines()
+            each = event_lines(told)
             next(each)
             server.set_clock(seconds)
             refused = ask()
@@ -483,7 +485,7 @@ def test_a_clock_that_jumps_moves_no_limit_and_no_duration(server: Server, secon
             jumping.start()
             for _ in range(5):
                 with server.client.stream("POST", "/generate", json=LONG) as left:
-                    next(left.iter_lines())
+                    next(event_lines(left))
             rest = list(each)
     finally:
         over.set()
@@ -611,7 +613,7 @@ def test_one_of_two_servers_that_stands_still_delays_only_what_it_has(
         with httpx.Client(base_url=url, verify=verify, timeout=30, headers=server.headers) as client:
             wait_until(lambda: client.get("/readyz").status_code == 200)
             with client.stream("POST", "/generate", json=LONG) as told:
-                each = told.iter_lines()
+                each = event_lines(told)
                 next(each)
                 (slow,) = (one for one in (server, second) if one.metric("num_requests_open") > 0)
                 slow.process.send_signal(signal.SIGSTOP)
