@@ -10,7 +10,7 @@ from pathlib import Path
 
 from server.config import Settings
 from server.engine.engine import Engine
-from server.engine.model_runner import is_spread
+from server.engine.model_runner import ModelRunner, is_spread
 from server.engine.scheduler import Scheduler
 from server.engine.scoring import max_num_logits
 from server.engine_client import EngineClient, EngineFacts
@@ -18,9 +18,10 @@ from server.engine_core import EngineCore
 from server.errors import ServerError, StartupError
 from server.judge import Judge, load_judge
 from server.keys import ApiKeys
-from server.loading import LoadedModel, load_model, open_runner
+from server.loading import LoadedModel, check_tensor_parallel, choose_device, load_model, open_runner
 from server.memory import choose_block_size, num_kv_cache_blocks
 from server.metrics import Metrics
+from server.parallel.leader import Leader
 from server.registry import LoadedCheckpoint, Registry, find_folder, fits_model, why_none_is_active
 from server.registry_state import read_state, write_state
 from server.service import Service
@@ -85,7 +86,13 @@ def open_engine(settings: Settings, *, makes_texts: bool = True) -> tuple[Engine
         if settings.checkpoint:
             name, at, version = settings.checkpoint.partition("@")
             find_folder(settings.checkpoints, name, version if at else None)
-    core, codec = run_in_disposable_thread(lambda: _build(settings, load_model(settings), template, makes_texts))
+    leader = _start_shards(settings)
+    try:
+        core, codec = run_in_disposable_thread(lambda: _build(settings, template, makes_texts, leader))
+    except BaseException:
+        if leader:
+            leader.close()
+        raise
     core.engine.start()
     try:
         with _usable(settings):
@@ -131,21 +138,28 @@ def _tell_chat_template(template: ChatTemplate | None, settings: Settings) -> No
             log.info("the chat template %s does not show tool calls: requests with them are refused", name)
 
 
+def _start_shards(settings: Settings) -> Leader | None:
+    """The other processes of a model that is in several. Raises StartupError where it cannot be."""
+    if settings.tensor_parallel_size == 1:
+        return None
+    check_tensor_parallel(settings)
+    return Leader(settings, choose_device(settings))
+
+
 def _build(
-    settings: Settings, loaded: LoadedModel, chat_template: str | None, makes_texts: bool
+    settings: Settings, chat_template: str | None, makes_texts: bool, leader: Leader | None
 ) -> tuple[EngineCore, Codec]:
+    if leader:
+        leader.join()
     try:
-        return _build_engine(settings, loaded, chat_template, makes_texts)
+        return _build_engine(settings, load_model(settings), chat_template, makes_texts, leader)
     except UnsupportedArchitecture as error:
         raise StartupError(f"The model {settings.model_path!r} cannot be steered: {error}.") from error
 
 
-def _build_engine(
-    settings: Settings, loaded: LoadedModel, chat_template: str | None, makes_texts: bool
-) -> tuple[EngineCore, Codec]:
-    if chat_template is not None:
-        loaded.tokenizer.chat_template = chat_template
-    fits = fits_model(loaded.model, settings.served_name, settings.revision)
+def open_cached_runner(settings: Settings, loaded: LoadedModel) -> ModelRunner:
+    """What runs the model, with its KV cache: in each process of a model that is in several, where all have to come by
+    here together. Raises StartupError."""
     limits = settings.step_limits(loaded.device.type)
     bank = ColumnBank(device=loaded.device, max_tokens=limits.max_num_batched_tokens)
     runner = open_runner(loaded.model, bank, settings.served_name, native=settings.native)
@@ -154,11 +168,26 @@ def _build_engine(
     spread = is_spread(loaded.model)
     if spread:
         log.info("the model is spread over several devices: decoding steps are not captured in CUDA graphs")
-    graph_rows = limits.max_num_seqs if loaded.device.type == "cuda" and not spread else 0
+    captured = loaded.device.type == "cuda" and not spread and settings.tensor_parallel_size == 1
+    graph_rows = limits.max_num_seqs if captured else 0
     num_blocks = num_kv_cache_blocks(
         runner, block_size, settings, limits, graph_rows=graph_rows, max_model_len=loaded.max_model_len
     )
-    blocks = runner.allocate(num_blocks, block_size, graph_rows=graph_rows, max_model_len=loaded.max_model_len)
+    runner.allocate(num_blocks, block_size, graph_rows=graph_rows, max_model_len=loaded.max_model_len)
+    return runner
+
+
+def _build_engine(
+    settings: Settings, loaded: LoadedModel, chat_template: str | None, makes_texts: bool, leader: Leader | None
+) -> tuple[EngineCore, Codec]:
+    if chat_template is not None:
+        loaded.tokenizer.chat_template = chat_template
+    fits = fits_model(loaded.model, settings.served_name, settings.revision)
+    limits = settings.step_limits(loaded.device.type)
+    runner = open_cached_runner(settings, loaded)
+    if leader:
+        leader.lead(runner)
+    blocks = runner.blocks
     context = min(loaded.max_model_len or blocks.num_tokens, blocks.num_tokens)
     codec = Codec(loaded.tokenizer, vocab=loaded.vocab, context=context)
     scheduler = Scheduler(
@@ -177,7 +206,7 @@ def _build_engine(
         stall_s=settings.stall_s,
         deadline_s=settings.deadline_s,
     )
-    registry = Registry(settings.checkpoints, bank, fits, engine.call)
+    registry = Registry(settings.checkpoints, leader or runner.bank, fits, engine.call)
     facts = EngineFacts(
         max_pair_tokens=engine.max_pair_tokens,
         context=context,
@@ -186,7 +215,7 @@ def _build_engine(
         created=int(time.time()),
         adapter=str(loaded.adapter) if loaded.adapter else None,
     )
-    return EngineCore(engine, registry, facts), codec
+    return EngineCore(engine, registry, facts, on_stop=leader.close if leader else None), codec
 
 
 def _activate(registry: Registry, settings: Settings) -> str:

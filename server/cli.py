@@ -94,6 +94,7 @@ def serve(
     model_name: Annotated[str | None, setting("model_name")] = None,
     trust_remote_code: Annotated[bool | None, setting("trust_remote_code", "--trust-remote-code")] = None,
     threads: Annotated[int | None, setting("threads")] = None,
+    tensor_parallel_size: Annotated[int | None, setting("tensor_parallel_size")] = None,
     max_num_seqs: Annotated[int | None, setting("max_num_seqs")] = None,
     max_num_batched_tokens: Annotated[int | None, setting("max_num_batched_tokens")] = None,
     max_model_len: Annotated[int | None, setting("max_model_len")] = None,

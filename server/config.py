@@ -90,6 +90,12 @@ class Settings(BaseSettings):
         default="auto", description="of weights and activations; auto: bfloat16 on a GPU, float32 on a CPU"
     )
     threads: int = Field(default=0, ge=0, le=1024, description="CPU threads of the model, at most; 0: all cores")
+    tensor_parallel_size: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="processes that hold the model together, a shard on each of so many GPUs, or all on the CPU",
+    )
     native: bool = Field(
         default=True, description="compute with kernels that a C++ compiler makes for this CPU, or Triton for this GPU"
     )
@@ -289,6 +295,19 @@ class Settings(BaseSettings):
                 f"engine_process is false, but front_workers is {self.front_workers}: several of them need the engine "
                 "in a process of its own"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _shards_can_be_placed(self) -> Self:
+        given = f"but tensor_parallel_size is {self.tensor_parallel_size}"
+        if self.tensor_parallel_size == 1:
+            return self
+        if self.engine_process == "false":
+            raise ValueError(f"engine_process is false, {given}: the engine leads the processes of the model")
+        if self.ray:
+            raise ValueError(f"ray is true, {given}: a replica on Ray has its model in one process")
+        if self.device.startswith("cuda:"):
+            raise ValueError(f"device is {self.device}, {given}: CUDA_VISIBLE_DEVICES says which GPUs they take")
         return self
 
     @model_validator(mode="after")

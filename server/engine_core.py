@@ -57,8 +57,12 @@ class EngineCore:
     The events of a step reach an event loop together: it is woken once.
     """
 
-    def __init__(self, engine: Engine, registry: Registry, facts: EngineFacts) -> None:
+    def __init__(
+        self, engine: Engine, registry: Registry, facts: EngineFacts, *, on_stop: abc.Callable[[], None] | None = None
+    ) -> None:
+        """`on_stop`: called when the engine has stopped."""
         self.engine = engine
+        self._on_stop = on_stop
         self.registry = registry
         self.facts = facts
         engine.on_flush = self._deliver
@@ -177,6 +181,8 @@ class EngineCore:
 
     def stop(self) -> None:
         self.engine.stop()
+        if self._on_stop:
+            self._on_stop()
 
     # --- events ---------------------------------------------------------------------------------
 

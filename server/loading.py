@@ -17,7 +17,8 @@ from server.threads import usable_cores
 from steer_ops.layers import exchange_layers
 from steering.bank import ColumnBank
 from steering.errors import ModelError
-from steering.pretrained import Adapter, open_pretrained, open_tokenizer
+from steering.pretrained import Adapter, check_shards, open_pretrained, open_tokenizer
+from steering.sharding import use_plain_layers
 
 if TYPE_CHECKING:  # an engine without a server needs no pydantic
     from server.config import Settings
@@ -53,8 +54,8 @@ def load_model(settings: "Settings") -> LoadedModel:
             f"There is no demo model at {path}, where a clone of the repository and a wheel have it. Choose a model "
             "with --model ID_OR_PATH (or MATSTEER_MODEL)."
         )
-    device = _device(settings.device)
-    _set_threads(settings.threads, device)
+    device = choose_device(settings)
+    _set_threads(settings, device)
     if settings.log_level in ("warning", "error"):
         hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
@@ -63,7 +64,7 @@ def load_model(settings: "Settings") -> LoadedModel:
             revision=settings.revision,
             device=device,
             dtype=_dtype(settings.dtype, device),
-            placement=_placement(settings.device, device),
+            placement=_placement(settings, device),
             trust_remote_code=settings.trust_remote_code,
         )
     except ModelError as error:
@@ -93,7 +94,9 @@ def load_tokenizer(settings: "Settings") -> Any:
         raise StartupError(str(error)) from error
 
 
-def _device(name: str) -> torch.device:
+def choose_device(settings: "Settings") -> torch.device:
+    """Raises StartupError where it is not there."""
+    name = settings.device
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda"):
@@ -105,10 +108,38 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _placement(name: str, device: torch.device) -> dict[str, Any]:
-    """Where accelerate puts the weights: on the first CUDA device and, for what does not fit there, the next ones, with
-    room left on each for keys and values. Nothing to say for one device."""
-    if name != "auto" or device.type != "cuda" or torch.cuda.device_count() < 2:
+def check_tensor_parallel(settings: "Settings") -> None:
+    """Raises StartupError where the model cannot be in `tensor_parallel_size` processes here."""
+    size, device = settings.tensor_parallel_size, choose_device(settings)
+    if not torch.distributed.is_available():
+        raise StartupError(f"Bad setting tensor_parallel_size: {size}: this build of PyTorch has no torch.distributed.")
+    if device.type == "cuda" and torch.cuda.device_count() < size:
+        raise StartupError(
+            f"Bad setting tensor_parallel_size: {size}: this machine has {torch.cuda.device_count()} CUDA devices, and "
+            "each process needs one."
+        )
+    if device.type == "cpu" and torch.cuda.is_available():  # transformers would take them
+        raise StartupError(
+            f"Bad setting tensor_parallel_size: {size}: with device cpu the GPUs of this machine have to be hidden "
+            "(CUDA_VISIBLE_DEVICES=)."
+        )
+    try:
+        check_shards(
+            settings.model_path, size, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
+    except ModelError as error:
+        raise StartupError(str(error)) from error
+
+
+def _placement(settings: "Settings", device: torch.device) -> dict[str, Any]:
+    """Where the weights go: of each process of several its shard of them to its own device; else where accelerate puts
+    them, on the first CUDA device and, for what does not fit there, the next ones, with room left on each for keys and
+    values. Nothing to say for one device."""
+    if settings.tensor_parallel_size > 1:
+        from transformers.distributed import DistributedConfig
+
+        return {"distributed_config": DistributedConfig(tp_size=settings.tensor_parallel_size)}
+    if settings.device != "auto" or device.type != "cuda" or torch.cuda.device_count() < 2:
         return {}
     free = {index: int(torch.cuda.mem_get_info(index)[0] * WEIGHTS_SHARE) for index in range(torch.cuda.device_count())}
     return {"device_map": "sequential", "max_memory": free}
@@ -120,9 +151,9 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def _set_threads(threads: int, device: torch.device) -> None:
+def _set_threads(settings: "Settings", device: torch.device) -> None:
     if device.type == "cpu":
-        torch.set_num_threads(threads or usable_cores())
+        torch.set_num_threads(settings.threads or max(1, usable_cores() // settings.tensor_parallel_size))
 
 
 def _eos(model: Any, tokenizer: Any) -> frozenset[int]:
@@ -157,6 +188,7 @@ def open_runner(model: Any, bank: ColumnBank, name: str, *, native: bool = True)
     texts = _random_texts(model)
     with torch.inference_mode():
         own = [model(input_ids=text[None], use_cache=False).logits[0] for text in texts]
+    use_plain_layers(model)
     exchange_layers(model, native=native)
     try:
         runner = ModelRunner(model, bank, native=native)

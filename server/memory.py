@@ -15,6 +15,7 @@ from server.engine.model_runner import ModelRunner
 from server.engine.scoring import max_num_logits
 from server.engine.sequence import SamplingParams, ScheduledChunk, Sequence
 from server.errors import StartupError
+from server.parallel.group import least
 
 if TYPE_CHECKING:  # an engine without a server needs no pydantic
     from server.config import Settings, StepLimits
@@ -145,11 +146,13 @@ def _release(runner: ModelRunner) -> None:
 
 
 def _num_free_tokens(runner: ModelRunner, settings: "Settings", peaks: dict[torch.device, int]) -> int:
-    """How many tokens' keys and values fit into what the cache may take of every device that has layers."""
+    """How many tokens' keys and values fit into what the cache may take of every device that has layers, in every
+    process that has some."""
     sizes: Counter[torch.device] = Counter()
     for shape in runner.attention.shapes.values():
         sizes[shape.device] += shape.bytes
-    return min(_cache_bytes(device, settings, peaks.get(device, 0)) // size for device, size in sizes.items())
+    fit = min(_cache_bytes(device, settings, peaks.get(device, 0)) // size for device, size in sizes.items())
+    return least(fit, runner.device) if settings.tensor_parallel_size > 1 else fit
 
 
 def _cache_bytes(device: torch.device, settings: "Settings", peak: int) -> int:
@@ -157,7 +160,8 @@ def _cache_bytes(device: torch.device, settings: "Settings", peak: int) -> int:
     if device.type == "cuda":
         _, total = torch.cuda.mem_get_info(device)
         return _free_bytes(device) - peak - int(total * (1 - settings.gpu_memory_utilization))
-    return int((min(psutil.virtual_memory().available, _container_bytes()) - peak) * settings.cpu_kv_cache_share)
+    free = min(psutil.virtual_memory().available, _container_bytes()) // settings.tensor_parallel_size
+    return int((free - peak) * settings.cpu_kv_cache_share)
 
 
 def _free_bytes(device: torch.device) -> int:

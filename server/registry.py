@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from server.engine.sequence import PositionsName
 from server.engine_client import CheckpointEntry, CheckpointInfo, Form
@@ -25,10 +25,9 @@ from server.errors import (
 )
 from server.registry_state import RegistryState
 from steering import checkpoint as folders
-from steering.bank import ColumnBank
 from steering.checkpoint import Checkpoint, base_model_info, verify_against, verify_sites
 from steering.errors import CheckpointError, CheckpointMismatch, NotFound, UnsupportedArchitecture
-from steering.types import Handle
+from steering.types import Column, Handle
 
 log = logging.getLogger(__name__)
 PREFERRED_NAME = "demo"
@@ -40,6 +39,14 @@ FOLDER_GONE = "Its folder is gone or cannot be read; requests get what was loade
 PATIENCE = 2.0  # seconds that a folder is waited for which is being written
 POLL = 0.01
 OnEngine = Callable[[Callable[[], Any]], "Future[Any]"]
+
+
+class Bank(Protocol):
+    """Where columns go: a `ColumnBank`, or those of several processes."""
+
+    def add(self, columns: Sequence[Column]) -> Handle: ...
+
+    def remove(self, handle: Handle) -> None: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,7 +195,7 @@ class Registry:
     def __init__(
         self,
         root: Path,
-        bank: ColumnBank,
+        bank: Bank,
         fits: Callable[[Checkpoint], None],
         on_engine: OnEngine,
         on_change: Callable[[], None] = lambda: None,

@@ -297,7 +297,7 @@ def _packed(weight: Tensor, bias: Tensor | None, native: bool) -> Packed:
 
 
 def _can_pack(layer: Any, native: bool) -> bool:
-    if type(layer) not in (nn.Linear, Conv1D):  # a subclass computes something else
+    if type(layer) not in (nn.Linear, Conv1D) or "forward" in vars(layer):  # it computes something else
         return False
     weight = _weight(layer)
     if weight.device.type == "cuda":

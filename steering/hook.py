@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,6 +16,7 @@ from steering.errors import HookError
 from steering.fused import can_fuse, fused_steer
 from steering.operators import Trace, steer, trace
 from steering.plain_batch import PlainBatch
+from steering.sharding import RowwiseLinear
 from steering.sites import site_module, site_width
 from steering.types import Column, Positions, Site
 
@@ -124,9 +126,9 @@ class Steering:
     def _on_input(self, site: Site) -> Callable[..., Any]:
         def steer_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if args:
-                return (self._act(site, args[0]), *args[1:]), kwargs
+                return (self._act_on_input(site, module, args[0]), *args[1:]), kwargs
             name = next(iter(kwargs))
-            return args, kwargs | {name: self._act(site, kwargs[name])}
+            return args, kwargs | {name: self._act_on_input(site, module, kwargs[name])}
 
         return steer_input
 
@@ -138,6 +140,32 @@ class Steering:
 
         return steer_output
 
+    @property
+    def _is_recorded(self) -> bool:
+        """Whether this pass is recorded for later batches, so that what the host knows of this one must not matter."""
+        if self.recording or torch.compiler.is_compiling():
+            return True
+        return self.bank.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _act_on_input(self, site: Site, module: nn.Module, activations: Tensor) -> Tensor:
+        """Where several processes have a slice of the activations each, every one of them steers the whole."""
+        if not isinstance(module, RowwiseLinear):
+            return self._act(site, activations)
+        recorded = self._is_recorded
+        if not (self._opens(site, recorded) or self._steers(site, recorded)):
+            return activations
+        return module.on_whole(partial(self._act, site), activations)
+
+    def _opens(self, site: Site, recorded: bool) -> bool:
+        """Whether gates at other sites read this one in this pass."""
+        bank = self.bank
+        return bank.is_read(site) and (recorded or self.traced or site in bank.active_read_sites)
+
+    def _steers(self, site: Site, recorded: bool) -> bool:
+        """Whether columns act here in this pass."""
+        bank = self.bank
+        return bank.has(site) and (recorded or self.traced or site in bank.active_sites)
+
     def _act(self, site: Site, activations: Tensor) -> Tensor:
         """Opens gates of later sites by what is here, then steers."""
         bank = self.bank
@@ -145,12 +173,12 @@ class Steering:
         n = len(tokens)
         if n > bank.max_tokens:
             raise HookError(f"a forward pass of {n} tokens met a bank for {bank.max_tokens}: reserve more")
-        recorded = self.recording or _recorded(bank.device)
+        recorded = self._is_recorded
         if n < bank.filled and not recorded:
             raise HookError(f"a forward pass of {n} tokens met multipliers for {bank.filled}: fill or clear the bank")
-        if bank.is_read(site) and (recorded or self.traced or site in bank.active_read_sites):
+        if self._opens(site, recorded):
             bank.gates_at(site).open(tokens, bank.opened[:n], bank.lines[:n], bank.latching[:n])
-        if bank.has(site) and (recorded or self.traced or site in bank.active_sites):
+        if self._steers(site, recorded):
             return self._steer(site, tokens, recorded).reshape(activations.shape)
         return activations
 
@@ -186,11 +214,6 @@ class Steering:
         if tokens.device != self.bank.device:  # the model is spread over several
             parts = tuple(part.to(tokens.device) for part in parts)
         return parts
-
-
-def _recorded(device: torch.device) -> bool:
-    """Whether this pass is recorded for later batches, so that what the host knows of this one must not matter."""
-    return torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 @contextmanager

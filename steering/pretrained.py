@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from steering.errors import ModelError
 from steering.files import mistaken_for
 from steering.known_models import located
+from steering.sharding import why_not_sharded
 
 log = logging.getLogger(__name__)
 
@@ -118,6 +119,19 @@ def open_tokenizer(id: str, *, revision: str | None = None, trust_remote_code: b
     if any(_matching(adapter.folder, TOKENIZERS)):
         return _open_tokenizer(str(adapter.folder), None, trust_remote_code)
     return open_tokenizer(adapter.base, revision=adapter.base_revision, trust_remote_code=trust_remote_code)
+
+
+def check_shards(id: str, processes: int, *, revision: str | None = None, trust_remote_code: bool = False) -> None:
+    """Raises ModelError where so many processes cannot hold together what `open_pretrained` opens."""
+    id = located(id)
+    if _adapter(id, revision) is not None:
+        why: str | None = "it is a LoRA adapter, which is merged into whole weights; save a merged model and name that"
+    elif _gguf_file(id) is not None:
+        why = "it is a GGUF file, which transformers reads whole"
+    else:
+        why = why_not_sharded(_open_config(id, revision, trust_remote_code), processes)
+    if why:
+        _refuse(id, f"tensor_parallel_size is {processes}, and {why}")
 
 
 # --- what a folder holds --------------------------------------------------------------------------

@@ -12,13 +12,14 @@ is how tests reach them.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from server.attention.layout import ChunkLayout
 from server.attention.metadata import DecodeMetadata
 from server.engine.sequence import ScheduledChunk
 from server.errors import is_out_of_memory
@@ -129,11 +130,11 @@ class CudaGraphs:
             default=None,
         )
 
-    def __call__(self, bucket: Bucket, chunks: Chunks, ids: Tensor) -> Tensor:
+    def __call__(self, bucket: Bucket, chunks: Sequence[ChunkLayout], ids: Tensor) -> Tensor:
         """ids [chunks] -> logits [chunks, vocab], which the next static step writes over. The bank has been filled for
         the bucket's rows."""
         captured = self._captured[bucket]
-        captured.metadata.fill([chunk.layout for chunk in chunks], ids, self._idle_block)
+        captured.metadata.fill(chunks, ids, self._idle_block)
         if captured.graph is None:
             return self._run(captured.metadata)[: len(chunks)]
         captured.graph.replay()

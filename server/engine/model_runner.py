@@ -5,10 +5,11 @@ import inspect
 import logging
 import time
 from collections.abc import Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Sequence as Listing
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers.utils import logging as hf_logging
 
 from server.attention.backend import NAME, Attention
+from server.attention.layout import BlockCopy, ChunkLayout
 from server.attention.metadata import ForwardMetadata
 from server.engine.block_manager import BlockManager
 from server.engine.cuda_graphs import Bucket, CudaGraphs
@@ -158,6 +160,32 @@ class Lines:
         return self._of[sequence]
 
 
+@dataclass(frozen=True)
+class ForwardInputs:
+    """What a pass computes beside the tokens themselves: plain data, for whoever has a part of the model."""
+
+    chunks: list[ChunkLayout]
+    num_rows: list[int]  # of each: for how many of its tokens, the last ones, logits are computed
+    rows: tuple[SequenceSteering, ...]  # this and what follows: see `ColumnBank.fill`
+    token_rows: NDArray[np.int64]  # also of idle tokens behind those of the chunks
+    token_lines: NDArray[np.int64] | None
+    num_lines: int  # of latched gates that were ever in use
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.chunks))
+
+
+class Followers(Protocol):
+    """Processes that have the other shards of a model, each with a `ModelRunner` of its own (`ModelRunner.follow`)."""
+
+    def copy(self, copies: Listing[BlockCopy]) -> None: ...
+
+    def forward(self, inputs: ForwardInputs, ids: Tensor, *, traced: bool) -> AbstractContextManager[None]:
+        """They compute a pass while this process does, inside."""
+        ...
+
+
 class ModelRunner:
     """A Hugging Face causal language model whose attention reads a `KVPool` and whose steering hooks, once they are
     installed, read `bank`. One forward pass and one sampling a step."""
@@ -181,6 +209,7 @@ class ModelRunner:
         self._sampled: list[Sequence] = []  # those that it was made for
         self._texts = TokenCounts(self.vocab_size, self.device)  # of those that are penalised
         self.gate_stats = GateStats()
+        self.followers: Followers | None = None  # where this process has a shard of the model, and leads
         self._lines = Lines()
         model.set_attn_implementation(NAME)
 
@@ -281,17 +310,20 @@ class ModelRunner:
         self.bank.reserve(tokens)
         graphs = self._graphs if self._graphs and self._graphs.fits(chunks) and not self.steering.traced else None
         bucket = graphs.find(chunks, self.bank.version) if graphs else None
-        self._fill_bank(chunks, bucket.rows if bucket else tokens)
+        inputs = self._inputs(chunks, bucket.rows if bucket else tokens)
         if ids is None:
             known = [token for chunk in chunks for token in chunk.token_ids]
             ids = upload(np.array(known, dtype=np.int64), self.device)
-        try:
-            with torch.inference_mode():
-                logits = graphs(bucket, chunks, ids) if graphs and bucket else self._eager(chunks, ids)
-        finally:
-            # Taken even from a pass that failed, so that nothing is counted twice.
-            counts = self.bank.take_counts(tokens)
-        return logits, counts
+        if self.followers is None:
+            return self._compute(inputs, ids, bucket)
+        with self.followers.forward(inputs, ids, traced=self.steering.traced):
+            return self._compute(inputs, ids, bucket)
+
+    def follow(self, inputs: ForwardInputs, ids: Tensor, *, traced: bool) -> None:
+        """A pass of the process that leads: see `Followers`."""
+        self.steering.record(traced)
+        self.bank.reserve(inputs.num_tokens)
+        self._compute(inputs, ids)
 
     @contextmanager
     def few_layers(self) -> Iterator[None]:
@@ -359,17 +391,36 @@ class ModelRunner:
     def _copy_blocks(self) -> None:
         """The list is cleared only when all copies were made: `Engine._fail` reads it to fail the sequences whose
         blocks were never filled."""
+        copies = self.blocks.pending_copies
+        if copies and self.followers is not None:
+            self.followers.copy(copies)
         with torch.inference_mode():
-            self.attention.copy(self.blocks.pending_copies)
-        self.blocks.pending_copies.clear()
+            self.attention.copy(copies)
+        copies.clear()
 
-    def _eager(self, chunks: Chunks, ids: Tensor) -> Tensor:
-        metadata = self.attention.metadata([chunk.layout for chunk in chunks])
+    def _compute(self, inputs: ForwardInputs, ids: Tensor, bucket: Bucket | None = None) -> tuple[Tensor, Tensor]:
+        """See `forward`."""
+        if inputs.token_lines is not None:
+            self.bank.reserve_lines(inputs.num_lines)
+        self.bank.fill(inputs.rows, inputs.token_rows, inputs.token_lines)
+        try:
+            with torch.inference_mode():
+                if self._graphs and bucket:
+                    logits = self._graphs(bucket, inputs.chunks, ids)
+                else:
+                    logits = self._eager(inputs, ids)
+        finally:
+            # Taken even from a pass that failed, so that nothing is counted twice.
+            counts = self.bank.take_counts(len(ids))
+        return logits, counts
+
+    def _eager(self, inputs: ForwardInputs, ids: Tensor) -> Tensor:
+        metadata = self.attention.metadata(inputs.chunks)
         wanted: list[int] = []
         end = 0
-        for chunk in chunks:
+        for chunk, num_rows in zip(inputs.chunks, inputs.num_rows, strict=True):
             end += len(chunk)
-            wanted += range(end - chunk.num_rows, end)
+            wanted += range(end - num_rows, end)
         keep = None
         if len(wanted) < end:
             keep = upload(np.array(wanted, dtype=np.int64), torch.device("cpu") if self._spread else self.device)
@@ -383,8 +434,8 @@ class ModelRunner:
         logits: Tensor = output.logits[0].to(self.device)
         return logits if selected or keep is None else logits[keep]
 
-    def _fill_bank(self, chunks: Chunks, room: int) -> None:
-        """Fills the bank for the tokens of the chunks, and for idle ones up to `room`."""
+    def _inputs(self, chunks: Chunks, room: int) -> ForwardInputs:
+        """For the tokens of the chunks, and for idle ones up to `room`."""
         rows: dict[SequenceSteering, int] = {}
         token_rows: list[int] = []
         lines: list[tuple[int, int, int]] = []  # of latched gates: where a row's tokens begin and end, its line
@@ -405,13 +456,19 @@ class ModelRunner:
         token_rows += [-1] * (room - len(token_rows))
         token_lines = None
         if lines:
-            self.bank.reserve_lines(self._lines.most)
             token_lines = np.zeros((2, len(token_rows)), dtype=np.int64)
             for begin, end, line in lines:
                 token_lines[0, begin:end] = line
             for token, line in latching:
                 token_lines[1, token] = line
-        self.bank.fill(tuple(rows), np.array(token_rows, dtype=np.int64), token_lines)
+        return ForwardInputs(
+            chunks=[chunk.layout for chunk in chunks],
+            num_rows=[chunk.num_rows for chunk in chunks],
+            rows=tuple(rows),
+            token_rows=np.array(token_rows, dtype=np.int64),
+            token_lines=token_lines,
+            num_lines=self._lines.most,
+        )
 
     def _traces(self, chunks: Chunks, traced: Chunks) -> dict[Hashable, Tensor]:
         """What the columns did to the last token of each chunk that is `traced`: of each site [chunks, columns,

@@ -188,10 +188,10 @@ def _run_front(*arguments: Any) -> None:
 def is_wanted(settings: Settings) -> bool:
     """Whether the engine runs in a process of its own. Raises StartupError where it cannot."""
     if not hasattr(socket, "AF_UNIX"):
-        if settings.engine_process == "true" or settings.front_workers > 1:
+        if settings.engine_process == "true" or settings.front_workers > 1 or settings.tensor_parallel_size > 1:
             raise StartupError("This system has no Unix sockets, which the processes of engine_process talk through.")
         return False
-    if settings.engine_process != "auto" or settings.front_workers > 1:
+    if settings.engine_process != "auto" or settings.front_workers > 1 or settings.tensor_parallel_size > 1:
         return settings.engine_process != "false"
     if settings.device == "auto":
         import torch
