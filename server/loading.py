@@ -136,7 +136,7 @@ def _placement(settings: "Settings", device: torch.device) -> dict[str, Any]:
     them, on the first CUDA device and, for what does not fit there, the next ones, with room left on each for keys and
     values. Nothing to say for one device."""
     if settings.tensor_parallel_size > 1:
-        from transformers.distributed import DistributedConfig
+        from transformers.distributed.configuration_utils import DistributedConfig
 
         return {"distributed_config": DistributedConfig(tp_size=settings.tensor_parallel_size)}
     if settings.device != "auto" or device.type != "cuda" or torch.cuda.device_count() < 2:

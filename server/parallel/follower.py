@@ -4,7 +4,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from multiprocessing.connection import Connection, wait
 
@@ -18,7 +17,7 @@ from server.engine.model_runner import ForwardInputs, ModelRunner
 from server.errors import StartupError
 from server.loading import choose_device, load_model
 from server.logs import configure_logging
-from server.parallel.group import Place, joined
+from server.parallel.group import Place, end, join
 from server.parallel.messages import (
     AddColumns,
     CopyBlocks,
@@ -44,15 +43,16 @@ def follow(leader: Connection, settings: Settings, place: Place) -> None:
     configure_logging(settings)
     hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     os.environ["LOCAL_RANK"] = str(place.rank)  # by which transformers chooses the GPU
+    status = 1
     try:
-        with joined(place, choose_device(settings)):
-            _Follower(open_cached_runner(settings, load_model(settings))).run(leader)
+        join(place, choose_device(settings))
+        _Follower(open_cached_runner(settings, load_model(settings))).run(leader)
+        status = 0
     except StartupError as error:
         log.critical("shard %d cannot start: %s", place.rank, error.message)
-        sys.exit(1)
     except Exception:
         log.critical("shard %d failed", place.rank, exc_info=True)
-        sys.exit(1)
+    end(status)
 
 
 class _Follower:
@@ -107,6 +107,6 @@ def _end_with_parent() -> None:
 
     def watch() -> None:
         wait([parent.sentinel])
-        os._exit(1)
+        end(1)
 
     threading.Thread(target=watch, name="parent", daemon=True).start()

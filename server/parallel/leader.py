@@ -2,7 +2,6 @@
 
 import logging
 import multiprocessing
-import os
 import tempfile
 import threading
 import time
@@ -27,6 +26,7 @@ from steering.types import Column, Handle
 
 log = logging.getLogger(__name__)
 FIRST_S = 10.0  # while they start: so long this process has to say itself why it cannot, before it ends for another one
+CAUSE_S = 1.0  # after which a pass has failed for another reason than the end of a process
 LATE_S = 10.0  # after which one that is to end is killed
 _spawn = multiprocessing.get_context("spawn")
 
@@ -39,6 +39,7 @@ class Leader:
         self._size = settings.tensor_parallel_size
         self._settings, self._device = settings, device
         self._closing = threading.Event()
+        self._ending = threading.Lock()
         self._serving = False
         self._bank: ColumnBank | None = None
         self._numbers: dict[Handle, int] = {}
@@ -116,8 +117,8 @@ class Leader:
             with torch.inference_mode():
                 dist.broadcast(ids, src=0)
             yield
-        except Exception:
-            self._end("a pass failed in a model of several processes", exc_info=True)
+        except Exception as error:
+            self._end("a pass of a model in several processes has failed", error)
 
     # --- inside ---------------------------------------------------------------------------------
 
@@ -134,16 +135,18 @@ class Leader:
 
     def _watch(self) -> None:
         wait([process.sentinel for process in self._processes])
-        if self._closing.wait(0.0 if self._serving else FIRST_S):
-            return
-        ended = next(process for process in self._processes if process.exitcode is not None)
-        self._end(f"{ended.name} of the model has ended (exit status {ended.exitcode})")
+        if not self._closing.wait(0.0 if self._serving else FIRST_S):
+            self._end("")
 
-    def _end(self, why: str, **more: Any) -> NoReturn:
-        """This process, at once: its own thread may wait for the others for ever, and whoever waits for it sees it."""
-        log.critical("%s: this process ends", why, **more)
-        logging.shutdown()
-        os._exit(1)
+    def _end(self, why: str, error: Exception | None = None) -> NoReturn:
+        """This process, at once: its own thread may wait for the others for ever, and whoever waits for it sees it.
+        `why`, unless it is that one of the others has ended."""
+        self._ending.acquire()  # whoever comes second waits for the end
+        if wait([process.sentinel for process in self._processes], CAUSE_S):
+            ended = next(process for process in self._processes if process.exitcode is not None)
+            why, error = f"{ended.name} of the model has ended (exit status {ended.exitcode})", None
+        log.critical("%s: this process ends", why, exc_info=error)
+        group.end(1)
 
 
 def _follow(*arguments: Any) -> None:

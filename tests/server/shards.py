@@ -1,6 +1,7 @@
 """Tiny models of all architectures that transformers has a tensor-parallel plan for, in two processes."""
 
 import multiprocessing
+import traceback
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from transformers.utils import logging as hf_logging
 
 from server.engine.sequence import ScheduledChunk, Sequence
 from server.loading import open_runner
-from server.parallel.group import Place, joined
+from server.parallel.group import Place, end, join
 from steering.bank import ColumnBank
 from steering.pretrained import _open_weights
 from tests.steering.families import FAMILIES, VOCABULARY
@@ -48,7 +49,7 @@ def compare_with_whole(folder: Path) -> None:
             wanted[name] = model(input_ids=ids()[None], use_cache=False).logits[0]
     spawn = multiprocessing.get_context("spawn")
     places = [Place(rank, PROCESSES, folder / "group") for rank in range(PROCESSES)]
-    processes = [spawn.Process(target=_compute, args=(place, folder), daemon=True) for place in places]
+    processes = [spawn.Process(target=_run, args=(place, folder), daemon=True) for place in places]
     for process in processes:
         process.start()
     while any(process.exitcode is None for process in processes) and not any(process.exitcode for process in processes):
@@ -64,18 +65,27 @@ def compare_with_whole(folder: Path) -> None:
             assert away < 1e-5, f"{name} in process {rank}: {away:g}"
 
 
+def _run(place: Place, folder: Path) -> None:
+    try:
+        _compute(place, folder)
+    except Exception:
+        traceback.print_exc()
+        end(1)
+    end(0)
+
+
 def _compute(place: Place, folder: Path) -> None:
-    from transformers.distributed import DistributedConfig
+    from transformers.distributed.configuration_utils import DistributedConfig
 
     torch.set_num_threads(1)
     hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    with joined(place, CPU):
-        for name in sharded_families():
-            path = str(folder / name)
-            config = transformers.AutoConfig.from_pretrained(path)
-            options = {"dtype": "auto", "distributed_config": DistributedConfig(tp_size=PROCESSES)}
-            model = _open_weights(path, None, config, CPU, options)
-            text = Sequence("text", 0, tuple(ids()[:1].tolist()), continuation=(*ids()[1:].tolist(), 0))
-            runner = open_runner(model, ColumnBank(device=CPU, max_tokens=64), name)
-            logits, _ = runner.forward((ScheduledChunk(text, 0, len(ids())),))
-            torch.save(logits, folder / f"{name}-{place.rank}.pt")
+    join(place, CPU)
+    for name in sharded_families():
+        path = str(folder / name)
+        config = transformers.AutoConfig.from_pretrained(path)
+        options = {"dtype": "auto", "distributed_config": DistributedConfig(tp_size=PROCESSES)}
+        model = _open_weights(path, None, config, CPU, options)
+        text = Sequence("text", 0, tuple(ids()[:1].tolist()), continuation=(*ids()[1:].tolist(), 0))
+        runner = open_runner(model, ColumnBank(device=CPU, max_tokens=64), name)
+        logits, _ = runner.forward((ScheduledChunk(text, 0, len(ids())),))
+        torch.save(logits, folder / f"{name}-{place.rank}.pt")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 import torch
 import transformers
@@ -26,7 +25,7 @@ from steering.types import Column, Gate, Reading, Site
 from tests.server.conftest import World, columns, tiny_llama, write
 from tests.server.shards import compare_with_whole
 from tests.server.test_listener import wait_until
-from tests.server.test_process import LONG, PROMPT, Processes, alike, events, started
+from tests.server.test_process import LONG, PROMPT, alike, events, started
 
 pytestmark = pytest.mark.timeout(300)  # a second process starts, and imports all that it needs
 
@@ -156,7 +155,8 @@ def test_every_architecture_with_a_plan_has_the_logits_of_the_whole_model(tmp_pa
 
 def test_a_shard_that_is_killed_ends_all_with_a_message(settings: Settings, tmp_path: Path) -> None:
     with started(settings, tmp_path, "--tensor-parallel-size", "2") as server:
-        (shard,) = shards(server)
+        (engine,) = (one for one in server.children() if one.children())
+        (shard,) = (one for one in engine.children() if "resource_tracker" not in " ".join(one.cmdline()))
         answers: list[httpx.Response] = []
         asking = threading.Thread(
             target=lambda: answers.append(server.client.post("/generate", json={**LONG, "n": 120}))
@@ -170,26 +170,6 @@ def test_a_shard_that_is_killed_ends_all_with_a_message(settings: Settings, tmp_
     assert [answer.status_code for answer in answers] == [503]
     assert "shard 1 of the model has ended (exit status -9): this process ends" in said
     assert "the engine's process has ended (exit status 1): the server ends" in said
-
-
-def test_a_shard_ends_with_what_leads_it_and_a_server_drains(settings: Settings, tmp_path: Path) -> None:
-    with started(settings, tmp_path, "--tensor-parallel-size", "2") as server:
-        (shard,) = shards(server)
-        with server.client.stream("POST", "/generate", json={**LONG, "n": 2, "stream": True}) as told:
-            lines = told.iter_lines()
-            next(lines)
-            server.supervisor.terminate()
-            last = [line for line in lines if line][-2:]
-        assert last[0] == "event: done"
-        assert len(json.loads(last[1].removeprefix("data: "))["results"]) == 2
-        assert server.supervisor.wait(20) == 0, server.said.read_text()
-        assert not psutil.pid_exists(shard.pid)
-        assert "Traceback" not in server.said.read_text()
-
-
-def shards(server: Processes) -> list[psutil.Process]:
-    """The processes beside the engine's that hold its model."""
-    return [one for one in server.engine.children() if "resource_tracker" not in " ".join(one.cmdline())]
 
 
 # --- what is refused ------------------------------------------------------------------------------
