@@ -76,9 +76,11 @@ class Leader:
             dist.destroy_process_group()
         deadline = time.monotonic() + LATE_S
         for process in self._processes:
-            process.join(max(0.0, deadline - time.monotonic()))
+            if self._serving:  # else it may wait for this process in the middle of its start
+                process.join(max(0.0, deadline - time.monotonic()))
             if process.exitcode is None:
-                log.error("%s has not ended in time, and is killed", process.name)
+                if self._serving:
+                    log.error("%s has not ended in time, and is killed", process.name)
                 process.kill()
                 process.join()
         self._folder.cleanup()
