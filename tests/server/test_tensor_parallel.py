@@ -17,8 +17,10 @@ from starlette.testclient import TestClient
 from server.app import create_app
 from server.assembly import open_service
 from server.config import Settings
+from server.engine.model_runner import InFlightStep, ModelRunner
 from server.errors import StartupError
 from server.loading import check_tensor_parallel
+from server.parallel.leader import Leader
 from steering.checkpoint import base_model_info
 from steering.sharding import why_not_sharded
 from steering.types import Column, Gate, Reading, Site
@@ -140,12 +142,33 @@ def test_a_checkpoint_comes_and_goes_in_all_processes(one: World, two: World) ->
     assert len(set(texts)) == 3, "the test steers too weakly to prove anything"
 
 
-def test_a_prompt_is_found_in_the_cache(one: World, two: World) -> None:
+def test_a_pass_is_begun_before_the_tokens_of_the_one_before_are_known(
+    one: World, two: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on GPUs: the other process gets them from device to device."""
+    arms = [{"name": "a"}, {"name": "b", "checkpoint": "heads"}, {"name": "c", "attributes": {}}]
+    body = {"prompt": PROMPT, "seed": 5, "n": 4, "max_new_tokens": 30, "presence_penalty": 0.3, "arms": arms}
+    alone = one.client.post("/compare", json=body).json()
+    begun: list[int] = []
+    next_ids = InFlightStep.next_ids
+    monkeypatch.setattr(InFlightStep, "next_ids", lambda *given: begun.append(1) or next_ids(*given))
+    monkeypatch.setattr(ModelRunner, "overlaps", property(lambda runner: True))
+    together = two.client.post("/compare", json=body).json()
+    assert alike(together, alone), (together, alone)
+    assert len(begun) > 20
+
+
+def test_a_prompt_is_found_in_the_cache(one: World, two: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a block of it that is not full, which is copied."""
+    copied: list[int] = []
+    copy = Leader.copy
+    monkeypatch.setattr(Leader, "copy", lambda leader, copies: copied.append(len(copies)) or copy(leader, copies))
     body = {"prompt": PROMPT * 2, "temperature": 0, "max_new_tokens": 12, "attributes": {"kind": 1}, "n": 2}
     before = two.service.engine.status.cached_tokens
     first, again = (two.post(**body)["results"][0]["text"] for _ in range(2))
     assert again == first == one.post(**body)["results"][0]["text"]
     assert two.service.engine.status.cached_tokens > before
+    assert copied
 
 
 def test_every_architecture_with_a_plan_has_the_logits_of_the_whole_model(tmp_path: Path) -> None:
