@@ -32,6 +32,7 @@ FORBIDDEN = {
         "server.registry",
     },
     "server/process/supervisor.py": {"fastapi", "starlette", "transformers", "server.service", "server.engine"},
+    "server/parallel": {"fastapi", "starlette", "server.api", "server.service"},
     "server/attention": {"fastapi", "starlette", "server.api", "server.service", "server.loading", "server.engine"},
     "server/attention/layout.py": {"torch", "transformers"},
     **{

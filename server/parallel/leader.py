@@ -36,8 +36,7 @@ class Leader:
     one: what they compute together cannot go on. Columns are added to the banks of all, and removed, here."""
 
     def __init__(self, settings: Settings, device: torch.device) -> None:
-        self._size = settings.tensor_parallel_size
-        self._settings, self._device = settings, device
+        self._size, self._device = settings.tensor_parallel_size, device
         self._closing = threading.Event()
         self._ending = threading.Lock()
         self._serving = False
@@ -148,6 +147,7 @@ class Leader:
             ended = next(process for process in self._processes if process.exitcode is not None)
             why, error = f"{ended.name} of the model has ended (exit status {ended.exitcode})", None
         log.critical("%s: this process ends", why, exc_info=error)
+        self._folder.cleanup()
         group.end(1)
 
 

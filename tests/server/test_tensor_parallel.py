@@ -221,6 +221,10 @@ def test_models_that_cannot_be_sharded_are_refused(settings: Settings, tmp_path:
     sharded = settings.model_copy(update={"tensor_parallel_size": 2, "model": str(adapter)})
     with pytest.raises(StartupError, match="tensor_parallel_size is 2, and it is a LoRA adapter"):
         check_tensor_parallel(sharded)
+    pytest.importorskip("gguf")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(64))
+    with pytest.raises(StartupError, match="tensor_parallel_size is 2, and it is a GGUF file"):
+        check_tensor_parallel(sharded.model_copy(update={"model": str(tmp_path / "model.gguf")}))
 
 
 def test_shards_need_gpus_of_their_own(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
