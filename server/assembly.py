@@ -97,10 +97,10 @@ def open_engine(settings: Settings, *, makes_texts: bool = True) -> tuple[Engine
     try:
         with _usable(settings):
             active = _activate(core.registry, settings)
-    except StartupError:
+        core.engine.warm_up().result()  # with the hooks of what has been loaded, and before anybody waits
+    except BaseException:
         core.stop()
         raise
-    core.engine.warm_up().result()  # with the hooks of what has been loaded, and before anybody waits
     log.info("serving %s, checkpoint %s, after %.1f s", settings.served_name, active, time.monotonic() - start)
     return core, codec
 

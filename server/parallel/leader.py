@@ -21,6 +21,7 @@ from server.engine.model_runner import ForwardInputs, ModelRunner
 from server.parallel import group
 from server.parallel.group import Place
 from server.parallel.messages import AddColumns, CopyBlocks, Forward, RemoveColumns, ToFollower, encode, to_bytes
+from server.process.supervisor import how_it_ended
 from steering.bank import ColumnBank
 from steering.types import Column, Handle
 
@@ -145,7 +146,7 @@ class Leader:
         self._ending.acquire()  # whoever comes second waits for the end
         if wait([process.sentinel for process in self._processes], CAUSE_S):
             ended = next(process for process in self._processes if process.exitcode is not None)
-            why, error = f"{ended.name} of the model has ended (exit status {ended.exitcode})", None
+            why, error = f"{ended.name} of the model has ended ({how_it_ended(ended.exitcode)})", None
         log.critical("%s: this process ends", why, exc_info=error)
         self._folder.cleanup()
         group.end(1)

@@ -26,6 +26,11 @@ Main = Callable[..., None]  # what a process runs; its module is imported there
 _spawn = multiprocessing.get_context("spawn")
 
 
+def how_it_ended(exitcode: int | None) -> str:
+    """Of a process of `multiprocessing`."""
+    return f"killed by signal {-exitcode}" if exitcode is not None and exitcode < 0 else f"exit status {exitcode}"
+
+
 class _Child:
     """A process of ours, and the pipe on which it says `ready`, or the sentence with which it cannot start."""
 
@@ -43,8 +48,7 @@ class _Child:
 
     @property
     def how_it_ended(self) -> str:
-        code = self.process.exitcode
-        return f"killed by signal {-code}" if code is not None and code < 0 else f"exit status {code}"
+        return how_it_ended(self.process.exitcode)
 
     def read(self) -> Any:
         """What it says; None where it has ended without a word. Raises StartupError where it cannot start."""

@@ -52,10 +52,9 @@ def compare_with_whole(folder: Path) -> None:
     processes = [spawn.Process(target=_run, args=(place, folder), daemon=True) for place in places]
     for process in processes:
         process.start()
-    while any(process.exitcode is None for process in processes) and not any(process.exitcode for process in processes):
-        wait([process.sentinel for process in processes if process.exitcode is None])
+    wait([process.sentinel for process in processes])
     for process in processes:  # where one has failed the other waits for it
-        process.join(5)
+        process.join(10)
         process.kill()
     assert [process.exitcode for process in processes] == [0] * PROCESSES
     for name, logits in wanted.items():

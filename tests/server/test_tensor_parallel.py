@@ -191,7 +191,7 @@ def test_a_shard_that_is_killed_ends_all_with_a_message(settings: Settings, tmp_
         assert server.supervisor.wait(20) == 1
         said = server.said.read_text()
     assert [answer.status_code for answer in answers] == [503]
-    assert "shard 1 of the model has ended (exit status -9): this process ends" in said
+    assert "shard 1 of the model has ended (killed by signal 9): this process ends" in said
     assert "the engine's process has ended (exit status 1): the server ends" in said
 
 
