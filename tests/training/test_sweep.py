@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from training.errors import TrainingError
-from training.evaluation.results import Arm, ArmResult, Estimate
+from training.evaluation.results import BASELINE, Arm, ArmMeasures, ArmResult, Estimate, Measured, compared
 from training.evaluation.sweep import best_alone, combine
 from training.evaluation.sweep_results import Goal
 
@@ -38,13 +39,29 @@ def test_a_setting_beyond_the_limits_is_not_sound(ratio: float | None, formed: f
 @pytest.mark.parametrize(("name", "most"), [("rep-4", 0.1), ("empty", 0.1), ("kl", 1.0)])
 def test_damage_has_limits_by_default(name: str, most: float) -> None:
     def damaged(value: float, before: float = 0.0) -> ArmResult:
-        damage, moved = Estimate(value, 0, 1, 9), Estimate(value - before, 0, 1, 9)
+        damage, moved = Estimate(value, 0, 1, 90), Estimate(value - before, 0, 1, 90)
         return replace(result(truth=1.0), damage={name: damage}, differences={name: moved} if before else {})
 
     assert Goal().shortfall(damaged(most)) == 0
     assert Goal().shortfall(damaged(2 * most)) == pytest.approx(1)
     assert Goal().shortfall(damaged(2 * most, before=most)) == pytest.approx(0)
     assert Goal().rank(damaged(2 * most)) < Goal().rank(result(truth=0.1))
+
+
+@pytest.mark.parametrize("name", ["rep-4", "empty"])
+@pytest.mark.parametrize(
+    ("answers", "bad", "before", "sound"),
+    [(8, 1, 0, True), (8, 2, 0, False), (8, 2, 1, True), (8, 3, 1, False), (40, 4, 0, True), (40, 5, 0, False)],
+)
+def test_one_answer_of_few_is_no_reason_to_leave_a_setting_out(
+    name: str, answers: int, bad: int, before: int, sound: bool
+) -> None:
+    arms = [
+        ArmMeasures(arm, {}, {name: Measured(np.array([(float(i < count), 1.0) for i in range(answers)]), ids)})
+        for ids in [tuple(map(str, range(answers)))]
+        for arm, count in ((BASELINE, before), (Arm("steered", {"truth": 1.0}), bad))
+    ]
+    assert (Goal().shortfall(compared(arms)[1]) == 0) is sound
 
 
 def test_a_sound_setting_goes_before_a_better_one_that_is_not() -> None:

@@ -24,7 +24,8 @@ class Goal:
     max_repetition: float = 0.1
     """By how much rep-4 may be above the unsteered model's: a text that loops can have any score."""
     max_empty: float = 0.1
-    """The same for the share of empty answers."""
+    """The same for the share of empty answers. Of few answers one is more than such a share: no single answer, empty or
+    looping, is a reason by itself."""
     max_kl: float = 1.0
     """Nats a token on neutral text."""
     keep: Mapping[str, float] = field(default_factory=dict)
@@ -53,7 +54,8 @@ class Goal:
         itself does to the others, beside the unsteered `baseline`, beyond what it may; 0 within all limits. Raises
         TrainingError for a metric that is not there."""
         excess = [(arm.perplexity_ratio or 0.0) / self.max_perplexity_ratio - 1]
-        limits = {"rep-4": self.max_repetition, "empty": self.max_empty, "kl": self.max_kl}
+        shares = {"rep-4": self.max_repetition, "empty": self.max_empty}
+        limits = {name: max(most, _one_answer(arm, name)) for name, most in shares.items()} | {"kl": self.max_kl}
         excess += [(_more(arm, name) - most) / (most or 1) for name, most in limits.items()]
         missing = [1 - (_metric(arm, name) or 0.0) / least for name, least in self.keep.items() if least > 0]
         beyond = [moved - (self.max_side_effect or 0.0) for moved in self._side_effects(arm, attribute, baseline)]
@@ -77,8 +79,12 @@ class Goal:
     def _counted(self, arm: ArmResult, attribute: str | None) -> list[str]:
         if attribute is not None:
             own = [name for name in (attribute, *(f"{attribute} {part}" for part in PRIMARY)) if name in arm.metrics]
+            own = own or [name for name in self.metrics if name.startswith(f"{attribute} ")]
             if not own:
-                raise TrainingError(f"No metric is named after {attribute!r}; there are {', '.join(arm.metrics)}.")
+                raise TrainingError(
+                    f"No metric is named after {attribute!r}; there are {', '.join(arm.metrics)}. Name what counts "
+                    "(--goal)."
+                )
             return own
         for name in self.metrics:
             _metric(arm, name)
@@ -90,6 +96,12 @@ def _more(arm: ArmResult, name: str) -> float:
     """Damage beyond the unsteered arm's; all of it where there is no such arm."""
     found = arm.differences.get(name) or arm.damage.get(name)
     return (found.value if found else None) or 0.0
+
+
+def _one_answer(arm: ArmResult, name: str) -> float:
+    """The most that one answer adds to a mean over all of them."""
+    found = arm.damage.get(name)
+    return (1 + 1e-9) / found.count if found and found.count else 0.0  # a difference of two rates is rounded
 
 
 def _metric(arm: ArmResult, name: str) -> float | None:
