@@ -63,6 +63,29 @@ def test_the_place_is_the_one_whose_scores_on_dev_are_best(here: Path) -> None:
     assert settings.get("strength", 1.0) in (1.0, 2.0)
 
 
+def test_where_the_largest_multiplier_is_best_larger_ones_are_tried(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.evaluation.search.MULTIPLIERS", (0.5,))
+    said = done("train", *DATA, *CAA, "--no-evaluate")
+    tried = json.loads((here / "checkpoints/x/.work/search/stronger/sweep.json").read_text())
+    first = json.loads((here / "checkpoints/x/.work/search/sweep.json").read_text())
+    best = max(first, key=lambda point: (-point["shortfall"], point["score"]))
+    assert sorted(point["multiplier"] for point in tried) == [0.75, 1.0]
+    assert {(point["layer"], point["site"]) for point in tried} == {(best["layer"], best["site"])}
+    assert "is best at the largest multiplier: trying 0.75 and 1" in said
+    top = max([*first, *tried], key=lambda point: (-point["shortfall"], point["score"]))
+    assert f"best of what was tried: {top['layer']}.{top['site']} x{top['multiplier']:g}" in said
+    assert checkpoints.load(here / "checkpoints/x/v1").config.training["hyperparameters"]["strength"] in (0.5, 0.75, 1)
+
+
+def test_a_place_that_breaks_the_text_is_said_to(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.evaluation.search.MULTIPLIERS", (100.0,))
+    said = done("train", *DATA, *CAA, "--layer", "auto", "--no-evaluate")
+    assert "warning: every place and multiplier breaks the text beyond a limit, and this one least" in said
+    assert "is best at the largest" not in said
+
+
 @pytest.mark.parametrize(
     ("given", "looked"),
     [

@@ -14,13 +14,15 @@ from training.errors import DataError
 from training.evaluation.evaluator import Evaluator
 from training.evaluation.results import ArmResult
 from training.evaluation.sweep import Sweep
-from training.evaluation.sweep_results import Goal, SweepPoint
+from training.evaluation.sweep_results import Goal, SweepPoint, SweepResult
 from training.methods.fit import Recipe
 from training.models import Base
 
 DEPTHS = (0.2, 0.35, 0.5, 0.65, 0.8)  # of the model's layers
 KINDS = (SiteKind.ATTN_OUTPUT, SiteKind.RESIDUAL)
 MULTIPLIERS = (1.0, 2.0)
+STRONGER = (1.5, 2.0)  # times the largest of them, where that is the best
+SHOWN = 5  # settings that are told
 DAMAGE = 8  # questions that are answered, to see what steering breaks
 CASES = 40  # questions of an attribute, or prompts
 EPOCHS = 20  # at most, of a fit that is only to be compared
@@ -85,20 +87,45 @@ def find_place(
     say: Say = lambda _: None,
 ) -> SweepPoint:
     """The site and multiplier of `sites` and `MULTIPLIERS` that are best for all attributes at once, on a part of dev
-    after short fits; the weaker one of two that are alike. What was measured is kept in `out`, as by a sweep."""
+    after short fits; the weaker one of two that are alike. Where the largest multiplier is the best, larger ones are
+    tried at its site. What was measured is kept in `out`, as by a sweep."""
     goal = Goal(tolerance=MOVED)
-    at_sites = replace(activations, values={site: activations.at(site) for site in sites})
-    swept = Sweep(
-        base, samples, at_sites, _short(recipe), MULTIPLIERS, quick(evaluator), out, goal, progress=progress, say=say
-    ).together()
-    points = swept.points
-    best = points[goal.best([point.rank for point in points], [point.multiplier for point in points])]
-    before = goal.score(swept.unsteered)
-    scores = f"{100 * before:.1f} -> {100 * best.score:.1f}"
+
+    def swept_at(sites: Sequence[Site], multipliers: Sequence[float], out: Path) -> SweepResult:
+        part = replace(activations, values={site: activations.at(site) for site in sites})
+        return Sweep(
+            base, samples, part, _short(recipe), multipliers, quick(evaluator), out, goal, progress=progress, say=say
+        ).measured()
+
+    swept = swept_at(sites, MULTIPLIERS, out)
+    best = _best(goal, swept.points)
+    if best.multiplier == max(MULTIPLIERS) and best.shortfall == 0:
+        more = [factor * best.multiplier for factor in STRONGER]
+        say(f"{best.place} is best at the largest multiplier: trying {' and '.join(f'{x:g}' for x in more)}")
+        swept = replace(swept, points=[*swept.points, *swept_at([best.place], more, out / "stronger").points])
+        best = _best(goal, swept.points)
+    _tell(goal, swept, best, out, say)
+    return best
+
+
+def _best(goal: Goal, points: Sequence[SweepPoint]) -> SweepPoint:
+    return points[goal.best([point.rank for point in points], [point.multiplier for point in points])]
+
+
+def _tell(goal: Goal, swept: SweepResult, best: SweepPoint, out: Path, say: Say) -> None:
+    """What was chosen among what, and what a reader should know of it."""
+    scores = f"{100 * goal.score(swept.unsteered):.1f} -> {100 * best.score:.1f}"
     say(f"place: {best.place}, multiplier {best.multiplier:g}: score {scores} on dev")
+    ranked = sorted(swept.points, key=lambda point: point.rank, reverse=True)
+    listed = ", ".join(f"{one.place} x{one.multiplier:g} {100 * one.score:.1f}" for one in ranked[:SHOWN])
+    say(f"best of what was tried: {listed}; all of it: {out / 'sweep.md'}")
+    if best.shortfall:
+        say(
+            "warning: every place and multiplier breaks the text beyond a limit, and this one least: read some of its "
+            "texts, and try less of it (--strength 0.5) or other layers."
+        )
     for remark in swept.remarks(goal):
         say(f"note: {remark}")
-    return best
 
 
 def quick(evaluator: Evaluator) -> Evaluator:

@@ -85,7 +85,7 @@ class Sweep:
         """For a method that is trained through the model."""
         return {"base": self.base, "samples": self.samples}
 
-    def together(self) -> SweepResult:
+    def measured(self) -> SweepResult:
         """All attributes at once at every site and multiplier, the best point first.
 
         Sites that an earlier, interrupted call has measured are read from `out`; `sweep.json`, `sweep.md` and
@@ -93,8 +93,13 @@ class Sweep:
         """
         swept = self._sweep([None])
         self._write(swept)
+        write_json(self.out / "best.json", asdict(swept.points[0]))
+        return swept
+
+    def together(self) -> SweepResult:
+        """As `measured`, and the best setting beside the unsteered model, with examples."""
+        swept = self.measured()
         best = swept.points[0]
-        write_json(self.out / "best.json", asdict(best))
         columns = fit(self.activations, [best.place], self.recipe, progress=self.progress)
         return self._chosen(swept, columns, default_arm(columns, best.multiplier, f"all {best.multiplier:g}"))
 
