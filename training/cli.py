@@ -146,7 +146,7 @@ def train(
         specs = texts.fitted_on(how.method, activations)
         sites, search = _sites(settings, layer, site, elsewhere=bool(own) or places is not None)
         if activations is not None:
-            _refuse_unused(pool, specs, chosen=evaluate and measured.judge is None)
+            _refuse_unused(pool, specs, chosen=evaluate and measured.prompts is None)
         strengths, defaults = parse_settings(strength, "--strength", unnamed=True), parse_settings(set_, "--set")
         from training.evaluation.report import show, terminal
         from training.evaluation.sweep_results import read_places
@@ -207,7 +207,7 @@ def _refuse_unused(pool: Pool | None, specs: Sequence[str], *, chosen: bool) -> 
     if pool is not None:
         raise TrainingError(_POOLED)
     if specs and not chosen:
-        raise TrainingError("--data beside --activations is to choose answers from: not with --judge or --no-evaluate.")
+        raise TrainingError("--data beside --activations is to be evaluated on: not with --prompts or --no-evaluate.")
 
 
 @app.command()
@@ -252,8 +252,8 @@ def evaluate(
         loaded, folder = open_checkpoint(checkpoint)
         evaluator = measured.at(loaded.config.positions.value).evaluator(texts.seed)
         evaluator = replace(evaluator, max_rows=rows, examples=EXAMPLES)
-        if not texts.specs and measured.judge is None:
-            raise DataError("Without a judge, --data is needed: the answers to choose from.")
+        if not texts.specs and measured.prompts is None:
+            raise DataError("--data is needed: answers to choose from, or questions to a --judge without --prompts.")
         samples = []
         if texts.specs:
             samples = split_as_trained(load_data(texts.specs, chat=texts.chat), folder, seed=texts.seed)

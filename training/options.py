@@ -246,7 +246,10 @@ class EvaluationOptions(OptionGroup):
     ] = None
     prompts: Annotated[
         Path | None,
-        typer.Option(help='What the judged answers are generated to: JSON lines {"prompt" or "messages", "split"?}.'),
+        typer.Option(
+            help='What the judged answers are generated to: JSON lines {"prompt" or "messages", "split"?}; default: '
+            "what the data ask, as TruthfulQA's questions, or ToxiGen's statements to go on from."
+        ),
     ] = None
     temperature: Annotated[float, typer.Option(help="Of the judged generations; 0 is greedy.")] = 1.0
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Of the judged generations.")] = 64
@@ -295,9 +298,9 @@ class EvaluationOptions(OptionGroup):
         from training.evaluation.judges import load_judge
         from training.evaluation.tasks import Prompting
 
-        if (self.judge is None) != (self.prompts is None):
-            raise TrainingError("--judge and --prompts belong together: give both or neither.")
-        if self.chat_prompts is not None and self.prompts is None:
+        if self.judge is None and self.prompts is not None:
+            raise TrainingError("--prompts are what a --judge's answers are generated to, and there is none.")
+        if self.chat_prompts is not None and self.judge is None:
             chosen = "--chat-prompts" if self.chat_prompts else "--plain-prompts"
             raise TrainingError(f"{chosen} is for the prompts of a --judge, and there is none.")
         if self.positions not in list(Positions):

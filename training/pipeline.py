@@ -126,6 +126,8 @@ def train(
     texts = [one for one in texts_for(samples, run) if one.attribute not in run.recipe.config.conditions()]
     if run.search is not None:
         check_search(run.evaluator, texts)
+    if run.evaluated and run.evaluator.judge is not None:
+        run.evaluator.check(texts, Split.TEST)
     base = load()
     if run.search is not None:
         run = replace(run, sites=_candidates(run.search, base, run))

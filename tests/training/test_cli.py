@@ -290,7 +290,7 @@ TRAIN = ("train", "--out", "checkpoints/x")
         ([*TRAIN, *DATA, *FIT, "--set", "kindness=1"], "no attribute 'kindness'"),
         ([*TRAIN, *DATA, *FIT, "--set", "civility"], "--set must be NAME=NUMBER"),
         ([*TRAIN, *DATA, *FIT, "--set", "civility=nan"], "--set must be NAME=NUMBER with one finite number"),
-        ([*TRAIN, *DATA, *FIT, "--judge", "oracle_of_tests:judge"], "--judge and --prompts belong together"),
+        ([*TRAIN, *DATA, *FIT, "--prompts", "prompts.jsonl"], "--prompts are what a --judge's answers are"),
         ([*TRAIN, *DATA, *FIT, "--judge", "nowhere:judge", "--prompts", "prompts.jsonl"], "'nowhere:judge' cannot be"),
         ([*TRAIN, *DATA, *FIT, "--judge", "json", "--prompts", "prompts.jsonl"], "named as module:function"),
         ([*TRAIN, *DATA, *FIT, *JUDGE, "--temperature", "nan"], "temperature must be"),

@@ -50,6 +50,15 @@ def test_a_classifier_gives_a_metric_for_each_label(tmp_path: Path, problem: str
     assert judge_key(judge) == f"hf:{tmp_path}"
 
 
+def test_a_classifier_without_a_pad_token_reads_one_text_at_a_time(tmp_path: Path) -> None:
+    classifier(tmp_path)
+    padded = verdicts(load_judge(f"hf:{tmp_path}"), [("", text) for text in TEXTS])
+    bare = make_tokenizer()
+    bare.pad_token = None
+    bare.save_pretrained(tmp_path)
+    assert verdicts(load_judge(f"hf:{tmp_path}"), [("", text) for text in TEXTS]) == padded
+
+
 def test_a_judge_model_says_yes_or_no(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     model = make_llama()

@@ -140,7 +140,7 @@ def test_imported_features_become_a_checkpoint(here: Path, caplog: pytest.LogCap
         ([*STORED, *CAA, "--data", "civility=gone.jsonl"], "model", "gone.jsonl cannot be read"),
         ([*STORED, *CAA, "--set", "beauty=2"], "model", "no attribute 'beauty'"),
         ([*STORED, *CAA, "--pool", "last"], "model", "--pool is for an extraction"),
-        ([*STORED, *CAA, *DATA, "--no-evaluate"], "model", "--data beside --activations is to choose answers from"),
+        ([*STORED, *CAA, *DATA, "--no-evaluate"], "model", "--data beside --activations is to be evaluated on"),
         ([*STORED, "--layer", "1", "--method", "actadd", "--pair", "a", "b"], "model", "give no --activations"),
         ([*STORED, "--layer", "1", "--method", "ablation", "--site", "attn_output", "--source", "2.residual"], "model",
          "stored has no activations at 2.residual"),

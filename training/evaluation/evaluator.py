@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from steering import checkpoint as checkpoints
 from steering.operators import gate_codes, gate_values
@@ -14,7 +15,7 @@ from training.errors import DataError
 from training.evaluation.choices import evaluate_choices
 from training.evaluation.examples import answered, chosen_from
 from training.evaluation.generation import Continuation, Sampling
-from training.evaluation.judged import Prompt, evaluate_generations, prompts_of
+from training.evaluation.judged import Prompt, evaluate_generations, prompts_from, prompts_of
 from training.evaluation.judges import Judge
 from training.evaluation.results import BASELINE, Arm, Evaluation, default_arm, single_arms
 from training.evaluation.tasks import Prompting, Question, questions
@@ -29,9 +30,10 @@ EXAMPLES = 3
 class Evaluator:
     judge: Judge | None = None
     prompts: Sequence[Prompt] = ()
+    """What the judged answers are generated to; none: what the data ask (`prompts_from`)."""
     sampling: Sampling = field(default_factory=Sampling)
     limit: int | None = None
-    """At most so many prompts, the first ones, or so many questions of each attribute, drawn by a fixed seed."""
+    """At most so many prompts, the first ones; of the data, so many of each attribute, drawn by a fixed seed."""
     positions: Positions = Positions.GENERATED
     max_rows: int = 128
     form: Form | None = None
@@ -44,8 +46,8 @@ class Evaluator:
     """So many prompts, or questions of each attribute, are shown token by token (`Evaluation.examples`)."""
 
     def __post_init__(self) -> None:
-        if (self.judge is None) != (not self.prompts):
-            raise DataError("A judge and prompts belong together: give both or neither.")
+        if self.judge is None and self.prompts:
+            raise DataError("Prompts are for a judge: give one, or no prompts.")
         if self.form is Form.PLAIN and any(not isinstance(prompt.asked, str) for prompt in self.prompts):
             raise DataError("--plain-prompts is for texts, and some of the prompts are conversations (messages).")
 
@@ -53,7 +55,7 @@ class Evaluator:
         """Raises DataError where `evaluate` would find nothing to evaluate on, or without a judge nothing on one of the
         attributes `names`; before any model is loaded."""
         if self.judge is not None:
-            prompts_of(self.prompts, split, self.limit)
+            self._prompts(samples, split, self.form or Form.PLAIN)
             return
         asked = questions([sample for sample in samples if sample.split is split], self.prompting)
         if missing := [name for name in names if name not in {question.attribute for question in asked}]:
@@ -77,8 +79,9 @@ class Evaluator:
         """Evaluate on one split; an interrupted call goes on from the file `kept`. `advance` is told
         shares of the whole. Raises DataError where the split holds nothing to evaluate on."""
         if self.judge is not None:
-            prompts = prompts_of(self.prompts, split, self.limit)
-            if self.form_for(base) is Form.CHAT:
+            form = self.form_for(base)
+            prompts = self._prompts(samples, split, form)
+            if form is Form.CHAT:
                 prompts = [
                     replace(one, asked=(Turn("user", one.asked),)) if isinstance(one.asked, str) else one
                     for one in prompts
@@ -98,9 +101,9 @@ class Evaluator:
                 kept=kept,
                 advance=advance,
             )
-            return replace(
-                evaluation, examples=answered(base, columns, arms, prompts, texts, self.positions, self.examples)
-            ), texts
+            notes = () if self.prompts else tuple(_unasked(samples, prompts, split))
+            examples = answered(base, columns, arms, prompts, texts, self.positions, self.examples)
+            return replace(evaluation, notes=(*notes, *evaluation.notes), examples=examples), texts
         own = [sample for sample in samples if sample.split is split]
         asked = drawn(questions(own, self.prompting), self.limit)
         evaluation = evaluate_choices(
@@ -123,6 +126,17 @@ class Evaluator:
         examples = chosen_from(base, columns, arms, asked, self.positions, self.examples)
         return replace(evaluation, settings=settings, notes=(*left_out, *evaluation.notes), examples=examples), []
 
+    def _prompts(self, samples: Sequence[Sample], split: Split, form: Form) -> list[Prompt]:
+        """Those that were given, else what the data of the split ask. Raises DataError where there is none."""
+        if self.prompts:
+            return prompts_of(self.prompts, split, self.limit)
+        own = prompts_from([sample for sample in samples if sample.split is split], form, self.prompting)
+        if not own:
+            raise DataError(f"No data of {split} have a prompt that a judged answer could be generated to: --prompts.")
+        if self.form is Form.PLAIN and any(not isinstance(prompt.asked, str) for prompt in own):
+            raise DataError("--plain-prompts is for texts, and some of the data are conversations.")
+        return drawn(own, self.limit)
+
     def form_for(self, base: Base) -> Form:
         """As it was chosen, else as the model has it."""
         return self.form or (Form.CHAT if base.chat else Form.PLAIN)
@@ -139,7 +153,23 @@ def _left_out(samples: Sequence[Sample], asked: Sequence[Question], split: Split
             )
 
 
-def drawn(asked: Sequence[Question], limit: int | None) -> list[Question]:
+def _unasked(samples: Sequence[Sample], prompts: Sequence[Prompt], split: Split) -> Iterator[str]:
+    """A sentence for each attribute of the data that has no prompt."""
+    there = {prompt.attribute for prompt in prompts}
+    for name in dict.fromkeys(sample.attribute for sample in samples):
+        if name not in there:
+            yield f"{name}: not measured, since its texts of {split} have no prompt to answer."
+
+
+class _OfAttribute(Protocol):
+    @property
+    def attribute(self) -> str: ...
+
+
+_Asked = TypeVar("_Asked", bound=_OfAttribute)
+
+
+def drawn(asked: Sequence[_Asked], limit: int | None) -> list[_Asked]:
     """At most `limit` of each attribute, in their order."""
     if limit is None:
         return list(asked)

@@ -56,6 +56,10 @@ class Continuation:
     nll: float
     verdict: Mapping[str, bool | None] = field(default_factory=dict)
     """A judge's."""
+    asked: str = ""
+    """The prompt, for people, once it was judged."""
+    attribute: str = ""
+    """Of the data that the prompt is from, if any."""
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,13 @@ from steering.chat_template import ChatTemplate
 from steering.types import Column, Positions
 from training.data.loaders import messages_field
 from training.data.rows import Row, check_fields, collect, read_rows, split_field, text_field
-from training.data.samples import Form, Split
+from training.data.samples import Form, Sample, Split, Task, Turn
 from training.errors import DataError
 from training.evaluation.damage import neutral_divergence, with_damage
 from training.evaluation.generation import Asked, Continuation, Sampling, generate, shown
 from training.evaluation.judges import Judge, verdicts
 from training.evaluation.results import MANY, Arm, ArmMeasures, Evaluation, Measured, compared, note_on_many
+from training.evaluation.tasks import Prompting, put
 from training.progress import Advance
 
 FIELDS = ("prompt", "messages", "split", "group", "attribute", "completion", "label")
@@ -31,10 +32,13 @@ class Prompt:
     """None belongs to every split."""
     group: str = ""
     """Prompts of one group are not independent; without one, each prompt is."""
+    attribute: str = ""
+    """Of the data that it is from; their metrics are named after it."""
 
 
 def load_prompts(path: Path) -> list[Prompt]:
-    """JSON lines of `{"prompt" | "messages", "split"?, "group"?}`. Raises DataError with file and line."""
+    """JSON lines of `{"prompt" | "messages", "split"?, "group"?}`; one that is there again, as in a training file,
+    counts once. Raises DataError with file and line."""
 
     def convert(row: Row) -> list[Prompt]:
         check_fields(row, FIELDS)
@@ -43,7 +47,32 @@ def load_prompts(path: Path) -> list[Prompt]:
     prompts = collect(str(path), partial(read_rows, path), convert)
     if not prompts:
         raise DataError(f"{path} holds no prompts.")
-    return prompts
+    return list({(prompt.asked, prompt.split): prompt for prompt in reversed(prompts)}.values())[::-1]
+
+
+def prompts_from(samples: Sequence[Sample], form: Form, prompting: Prompting = Prompting.PLAIN) -> list[Prompt]:
+    """What the data themselves ask, each once: a question, as `prompting` puts it, a sample's prompt, or a statement of
+    ToxiGen to go on from. As `form` chat each is a user's turn, without what plain text has around it. Texts without a
+    prompt ask nothing."""
+    found: dict[tuple[str, Asked], Prompt] = {}
+    for sample in samples:
+        asked = _asked_by(sample, form, prompting)
+        if asked:
+            found.setdefault((sample.attribute, asked), Prompt(asked, sample.split, sample.group, sample.attribute))
+    return list(found.values())
+
+
+def _asked_by(sample: Sample, form: Form, prompting: Prompting) -> Asked:
+    if sample.turns:
+        return sample.turns
+    chat = form is Form.CHAT
+    if sample.item is None:
+        said = sample.question if chat and sample.question else sample.prompt
+    elif sample.item.task is Task.TOXIGEN:
+        said = sample.item.question
+    else:
+        said = put(sample.item, Prompting.CHAT if chat else prompting)
+    return (Turn("user", said),) if chat and said.strip() else said
 
 
 def _asked(row: Row) -> Asked:
@@ -84,8 +113,9 @@ def evaluate_generations(
     kept: Path | None = None,
     advance: Advance = lambda _: None,
 ) -> tuple[Evaluation, list[Continuation]]:
-    """Generate in every arm and judge: the rate of each metric where it applies, the damage that the texts show, and
-    the paired differences to the unsteered arm, clustered by prompt or its group. The texts come along, judged.
+    """Generate in every arm and judge: the rate of each metric where it applies, of each attribute that prompts are of,
+    the damage that the texts show, and the paired differences to the unsteered arm, clustered by prompt or its group.
+    The texts come along, judged.
     `kept` and `advance` are as in `generate`."""
     if not prompts:
         raise DataError("There are no prompts to evaluate.")
@@ -95,7 +125,10 @@ def evaluate_generations(
         progress=progress, advance=advance, kept=kept,
     )  # fmt: skip
     found = verdicts(judge, [(shown(asked[text.prompt]), text.text) for text in texts])
-    texts = [replace(text, verdict=dict(verdict)) for text, verdict in zip(texts, found, strict=True)]
+    texts = [
+        replace(text, asked=shown(asked[text.prompt]), attribute=prompts[text.prompt].attribute, verdict=dict(verdict))
+        for text, verdict in zip(texts, found, strict=True)
+    ]
     clusters = [prompt.group or str(number) for number, prompt in enumerate(prompts)]
     size = len(texts) // len(arms)
     measures = [
@@ -113,14 +146,14 @@ def evaluate_generations(
 
 
 def judged(texts: Sequence[Continuation], clusters: Sequence[str]) -> dict[str, Measured]:
-    """Per metric, whether it holds of the texts; where it does not apply it weighs nothing. `clusters` by prompt."""
-    ids = tuple(clusters[text.prompt] for text in texts)
-    names = dict.fromkeys(name for text in texts for name in text.verdict)
-    return {
-        name: Measured(
-            np.array([(float(bool(v)), float(v is not None)) for text in texts for v in [text.verdict.get(name)]]),
-            ids,
-            rate=True,
-        )
-        for name in names
-    }
+    """Per metric, of each attribute apart, whether it holds of the texts; where it does not apply it weighs nothing.
+    `clusters` by prompt."""
+    found = {}
+    for attribute in dict.fromkeys(text.attribute for text in texts):
+        own = [text for text in texts if text.attribute == attribute]
+        ids = tuple(clusters[text.prompt] for text in own)
+        for name in dict.fromkeys(name for text in own for name in text.verdict):
+            verdicts = [text.verdict.get(name) for text in own]
+            parts = np.array([(float(bool(one)), float(one is not None)) for one in verdicts])
+            found[f"{attribute} {name}".strip()] = Measured(parts, ids, rate=True)
+    return found

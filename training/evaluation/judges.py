@@ -110,7 +110,8 @@ class Classifier:
     def batch(self, answers: Sequence[tuple[str, str]]) -> list[Verdict]:
         labels = list(self.pipeline.model.config.id2label.values())
         said = [text for _, text in answers if text.strip()]
-        scored = iter(self.pipeline(said, batch_size=32, truncation=True) if said else [])
+        size = 1 if self.pipeline.tokenizer.pad_token is None else 32
+        scored = iter(self.pipeline(said, batch_size=size, truncation=True) if said else [])
         return [self._verdict(next(scored)) if text.strip() else dict.fromkeys(labels) for _, text in answers]
 
     def _verdict(self, scores: Sequence[Mapping[str, Any]]) -> Verdict:

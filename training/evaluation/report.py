@@ -137,7 +137,16 @@ def store_rows(evaluation: Evaluation, texts: Sequence[Continuation], path: Path
     neither."""
     rows: list[Mapping[str, Any]] = list(evaluation.rows)
     rows += [
-        {"arm": t.arm, "prompt": t.prompt, "sample": t.sample, "text": t.text, "nll": t.nll, "verdict": t.verdict}
+        {
+            "arm": t.arm,
+            **({"attribute": t.attribute} if t.attribute else {}),
+            "prompt": t.prompt,
+            "asked": t.asked,
+            "sample": t.sample,
+            "text": t.text,
+            "nll": t.nll,
+            "verdict": t.verdict,
+        }
         for t in texts
     ]
     if rows:

@@ -94,6 +94,11 @@ def questions(samples: Sequence[Sample], prompting: Prompting = Prompting.PRIMER
     return list(found.values())
 
 
+def put(item: Item, prompting: Prompting) -> str:
+    """The item as it is asked, without its answers."""
+    return _ASK[item.task](item, prompting)[0]
+
+
 def _asked(item: Item, prompting: Prompting, attribute: str, cluster: str) -> Question:
     lines, answers, labels = _ASK[item.task](item, prompting)
     if prompting is Prompting.CHAT:
