@@ -67,7 +67,7 @@ class World:
             self.unsteered[split] = self.run(columns, [BASELINE], split).arms[0]
         plain = self.unsteered[split].perplexity or 1.0
         found = self.run(columns, arms, split).arms
-        return [replace(arm, perplexity_ratio=(arm.perplexity or 0.0) / plain) for arm in found]
+        return [replace(arm, perplexity_ratio=(arm.perplexity or 0.0) / plain, perplexity_range=None) for arm in found]
 
     def run(self, columns: Sequence[Column], arms: Sequence[Arm], split: Split) -> Evaluation:
         """On dev, where many settings are tried, a part of the prompts with one answer each."""

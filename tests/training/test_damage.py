@@ -73,6 +73,10 @@ def test_an_arm_that_loops_is_damaged_and_ranks_last(llama: Any, tokenizer: Any,
     assert (looping.damage["kl"].value or 0) > 1
     assert gentle.differences["kl"].value == pytest.approx(0, abs=1e-5)
     assert gentle.perplexity_ratio == pytest.approx(1, rel=1e-3)
+    assert gentle.perplexity_range == pytest.approx((1, 1), rel=1e-3)
+    low, high = looping.perplexity_range or (0, 0)
+    assert low <= (looping.perplexity_ratio or 0) <= high
+    assert f"{looping.perplexity_ratio:.2f} [{low:.2f}, {high:.2f}]" in markdown(found)
     assert plain.differences == {}
     flattered = ArmResult(**{**vars(looping), "metrics": dict.fromkeys(looping.metrics, Estimate(1.0, 1, 1, 8))})
     goal = Goal(max_perplexity_ratio=1e9)

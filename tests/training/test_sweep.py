@@ -1,7 +1,9 @@
 """Goals rank settings; strengths are found alone first, then beside each other."""
 
+import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from math import exp
 
 import numpy as np
 import pytest
@@ -62,6 +64,24 @@ def test_one_answer_of_few_is_no_reason_to_leave_a_setting_out(
         for arm, count in ((BASELINE, before), (Arm("steered", {"truth": 1.0}), bad))
     ]
     assert (Goal().shortfall(compared(arms)[1]) == 0) is sound
+
+
+@pytest.mark.parametrize(("costs", "sound"), [([150] * 8, False), ([100] * 7 + [350], True), ([100] * 8, True)])
+def test_a_perplexity_that_few_answers_cannot_tell_from_the_unsteered_one_is_no_reason(
+    costs: list[float], sound: bool
+) -> None:
+    ids = tuple(map(str, range(8)))
+    arms = []
+    for arm, own in ((BASELINE, [100.0] * 8), (Arm("steered", {"truth": 1.0}), costs)):
+        surprise = Measured(np.array([(cost, 50.0) for cost in own]), ids)
+        arms.append(ArmMeasures(arm, {}, perplexity=exp(sum(own) / 400), surprise=surprise))
+    plain, found = compared(arms)
+    assert plain.perplexity_range is None
+    low, high = found.perplexity_range or (0, 0)
+    assert low <= (found.perplexity_ratio or 0) <= high
+    assert (found.perplexity_ratio or 0) > 1.5 or costs == [100] * 8
+    assert (Goal().shortfall(found) == 0) is sound
+    assert ArmResult.from_dict(json.loads(json.dumps(asdict(found)))) == found
 
 
 def test_a_sound_setting_goes_before_a_better_one_that_is_not() -> None:

@@ -57,7 +57,14 @@ def with_damage(
             "empty": Measured(np.array(empty), ids, rate=True),
             "kl": Measured(np.array(moved), tuple(map(str, range(len(moved))))),
         }
-        found.append(replace(arm, damage={name: damage[name] for name in DAMAGE}, perplexity=perplexity(own)))
+        found.append(
+            replace(
+                arm,
+                damage={name: damage[name] for name in DAMAGE},
+                perplexity=perplexity(own),
+                surprise=Measured(np.array([(text.nll, float(len(text.token_ids))) for text in own]), ids),
+            )
+        )
     return found
 
 

@@ -271,10 +271,22 @@ def _gain(evaluation: Evaluation, name: str, tints: Mapping[str, str]) -> Card:
 
 def _damages(evaluation: Evaluation) -> list[Card]:
     cards = []
-    ratios = {arm.arm: arm.perplexity_ratio for arm in evaluation.arms if arm.perplexity_ratio is not None}
+    ratios = {
+        arm.arm: (arm.perplexity_ratio, arm.perplexity_range)
+        for arm in evaluation.arms
+        if arm.perplexity_ratio is not None
+    }
     if ratios:
-        scale = Scale.of(list(ratios.values()), high=1.0)
-        rows = [Row(name, f"{ratio:.2f}x", "", Bar.at(scale, ratio)) for name, ratio in ratios.items()]
+        scale = Scale.of([end for ratio, ends in ratios.values() for end in (ratio, *(ends or ())[1:])], high=1.0)
+        rows = [
+            Row(
+                name,
+                f"{ratio:.2f}x",
+                "[{:.2f}, {:.2f}]".format(*ends) if ends else "",
+                Bar.at(scale, ratio, *(ends or (None, None))),
+            )
+            for name, (ratio, ends) in ratios.items()
+        ]
         unit, about = DAMAGES["perplexity ratio"]
         cards.append(Card("perplexity ratio", about, unit, TINTS["perplexity ratio"], rows, False))
     for name in DAMAGE:

@@ -61,6 +61,8 @@ def _counted(estimate: Estimate | None) -> str:
 
 def _damage(arm: ArmResult, names: Sequence[str]) -> list[str]:
     numbers = ["-" if value is None else f"{value:.2f}" for value in (arm.perplexity, arm.perplexity_ratio)]
+    if arm.perplexity_range is not None:
+        numbers[1] += " [{:.2f}, {:.2f}]".format(*arm.perplexity_range)
     for name in names:
         one = arm.damage.get(name)
         scale, digits = (1, 3) if name == "kl" else (100, 1)
@@ -96,7 +98,7 @@ def _apart(whole: Rows) -> Iterator[Rows]:
 _CAPTIONS = {
     "": "Percent with 95 % intervals.",
     "difference to unsteered": "Points, paired, with 95 % intervals from drawing clusters (questions, or templates).",
-    "damage": "Perplexity of its own texts under the unsteered model, ratio against the first arm; rep-4 (repeated "
+    "damage": "Perplexity of its own texts under the unsteered model, ratio against the first arm's; rep-4 (repeated "
     "token 4-grams) and empty texts in percent; KL to the unsteered model on neutral text, nats a token.",
 }
 
@@ -162,7 +164,10 @@ def plot(evaluation: Evaluation, path: Path) -> bool:
     from matplotlib.figure import Figure
 
     names, arms = evaluation.metrics, evaluation.arms
-    ratios = [None if (one := arm.perplexity_ratio) is None else Estimate(one, one, one, 1) for arm in arms]
+    ratios = [
+        None if (one := arm.perplexity_ratio) is None else Estimate(one, *(arm.perplexity_range or (one, one)), 1)
+        for arm in arms
+    ]
     gain: _Bars = {name: [arm.metrics.get(name) for arm in arms] for name in names}
     shares: _Bars = {name: [arm.damage.get(name) for arm in arms] for name in DAMAGE if name != "kl"}
     others: _Bars = {"perplexity ratio": ratios, "kl": [arm.damage.get("kl") for arm in arms]}

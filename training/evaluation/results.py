@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
-from math import sqrt
+from math import exp, sqrt
 from typing import Any
 
 import numpy as np
@@ -177,6 +177,8 @@ class ArmResult:
     perplexity: float | None = None
     perplexity_ratio: float | None = None
     """Against the first arm."""
+    perplexity_range: tuple[float, float] | None = None
+    """The ratio's 95 % interval, paired; None for the first arm."""
     damage: Mapping[str, Estimate] = field(default_factory=dict)
     """Of its own texts `rep-4`, the share of token 4-grams that the text has had before, and `empty`, the share of
     texts without a word; `kl`, on neutral text, the divergence, in nats a token, from the unsteered model."""
@@ -190,7 +192,8 @@ class ArmResult:
             part: {name: Estimate(**estimate) for name, estimate in stored.get(part, {}).items()}
             for part in ("metrics", "damage", "differences")
         }
-        return cls(**{**stored, **parts})
+        ends = stored.get("perplexity_range")
+        return cls(**{**stored, **parts, "perplexity_range": ends and tuple(ends)})
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,6 +204,8 @@ class ArmMeasures:
     metrics: Mapping[str, Measured]
     damage: Mapping[str, Measured] = field(default_factory=dict)
     perplexity: float | None = None
+    surprise: Measured | None = None
+    """Of each text its negative log-likelihood, weighed by its tokens: the mean is the perplexity's logarithm."""
 
 
 def compared(arms: Sequence[ArmMeasures]) -> tuple[ArmResult, ...]:
@@ -218,11 +223,24 @@ def compared(arms: Sequence[ArmMeasures]) -> tuple[ArmResult, ...]:
                 {name: measured.estimate() for name, measured in one.metrics.items()},
                 one.perplexity,
                 one.perplexity / plain if one.perplexity is not None and plain else None,
+                _range(one, arms[0]),
                 {name: measured.estimate() for name, measured in one.damage.items()},
                 {name: own[name].minus(before[name]) for name in own if name in before},
             )
         )
     return tuple(results)
+
+
+def _range(one: ArmMeasures, first: ArmMeasures) -> tuple[float, float] | None:
+    """95 % of the ratio of their perplexities."""
+    if one is first or one.surprise is None or first.surprise is None:
+        return None
+    apart = one.surprise.minus(first.surprise)
+    return None if apart.low is None or apart.high is None else (_exp(apart.low), _exp(apart.high))
+
+
+def _exp(value: float) -> float:
+    return exp(min(700.0, value))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ class Goal:
     metrics: tuple[str, ...] = ()
     """Those that count; none: every judged metric, or each attribute's primary one (mc2, accuracy, preference)."""
     max_perplexity_ratio: float = 1.5
+    """Where its interval is above 1 as well: of few answers the ratio may be anything."""
     max_repetition: float = 0.1
     """By how much rep-4 may be above the unsteered model's: a text that loops can have any score."""
     max_empty: float = 0.1
@@ -54,6 +55,8 @@ class Goal:
         itself does to the others, beside the unsteered `baseline`, beyond what it may; 0 within all limits. Raises
         TrainingError for a metric that is not there."""
         excess = [(arm.perplexity_ratio or 0.0) / self.max_perplexity_ratio - 1]
+        if arm.perplexity_range is not None and arm.perplexity_range[0] <= 1:
+            excess = []
         shares = {"rep-4": self.max_repetition, "empty": self.max_empty}
         limits = {name: max(most, _one_answer(arm, name)) for name, most in shares.items()} | {"kl": self.max_kl}
         excess += [(_more(arm, name) - most) / (most or 1) for name, most in limits.items()]
