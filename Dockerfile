@@ -23,6 +23,7 @@ COPY steer_ops ./steer_ops
 COPY training ./training
 COPY demo ./demo
 COPY checkpoints/demo ./checkpoints/demo
+COPY checkpoints/tone ./checkpoints/tone
 RUN /opt/matsteer/bin/pip install --no-cache-dir --constraint constraints.txt '.[otel]'
 
 FROM ${BASE}

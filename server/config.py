@@ -39,11 +39,11 @@ def _demo_model() -> Path:
 
 
 def _checkpoints_folder() -> Path:
-    """`checkpoints` of the clone. For a wheel: of the working directory, where it holds any, else the demo's own."""
-    clone, here, demo = _installed("checkpoints"), Path.cwd() / "checkpoints", _installed("demo/checkpoints")
+    """`checkpoints` of the clone. For a wheel: of the working directory, where it holds any, else the wheel's own."""
+    clone, here, wheel = _installed("checkpoints"), Path.cwd() / "checkpoints", _installed("demo/checkpoints")
     if clone.exists():
         return clone
-    return here if any(here.glob("*/*/config.json")) or not demo.exists() else demo
+    return here if any(here.glob("*/*/config.json")) or not wheel.exists() else wheel
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Settings(BaseSettings):
     )
     checkpoints: Path = Field(
         default_factory=_checkpoints_folder,
-        description="folder of checkpoints; unset: `checkpoints`, or in a wheel the demo's",
+        description="folder of checkpoints; unset: `checkpoints`, or in a wheel those that it has",
     )
     checkpoint: str | None = Field(
         default=None,

@@ -1,4 +1,4 @@
-"""The wheel alone, without the clone, serves the demo steered."""
+"""The wheel alone, without the clone, serves the demo steered, and a model of `matsteer get`."""
 
 import os
 import re
@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from demo.readme import requests, served
+from tests.training.helpers import make_llama, make_tokenizer
 
 ROOT = Path(__file__).parents[1]
 HINT = re.compile(r"pip install '([^']+)'")
@@ -36,6 +37,7 @@ def test_it_holds_the_packages_and_the_demo_and_nothing_else(unpacked: Path) -> 
     for name in (
         "demo/model/model.safetensors",
         "demo/checkpoints/demo/v1/config.json",
+        "demo/checkpoints/tone/v1/config.json",
         "steer_ops/cpu/library.cpp",
         "server/web/static/page/page.js",
         "training/html/page.html",
@@ -50,13 +52,17 @@ def test_the_changelog_has_the_version() -> None:
     assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_it_serves_the_demo_steered_from_any_folder(
-    unpacked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def elsewhere(unpacked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory, where the packages are the wheel's."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(unpacked))
     for name in [name for name in os.environ if name.startswith("MATSTEER_")]:
         monkeypatch.delenv(name)
+    return tmp_path
+
+
+def test_it_serves_the_demo_steered_from_any_folder(unpacked: Path, elsewhere: Path) -> None:
     where = [sys.executable, "-c", "import server; print(server.__file__)"]
     assert subprocess.run(where, capture_output=True, text=True, check=True).stdout.startswith(str(unpacked))
     (request, *_) = requests(ROOT / "README.md")
@@ -65,6 +71,22 @@ def test_it_serves_the_demo_steered_from_any_folder(
         answer = httpx.post(url + request.path, json=request.body, timeout=60, trust_env=False).json()
     assert answer["results"][0]["steering"]["steered_tokens"] > 0
     assert answer["results"][0]["text"] != answer["baseline"][0]["text"]
+
+
+def test_it_serves_a_model_that_was_fetched_with_the_checkpoint_for_it(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place of SmolLM2 a random model of its width and depth, which is all that a checkpoint asks for."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(elsewhere))
+    monkeypatch.setenv("MATSTEER_NATIVE", "false")  # whose kernels would be compiled into that cache
+    folder = elsewhere / "mat-steer/models/smollm2"
+    make_llama(hidden_size=576, num_hidden_layers=30, head_dim=2).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    with served("--model", "smollm2") as url:
+        assert httpx.get(f"{url}/readyz", trust_env=False).json()["checkpoint"] == "tone@v1"
+        body = {"prompt": "Q: Where do bees live? A:", "max_new_tokens": 4}
+        answer = httpx.post(f"{url}/generate", json=body, timeout=60, trust_env=False).json()
+    assert answer["results"][0]["steering"]["steered_tokens"] > 0
 
 
 def test_hints_name_packages_that_pip_finds_and_the_versions_that_we_ask_for() -> None:
