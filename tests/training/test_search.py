@@ -79,6 +79,19 @@ def test_where_the_largest_multiplier_is_best_larger_ones_are_tried(
     assert checkpoints.load(here / "checkpoints/x/v1").config.training["hyperparameters"]["strength"] in (0.5, 0.75, 1)
 
 
+def test_a_gain_that_may_be_chance_is_said_to(here: Path) -> None:
+    chance = "note: on dev no gain there is more than chance (tone mc2 "
+    assert chance in done("train", *DATA, *CAA, "--strength", "1e-6", "--no-evaluate")
+    point = json.loads((here / "checkpoints/x/.work/search/best.json").read_text())
+    assert point["differences"]["tone mc2"]["low"] <= 0
+    said = done("train", *DATA, *CAA, "--out", "checkpoints/y", "--strength", "3", "--no-evaluate")
+    swept = (here / "checkpoints/y/.work/search").glob("**/sweep.json")
+    points = [point for file in swept for point in json.loads(file.read_text())]
+    places = {f"place: {p['layer']}.{p['site']}, multiplier {p['multiplier']:g}:": p for p in points}
+    (chosen,) = (p for told, p in places.items() if told in said)
+    assert (chance in said) is not (chosen["differences"]["tone mc2"]["low"] > 0)
+
+
 def test_a_place_that_breaks_the_text_is_said_to(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.evaluation.search.MULTIPLIERS", (100.0,))
     said = done("train", *DATA, *CAA, "--layer", "auto", "--no-evaluate")

@@ -124,6 +124,13 @@ def _tell(goal: Goal, swept: SweepResult, best: SweepPoint, out: Path, say: Say)
             "warning: every place and multiplier breaks the text beyond a limit, and this one least: read some of its "
             "texts, and try less of it (--strength 0.5) or other layers."
         )
+    gains = {name: best.differences[name] for name in goal.counted(swept.unsteered) if name in best.differences}
+    if not any(one.low is not None and one.low > 0 for one in gains.values()):
+        told = ", ".join(f"{name} {one.text(signed=True)}" for name, one in gains.items())
+        say(
+            f"note: on dev no gain there is more than chance ({told}): more data, a larger --limit, or a place that is "
+            "known to work (--layer and --site) may serve better."
+        )
     for remark in swept.remarks(goal):
         say(f"note: {remark}")
 

@@ -79,6 +79,10 @@ class Goal:
         pairs = [(_metric(arm, name), _metric(baseline, name)) for name in others]
         return [abs(now - before) for now, before in pairs if now is not None and before is not None]
 
+    def counted(self, arm: ArmResult) -> list[str]:
+        """The metrics that count for all attributes at once. Raises TrainingError."""
+        return self._counted(arm, None)
+
     def _counted(self, arm: ArmResult, attribute: str | None) -> list[str]:
         if attribute is not None:
             own = [name for name in (attribute, *(f"{attribute} {part}" for part in PRIMARY)) if name in arm.metrics]
