@@ -33,7 +33,7 @@ def render_card(
         f"---\nbase_model: {base_model}\ntags: [activation-steering, {method}]\n---\n",
         f"# {name}, version {version}\n",
         f"Steers **{', '.join(attributes)}** of `{base_model}` at `{sites}`. Method: {title}. "
-        f"Steered positions: {positions}.{_form(training)}\n",
+        f"Steered positions: {positions}.{_form(training)}{_searched(training)}\n",
         _data(training),
         "## Hyperparameters\n",
         _table(["setting", "value"], [[key, value] for key, value in training["hyperparameters"].items()]),
@@ -54,6 +54,11 @@ def _form(training: Mapping[str, Any]) -> str:
         Form.PLAIN: " Trained on plain text, without a chat template: steer texts that are continued with it.",
     }
     return forms[Form(training["form"])] if "form" in training else ""
+
+
+def _searched(training: Mapping[str, Any]) -> str:
+    """How the place was come by, where it was not given."""
+    return f" Place and strength were looked for on {training['searched']}." if "searched" in training else ""
 
 
 def _template(training: Mapping[str, Any]) -> str:

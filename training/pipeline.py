@@ -319,6 +319,7 @@ def write_checkpoint(
         "hyperparameters": {"pool": activations.pool.value, **run.recipe.as_dict()},
         "gates": [asdict(mean) for mean in gates],
         "seed": run.seed,
+        **({"searched": Split.DEV.value} if run.search else {}),
         "libraries": libraries(),
     }
     positions = run.evaluator.positions

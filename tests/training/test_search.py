@@ -59,6 +59,10 @@ def test_the_place_is_the_one_whose_scores_on_dev_are_best(here: Path) -> None:
     chosen = [p for p in points if f"{p['layer']}.{p['site']}" == sites_of()[0]]
     assert max(point["score"] for point in chosen) >= best - 0.005
     assert f"place: {sites_of()[0]}, multiplier " in said
+    searched = "Place and strength were looked for on dev."
+    assert searched in (here / "checkpoints/x/v1/README.md").read_text()
+    done("train", *DATA, *CAA, "--layer", "1")
+    assert searched not in (here / "checkpoints/x/v2/README.md").read_text()
     settings = checkpoints.load(here / "checkpoints/x/v1").config.training["hyperparameters"]
     assert settings.get("strength", 1.0) in (1.0, 2.0)
 
