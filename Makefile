@@ -16,7 +16,7 @@ DEV_INSTALLED := $(VENV)/.installed-dev
 PAGE_INSTALLED := $(VENV)/.installed-page
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: help install serve test check format real-model real-checkpoint demo-model demo-data demo-sweep demo-checkpoint reproduce reproduce-real readme api-docs page check-page test-page screenshots test-monitoring test-proxy fuzz soak test-clients test-ray check-chart bench test-release test-image audit check-gpu clean
+.PHONY: help install serve test check format real-model real-checkpoint demo-model demo-data demo-sweep demo-checkpoint reproduce reproduce-real reproduce-style readme api-docs page check-page test-page screenshots test-monitoring test-proxy fuzz soak test-clients test-ray check-chart bench test-release test-image audit check-gpu clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -90,6 +90,9 @@ reproduce: demo-data $(DEV_INSTALLED)  ## every table and plot of docs/results a
 # SIZES: more or less of them, as in SIZES='--test 400'; what was measured before is not measured again.
 reproduce-real: real-model $(DEV_INSTALLED)  ## the same on SmolLM2 with TruthfulQA, ToxiGen and BBQ (an hour or two; goes on where it was stopped)
 	$(BIN)/python -m studies.real --model smollm2 $(if $(DATA),--data $(DATA)) $(SIZES)
+
+reproduce-style: real-model $(DEV_INSTALLED)  ## the tutorial of docs/style.md: its checkpoints, and what they gain and break
+	$(BIN)/python -m studies.style --model smollm2
 
 readme: $(DEV_INSTALLED)  ## write the server's answers to the README's request into the README
 	$(BIN)/python -m demo.readme
