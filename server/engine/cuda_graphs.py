@@ -12,6 +12,7 @@ is how tests reach them.
 """
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from server.errors import is_out_of_memory
 
 log = logging.getLogger(__name__)
 WARMUPS = 2  # passes before a capture, in which libraries set themselves up
+RETRY_S = 300.0  # after which a capture that found no memory is tried again
 Chunks = tuple[ScheduledChunk, ...]
 
 
@@ -72,7 +74,8 @@ class CudaGraphs:
         self._most_blocks = most_blocks
         self._wanted: dict[Bucket, None] = {}
         self._captured: dict[Bucket, _Captured] = {}
-        self._no_memory: dict[Bucket, int] = {}  # the bank's version for which a bucket could not be captured
+        # Where a bucket could not be captured for want of memory: for which version of the bank, and when.
+        self._no_memory: dict[Bucket, tuple[int, float]] = {}
         self._unable = False
         self._pool: Any = None  # memory that all graphs share
         self._logits: Tensor | None = None  # [most rows, vocab]: what all graphs write to
@@ -92,12 +95,12 @@ class CudaGraphs:
         return [
             bucket
             for bucket in self._wanted
-            if self._no_memory.get(bucket) != version and not self._is_captured(bucket, version)
+            if not self._has_failed(bucket, version) and not self._is_captured(bucket, version)
         ]
 
     def capture(self, bucket: Bucket, version: int) -> None:
         """Captures a bucket, with the bank at `version`, between two steps. Where there is no memory for it, larger
-        ones serve its rows, or none."""
+        ones serve its rows, or none, until it is due again after `RETRY_S`."""
         before = self._captured.pop(bucket, None)  # its memory is free again
         metadata = before.metadata if before else DecodeMetadata.empty(*bucket, self._device)
         metadata.fill((), torch.empty(0, dtype=torch.int64, device=self._device), self._idle_block)
@@ -107,7 +110,7 @@ class CudaGraphs:
         except RuntimeError as error:
             if is_out_of_memory(error):
                 log.warning("there is no memory for the CUDA graph of %d rows", bucket.rows)
-                self._no_memory[bucket] = version
+                self._no_memory[bucket] = version, time.monotonic()
             else:  # a model whose host code looks at the device's values
                 log.warning("decoding steps are not captured in CUDA graphs: %s", str(error).splitlines()[0])
                 self._wanted, self._captured, self._unable = {}, {}, True
@@ -140,6 +143,10 @@ class CudaGraphs:
         captured.graph.replay()
         assert self._logits is not None, "made with the first graph"
         return self._logits[: len(chunks)]
+
+    def _has_failed(self, bucket: Bucket, version: int) -> bool:
+        failed, at = self._no_memory.get(bucket, (None, 0.0))
+        return failed == version and time.monotonic() < at + RETRY_S
 
     def _is_captured(self, bucket: Bucket, version: int) -> bool:
         captured = self._captured.get(bucket)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Hashable, Iterator, Mapping
 from collections.abc import Sequence as Listing
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Protocol
 
@@ -167,13 +167,23 @@ class ForwardInputs:
     chunks: list[ChunkLayout]
     num_rows: list[int]  # of each: for how many of its tokens, the last ones, logits are computed
     rows: tuple[SequenceSteering, ...]  # this and what follows: see `ColumnBank.fill`
-    token_rows: NDArray[np.int64]  # also of idle tokens behind those of the chunks
+    token_rows: NDArray[np.int64]  # also of idle tokens behind those of the chunks, where there are some
     token_lines: NDArray[np.int64] | None
     num_lines: int  # of latched gates that were ever in use
 
     @property
     def num_tokens(self) -> int:
         return sum(map(len, self.chunks))
+
+    def padded(self, room: int) -> "ForwardInputs":
+        """With idle tokens behind the others, `room` in all."""
+        token_rows = np.full(room, -1, dtype=np.int64)
+        token_rows[: len(self.token_rows)] = self.token_rows
+        token_lines = None
+        if self.token_lines is not None:
+            token_lines = np.zeros((2, room), dtype=np.int64)
+            token_lines[:, : self.token_lines.shape[1]] = self.token_lines
+        return replace(self, token_rows=token_rows, token_lines=token_lines)
 
 
 class Followers(Protocol):
@@ -308,9 +318,13 @@ class ModelRunner:
         logits."""
         tokens = sum(map(len, chunks))
         self.bank.reserve(tokens)
+        inputs = self._inputs(chunks)
+        if inputs.token_lines is not None:  # before a graph is looked for: more lines make those that there are useless
+            self.bank.reserve_lines(inputs.num_lines)
         graphs = self._graphs if self._graphs and self._graphs.fits(chunks) and not self.steering.traced else None
         bucket = graphs.find(chunks, self.bank.version) if graphs else None
-        inputs = self._inputs(chunks, bucket.rows if bucket else tokens)
+        if bucket:
+            inputs = inputs.padded(bucket.rows)
         if ids is None:
             known = [token for chunk in chunks for token in chunk.token_ids]
             ids = upload(np.array(known, dtype=np.int64), self.device)
@@ -434,8 +448,7 @@ class ModelRunner:
         logits: Tensor = output.logits[0].to(self.device)
         return logits if selected or keep is None else logits[keep]
 
-    def _inputs(self, chunks: Chunks, room: int) -> ForwardInputs:
-        """For the tokens of the chunks, and for idle ones up to `room`."""
+    def _inputs(self, chunks: Chunks) -> ForwardInputs:
         rows: dict[SequenceSteering, int] = {}
         token_rows: list[int] = []
         lines: list[tuple[int, int, int]] = []  # of latched gates: where a row's tokens begin and end, its line
@@ -453,7 +466,6 @@ class ModelRunner:
             else:
                 acting = steering_mask(steering.positions, chunk.start, chunk.end, prompt)
                 token_rows += np.where(acting, row, -1).tolist()
-        token_rows += [-1] * (room - len(token_rows))
         token_lines = None
         if lines:
             token_lines = np.zeros((2, len(token_rows)), dtype=np.int64)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from server.app import create_app
 from server.config import Settings
+from server.engine.cuda_graphs import Bucket, CudaGraphs
 from server.engine.sequence import SteeringParams
 from steering.checkpoint import base_model_info
 from steering.types import Column, Gate, Reading, SequenceSteering, Site
@@ -60,6 +61,25 @@ def greedy(model: Any, prompt: Many[int], columns: Many[Column], multipliers: Ma
 def whole(output: Any) -> Tensor:
     hidden: Tensor = output if isinstance(output, Tensor) else output[0]
     return hidden
+
+
+def test_no_graph_is_replayed_that_more_latched_rows_have_made_useless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it has captured are the addresses of the lines before."""
+    monkeypatch.setattr("steering.bank.LINES", 2)
+    versions: list[tuple[int, int]] = []
+    static = CudaGraphs.__call__
+
+    def replayed(graphs: CudaGraphs, bucket: Bucket, *args: Any) -> Tensor:
+        versions.append((graphs._captured[bucket].version, desk.bank.version))
+        return static(graphs, bucket, *args)
+
+    monkeypatch.setattr(CudaGraphs, "__call__", replayed)
+    desk = Desk(tiny("llama"), graphs=True)
+    steering = SteeringParams(SequenceSteering.of([(desk.bank.add(conditioned(latched=True)), (1.0, 0.5))]))
+    desk.run([greedy_sequence((10 + one, 6, 7), 8, steering) for one in range(5)], arrivals=[0, 2, 4, 6, 8])
+    assert desk.bank.max_lines > 2
+    assert versions
+    assert all(captured == now for captured, now in versions)
 
 
 @pytest.mark.parametrize("how", ["native", "torch", "static"])

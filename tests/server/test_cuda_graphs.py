@@ -185,6 +185,17 @@ def test_a_size_that_finds_no_memory_is_served_by_a_larger_one_until_the_next_ca
 
 
 @needs_kernel
+def test_a_size_that_found_no_memory_is_tried_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    Fails(monkeypatch, torch.OutOfMemoryError("CUDA out of memory."), rows=2, times=1)
+    desk = Desk(tiny("llama"), graphs=True)
+    assert not desk.runner.graphs_due
+    monkeypatch.setattr(cuda_graphs, "RETRY_S", 0.0)
+    assert desk.runner.graphs_due
+    run(desk, asked(3, 3))
+    assert [bucket.rows for bucket in buckets(desk)] == [8, 4, 1, 2]
+
+
+@needs_kernel
 def test_a_model_that_cannot_be_captured_is_served_without_graphs(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
