@@ -81,6 +81,8 @@ def gathered(x: Tensor) -> Tensor:
 
 def use_plain_layers(model: Any) -> int:
     """Exchanges the linear layers of a model that is sharded, in place; says how many."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0
     from torch.distributed.tensor import DTensor
     from transformers.integrations.tensor_parallel import replace_layer_number_by_wildcard
 

@@ -2,7 +2,6 @@
 
 import logging
 import multiprocessing
-import os
 import signal
 import threading
 from multiprocessing.connection import Connection, wait
@@ -42,7 +41,6 @@ def follow(leader: Connection, settings: Settings, place: Place) -> None:
         settings = settings.model_copy(update={"log_level": "warning"})
     configure_logging(settings)
     hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    os.environ["LOCAL_RANK"] = str(place.rank)  # by which transformers chooses the GPU
     status = 1
     try:
         join(place, choose_device(settings))

@@ -25,6 +25,7 @@ class Place:
 
 def join(place: Place, device: torch.device) -> None:
     """Waits for the others."""
+    os.environ["LOCAL_RANK"] = str(place.rank)  # by which transformers chooses the GPU, whatever started this process
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # they are all on this host
     own = None
@@ -39,6 +40,13 @@ def join(place: Place, device: torch.device) -> None:
         timeout=TIMEOUT,
         device_id=own,
     )
+
+
+def leave() -> None:
+    """From the process that leads, once the others have ended. NCCL wants all to leave together: there the end of the
+    process does it."""
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
 
 
 def end(status: int) -> NoReturn:

@@ -23,6 +23,7 @@ from server.parallel.group import Place
 from server.parallel.messages import AddColumns, CopyBlocks, Forward, RemoveColumns, ToFollower, encode, to_bytes
 from server.process.supervisor import how_it_ended
 from steering.bank import ColumnBank
+from steering.errors import SteeringError
 from steering.types import Column, Handle
 
 log = logging.getLogger(__name__)
@@ -47,14 +48,19 @@ class Leader:
         self._folder = tempfile.TemporaryDirectory(prefix="matsteer-")
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
-        for rank in range(1, self._size):
-            ours, theirs = _spawn.Pipe()
-            place = self._place(rank)
-            process = _spawn.Process(target=_follow, args=(theirs, settings, place), name=f"shard {rank}")
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
+        try:
+            for rank in range(1, self._size):
+                ours, theirs = _spawn.Pipe()
+                self._pipes.append(ours)
+                process = _spawn.Process(
+                    target=_follow, args=(theirs, settings, self._place(rank)), name=f"shard {rank}"
+                )
+                process.start()
+                self._processes.append(process)
+                theirs.close()
+        except BaseException:
+            self.close()
+            raise
         threading.Thread(target=self._watch, name="shards", daemon=True).start()
 
     def join(self) -> None:
@@ -72,8 +78,6 @@ class Leader:
         self._closing.set()
         for pipe in self._pipes:
             pipe.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
         deadline = time.monotonic() + LATE_S
         for process in self._processes:
             if self._serving:  # else it may wait for this process in the middle of its start
@@ -83,6 +87,7 @@ class Leader:
                     log.error("%s has not ended in time, and is killed", process.name)
                 process.kill()
                 process.join()
+        group.leave()
         self._folder.cleanup()
 
     # --- columns --------------------------------------------------------------------------------
@@ -90,7 +95,12 @@ class Leader:
     def add(self, columns: Sequence[Column]) -> Handle:
         """See `ColumnBank.add`."""
         assert self._bank is not None, "it leads"
-        handle = self._bank.add(columns)
+        try:
+            handle = self._bank.add(columns)
+        except SteeringError:  # before anything has changed
+            raise
+        except Exception as error:  # the bank may hold what those of the others do not
+            self._end("columns cannot be added to a model in several processes", error)
         self._numbers[handle] = self._next
         self._tell(AddColumns(self._next, list(columns)))
         self._next += 1
@@ -144,12 +154,15 @@ class Leader:
         """This process, at once: its own thread may wait for the others for ever, and whoever waits for it sees it.
         `why`, unless it is that one of the others has ended."""
         self._ending.acquire()  # whoever comes second waits for the end
-        if wait([process.sentinel for process in self._processes], CAUSE_S):
-            ended = next(process for process in self._processes if process.exitcode is not None)
-            why, error = f"{ended.name} of the model has ended ({how_it_ended(ended.exitcode)})", None
-        log.critical("%s: this process ends", why, exc_info=error)
-        self._folder.cleanup()
-        group.end(1)
+        try:
+            if ready := wait([process.sentinel for process in self._processes], CAUSE_S):
+                ended = next(process for process in self._processes if process.sentinel in ready)
+                ended.join(CAUSE_S)  # its files are closed before it can be waited for
+                why, error = f"{ended.name} of the model has ended ({how_it_ended(ended.exitcode)})", None
+            log.critical("%s: this process ends", why, exc_info=error)
+            self._folder.cleanup()
+        finally:
+            group.end(1)
 
 
 def _follow(*arguments: Any) -> None:

@@ -20,6 +20,7 @@ from server.engine_client import EngineFacts
 from server.errors import StartupError
 from server.listener import FrontProcess, heap_frozen, run
 from server.loading import load_tokenizer
+from server.parallel.group import end
 from server.process.client import ProcessClient
 from server.process.counting import reserve_files
 from server.process.host import HostedEngine, listen
@@ -44,6 +45,8 @@ def run_engine(parent: Connection, settings: Settings, path: Path, configure: Co
                 host(core, path, parent)
         finally:
             core.stop()
+    if settings.tensor_parallel_size > 1:
+        end(0)
 
 
 def host(engine: HostedEngine, path: Path, parent: Connection) -> None:
