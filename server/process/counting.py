@@ -1,5 +1,6 @@
 """The files in which several fronts count together: prometheus_client's multiprocess mode."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -28,4 +29,6 @@ def reserve_files() -> None:
             with path.open("wb") as file:
                 os.posix_fallocate(file.fileno(), 0, RESERVED)
         except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # not every file system can do it
+                continue
             raise StartupError(f"There is no space for metrics in {path.parent} (TMPDIR): {error.strerror}.") from error

@@ -7,7 +7,7 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -20,10 +20,16 @@ from server.process.counting import count_together
 from server.sockets import FORCED_S, bind_again, claim
 
 log = logging.getLogger(__name__)
+PAUSE_S = 1.0  # before a front that could not take the place of another one is started again
 LATE_S = 10.0  # beyond its own time limit, after which a process is killed
 Configure = Callable[[Settings], None]  # sets logging up, in each process
 Main = Callable[..., None]  # what a process runs; its module is imported there
 _spawn = multiprocessing.get_context("spawn")
+
+
+def _close(sockets: Iterable[socket.socket]) -> None:
+    for one in sockets:
+        one.close()
 
 
 def how_it_ended(exitcode: int | None) -> str:
@@ -109,8 +115,7 @@ class Supervisor:
         with ExitStack() as stack:
             workers = self._settings.front_workers
             sockets = [self._bound] if workers == 1 else [bind_again(self._bound) for _ in range(workers)]
-            for one in sockets:
-                stack.enter_context(one)
+            stack.callback(_close, sockets)
             self._fronts = [self._start_front(index, one) for index, one in enumerate(sockets)]
             while not self._ending or any(not front.ended for front in self._fronts):
                 self._look(sockets)
@@ -138,16 +143,34 @@ class Supervisor:
         sentinels: dict[Any, _Child] = {child.process.sentinel: child for child in alive}
         for one in wait([*pipes, *sentinels], timeout=1.0):
             if (child := pipes.get(one)) is not None:
-                self._hear(child)
+                self._hear_or_log(child)
         for index, front in enumerate(self._fronts):
             if not front.ended or self._ending or self._engine.ended:
                 continue
             if not front.ready:
-                self._hear(front)  # why it cannot, where it has said so
-                raise StartupError(f"A front process cannot start ({front.how_it_ended}).")
+                self._hear_or_log(front)  # why it cannot, where it has said so
+                if not self._can_do_without(front):
+                    raise StartupError(f"A front process cannot start ({front.how_it_ended}).")
+                time.sleep(PAUSE_S)
             log.error("%s has ended (%s), and its requests with it: another one starts", front.name, front.how_it_ended)
             self._children.remove(front)
+            if len(sockets) > 1:  # one that does not listen yet: until then the others get the connections
+                sockets[index].close()
+                sockets[index] = bind_again(sockets[index - 1])
             self._fronts[index] = self._start_front(index, sockets[index])
+
+    def _can_do_without(self, child: _Child) -> bool:
+        """A front that is to take the place of another one, while others serve."""
+        others = (one for one in self._fronts if one is not child)
+        return child is not self._engine and any(one.ready and not one.ended for one in others)
+
+    def _hear_or_log(self, child: _Child) -> None:
+        try:
+            self._hear(child)
+        except StartupError as error:
+            if not self._can_do_without(child):
+                raise
+            log.error("%s cannot start: %s", child.name, error.message)
 
     def _hear(self, child: _Child) -> None:
         said = child.read()

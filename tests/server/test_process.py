@@ -64,6 +64,10 @@ class Processes:
         (engine,) = (one for one in self.children() if not one.net_connections("tcp"))
         return engine
 
+    def fronts(self) -> list[psutil.Process]:
+        """Those that take connections."""
+        return [one for one in self.children() if one.net_connections("tcp")]
+
     def front_of(self, local_port: int) -> psutil.Process:
         """The front that a client's connection is with."""
         (front,) = (
@@ -117,7 +121,8 @@ def started(settings: Settings, tmp_path: Path, *options: str, **environment: st
 @pytest.fixture(scope="module")
 def processes(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
     folder = tmp_path_factory.mktemp("processes")
-    with started(settings, folder, "--front-workers", str(FRONTS), "--max-num-seqs", "2") as made:
+    options = "--front-workers", str(FRONTS), "--max-num-seqs", "2"
+    with started(settings, folder, *options, MATSTEER_STUDIES=str(folder / "votes.db")) as made:
         yield made
 
 
@@ -271,6 +276,25 @@ def streaming(
                 yield lines, front
                 return
     raise AssertionError("all connections are with one front")
+
+
+def test_a_front_that_cannot_take_the_place_of_another_takes_nobody_along(processes: Processes) -> None:
+    """It is started again until it can."""
+    before, folder = len(processes.children()), processes.said.parent
+    for file in folder.glob("votes.db*"):
+        file.unlink()
+    (folder / "votes.db").mkdir()
+    with streaming(processes, n=6) as (lines, front):
+        other = next(one for one in processes.fronts() if one.pid != front.pid)
+        other.kill()
+        wait_until(lambda: "cannot start: The studies file" in processes.said.read_text())
+        assert "event: done" in lines
+    for _ in range(8):
+        assert httpx.post(f"{processes.url}/generate", json={"prompt": "a"}, timeout=60, trust_env=False).is_success
+    (folder / "votes.db").rmdir()
+    wait_until(lambda: len(processes.children()) == before and not psutil.pid_exists(other.pid))
+    wait_until(lambda: len(processes.fronts()) == FRONTS)
+    assert processes.supervisor.poll() is None
 
 
 def test_a_front_that_is_killed_takes_nobody_along(processes: Processes) -> None:
