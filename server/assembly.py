@@ -66,7 +66,7 @@ def service_of(
         settings,
         codec,
         client,
-        Metrics(settings.served_name),
+        Metrics(settings.served_name, engine_pid=client.facts.pid),
         judge=judging.judge,
         studies=judging.studies,
     )
@@ -214,6 +214,7 @@ def _build_engine(
         eos=loaded.eos,
         created=int(time.time()),
         adapter=str(loaded.adapter) if loaded.adapter else None,
+        pid=os.getpid(),
     )
     return EngineCore(engine, registry, facts, on_stop=leader.close if leader else None), codec
 

@@ -39,6 +39,7 @@ class EngineFacts:
     eos: frozenset[int]
     created: int  # Unix time at which it was loaded, seconds
     adapter: str | None = None  # the LoRA adapter that was merged into the model's weights
+    pid: int | None = None  # of the engine's process
 
 
 @dataclass(frozen=True)

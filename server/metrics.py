@@ -35,11 +35,13 @@ SAMPLE = f"of a sample: at most {SAMPLED_ROWS} steered texts of one step in {SAM
 class Metrics:
     """The metrics of one server."""
 
-    def __init__(self, model: str) -> None:
-        """`model`: its name, as clients know it."""
+    def __init__(self, model: str, *, engine_pid: int | None = None) -> None:
+        """`model`: its name, as clients know it. `engine_pid`: the engine's process, which may be this one."""
         self._model = model
         self._all = CollectorRegistry()
-        ProcessCollector(registry=self._all)
+        self._processes = CollectorRegistry()  # memory, processor time and files
+        ProcessCollector(registry=self._processes)
+        ProcessCollector("matsteer_engine", pid=lambda: engine_pid or os.getpid(), registry=self._processes)
         self._requests = Counter(
             "matsteer_http_requests",
             "HTTP requests that have ended",
@@ -103,10 +105,12 @@ class Metrics:
                     self._steered_by.labels(label, attribute).inc(event.steered_tokens)
 
     def exposition(self, engine: EngineSnapshot) -> bytes:
-        """All of them, in Prometheus' text format; of the engine what it says of itself now."""
+        """All of them, in Prometheus' text format; of the engine what it says of itself now, of processes this one and
+        the engine's."""
         of_engine = CollectorRegistry()
         of_engine.register(_Engine(engine, self._model))
-        return generate_latest(of_engine) + generate_latest(self._of_all_fronts())
+        parts = (of_engine, self._processes, self._of_all_fronts())
+        return b"".join(generate_latest(part) for part in parts)
 
     def _of_all_fronts(self) -> CollectorRegistry:
         """Where several processes answer, each of them tells what all have counted (prometheus_client's multiprocess
