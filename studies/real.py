@@ -81,13 +81,13 @@ class Sizes:
 
     fit: int = 300
     """Texts of each side of an attribute that vectors are fitted on."""
-    dev: int = 20
+    dev: int = 16
     """Questions of TruthfulQA that places and strengths are chosen on; of each of the others twice as many."""
     test: int = 128
     """The same, for the comparison on test."""
     part: int = 40
     """The same, the first of these, for what is beside it: attributes alone, and shares of the data."""
-    answers: int = 12
+    answers: int = 8
     """Questions that are answered in every arm, to see what steering breaks."""
     epochs: int = 100
 
@@ -215,6 +215,21 @@ class Study:
     def steered(self, name: str, variant: Variant, multiplier: float) -> Steered:
         columns = (replace(one, attribute=f"{name}: {one.attribute}") for one in self.columns(variant))
         return Steered(name, tuple(columns), multiplier)
+
+    def untrained(self, variants: Mapping[str, Variant]) -> list[str]:
+        """Those of MAT-Steer of which no epoch was better on dev than the start: gates that look at nothing."""
+        return [
+            name
+            for name, variant in variants.items()
+            if isinstance(variant.recipe.config, MatConfig) and self._is_untrained(variant)
+        ]
+
+    def _is_untrained(self, variant: Variant) -> bool:
+        path = self.work / f"untrained-{content_key([variant.settings(), self.identity])}.json"
+        if not path.exists():
+            path.write_text(json.dumps(not any(bool(one.gate_weight.any()) for one in self.columns(variant))))
+        found: bool = json.loads(path.read_text(encoding="utf-8"))
+        return found
 
     @cached_property
     def identity(self) -> list[str]:
@@ -534,6 +549,7 @@ def run(study: Study, config: MatConfig) -> Iterator[dict[str, Any]]:
     whole = measured(test)
     at = {name: {"place": variants[name].place, "multiplier": multipliers[name]} for name in variants}
     names = [arm["name"] for arm in test["arms"]]
+    untrained = study.untrained({name: variants[name] for name in (MAT, *parts_of_mat)})
     results = {
         "questions": counted(asked),
         "part": counted([asked[place] for place in part]),
@@ -550,6 +566,7 @@ def run(study: Study, config: MatConfig) -> Iterator[dict[str, Any]]:
         "tried": [*at_places, *tried],
         "best": best,
         "notes": sorted(set(test["notes"])),
+        "untrained": untrained,
     }
     yield results
 
@@ -561,9 +578,11 @@ def run(study: Study, config: MatConfig) -> Iterator[dict[str, Any]]:
         whose = {name: {"of": of, "share": one.share} for name, (of, one) in arms.items()}
         whose |= {name: {"of": name, "share": 1.0} for name in both}
         results[stage] = [line(name, found, measures, **whose[name]) for name in (*arms, *both)]
+        untrained += study.untrained({name: one for name, (_, one) in arms.items()})
         yield results
     found = measured_arms("pools", on_dev_questions, pools)
     results["pools"] = [line(name, found, measured(found)) for name in pools]
+    untrained += study.untrained({name: one for name, (_, one) in pools.items()})
     yield results
 
 

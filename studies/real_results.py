@@ -268,6 +268,16 @@ def _bars(found: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[list[fl
     return [100 * one["value"] for one in found], [[100 * (one[a] - one[b]) for one in found] for a, b in ends]
 
 
+def _untrained(names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    return (
+        f"- **Not trained**: {'; '.join(names)}.\n  No epoch of these was better on dev than the start, which `train` "
+        "keeps then: the difference in means through gates that are half open\n  on everything. All figures of these "
+        "are the start's."
+    )
+
+
 def page(results: Mapping[str, Any]) -> str:
     """`real.md`."""
     sizes = results["sizes"]
@@ -292,6 +302,7 @@ def page(results: Mapping[str, Any]) -> str:
     data = ", ".join(f"{one['loader']} {one.get('sha256', '')[:12]}".strip() for one in results["data"])
     best = ", ".join(f"{name} at {one['place']} x{one['multiplier']:g}" for name, one in results["best"].items())
     short = [METRICS[metric] for metric in SETS]
+    untrained = _untrained(results["untrained"])
     given = " ".join(f"--{name} {value}" for name, value in sizes.items())
     return f"""# Results on a real model
 
@@ -327,8 +338,9 @@ on neutral text the divergence from the unsteered model.
   is steered, and the perplexity is that after its own prompts.
 - **ITI**: of all layers the 48 heads that tell an attribute's sides apart best, at the last token (the paper's number).
 - **difference in means**, **probe**: at the place that was best for the difference in means.
-- **MAT-Steer**: `matsteer train`'s defaults, at the place that was best for it. Ablations change one thing of it, and
-  nothing of its place and strength.
+- **MAT-Steer**: `matsteer train`'s defaults, at the place that was best for it. Ablations change one thing of it
+  (alignment only: all three penalties), and nothing of its place and strength.
+{untrained}
 
 Chosen on dev: {best}.
 

@@ -252,6 +252,16 @@ def test_the_best_epoch_is_not_that_of_untrained_gates(clouds: Clouds) -> None:
     )
 
 
+def test_a_fit_that_no_epoch_has_made_better_says_so(clouds: Clouds, caplog: pytest.LogCaptureFixture) -> None:
+    """On dev both sides are alike: the less is moved the better, and gates that open more on negatives move more."""
+    dev = {name: Contrast(one.negative, one.negative) for name, one in clouds.dev.items()}
+    config = replace(QUICK, keep_best=True, init=Init.DIFFERENCE, l_pos=0.0, l_sparse=0.0)
+    fit = fit_mat(clouds.train, SITE, config, dev=dev)
+    assert fit.chosen == 0
+    assert "No epoch was better on dev than the start" in caplog.text
+    assert not any(column.gate_weight.any() for column in fit.columns)
+
+
 def test_the_best_epoch_is_kept_and_patience_ends_the_fit(clouds: Clouds) -> None:
     wild = replace(QUICK, epochs=30, lr=0.5)
     best = fit_mat(clouds.train, SITE, replace(wild, keep_best=True, patience=2), dev=clouds.dev)

@@ -298,6 +298,11 @@ def fit_mat(
         save_state(folder, key, model, optimizer, best, history)
     chosen = _best_epoch(history, config)
     _warn_of_closed_gates(history[chosen], config)
+    if config.epochs and not chosen:
+        log.warning(
+            "No epoch was better on dev than the start, which is kept (keep_best): vectors as before training, gates "
+            "half open on everything. More texts help, or another site; without keep_best the last epoch is kept."
+        )
     final = GatedVectors.of(best, scaler, config.normalize)
     return MatFit(final.columns(names, site), tuple(history), chosen)
 
