@@ -192,7 +192,7 @@ export function Slider(props: { name: string; attribute: Attribute; value: numbe
           max={high}
           step={step}
           value={value}
-          title={`${low} to ${high}. Double click or Delete: back to ${attribute.default}`}
+          title={`${low} to ${high}. ${low < 0 ? "Below 0 the vector is taken away, as far as its gate is open. " : ""}Double click or Delete: back to ${attribute.default}`}
           onInput={(event) => onInput(tidy(event.currentTarget.valueAsNumber))}
           onDblClick={reset}
           onKeyDown={(event) => {
