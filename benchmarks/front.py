@@ -155,11 +155,10 @@ def on_fake_engine(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def on_model(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    model = str(MODEL) if args.model == "demo" else args.model
     with ExitStack() as stack:
         contenders = {
-            name: stack.enter_context(
-                running([*SERVE, args.model], environment=QUIET | {"MATSTEER_ENGINE_PROCESS": own})
-            )
+            name: stack.enter_context(running([*SERVE, model], environment=QUIET | {"MATSTEER_ENGINE_PROCESS": own}))
             for name, own in (("one process", "false"), ("the engine in its own", "true"))
         }
         for clients in map(int, args.clients.split(",")):
