@@ -306,6 +306,7 @@ def test_a_front_that_is_killed_takes_nobody_along(processes: Processes) -> None
             list(lines)
         assert "event: done" in others
     wait_until(lambda: len(processes.children()) == before and not psutil.pid_exists(front.pid))
+    wait_until(lambda: len(processes.fronts()) == FRONTS)
     wait_until(
         lambda: processes.metric("matsteer_num_requests_open") == 0 == processes.metric("matsteer_checkpoint_leases")
     )
