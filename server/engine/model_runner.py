@@ -316,11 +316,8 @@ class ModelRunner:
         `num_rows` tokens of each chunk, and whether each token of the line was steered [N] int64, as the hooks
         counted it. `ids`: the tokens [N] int64, where the host does not know them. The next pass may write over the
         logits."""
-        tokens = sum(map(len, chunks))
-        self.bank.reserve(tokens)
         inputs = self._inputs(chunks)
-        if inputs.token_lines is not None:  # before a graph is looked for: more lines make those that there are useless
-            self.bank.reserve_lines(inputs.num_lines)
+        self._reserve(inputs)  # before a graph is looked for: those of smaller buffers are of no use after it
         graphs = self._graphs if self._graphs and self._graphs.fits(chunks) and not self.steering.traced else None
         bucket = graphs.find(chunks, self.bank.version) if graphs else None
         if bucket:
@@ -336,7 +333,7 @@ class ModelRunner:
     def follow(self, inputs: ForwardInputs, ids: Tensor, *, traced: bool) -> None:
         """A pass of the process that leads: see `Followers`."""
         self.steering.record(traced)
-        self.bank.reserve(inputs.num_tokens)
+        self._reserve(inputs)
         self._compute(inputs, ids)
 
     @contextmanager
@@ -412,10 +409,13 @@ class ModelRunner:
             self.attention.copy(copies)
         copies.clear()
 
-    def _compute(self, inputs: ForwardInputs, ids: Tensor, bucket: Bucket | None = None) -> tuple[Tensor, Tensor]:
-        """See `forward`."""
+    def _reserve(self, inputs: ForwardInputs) -> None:
+        self.bank.reserve(inputs.num_tokens)
         if inputs.token_lines is not None:
             self.bank.reserve_lines(inputs.num_lines)
+
+    def _compute(self, inputs: ForwardInputs, ids: Tensor, bucket: Bucket | None = None) -> tuple[Tensor, Tensor]:
+        """See `forward`."""
         self.bank.fill(inputs.rows, inputs.token_rows, inputs.token_lines)
         try:
             with torch.inference_mode():

@@ -56,7 +56,7 @@ def follow(leader: Connection, settings: Settings, place: Place) -> None:
 class _Follower:
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
-        self._handles: dict[int, Handle] = {}
+        self._handles: dict[int, Handle] = {}  # of this process, by the serial of the one that leads
         self._rows: dict[Row, SequenceSteering] = {}  # of the pass before: the same object says that nothing is new
 
     def run(self, leader: Connection) -> None:
@@ -69,10 +69,10 @@ class _Follower:
 
     def _take(self, message: ToFollower) -> None:
         match message:
-            case AddColumns(number=number, columns=columns):
-                self._handles[number] = self._runner.bank.add(columns)
-            case RemoveColumns(number=number):
-                self._runner.bank.remove(self._handles.pop(number))
+            case AddColumns(serial=serial, columns=columns):
+                self._handles[serial] = self._runner.bank.add(columns)
+            case RemoveColumns(serial=serial):
+                self._runner.bank.remove(self._handles.pop(serial))
             case CopyBlocks(copies=copies):
                 with torch.inference_mode():
                     self._runner.attention.copy(copies)
@@ -95,7 +95,7 @@ class _Follower:
         self._runner.follow(inputs, ids, traced=message.traced)
 
     def _row(self, row: Row) -> SequenceSteering:
-        return SequenceSteering.of((self._handles[number], multipliers) for number, multipliers in row)
+        return SequenceSteering.of((self._handles[serial], multipliers) for serial, multipliers in row)
 
 
 def _end_with_parent() -> None:

@@ -43,8 +43,6 @@ class Leader:
         self._ending = threading.Lock()
         self._serving = False
         self._bank: ColumnBank | None = None
-        self._numbers: dict[Handle, int] = {}
-        self._next = 0
         self._folder = tempfile.TemporaryDirectory(prefix="matsteer-")
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
@@ -101,16 +99,14 @@ class Leader:
             raise
         except Exception as error:  # the bank may hold what those of the others do not
             self._end("columns cannot be added to a model in several processes", error)
-        self._numbers[handle] = self._next
-        self._tell(AddColumns(self._next, list(columns)))
-        self._next += 1
+        self._tell(AddColumns(handle.serial, list(columns)))
         return handle
 
     def remove(self, handle: Handle) -> None:
         """See `ColumnBank.remove`."""
         assert self._bank is not None, "it leads"
         self._bank.remove(handle)
-        self._tell(RemoveColumns(self._numbers.pop(handle)))
+        self._tell(RemoveColumns(handle.serial))
 
     # --- what the runner does, the others do (`Followers`) ----------------------------------------
 
@@ -120,7 +116,7 @@ class Leader:
     @contextmanager
     def forward(self, inputs: ForwardInputs, ids: Tensor, *, traced: bool) -> Iterator[None]:
         """A pass that fails in one process leaves the others in the middle of theirs: then all end."""
-        rows = [tuple((self._numbers[handle], values) for handle, values in row.parts) for row in inputs.rows]
+        rows = [tuple((handle.serial, values) for handle, values in row.parts) for row in inputs.rows]
         lines = None if inputs.token_lines is None else to_bytes(inputs.token_lines)
         self._tell(
             Forward(inputs.chunks, inputs.num_rows, rows, to_bytes(inputs.token_rows), lines, inputs.num_lines, traced)

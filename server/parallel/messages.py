@@ -11,7 +11,8 @@ from torch import Tensor
 from server.attention.layout import BlockCopy, ChunkLayout
 from steering.types import Column
 
-Row = tuple[tuple[int, tuple[float, ...]], ...]  # of a batch: numbers of handles, with the multipliers of their columns
+# Of a batch: the serial of each handle in the process that leads, with the multipliers of its columns.
+Row = tuple[tuple[int, tuple[float, ...]], ...]
 
 
 class Message(msgspec.Struct, array_like=True, tag=True):
@@ -19,14 +20,14 @@ class Message(msgspec.Struct, array_like=True, tag=True):
 
 
 class AddColumns(Message):
-    """To the bank; `number` is what the handle is called from now on."""
+    """To the bank."""
 
-    number: int
+    serial: int
     columns: list[Column]
 
 
 class RemoveColumns(Message):
-    number: int
+    serial: int
 
 
 class CopyBlocks(Message):
