@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +94,16 @@ def replace_between(path: Path, markers: tuple[str, str], text: str) -> None:
     if count != 1:
         raise ValueError(f"{path} has no place between {begin} and {end}")
     path.write_text(new, encoding="utf-8")
+
+
+def rewrite(description: str | None, write: Callable[[Path, Path], None]) -> None:
+    """The command of a module that makes pages, and a part of the README, from what was measured before: `write` gets
+    the folder of both, and the README."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--folder", type=Path, default=Path("docs/results"))
+    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    args = parser.parse_args()
+    write(args.folder, args.readme)
 
 
 def _ready(url: str) -> bool:

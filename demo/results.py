@@ -1,13 +1,12 @@
 """What `make reproduce` has measured, as a page, plots and the README's table: `python -m demo.results`."""
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from demo.corpus import TRAITS
-from demo.readme import RESULTS, replace_between
+from demo.readme import RESULTS, replace_between, rewrite
 from training.evaluation.report import markdown, save_figure
 from training.evaluation.results import Evaluation
 
@@ -166,13 +165,5 @@ Selectivity on test activations: the gate opens on what needs steering.
 {gates_table(results["gates"])}"""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("docs/results"))
-    parser.add_argument("--readme", type=Path, default=Path("README.md"))
-    args = parser.parse_args()
-    write(args.folder, args.readme)
-
-
 if __name__ == "__main__":
-    main()
+    rewrite(__doc__, write)

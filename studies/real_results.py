@@ -1,13 +1,12 @@
 """What `make reproduce-real` has measured as a page, plots and the README's table: `python -m studies.real_results`."""
 
-import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from demo.readme import replace_between
+from demo.readme import replace_between, rewrite
 from training.evaluation.report import save_figure
 from training.evaluation.results import DAMAGE, Estimate
 
@@ -414,13 +413,5 @@ def _tried(one: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("docs/results"))
-    parser.add_argument("--readme", type=Path, default=Path("README.md"))
-    args = parser.parse_args()
-    write(args.folder, args.readme)
-
-
 if __name__ == "__main__":
-    main()
+    rewrite(__doc__, write)
