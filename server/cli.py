@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from server.config import Settings, load_settings, unknown_variables
 from server.errors import ServerError, StartupError
+from server.malloc import limit_arenas
 from server.options import (
     Answerer,
     ApiKey,
@@ -114,6 +115,7 @@ def serve(
     Example: matsteer serve --model Qwen/Qwen2.5-0.5B --checkpoints checkpoints --port 8000
     """
     given = dict(locals())
+    limit_arenas()
     with _error_as_sentence():
         settings = load_settings(**given)
         _configure_logging(settings)

@@ -123,7 +123,9 @@ class Replica:
         from server.api.routes import readyz
         from server.app import create_app
         from server.cli import _configure_logging
+        from server.malloc import limit_arenas
 
+        limit_arenas()
         _configure_logging(settings)
         # The ledger writes the state file, and says what a replica begins with.
         self._app = await asyncio.to_thread(create_app, settings.model_copy(update={"remember": False}))
