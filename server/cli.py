@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 from server.config import Settings, load_settings, unknown_variables
 from server.errors import ServerError, StartupError
-from server.malloc import limit_arenas
+from server.heap import limit_arenas
 from server.options import (
     Answerer,
     ApiKey,

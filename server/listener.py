@@ -1,7 +1,6 @@
 """uvicorn with a socket that is bound before the model is loaded (`server/sockets.py`), and a shutdown that drains."""
 
 import asyncio
-import gc
 import logging
 import math
 import os
@@ -9,8 +8,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import FrameType
@@ -20,6 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from server.errors import StartupError
+from server.heap import heap_frozen, heap_trimmed
 from server.protocol import BoundedProtocol, Connections
 from server.sockets import FORCED_S, address_of, claim
 from server.web import home
@@ -56,20 +55,8 @@ def run(app: FastAPI, bound: socket.socket, *, drain_s: float, front: "FrontProc
         service: Service = app.state.service
         service.client.stop()
         raise
-    with heap_frozen():
+    with heap_frozen(), heap_trimmed():
         DrainingServer(app, drain_s=drain_s, front=front).run(sockets=[bound])
-
-
-@contextmanager
-def heap_frozen() -> Iterator[None]:
-    """The garbage collector does not look at what there is before, the model and the libraries: that would stop every
-    stream for long. It does afterwards: else Triton's binding tells of leaks at the end of the process."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 @dataclass(frozen=True)

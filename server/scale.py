@@ -123,7 +123,7 @@ class Replica:
         from server.api.routes import readyz
         from server.app import create_app
         from server.cli import _configure_logging
-        from server.malloc import limit_arenas
+        from server.heap import limit_arenas
 
         limit_arenas()
         _configure_logging(settings)

@@ -18,7 +18,8 @@ from server.config import Settings
 from server.engine.text_builder import Decoders
 from server.engine_client import EngineFacts
 from server.errors import StartupError
-from server.listener import FrontProcess, heap_frozen, run
+from server.heap import heap_frozen, heap_trimmed
+from server.listener import FrontProcess, run
 from server.loading import load_tokenizer
 from server.parallel.group import end
 from server.process.client import ProcessClient
@@ -41,7 +42,7 @@ def run_engine(parent: Connection, settings: Settings, path: Path, configure: Co
     with _reported(parent):
         core, _ = open_engine(settings, makes_texts=False)
         try:
-            with heap_frozen():
+            with heap_frozen(), heap_trimmed():
                 host(core, path, parent)
         finally:
             core.stop()

@@ -259,9 +259,7 @@ def test_the_heap_is_frozen_only_while_it_serves() -> None:
     """What stays frozen at the end of the process is a leak to Triton's binding, which says so at length."""
     pytest.importorskip("triton")
     code = (
-        "import gc, triton\n"
-        "from server.listener import heap_frozen\n"
-        "with heap_frozen():\n    assert gc.get_freeze_count()"
+        "import gc, triton\nfrom server.heap import heap_frozen\nwith heap_frozen():\n    assert gc.get_freeze_count()"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert ended.stderr == ""

@@ -1,0 +1,65 @@
+"""The memory of a process that serves for weeks: Python's garbage collector and glibc's malloc."""
+
+import ctypes
+import gc
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+ARENAS = 2
+ARENAS_VARIABLE = "MALLOC_ARENA_MAX"  # glibc's own: where it is set, it holds
+TRIM_S = 60.0
+_M_ARENA_MAX = -8  # glibc's malloc.h
+
+
+@contextmanager
+def heap_frozen() -> Iterator[None]:
+    """The garbage collector does not look at what there is before, the model and the libraries: that would stop every
+    stream for long. It does afterwards: else Triton's binding tells of leaks at the end of the process."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def limit_arenas() -> None:
+    """Memory that a thread has freed is there for the other threads: of this process, before it has threads, and of
+    those that it starts. With glibc's default each arena keeps what its threads have freed, and a server of many
+    threads grows for hours (benchmarks/README.md). Nothing is done without glibc."""
+    if ARENAS_VARIABLE in os.environ:
+        return
+    os.environ[ARENAS_VARIABLE] = str(ARENAS)
+    if mallopt := _libc("mallopt"):
+        mallopt(_M_ARENA_MAX, ARENAS)
+
+
+@contextmanager
+def heap_trimmed(every: float = TRIM_S) -> Iterator[None]:
+    """Whole pages that are free in the heap go back to the operating system every so many seconds, which takes a few
+    milliseconds: between what is used, glibc would keep them. Nothing is done without glibc."""
+    trim, ended = _libc("malloc_trim"), threading.Event()
+    if trim is None:
+        yield
+        return
+
+    def run() -> None:
+        while not ended.wait(every):
+            trim(0)
+
+    threading.Thread(target=run, name="heap", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def _libc(name: str) -> Callable[..., Any] | None:
+    try:
+        found: Callable[..., Any] = getattr(ctypes.CDLL(None), name)
+    except (AttributeError, OSError, TypeError):  # TypeError: Windows
+        return None
+    return found
