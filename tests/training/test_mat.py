@@ -245,11 +245,12 @@ def test_the_papers_settings_in_units_of_the_data_keep_gates_open(clouds: Clouds
 
 def test_the_best_epoch_is_not_that_of_untrained_gates(clouds: Clouds) -> None:
     """The alignment alone would be best where every gate is open on everything."""
-    fit = fit_mat(clouds.train, SITE, MatConfig(epochs=20, batch=32, init=Init.DIFFERENCE, l_pos=3.0), dev=clouds.dev)
-    assert fit.chosen > 0
-    assert fit.history[fit.chosen].dev_loss(MatConfig(l_pos=3.0)) == min(
-        epoch.dev_loss(MatConfig(l_pos=3.0)) or 0.0 for epoch in fit.history
-    )
+    config = MatConfig(epochs=20, batch=32, init=Init.DIFFERENCE, l_pos=3.0)
+    fit = fit_mat(clouds.train, SITE, config, dev=clouds.dev)
+    losses = [epoch.dev_losses(config) for epoch in fit.history]
+    for name, chosen in fit.chosen.items():
+        assert chosen > 0
+        assert losses[chosen][name] == min(each[name] for each in losses)
 
 
 def test_a_fit_that_no_epoch_has_made_better_says_so(clouds: Clouds, caplog: pytest.LogCaptureFixture) -> None:
@@ -257,19 +258,35 @@ def test_a_fit_that_no_epoch_has_made_better_says_so(clouds: Clouds, caplog: pyt
     dev = {name: Contrast(one.negative, one.negative) for name, one in clouds.dev.items()}
     config = replace(QUICK, keep_best=True, init=Init.DIFFERENCE, l_pos=0.0, l_sparse=0.0)
     fit = fit_mat(clouds.train, SITE, config, dev=dev)
-    assert fit.chosen == 0
-    assert "No epoch was better on dev than the start" in caplog.text
+    assert set(fit.chosen.values()) == {0}
+    assert "No epoch was better on dev than the start for 'a0' and 'a1' and 'a2'" in caplog.text
     assert not any(column.gate_weight.any() for column in fit.columns)
+
+
+def test_an_attribute_that_no_epoch_makes_better_does_not_keep_the_others_from_training(
+    clouds: Clouds, caplog: pytest.LogCaptureFixture
+) -> None:
+    dev = clouds.dev | {"a1": Contrast(clouds.dev["a1"].negative, clouds.dev["a1"].negative)}
+    config = replace(QUICK, keep_best=True, init=Init.DIFFERENCE, l_pos=0.0, l_sparse=0.0)
+    fit = fit_mat(clouds.train, SITE, config, dev=dev)
+    assert [bool(column.gate_weight.any()) for column in fit.columns] == [True, False, True]
+    assert "for 'a1', which is kept" in caplog.text
+    for column in fit.columns:
+        norm = fit.history[fit.chosen[column.attribute]].norms[column.attribute]
+        assert float(column.vector.norm()) == pytest.approx(norm, rel=1e-4)
+    assert len(set(fit_mat(clouds.train, SITE, replace(config, joint=True), dev=dev).chosen.values())) == 1
 
 
 def test_the_best_epoch_is_kept_and_patience_ends_the_fit(clouds: Clouds) -> None:
     wild = replace(QUICK, epochs=30, lr=0.5)
     best = fit_mat(clouds.train, SITE, replace(wild, keep_best=True, patience=2), dev=clouds.dev)
-    scores = [epoch.dev_loss(wild) or 0.0 for epoch in best.history]
-    assert best.chosen == scores.index(min(scores))
-    assert len(best.history) - 1 == best.chosen + 2 < 30
-    column = best.columns[0]
-    assert float(column.vector.norm()) == pytest.approx(best.history[best.chosen].norms["a0"], rel=1e-4)
+    losses = [epoch.dev_losses(wild) for epoch in best.history]
+    for column in best.columns:
+        own, chosen = [each[column.attribute] for each in losses], best.chosen[column.attribute]
+        assert chosen == own.index(min(own))
+        norm = best.history[chosen].norms[column.attribute]
+        assert float(column.vector.norm()) == pytest.approx(norm, rel=1e-4)
+    assert len(best.history) - 1 == max(best.chosen.values()) + 2 < 30
 
 
 @pytest.mark.parametrize("config", [

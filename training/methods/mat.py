@@ -79,8 +79,9 @@ class MatConfig(MethodConfig):
     standardize: bool = True
     """Train in units of the activations' own spread, with centred gates; folded back into the columns. It changes what
     a step of the optimizer means, not which columns can be reached."""
-    keep_best: bool = option("Keep the epoch with the lowest loss on dev.", default=True)
-    """Instead of the last; where dev has not both sides of every attribute, the last is kept."""
+    keep_best: bool = option("Keep of each attribute the epoch with its lowest loss on dev.", default=True)
+    """Instead of the last; where dev has not both sides of every attribute, the last is kept. With `joint` one epoch of
+    all attributes, that of the lowest sum."""
     patience: int | None = option("Stop after so many epochs without a lower loss on dev.", default=None)
     seed: int = 0
 

@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 CLOSED_GATE = 0.05
 _SAVE_SECONDS = 2.0
+_STATE = 2  # what a stored state holds: 2 has the best epoch of each attribute
 _PARAMETERS = ("vectors", "weights", "biases")
 
 
@@ -79,15 +80,13 @@ class EpochMetrics:
     train: dict[str, SplitMetrics]
     dev: dict[str, SplitMetrics] | None
 
-    def dev_loss(self, config: MatConfig) -> float | None:
-        """What the balanced objective makes of dev, whatever was trained with: the alignment alone is lowest for gates
-        that are as open on positives as on negatives, those of the first epoch mostly."""
-        if not self.dev:
-            return None
-        return sum(
-            side.mmd + config.l_pos * side.gate_positive_square + config.l_sparse * side.gate_negative
-            for side in self.dev.values()
-        )
+    def dev_losses(self, config: MatConfig) -> dict[str, float]:
+        """What the balanced objective makes of each attribute on dev, whatever was trained with: the alignment alone is
+        lowest for gates that are as open on positives as on negatives, those of the first epoch mostly."""
+        return {
+            name: side.mmd + config.l_pos * side.gate_positive_square + config.l_sparse * side.gate_negative
+            for name, side in (self.dev or {}).items()
+        }
 
     @property
     def closed(self) -> list[str]:
@@ -169,7 +168,7 @@ def measure_all(model: GatedVectors, watched: Mapping[str, WatchedSplit]) -> dic
 
 def fit_key(train: Mapping[str, Contrast], dev: Mapping[str, Contrast] | None, config: MatConfig) -> str:
     """A hash of everything that decides the result."""
-    digest = hashlib.sha256(json.dumps(config.as_dict(), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([_STATE, config.as_dict()], sort_keys=True).encode())
     for part in (train, dev or {}):
         for name, contrast in part.items():
             digest.update(name.encode())
@@ -231,8 +230,8 @@ class MatFit:
     columns: tuple[Column, ...]
     history: tuple[EpochMetrics, ...]
     """One entry an epoch; entry 0 is the state before the first step."""
-    chosen: int
-    """The epoch that the columns come from."""
+    chosen: dict[str, int]
+    """Attribute -> the epoch that its column comes from."""
 
 
 def fit_mat(
@@ -288,20 +287,24 @@ def fit_mat(
             batches = rows.batches(config.batch, config.seed, epoch)
             terms = [train_step(model, rows.batch(index), loss, optimizer) for index in batches]
             history.append(metrics(epoch, terms))
-            if _best_epoch(history, config) == epoch:
-                best = model.copy()
+            for index, last in enumerate(_best_epochs(history, config).values()):
+                if last == epoch:
+                    for kept, value in zip(best, model.parameters(), strict=True):
+                        kept[index] = value.detach()[index]
             advance(1)
             if folder and time.monotonic() - saved >= _SAVE_SECONDS:
                 save_state(folder, key, model, optimizer, best, history)
                 saved = time.monotonic()
     if folder:
         save_state(folder, key, model, optimizer, best, history)
-    chosen = _best_epoch(history, config)
-    _warn_of_closed_gates(history[chosen], config)
-    if config.epochs and not chosen:
+    chosen = _best_epochs(history, config)
+    _warn_of_closed_gates(history, chosen, config)
+    if untrained := [repr(name) for name, epoch in chosen.items() if not epoch]:
         log.warning(
-            "No epoch was better on dev than the start, which is kept (keep_best): vectors as before training, gates "
-            "half open on everything. More texts help, or another site; without keep_best the last epoch is kept."
+            "No epoch was better on dev than the start for %s, which is kept (keep_best): the vector as before "
+            "training, its gate half open on everything. More texts help, or another site; without keep_best the last "
+            "epoch is kept.",
+            " and ".join(untrained),
         )
     final = GatedVectors.of(best, scaler, config.normalize)
     return MatFit(final.columns(names, site), tuple(history), chosen)
@@ -329,24 +332,37 @@ def _untrained_losses(model: GatedVectors, rows: TrainingSet, loss: Loss, config
     return [loss(model, rows.batch(index)) for index in rows.batches(config.batch, config.seed, epoch=0)]
 
 
-def _lowest_dev(history: Sequence[EpochMetrics], config: MatConfig) -> int:
-    return min(range(len(history)), key=lambda i: history[i].dev_loss(config) or 0.0)
+def _lowest_dev(history: Sequence[EpochMetrics], config: MatConfig) -> dict[str, int]:
+    """Attribute -> the epoch with its lowest loss on dev. Where every vector acts on the data of all, one epoch, that
+    of the lowest sum: a vector of another epoch is not the one that the others were trained beside."""
+    losses = [epoch.dev_losses(config) for epoch in history]
+    if config.joint:
+        sums = [sum(each.values()) for each in losses]
+        return dict.fromkeys(losses[0], sums.index(min(sums)))
+    own = {name: [each[name] for each in losses] for name in losses[0]}
+    return {name: values.index(min(values)) for name, values in own.items()}
 
 
-def _best_epoch(history: Sequence[EpochMetrics], config: MatConfig) -> int:
-    return _lowest_dev(history, config) if config.keep_best and history[0].dev else len(history) - 1
+def _best_epochs(history: Sequence[EpochMetrics], config: MatConfig) -> dict[str, int]:
+    if config.keep_best and history[0].dev:
+        return _lowest_dev(history, config)
+    return dict.fromkeys(history[0].train, len(history) - 1)
 
 
 def _out_of_patience(history: Sequence[EpochMetrics], config: MatConfig) -> bool:
-    return config.patience is not None and len(history) - 1 - _lowest_dev(history, config) >= config.patience
+    if config.patience is None:
+        return False
+    return len(history) - 1 - max(_lowest_dev(history, config).values()) >= config.patience
 
 
-def _warn_of_closed_gates(epoch: EpochMetrics, config: MatConfig) -> None:
-    for name in epoch.closed:
+def _warn_of_closed_gates(history: Sequence[EpochMetrics], chosen: Mapping[str, int], config: MatConfig) -> None:
+    for name, epoch in chosen.items():
+        if name not in history[epoch].closed:
+            continue
         log.warning(
             "The gate of %r is closed: its mean on negatives is %.3f, under %.2f, so steering does next to nothing. %s",
             name,
-            epoch.train[name].gate_negative,
+            history[epoch].train[name].gate_negative,
             CLOSED_GATE,
             advice(config),
         )
