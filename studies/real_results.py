@@ -13,7 +13,7 @@ from training.evaluation.results import DAMAGE, Estimate
 MARKERS = ("<!-- real results: written by make reproduce-real -->", "<!-- end of real results -->")
 MAT, MEANS, ITI, PROBE = "MAT-Steer", "difference in means", "ITI", "probe"
 UNSTEERED, IN_CONTEXT = "unsteered", "in-context prompt"
-NO_NORM, ALIGNMENT = "no norm preservation", "alignment only"
+NO_NORM, NO_ORTHO, ALIGNMENT = "no norm preservation", "no orthogonality", "alignment only"
 METRICS = {
     "truthfulness mc1": "MC1",
     "truthfulness mc2": "MC2",
@@ -175,14 +175,22 @@ def difference_table(lines: Sequence[Mapping[str, Any]]) -> str:
     return table(["method", *METRICS.values()], rows)
 
 
+DAMAGE_TITLES = ("perplexity", "repeated 4-grams", "empty", "KL, nats a token")
+
+
 def damage_table(lines: Sequence[Mapping[str, Any]]) -> str:
-    rows = []
-    for line in lines:
-        shown = [Estimate(**line["damage"][name]) for name in DAMAGE]
-        scales = [(1, 3) if name == "kl" else (100, 1) for name in DAMAGE]
-        texts = [one.text(scale=scale, digits=digits) for one, (scale, digits) in zip(shown, scales, strict=True)]
-        rows.append([line["method"], _ratio(line["perplexity_ratio"]), *texts])
-    return table(["method", "perplexity", "repeated 4-grams", "empty", "KL, nats a token"], rows)
+    return table(["method", *DAMAGE_TITLES], [[line["method"], *_damage(line, intervals=True)] for line in lines])
+
+
+def _damage(line: Mapping[str, Any], *, intervals: bool = False) -> list[str]:
+    """A cell for each of `DAMAGE_TITLES`."""
+    texts = [_ratio(line["perplexity_ratio"])]
+    for name in DAMAGE:
+        one = Estimate(**line["damage"][name])
+        scale, digits = (1, 3) if name == "kl" else (100, 1)
+        text = one.text(scale=scale, digits=digits)
+        texts.append(text if intervals else text.partition(" ")[0])
+    return texts
 
 
 def _ratio(value: float | None) -> str:
@@ -203,11 +211,10 @@ def summary(results: Mapping[str, Any]) -> str:
             value, moved = line["metrics"][metric]["value"], line["differences"].get(metric)
             sign = {"holds": "**", "is reversed": "*"}.get(verdict(Estimate(**moved)), "") if moved else ""
             numbers.append(f"{sign}{percent(value)}{sign}")
-        repeated = percent(line["damage"]["rep-4"]["value"])
-        rows.append([line["method"], _at(line), *numbers, _ratio(line["perplexity_ratio"]), repeated])
-    header = ["method", "place, strength", *(METRICS[metric] for metric in SETS), "perplexity", "repeated 4-grams"]
+        rows.append([line["method"], _at(line), *numbers, *_damage(line)])
+    header = ["method", "place, strength", *(METRICS[metric] for metric in SETS), *DAMAGE_TITLES]
     same = results["constant"]
-    rows.append(["the same answer always", "", *(percent(same.get(metric)) for metric in SETS), "", ""])
+    rows.append(["the same answer always", "", *(percent(same.get(metric)) for metric in SETS), *[""] * 4])
     asked = [results["questions"][name]["questions"] for name in ("truthfulness", "fairness", "non-toxicity")]
     return (
         f"{table(header, rows, 2)}\n"
@@ -267,13 +274,13 @@ def _bars(found: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[list[fl
     return [100 * one["value"] for one in found], [[100 * (one[a] - one[b]) for one in found] for a, b in ends]
 
 
-def _untrained(names: Sequence[str]) -> str:
-    if not names:
+def _untrained(found: Mapping[str, Sequence[str]]) -> str:
+    if not found:
         return ""
+    named = "; ".join(f"{name} ({', '.join(attributes)})" for name, attributes in found.items())
     return (
-        f"- **Not trained**: {'; '.join(names)}.\n  No epoch of these was better on dev than the start, which `train` "
-        "keeps then: the difference in means through gates that are half open\n  on everything. All figures of these "
-        "are the start's."
+        f"- **Not trained**: {named}.\n  No epoch of these attributes was better on dev than the start, which `train` "
+        "keeps then: the difference in means\n  through a gate that is half open on everything."
     )
 
 
@@ -302,7 +309,7 @@ def page(results: Mapping[str, Any]) -> str:
     best = ", ".join(f"{name} at {one['place']} x{one['multiplier']:g}" for name, one in results["best"].items())
     short = [METRICS[metric] for metric in SETS]
     untrained = _untrained(results["untrained"])
-    given = " ".join(f"--{name} {value}" for name, value in sizes.items())
+    given = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in sizes.items())
     return f"""# Results on a real model
 
 Written by `make reproduce-real` on {results["model"]}, with the sizes
@@ -328,9 +335,9 @@ Difference to unsteered, in points:
 {difference_table(results["methods"])}
 ![Differences to unsteered](real-methods.png)
 
-What steering breaks, on answers to {sizes["answers"]} of these questions: the perplexity of the arm's own answers under
-the unsteered model, against that of unsteered answers; token 4-grams that an answer has had before; empty answers; and
-on neutral text the divergence from the unsteered model.
+What steering breaks, on answers to {sizes["test_answers"]} of these questions: the perplexity of the arm's own answers
+under the unsteered model, against that of unsteered answers; token 4-grams that an answer has had before; empty
+answers; and on neutral text the divergence from the unsteered model.
 
 {damage_table(results["methods"])}
 - **in-context prompt**: {results["demonstrations"]} questions of train with right answers before each question; nothing
@@ -371,8 +378,9 @@ weaker of two that are alike.
 BESIDE = {
     "alone": """## One attribute at a time
 
-Fitted and steered by itself, at the strength that was chosen for all: the difference to unsteered on all three data
-sets, on the part of test.
+Fitted and steered by itself, at the place and strength that were chosen for all: the difference to unsteered on all
+three data sets, on the part of test, and what steering breaks. The in-context prompt is that of each attribute alone in
+any case; one attribute alone has no orthogonality.
 """,
     "shares": """## How much data it takes
 
@@ -393,7 +401,11 @@ question apart, and ToxiGen's texts have no prompt.
 
 def beside_it(results: Mapping[str, Any]) -> str:
     """Of `BESIDE` what there is, and what is still to come."""
-    parts = [f"{text}\n{difference_table(results[name])}\n" for name, text in BESIDE.items() if name in results]
+    parts = [
+        f"{text}\n{difference_table(results[name])}\n{damage_table(results[name])}\n"
+        for name, text in BESIDE.items()
+        if name in results
+    ]
     if missing := [text.partition("\n")[0][3:] for name, text in BESIDE.items() if name not in results]:
         parts.append(f"Not measured yet; `make reproduce-real` goes on from here: {'; '.join(missing).lower()}.\n\n")
     return "".join(parts)
