@@ -3,15 +3,21 @@
 Linear layers with the same input become one product. On a CPU linear layers get their weights laid out once: in tiles
 for a kernel of ours, or as oneDNN wants them. PyTorch's own `linear` lays the weight out anew in every call, which for
 the few tokens of a decoding step takes longer than the product. RMS norms become one operation instead of seven, gated
-feed-forward layers three instead of five, rotary embeddings of queries and keys one instead of sixteen; on CUDA also
-the addition of an attention's output and the norm after it one.
+feed-forward layers three instead of five, rotary embeddings of queries and keys none instead of sixteen: they are left
+to the attention, which turns what it reads. On CUDA also the addition of an attention's output and the norm after it
+become one.
+
+Each layer is exchanged by itself, after what is to take its place has been tried against it.
 """
 
-from collections.abc import Iterator
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -31,12 +37,14 @@ EPSILONS = ("variance_epsilon", "eps")  # what models call the epsilon of an RMS
 # The parts of a decoder layer that adds to the residual stream twice: what a norm and a sub-layer make of it.
 RESIDUAL_LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 CPU = torch.device("cpu")
+Function = TypeVar("Function", bound=Callable[..., Any])
+log = logging.getLogger(__name__)
 
 
 def exchange_layers(model: Any, *, native: bool = True) -> None:
     """In place, on a CPU and on one CUDA device. `native`: also by kernels of ours, where they can be had; on CUDA
-    nothing is done without. All but linear layers are tried on random numbers first, and left alone where that shows a
-    difference."""
+    nothing is done without. Each exchange is tried on random numbers first; where that shows a difference, the layer
+    stays and the log says so."""
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         return  # accelerate brings each layer its input from another device
     pack_linears(model, native=native)
@@ -206,11 +214,18 @@ class GatedMLP(nn.Module):
         return found
 
 
+def takes_rotary(attend: Function) -> Function:
+    """Marks an attention of transformers' `AttentionInterface` that turns queries and keys itself, where it is given
+    `rotary`: cosines and sines, [N, turned] each (`steer_ops.rotary`)."""
+    attend.takes_rotary = True  # type: ignore[attr-defined]
+    return attend
+
+
 class RotaryAttention(nn.Module):
     """An attention layer with rotary embeddings, as LlamaAttention and its many copies in transformers have it: one
-    product for queries, keys and values, norms of their heads where the layer has them, the kernel `rotary`, then the
-    attention that the model's configuration names. The layer whose place it takes still answers what it does not
-    know: several texts, a cache, an attention that has no name, embeddings of a part of each head."""
+    product for queries, keys and values, norms of their heads where the layer has them, then the attention that the
+    model's configuration names, which `takes_rotary`. The layer whose place it takes still answers what it does not
+    know: several texts, a cache, another attention."""
 
     o_proj: nn.Module
 
@@ -225,7 +240,7 @@ class RotaryAttention(nn.Module):
         self._widths = [own.q_proj.out_features, own.k_proj.out_features, own.v_proj.out_features]
         self._norms = getattr(own, "q_norm", None), getattr(own, "k_norm", None)
         self._options = options
-        self._op = ROTARY.choose(self.whole.device, self.whole.dtype)
+        self.turned = turned_width(own)
 
     @property
     def whole(self) -> Packed:
@@ -241,16 +256,18 @@ class RotaryAttention(nn.Module):
         past_key_values: Any = None,
         **options: Any,
     ) -> Any:
-        """hidden_states [1, N, D], position_embeddings (cosines and sines) [1, N, head_dim] each -> [1, N, D], and what
+        """hidden_states [1, N, D], position_embeddings (cosines and sines) [1, N, turned] each -> [1, N, D], and what
         else the attention says."""
         attend = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation)
         tokens = hidden_states.shape[1]
         if (
             attend is None
+            or not getattr(attend, "takes_rotary", False)
             or past_key_values is not None
             or position_embeddings is None
             or len(hidden_states) != 1
-            or position_embeddings[0].shape != (1, tokens, self.head_dim)
+            or position_embeddings[0].shape != (1, tokens, self.turned)
+            or position_embeddings[0].dtype != self.whole.dtype
         ):
             return self._own[0](
                 hidden_states,
@@ -263,30 +280,57 @@ class RotaryAttention(nn.Module):
         query, key, value = (part.view(tokens, -1, self.head_dim) for part in parts)
         if self._norms[0] is not None and self._norms[1] is not None:
             query, key = self._norms[0](query), self._norms[1](key)
-        cos, sin = position_embeddings
-        query, key = self._op(query, key, cos[0], sin[0])
         query, key, value = (part.transpose(0, 1)[None] for part in (query, key, value))
-        found, weights = attend(self._own[0], query, key, value, attention_mask, **{**self._options, **options})
+        named = {**self._options, **options, "rotary": (position_embeddings[0][0], position_embeddings[1][0])}
+        found, weights = attend(self._own[0], query, key, value, attention_mask, **named)
         return self.o_proj(found.reshape(1, tokens, -1)), weights
 
 
 def pack_linears(model: Any, *, native: bool = True) -> int:
     """Replaces the linear layers of a model on a CPU, in place, where oneDNN or a kernel of ours takes them, and on
     CUDA those that become one product; says how many. Weights that nobody else holds are freed. `native`: by kernels of
-    ours, where they can be had; on CUDA nothing is replaced without."""
-    packed = 0
+    ours, where they can be had; on CUDA nothing is replaced without. Layers stay whose outputs for a token drawn at
+    random come out otherwise."""
+    packed, refused = 0, Counter[str]()
     with torch.no_grad():
         for parent in list(model.modules()):
             plain = {name: child for name, child in parent.named_children() if _can_pack(child, native)}
             for names in TOGETHER:
                 if set(names) <= plain.keys() and len({plain[name].bias is None for name in names}) == 1:
-                    _join(parent, {name: plain.pop(name) for name in names}, native)
-                    packed += len(names)
+                    own = {name: plain.pop(name) for name in names}
+                    packed += _exchange(parent, own, _joined(own, native), refused)
             for name, child in plain.items():
                 if child.weight.device == CPU:
-                    setattr(parent, name, _packed(_weight(child), child.bias, native))
-                    packed += 1
+                    found = _packed(_weight(child), child.bias, native)
+                    packed += _exchange(parent, {name: child}, {name: found}, refused)
+    _tell(refused, "the packed product")
     return packed
+
+
+def _exchange(parent: nn.Module, own: dict[str, Any], mine: Mapping[str, nn.Module], refused: Counter[str]) -> int:
+    """Puts linear layers in the place of others, if they compute the same; says how many."""
+    if not _is_same_product(list(own.values()), list(mine.values())):
+        refused.update(type(layer).__name__ for layer in own.values())
+        return 0
+    for name, layer in mine.items():
+        setattr(parent, name, layer)
+    return len(mine)
+
+
+def _is_same_product(own: list[Any], mine: list[nn.Module]) -> bool:
+    """For a token drawn at random."""
+    weight = _weight(own[0])
+    x = torch.randn(1, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    try:
+        return all(_is_close(one(x), other(x)) for one, other in zip(mine, own, strict=True))
+    except Exception:  # what replaces it does not take what it takes
+        return False
+
+
+def _tell(refused: Counter[str], what: str) -> None:
+    """refused: how many layers of each class stay as they are."""
+    for kind, count in refused.items():
+        log.info("%d layers %s stay as they are: %s computes something else", count, kind, what)
 
 
 def _packed(weight: Tensor, bias: Tensor | None, native: bool) -> Packed:
@@ -318,22 +362,22 @@ def _weight(layer: Any) -> Tensor:
     return weight if isinstance(layer, nn.Linear) else weight.T
 
 
-def _join(parent: nn.Module, layers: dict[str, Any], native: bool) -> None:
+def _joined(layers: dict[str, Any], native: bool) -> dict[str, JoinedLinear]:
     biases = [layer.bias for layer in layers.values() if layer.bias is not None]
     weight = torch.cat([_weight(layer) for layer in layers.values()])
     whole = _packed(weight, torch.cat(biases) if biases else None, native)
     pending: list[tuple[Tensor, Tensor]] = []
-    start = 0
-    for name, layer in layers.items():
-        stop = start + _weight(layer).shape[0]
-        setattr(parent, name, JoinedLinear(whole, pending, start, stop))
-        start = stop
+    stops = np.cumsum([0, *(_weight(layer).shape[0] for layer in layers.values())]).tolist()
+    return {
+        name: JoinedLinear(whole, pending, start, stop)
+        for name, start, stop in zip(layers, stops, stops[1:], strict=False)
+    }
 
 
 def fuse_norms(model: Any) -> int:
     """Replaces the RMS norms of a model, in place, by what says the same on numbers drawn at random; says how many:
     none where nothing can be compiled. Norms of another dtype than the model's stay."""
-    fused, dtype = 0, getattr(model, "dtype", None)
+    fused, refused, dtype = 0, Counter[str](), getattr(model, "dtype", None)
     with torch.no_grad():
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
@@ -343,6 +387,9 @@ def fuse_norms(model: Any) -> int:
                 if _is_same_norm(found, child):
                     setattr(parent, name, found)
                     fused += 1
+                else:
+                    refused[type(child).__name__] += 1
+    _tell(refused, "the fused norm")
     return fused
 
 
@@ -374,7 +421,7 @@ def _is_same_norm(mine: FusedRMSNorm, own: Any) -> bool:
 def fuse_mlps(model: Any) -> int:
     """Replaces the gated feed-forward layers of a model whose linear layers have been packed, in place, by what says
     the same on numbers drawn at random; says how many: none where nothing can be compiled."""
-    fused = 0
+    fused, refused = 0, Counter[str]()
     with torch.no_grad():
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
@@ -382,12 +429,15 @@ def fuse_mlps(model: Any) -> int:
                 if not isinstance(gate, JoinedLinear) or activation is None or not hasattr(child, "down_proj"):
                     continue
                 here = gate.whole.device, gate.whole.dtype
-                if not SILU_MUL.has_kernel(*here) or not _is_silu(activation, *here):
+                if not SILU_MUL.has_kernel(*here):
                     continue
                 found = GatedMLP(gate.whole, child.down_proj)
-                if _is_same_mlp(found, child, gate):
+                if _is_silu(activation, *here) and _is_same_mlp(found, child, gate):
                     setattr(parent, name, found)
                     fused += 1
+                else:
+                    refused[type(child).__name__] += 1
+    _tell(refused, "the fused gate")
     return fused
 
 
@@ -427,25 +477,35 @@ def fuse_attention(model: Any) -> int:
     """Replaces the attention layers of a model whose linear layers have been packed, in place, by what gives the same
     queries, keys and values to its attention on numbers drawn at random; says how many: none where nothing can be
     compiled."""
-    fused = 0
+    fused, refused = 0, Counter[str]()
     with torch.no_grad():
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
                 query = getattr(child, "q_proj", None)
                 if not isinstance(query, JoinedLinear) or isinstance(child, RotaryAttention):
                     continue
-                has_kernel = ROTARY.has_kernel(query.whole.device, query.whole.dtype)
-                if has_kernel and (found := _fused_attention(child, query.whole)):
+                if not ROTARY.has_kernel(query.whole.device, query.whole.dtype):
+                    continue
+                if found := _fused_attention(child, query.whole):
                     setattr(parent, name, found)
                     fused += 1
+                else:
+                    refused[type(child).__name__] += 1
+    _tell(refused, "the fused rotary embedding")
     return fused
+
+
+def turned_width(attention: Any) -> int:
+    """How many numbers of each head an attention layer turns, as its configuration has it."""
+    parameters = getattr(attention.config, "rope_parameters", None) or {}
+    return int(attention.head_dim * (parameters.get("partial_rotary_factor") or 1.0))
 
 
 def _fused_attention(own: Any, whole: Packed) -> RotaryAttention | None:
     """None: the layer does something else."""
     try:
         with _recorded_attention(own.config) as seen:
-            x, given = _attention_inputs(own.head_dim, whole)
+            x, given = _attention_inputs(turned_width(own), whole)
             expected = own(x, **given)
             mine = RotaryAttention(own, seen[0][3])
             found = mine(x, **given)
@@ -457,23 +517,28 @@ def _fused_attention(own: Any, whole: Packed) -> RotaryAttention | None:
     return mine if same else None
 
 
-def _attention_inputs(head_dim: int, whole: Packed) -> tuple[Tensor, dict[str, Any]]:
+def _attention_inputs(turned: int, whole: Packed) -> tuple[Tensor, dict[str, Any]]:
     """Five tokens drawn at random, [1, 5, in], and what models give their attention by name."""
     random = torch.Generator().manual_seed(0)
     x = torch.randn(1, 5, whole.in_features, generator=random).to(whole.device, whole.dtype)
-    angles = torch.randn(1, 5, head_dim // 2, generator=random).repeat(1, 1, 2)
+    angles = torch.randn(1, 5, turned // 2, generator=random).repeat(1, 1, 2)
     turns = angles.cos().to(x), angles.sin().to(x)
     return x, {"position_embeddings": turns, "attention_mask": None}
 
 
 @contextmanager
 def _recorded_attention(config: Any) -> Iterator[list[tuple[Any, ...]]]:
-    """Attention gives every query back; what it was called with is in the list: query, key, value, options."""
+    """Attention gives every query back, turned where it is asked to; what it was called with is in the list: query and
+    key, turned, value, options."""
     seen: list[tuple[Any, ...]] = []
 
+    @takes_rotary
     def record(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, rotary: Any = None, **options: Any
     ) -> tuple[Tensor, None]:
+        if rotary is not None:
+            turned = ROTARY.for_tensor(query)(query[0].transpose(0, 1), key[0].transpose(0, 1), *rotary)
+            query, key = (part.transpose(0, 1)[None] for part in turned)
         seen.append((query, key, value, options))
         return query.transpose(1, 2), None
 
@@ -490,25 +555,36 @@ def fuse_residuals(model: Any) -> int:
     """Has the decoder layers of a model whose attention has been fused add the attention's output to the residual
     stream and take the norm of that in one operation, where that says the same on numbers drawn at random; says how
     many: none where there is no kernel. The layers stay the modules that they are, with their hooks."""
-    fused = 0
+    fused, refused = 0, Counter[str]()
     with torch.no_grad():
         for layer in model.modules():
-            if {name for name, _ in layer.named_children()} == RESIDUAL_LAYER and _fuse_residual(layer):
+            if not _can_fuse_residual(layer):
+                continue
+            if _fuse_residual(layer):
                 fused += 1
+            else:
+                refused[type(layer).__name__] += 1
+    _tell(refused, "the fused residual addition")
     return fused
 
 
-def _fuse_residual(layer: Any) -> bool:
+def _can_fuse_residual(layer: Any) -> bool:
+    if {name for name, _ in layer.named_children()} != RESIDUAL_LAYER or "forward" in vars(layer):
+        return False
     attention, norm = layer.self_attn, layer.post_attention_layernorm
-    if not isinstance(attention, RotaryAttention) or not isinstance(norm, FusedRMSNorm) or "forward" in vars(layer):
+    if not isinstance(attention, RotaryAttention) or not isinstance(norm, FusedRMSNorm):
         return False
     whole = attention.whole
-    if norm.weight.dtype != whole.dtype or not ADD_RMS_NORM.has_kernel(whole.device, whole.dtype):
-        return False
+    return norm.weight.dtype == whole.dtype and ADD_RMS_NORM.has_kernel(whole.device, whole.dtype)
+
+
+def _fuse_residual(layer: Any) -> bool:
+    attention = layer.self_attn
+    whole = attention.whole
     forward = partial(_forward_residual, layer, ADD_RMS_NORM.choose(whole.device, whole.dtype))
     try:
         with _recorded_attention(attention.config):
-            x, given = _attention_inputs(attention.head_dim, whole)
+            x, given = _attention_inputs(attention.turned, whole)
             expected, found = layer(x, **given), forward(x, **given)
     except Exception:  # it is called with something else
         return False

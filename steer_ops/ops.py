@@ -26,19 +26,23 @@ def paged_attention_decode(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
 ) -> None:
     """Decode attention: one new token in each of R rows, over the keys and values of its own row, in blocks.
 
-    Writes each new key and value into the caches, at position `context_lens - 1` of its row, then attends over the
-    positions 0 to `context_lens - 1`, or the last `window` of them. Computed in float32. With a kernel no row is read
-    further than its length; on a CPU what a row gets is then the same in every bit beside any other rows.
+    Turns queries and new keys (`rotary`) where `cos` and `sin` are given. Writes each new key and value into the
+    caches, at position `context_lens - 1` of its row, then attends over the positions 0 to `context_lens - 1`, or the
+    last `window` of them. Computed in float32. With a kernel no row is read further than its length; on a CPU what a
+    row gets is then the same in every bit beside any other rows.
 
     query [R, heads, width], key [R, kv_heads, width], value [R, kv_heads, value_width]: of the new tokens; `heads /
     kv_heads` query heads share a key head. key_cache [num_blocks, kv_heads, block_size, width], value_cache
     [num_blocks, kv_heads, block_size, value_width]: contiguous, written to. block_tables [R, max_blocks] int32: the
     blocks of each row; entries beyond them are not read. context_lens [R] int32: tokens of each row, the new one
     included, at least 1. out [R, heads, value_width]: contiguous, written to. scale: of scores. softcap: scores become
-    softcap * tanh(score / softcap). sinks [heads], of any dtype: a score that takes its share and gives nothing.
+    softcap * tanh(score / softcap). sinks [heads], of any dtype: a score that takes its share and gives nothing. cos
+    and sin [R, turned]: both or none.
 
     All tensors but the tables, lengths and sinks have one dtype. Kernels raise RuntimeError where shapes or dtypes do
     not fit, on a CPU also where lengths or blocks do not.
@@ -56,6 +60,8 @@ def paged_attention_decode(
         window=window,
         softcap=softcap,
         sinks=sinks,
+        cos=cos,
+        sin=sin,
     )
 
 
@@ -69,14 +75,15 @@ def _paged_attention_examples(dtype: torch.dtype) -> Iterator[Example]:
             for shape in ((3, 4, width), (3, 2, width), (3, 2, value_width), (6, 2, 4, width), (6, 2, 4, value_width))
         )
         args = query, key, value, key_cache, value_cache, tables, lengths, query.new_zeros(3, 4, value_width)
+        turns = dict(zip(("cos", "sin"), torch.randn(2, 3, width // 4 * 2, generator=random).to(dtype), strict=True))
         yield args, {"scale": 0.2}
-        yield args, {"scale": 0.2, "window": 3, "softcap": 2.0, "sinks": torch.randn(4, generator=random)}
+        yield args, {"scale": 0.2, "window": 3, "softcap": 2.0, "sinks": torch.randn(4, generator=random), **turns}
 
 
 PAGED_ATTENTION_DECODE = Op(
     "paged_attention_decode(Tensor query, Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
     "Tensor block_tables, Tensor context_lens, Tensor(c!) out, *, float scale, int? window=None, float? softcap=None, "
-    "Tensor? sinks=None) -> ()",
+    "Tensor? sinks=None, Tensor? cos=None, Tensor? sin=None) -> ()",
     plain.paged_attention_decode,
     _paged_attention_examples,
 )
@@ -273,7 +280,8 @@ def _silu_mul_examples(dtype: torch.dtype) -> Iterator[Example]:
 def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """x * cos + rotate_half(x) * sin for queries and keys, each product rounded to the dtype.
 
-    query [N, heads, width], key [N, kv_heads, width], cos and sin [N, width], all of one dtype -> both, turned
+    query [N, heads, width], key [N, kv_heads, width], cos and sin [N, turned], all of one dtype -> both, the first
+    `turned` numbers of each head turned. `turned` is even and at most the width.
     """
     turned: tuple[Tensor, Tensor] = ROTARY.for_tensor(query)(query, key, cos, sin)
     return turned
@@ -282,8 +290,9 @@ def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
 def _rotary_examples(dtype: torch.dtype) -> Iterator[Example]:
     random = torch.Generator().manual_seed(0)
     whole = torch.randn(5, 7, 18, generator=random).to(dtype)
-    cos, sin = torch.randn(2, 5, 18, generator=random).to(dtype).unbind()
-    yield (whole[:, :4], whole[:, 4:6], cos, sin), {}
+    for turned in (18, 8):
+        cos, sin = torch.randn(2, 5, turned, generator=random).to(dtype).unbind()
+        yield (whole[:, :4], whole[:, 4:6], cos, sin), {}
 
 
 OUTPUTS = 32  # of a tile

@@ -25,9 +25,13 @@ def paged_attention_decode(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
 ) -> None:
     """See `steer_ops.paged_attention_decode`. Every row is read as far as the longest one, in whole blocks, which are
     copied; so on a CPU the last bits of a row may depend on its neighbours."""
+    if cos is not None and sin is not None:
+        query, key = rotary(query, key, cos, sin)
     together = max(1, GATHERED // (block_tables.shape[1] * key_cache[0].numel()))  # rows
     if len(query) > together:
         for at in range(0, len(query), together):
@@ -284,8 +288,10 @@ def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     """See `steer_ops.rotary`."""
 
     def turn(x: Tensor) -> Tensor:
-        left, right = x.chunk(2, dim=-1)
-        return (x * cos[:, None] + torch.cat([-right, left], dim=-1) * sin[:, None]).contiguous()
+        turned, rest = x.tensor_split([cos.shape[1]], dim=-1)
+        left, right = turned.chunk(2, dim=-1)
+        turned = turned * cos[:, None] + torch.cat([-right, left], dim=-1) * sin[:, None]
+        return torch.cat([turned, rest], dim=-1)
 
     return turn(query), turn(key)
 

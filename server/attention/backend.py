@@ -18,6 +18,7 @@ from server.attention.kv_pool import KVOps, KVPool, KVShape
 from server.attention.layout import BlockCopy, ChunkLayout
 from server.attention.metadata import AttentionMetadata, AttentionParams, ForwardMetadata
 from steer_ops import PAGED_ATTENTION_DECODE
+from steer_ops.layers import takes_rotary
 
 NAME = "matsteer"
 
@@ -87,6 +88,7 @@ class Attention:
         return metadata.attend(pool, query[0].transpose(0, 1), key, value, params)[None]
 
 
+@takes_rotary
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
@@ -100,6 +102,7 @@ def _attend(
         window=options.get("sliding_window"),
         softcap=options.get("softcap"),
         sinks=options.get("s_aux"),
+        rotary=options.get("rotary"),
     )
     return attention.attend(layer, query, key, value, params), None
 

@@ -3,10 +3,13 @@
 Single tokens of sequences (decode) are attended to in one call over all their blocks, `paged_attention_decode`. Chunks
 of prompts gather the keys and values of their blocks, whole blocks at a time. Where there is a kernel for it all chunks
 go to one call, `varlen_attention`, else each goes to PyTorch's attention with a mask.
+
+Where a layer leaves rotary embeddings to its attention, that of single tokens turns what it reads. Beside chunks, which
+need theirs turned beforehand, all tokens of the line are.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -15,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from server.attention.kv_pool import KVPool
 from server.attention.layout import ChunkLayout
+from steer_ops import rotary
 from steering.bank import upload
 
 
@@ -26,9 +30,15 @@ class AttentionParams:
     window: int | None = None  # how many tokens a token sees, itself included
     softcap: float | None = None  # scores go through softcap * tanh(score / softcap)
     sinks: Tensor | None = None  # [heads]: attention sinks (GPT-OSS), in the softmax's denominator without a value
+    # Cosines and sines, [N, turned] each, that queries and keys are still to be turned by (`steer_ops.rotary`).
+    rotary: tuple[Tensor, Tensor] | None = None
 
     def scale_of(self, query: Tensor) -> float:
         return query.shape[-1] ** -0.5 if self.scale is None else self.scale
+
+    def of(self, rows: slice | Tensor) -> "AttentionParams":
+        """For some tokens of the line."""
+        return self if self.rotary is None else replace(self, rotary=(self.rotary[0][rows], self.rotary[1][rows]))
 
 
 @dataclass(frozen=True)
@@ -141,6 +151,9 @@ class AttentionMetadata:
         values into the pool; without one, those given are all there are."""
         tokens, heads, width = query.shape
         key, value = key[0], value[0]
+        if params.rotary is not None and self.prefills:
+            query, turned = rotary(query, key.transpose(0, 1), *params.rotary)
+            key, params = turned.transpose(0, 1), replace(params, rotary=None)
         groups = heads // key.shape[0]
         out = query.new_empty(tokens, heads, value.shape[-1])
         if pool is not None:
@@ -187,10 +200,10 @@ class AttentionMetadata:
         if len(lens) == len(query):
             decode_attention(query, key, value, pool, tables, lens, out, params)
         elif isinstance(rows, slice):
-            decode_attention(query[rows], key[rows], value[rows], pool, tables, lens, out[rows], params)
+            decode_attention(query[rows], key[rows], value[rows], pool, tables, lens, out[rows], params.of(rows))
         else:
             found = out.new_empty(len(lens), *out.shape[1:])
-            decode_attention(query[rows], key[rows], value[rows], pool, tables, lens, found, params)
+            decode_attention(query[rows], key[rows], value[rows], pool, tables, lens, found, params.of(rows))
             out[rows] = found
 
     def _varlen(
@@ -305,6 +318,7 @@ def decode_attention(
     """See `steer_ops.paged_attention_decode`."""
     if pool.keys.device != block_tables.device:  # the model is spread over several
         block_tables, context_lens = block_tables.to(pool.keys.device), context_lens.to(pool.keys.device)
+    cos, sin = params.rotary or (None, None)
     pool.ops.decode(
         query,
         key,
@@ -318,6 +332,8 @@ def decode_attention(
         window=params.window,
         softcap=params.softcap,
         sinks=params.sinks,
+        cos=cos,
+        sin=sin,
     )
 
 

@@ -49,10 +49,31 @@ void with_type(const char *op, ScalarType type, const What &what) {
         STD_TORCH_CHECK(false, op, ": only float32 and bfloat16 can be computed");
 }
 
+std::tuple<Tensor, Tensor> rotary_of_tokens(const Tensor &query, const Tensor &key, const Tensor &cos,
+                                            const Tensor &sin) {
+    STD_TORCH_CHECK(query.dim() == 3 && key.dim() == 3 && cos.dim() == 2,
+                    "rotary: query and key are [N, heads, width], cos and sin [N, turned]");
+    const int64_t tokens = query.size(0), width = query.size(2), turned = cos.size(1);
+    const ScalarType type = query.scalar_type();
+    STD_TORCH_CHECK(key.size(0) == tokens && key.size(2) == width && has_shape(cos, {tokens, turned}) &&
+                        has_shape(sin, {tokens, turned}) && turned % 2 == 0 && turned <= width &&
+                        key.scalar_type() == type && is(cos, type) && is(sin, type),
+                    "rotary: shapes and dtypes fit each other, and what is turned is even and no wider than a head");
+    const Tensor q = with_dense_rows(query), k = with_dense_rows(key);
+    Tensor queries = torch::stable::new_empty(q, q.sizes()), keys = torch::stable::new_empty(k, k.sizes());
+    const Heads heads[2] = {{q.size(1), q.stride(1), q.stride(0)}, {k.size(1), k.stride(1), k.stride(0)}};
+    with_type("rotary", type, [&](auto number) {
+        using T = decltype(number);
+        rotary<T>(tokens, width, turned, heads, data<const T>(q), data<const T>(k), data<const T>(cos),
+                  data<const T>(sin), data<T>(queries), data<T>(keys));
+    });
+    return {queries, keys};
+}
+
 void paged_attention_decode(const Tensor &query, const Tensor &key, const Tensor &value, Tensor key_cache,
                             Tensor value_cache, const Tensor &block_tables, const Tensor &context_lens, Tensor out,
                             double scale, std::optional<int64_t> window, std::optional<double> softcap,
-                            std::optional<Tensor> sinks) {
+                            std::optional<Tensor> sinks, std::optional<Tensor> cos, std::optional<Tensor> sin) {
     const char *op = "paged_attention_decode";
     STD_TORCH_CHECK(query.dim() == 3 && key_cache.dim() == 4 && value_cache.dim() == 4 && block_tables.dim() == 2, op,
                     ": query has 3 dimensions, the caches 4, block_tables 2");
@@ -76,6 +97,7 @@ void paged_attention_decode(const Tensor &query, const Tensor &key, const Tensor
                     op, ": the caches, out, block_tables and context_lens are contiguous");
     STD_TORCH_CHECK(!window || *window > 0, op, ": window is at least 1");
     STD_TORCH_CHECK(!sinks || has_shape(*sinks, {heads}), op, ": sinks are one number for each head");
+    STD_TORCH_CHECK(bool(cos) == bool(sin), op, ": cos and sin come together");
     if (sinks) sinks = torch::stable::contiguous(torch::stable::to(*sinks, ScalarType::Float));
     const int32_t *table = data<int32_t>(block_tables), *lengths = data<int32_t>(context_lens);
     for (int64_t row = 0; row < rows; row++) {
@@ -86,7 +108,9 @@ void paged_attention_decode(const Tensor &query, const Tensor &key, const Tensor
             STD_TORCH_CHECK(block >= 0 && block < blocks, op, ": row ", row, " names block ", block, " of ", blocks);
         }
     }
-    const Tensor q = with_dense_rows(query), k = with_dense_rows(key), v = with_dense_rows(value);
+    const auto [turned_query, turned_key] =
+        cos ? rotary_of_tokens(query, key, *cos, *sin) : std::tuple<Tensor, Tensor>{query, key};
+    const Tensor q = with_dense_rows(turned_query), k = with_dense_rows(turned_key), v = with_dense_rows(value);
     const PagedAttention call{
         rows,        heads,           key_heads,     width,         value_width,   block_size,
         block_tables.stride(0),       window.value_or(0),           q.stride(0),   q.stride(1),
@@ -155,26 +179,6 @@ Tensor silu_mul_of_rows(const Tensor &gate_up) {
         silu_mul<T>(out.numel() / std::max<int64_t>(1, width), width, data<const T>(in), data<T>(out));
     });
     return out;
-}
-
-std::tuple<Tensor, Tensor> rotary_of_tokens(const Tensor &query, const Tensor &key, const Tensor &cos,
-                                            const Tensor &sin) {
-    STD_TORCH_CHECK(query.dim() == 3 && key.dim() == 3 && query.size(2) % 2 == 0,
-                    "rotary: query and key are [N, heads, width], of even width");
-    const int64_t tokens = query.size(0), width = query.size(2);
-    const ScalarType type = query.scalar_type();
-    STD_TORCH_CHECK(key.size(0) == tokens && key.size(2) == width && has_shape(cos, {tokens, width}) &&
-                        has_shape(sin, {tokens, width}) && key.scalar_type() == type && is(cos, type) && is(sin, type),
-                    "rotary: shapes and dtypes fit each other");
-    const Tensor q = with_dense_rows(query), k = with_dense_rows(key);
-    Tensor queries = torch::stable::new_empty(q, q.sizes()), keys = torch::stable::new_empty(k, k.sizes());
-    const Heads heads[2] = {{q.size(1), q.stride(1), q.stride(0)}, {k.size(1), k.stride(1), k.stride(0)}};
-    with_type("rotary", type, [&](auto number) {
-        using T = decltype(number);
-        rotary<T>(tokens, width, heads, data<const T>(q), data<const T>(k), data<const T>(cos), data<const T>(sin),
-                  data<T>(queries), data<T>(keys));
-    });
-    return {queries, keys};
 }
 
 #ifdef HAS_TILED_LINEAR

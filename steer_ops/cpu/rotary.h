@@ -1,4 +1,4 @@
-// x * cos + rotate_half(x) * sin for queries and keys; rounded where transformers rounds.
+// x * cos + rotate_half(x) * sin for the first `turned` numbers of queries and keys; rounded where transformers rounds.
 #pragma once
 
 #include "common.h"
@@ -8,8 +8,9 @@ struct Heads {  // of queries or of keys, in numbers
 };
 
 template <typename T>
-void rotate(const Heads &heads, int64_t token, int64_t width, const T *x, const T *cos, const T *sin, T *out) {
-    const int64_t half = width / 2;
+void rotate(const Heads &heads, int64_t token, int64_t width, int64_t turned, const T *x, const T *cos, const T *sin,
+            T *out) {
+    const int64_t half = turned / 2;
     for (int64_t head = 0; head < heads.count; head++) {
         const T *in = x + head * heads.head_stride + token * heads.token_stride;
         T *to = out + (token * heads.count + head) * width;
@@ -20,15 +21,16 @@ void rotate(const Heads &heads, int64_t token, int64_t width, const T *x, const 
             store(to[d + half],
                   rounded<T>(right * float(cos[d + half])) + rounded<T>(left * float(sin[d + half])));
         }
+        std::copy(in + turned, in + width, to + turned);
     }
 }
 
 template <typename T>
-void rotary(int64_t tokens, int64_t width, const Heads *heads, const T *query, const T *key, const T *cos, const T *sin,
-            T *queries, T *keys) {
+void rotary(int64_t tokens, int64_t width, int64_t turned, const Heads *heads, const T *query, const T *key,
+            const T *cos, const T *sin, T *queries, T *keys) {
 #pragma omp parallel for if (tokens * width * (heads[0].count + heads[1].count) > 100000)
     for (int64_t token = 0; token < tokens; token++) {
-        rotate<T>(heads[0], token, width, query, cos + token * width, sin + token * width, queries);
-        rotate<T>(heads[1], token, width, key, cos + token * width, sin + token * width, keys);
+        rotate<T>(heads[0], token, width, turned, query, cos + token * turned, sin + token * turned, queries);
+        rotate<T>(heads[1], token, width, turned, key, cos + token * turned, sin + token * turned, keys);
     }
 }

@@ -1,5 +1,4 @@
-"""Norms, gates and rotary embeddings of layers, each in one pass: computed in float32, and rounded where transformers
-rounds."""
+"""Norms and gates of layers, each in one pass: computed in float32, and rounded where transformers rounds."""
 
 import torch
 import triton
@@ -9,7 +8,6 @@ from torch import Tensor
 from steer_ops.cuda.launch import check, dense_rows, on_device_of
 
 GATES = 1024  # that a program computes
-HEADS = 8  # that a program turns
 WARP_NUMBERS = 512  # of a row, for each warp
 MOST_WARPS = 16
 
@@ -53,58 +51,6 @@ def _silu_mul(gate_up, out, row_stride, WIDTH: tl.constexpr, GATES: tl.constexpr
     tl.store(out + row * WIDTH + d, (opened.to(tl.float32) * up.to(tl.float32)).to(gate.dtype), mask=there)
 
 
-@triton.jit
-def _turn(x, out, cos, sin, head_stride, first, heads, WIDTH: tl.constexpr, PAD: tl.constexpr, HEADS: tl.constexpr):
-    head, d = first + tl.arange(0, HEADS), tl.arange(0, PAD)
-    HALF: tl.constexpr = WIDTH // 2
-    half = d < HALF
-    there = (head < heads)[:, None] & half[None, :]
-    left = tl.load(x + head[:, None] * head_stride + d[None, :], mask=there, other=0.0)
-    right = tl.load(x + head[:, None] * head_stride + HALF + d[None, :], mask=there, other=0.0)
-    wide_left, wide_right = left.to(tl.float32), right.to(tl.float32)
-    cos_left = tl.load(cos + d, mask=half, other=0.0).to(tl.float32)[None, :]
-    sin_left = tl.load(sin + d, mask=half, other=0.0).to(tl.float32)[None, :]
-    cos_right = tl.load(cos + HALF + d, mask=half, other=0.0).to(tl.float32)[None, :]
-    sin_right = tl.load(sin + HALF + d, mask=half, other=0.0).to(tl.float32)[None, :]
-    new_left = (wide_left * cos_left).to(left.dtype).to(tl.float32)
-    new_left -= (wide_right * sin_left).to(left.dtype).to(tl.float32)
-    new_right = (wide_right * cos_right).to(left.dtype).to(tl.float32)
-    new_right += (wide_left * sin_right).to(left.dtype).to(tl.float32)
-    at = out + head[:, None] * WIDTH + d[None, :]
-    tl.store(at, new_left.to(left.dtype), mask=there)
-    tl.store(at + HALF, new_right.to(left.dtype), mask=there)
-
-
-@triton.jit
-def _rotary(
-    query,
-    key,
-    cos,
-    sin,
-    queries,
-    keys,
-    query_row,
-    query_head,
-    key_row,
-    key_head,
-    QUERY_HEADS: tl.constexpr,
-    KEY_HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PAD: tl.constexpr,
-    HEADS: tl.constexpr,
-):
-    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    QUERY_PARTS: tl.constexpr = (QUERY_HEADS + HEADS - 1) // HEADS
-    cos += row * WIDTH
-    sin += row * WIDTH
-    if part < QUERY_PARTS:
-        to = queries + row * QUERY_HEADS * WIDTH
-        _turn(query + row * query_row, to, cos, sin, query_head, part * HEADS, QUERY_HEADS, WIDTH, PAD, HEADS)
-    else:
-        to, first = keys + row * KEY_HEADS * WIDTH, (part - QUERY_PARTS) * HEADS
-        _turn(key + row * key_row, to, cos, sin, key_head, first, KEY_HEADS, WIDTH, PAD, HEADS)
-
-
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """See `steer_ops.rms_norm`."""
     width = len(weight)
@@ -142,30 +88,6 @@ def silu_mul(gate_up: Tensor) -> Tensor:
         with on_device_of(gate_up):
             _silu_mul[len(rows), -(-width // GATES)](rows, out, rows.stride(0), width, GATES)
     return out
-
-
-def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """See `steer_ops.rotary`."""
-    tokens, heads, width = query.shape
-    kv_heads = key.shape[1]
-    check(
-        key.shape == (tokens, kv_heads, width)
-        and width % 2 == 0
-        and cos.shape == sin.shape == (tokens, width)
-        and {key.dtype, cos.dtype, sin.dtype} == {query.dtype},
-        "rotary",
-        "shapes and dtypes fit each other, and the width is even",
-    )
-    query, key = dense_rows(query), dense_rows(key)
-    queries, keys = (torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in (query, key))
-    if tokens:
-        parts = -(-heads // HEADS) + -(-kv_heads // HEADS)
-        strides = *query.stride()[:2], *key.stride()[:2]
-        sizes = heads, kv_heads, width, triton.next_power_of_2(width // 2), HEADS
-        cos, sin = cos.contiguous(), sin.contiguous()
-        with on_device_of(query):
-            _rotary[tokens, parts](query, key, cos, sin, queries, keys, *strides, *sizes, num_warps=1)
-    return queries, keys
 
 
 def _check_norm(op: str, x: Tensor, weight: Tensor) -> None:

@@ -36,7 +36,7 @@ def kernels() -> Kernels:
 def triton_kernels(device: torch.device) -> Kernels:
     """None where Triton is missing, or compiles nothing for this device."""
     try:
-        from steer_ops.cuda import kv_cache, layers, paged_attention, steer
+        from steer_ops.cuda import kv_cache, layers, paged_attention, rotary, steer
 
         layers.rms_norm(torch.ones(1, 16, device=device), torch.ones(16, device=device), 1e-5)
     except Exception as error:
@@ -55,6 +55,6 @@ def triton_kernels(device: torch.device) -> Kernels:
         layers.rms_norm,
         layers.add_rms_norm,
         layers.silu_mul,
-        layers.rotary,
+        rotary.rotary,
     )
     return {function.__name__: (function, DTYPES) for function in functions}

@@ -3,7 +3,8 @@
 A program has one key head of one row, with all query heads that share it, and one of `SPLITS` parts of the row's keys;
 a second kernel joins the parts. How far a row is read is its length in the device's memory: a captured launch serves
 texts of any length. Program 0 of a row and head also has the new token: it takes its key and value from the arguments
-and writes them into the caches, so that nobody waits for what another program writes.
+and writes them into the caches, so that nobody waits for what another program writes. Where cosines and sines are
+given, every program turns its own queries as it reads them, and program 0 the new key.
 """
 
 import torch
@@ -12,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from steer_ops.cuda.launch import check, dense_rows, on_device_of, processors, shared_memory
+from steer_ops.cuda.rotary import check_turns, load_turned
 
 LOG2E = tl.constexpr(1.4426950408889634)
 TILE, SMALLEST_TILE = 64, 16  # keys that a program reads at once
@@ -32,6 +34,8 @@ def _attend(
     tables,
     lengths,
     sinks,
+    cos,
+    sin,
     out,
     parts,
     logs,
@@ -53,6 +57,7 @@ def _attend(
     VALUE_WIDTH: tl.constexpr,
     VALUE_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    TURNED: tl.constexpr,
     TILE: tl.constexpr,
     SPLITS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -65,15 +70,17 @@ def _attend(
     d, e = tl.arange(0, WIDTH_PAD), tl.arange(0, VALUE_PAD)
     head = kv_head * GROUPS + g
     asks, has_key, has_value = g < GROUPS, d < WIDTH, e < VALUE_WIDTH
-    at = query + row.to(tl.int64) * query_row + head[:, None] * query_head + d[None, :]
-    q = tl.load(at, mask=asks[:, None] & has_key[None, :], other=0.0)
+    cos += row.to(tl.int64) * TURNED
+    sin += row.to(tl.int64) * TURNED
+    at = query + row.to(tl.int64) * query_row + head[:, None] * query_head
+    q = load_turned(at, d[None, :], asks[:, None] & has_key[None, :], cos, sin, TURNED)
 
     # Softmax on the way, in powers of 2: the highest score, the sum of the shares, the sum of the values.
     highest = tl.full([GROUPS_PAD], float("-inf"), tl.float32)
     total = tl.full([GROUPS_PAD], 0.0, tl.float32)
     sums = tl.full([GROUPS_PAD, VALUE_PAD], 0.0, tl.float32)
     if split == 0:
-        new_key = tl.load(key + row.to(tl.int64) * key_row + kv_head * key_head + d, mask=has_key, other=0.0)
+        new_key = load_turned(key + row.to(tl.int64) * key_row + kv_head * key_head, d, has_key, cos, sin, TURNED)
         new_value = tl.load(value + row.to(tl.int64) * value_row + kv_head * value_head + e, mask=has_value, other=0.0)
         line = (tl.load(table + last // BLOCK_SIZE).to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE + last % BLOCK_SIZE
         tl.store(key_cache + line * WIDTH + d, new_key, mask=has_key)
@@ -164,6 +171,8 @@ def paged_attention_decode(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
 ) -> None:
     """See `steer_ops.paged_attention_decode`. Lengths and blocks are on the device, and not checked."""
     rows, heads, width = query.shape
@@ -171,6 +180,11 @@ def paged_attention_decode(
     _check(query, key, value, key_cache, value_cache, block_tables, context_lens, out, window, sinks)
     if not rows:
         return
+    turned = 0
+    check((cos is None) == (sin is None), "paged_attention_decode", "cos and sin come together")
+    if cos is not None and sin is not None:
+        turned = check_turns("paged_attention_decode", query, cos, sin)
+        cos, sin = cos.contiguous(), sin.contiguous()
     query, key, value = dense_rows(query), dense_rows(key), dense_rows(value)
     groups = heads // kv_heads
     groups_pad = max(SMALLEST_DOT, triton.next_power_of_2(groups))
@@ -191,6 +205,8 @@ def paged_attention_decode(
             block_tables,
             context_lens,
             query if sinks is None else sinks.contiguous(),
+            query if cos is None else cos,
+            query if sin is None else sin,
             out,
             parts,
             logs,
@@ -209,6 +225,7 @@ def paged_attention_decode(
             VALUE_WIDTH=value_width,
             VALUE_PAD=value_pad,
             BLOCK_SIZE=block_size,
+            TURNED=turned,
             TILE=tile,
             SPLITS=splits,
             HAS_SOFTCAP=softcap is not None,

@@ -14,7 +14,7 @@ from steering.bank import ColumnBank
 from steering.types import Column, Gate, SequenceSteering, Site
 from tests.server.desk import Desk, sequence
 from tests.server.reference import greedy, plain
-from tests.steering.families import FAMILIES, GROUPED, HIDDEN, VOCABULARY, Family
+from tests.steering.families import FAMILIES, GROUPED, HIDDEN, LAYERS, VOCABULARY, Family
 
 WINDOW = 7  # shorter than most of the prompts
 SLIDING: dict[str, dict[str, Any]] = {
@@ -49,6 +49,7 @@ MORE = {
         GROUPED
         | {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     ),
+    "stablelm": Family("StableLmForCausalLM", "StableLmConfig", GROUPED),  # turns a quarter of each head
     "gpt_oss": Family(
         "GptOssForCausalLM",
         "GptOssConfig",
@@ -66,9 +67,12 @@ MORE = {
 SITES = {"gemma": ("1.residual", 20.0), "gemma2": ("1.residual", 20.0), "gemma3": ("1.residual", 20.0)}
 
 
-def tiny(name: str) -> Any:
+def tiny(name: str, layers: int = LAYERS) -> Any:
     family = {**FAMILIES, **MORE}[name]
     settings = family.settings | SLIDING.get(name, {}) | {"bos_token_id": None, "eos_token_id": None}
+    settings |= {"n_layer" if name == "gpt2" else "num_hidden_layers": layers}
+    if kinds := settings.get("layer_types"):
+        settings["layer_types"] = kinds[:layers]
     config = getattr(transformers, family.config)(**settings)
     torch.manual_seed(1)
     model = getattr(transformers, family.model)(config).eval()

@@ -7,7 +7,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from steer_ops.cuda import kv_cache, layers, paged_attention, steer
+from steer_ops.cuda import kv_cache, layers, paged_attention, rotary, steer
 
 SHARED_MEMORY = 227 * 1024  # of a multiprocessor
 INTEGERS = {"tables": "*i32", "lengths": "*i32", "owners": "*i32", "counts": "*i64", "places": "*i64", "blocks": "*i64"}
@@ -33,7 +33,7 @@ def compiled(kernel: Any, dtype: str, constants: dict[str, Any], **options: int)
 
 
 def attention(dtype: str, splits: int, rules: bool, **changes: int) -> Any:
-    sizes = HEADS | {"GROUPS": 4, "GROUPS_PAD": 16, "TILE": 64, "SPLITS": splits} | changes
+    sizes = HEADS | {"GROUPS": 4, "GROUPS_PAD": 16, "TURNED": 128, "TILE": 64, "SPLITS": splits} | changes
     constants = sizes | {"HAS_SOFTCAP": rules, "HAS_SINKS": rules}
     return compiled(paged_attention._attend, dtype, constants, num_stages=paged_attention.STAGES)
 
@@ -41,8 +41,8 @@ def attention(dtype: str, splits: int, rules: bool, **changes: int) -> Any:
 def main() -> None:
     found = [
         attention("bf16", 32, False),
-        attention("fp16", 1, True, BLOCK_SIZE=4),
-        attention("fp32", 2, False, TILE=32),
+        attention("fp16", 1, True, BLOCK_SIZE=4, TURNED=0),
+        attention("fp32", 2, False, TILE=32, TURNED=32),
         compiled(paged_attention._join, "bf16", {"VALUE_WIDTH": 128, "VALUE_PAD": 128, "SPLITS": 64}, num_warps=2),
         compiled(kv_cache._write, "bf16", HEADS | {"HEADS": 8}),
         compiled(kv_cache._gather, "bf16", HEADS | {"HEADS": 8}),
@@ -51,9 +51,9 @@ def main() -> None:
         compiled(layers._add_rms_norm, "bf16", ROW, num_warps=8),
         compiled(layers._silu_mul, "bf16", {"WIDTH": 14336, "GATES": layers.GATES}),
         compiled(
-            layers._rotary,
+            rotary._rotary,
             "bf16",
-            {"QUERY_HEADS": 32, "KEY_HEADS": 8, "WIDTH": 128, "PAD": 64, "HEADS": layers.HEADS},
+            {"QUERY_HEADS": 32, "KEY_HEADS": 8, "WIDTH": 128, "PAD": 128, "TURNED": 128, "HEADS": rotary.HEADS},
             num_warps=1,
         ),
     ]

@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 import torch
 
-from steer_ops import ROTARY
-from steer_ops.layers import RotaryAttention, fuse_attention, pack_linears
+from steer_ops import ROTARY, plain
+from steer_ops.layers import RotaryAttention, _recorded_attention, fuse_attention, pack_linears
 from steering.sites import site_module
 from steering.types import Site
 from tests.server.test_architectures import MORE, tiny
+from tests.steer_ops import turning
 from tests.steering.families import FAMILIES
 
 pytestmark = pytest.mark.skipif(
@@ -21,7 +22,9 @@ IDS = torch.arange(3, 20)[None]
 def fused(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, int]:
     model = tiny(name).to(dtype).eval()
     pack_linears(model)
-    return model, fuse_attention(model)
+    count = fuse_attention(model)
+    model.set_attn_implementation(turning.NAME)
+    return model, count
 
 
 @pytest.mark.usefixtures("threads")
@@ -34,7 +37,17 @@ def test_every_family_says_what_it_said(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("llama", 1), ("qwen2", 1), ("qwen3", 1), ("gemma2", 1), ("mistral", 1), ("gpt2", 0), ("cohere2", 0), ("phi3", 0)],
+    [
+        ("llama", 1),
+        ("qwen2", 1),
+        ("qwen3", 1),
+        ("gemma2", 1),
+        ("mistral", 1),
+        ("stablelm", 1),  # a quarter of each head is turned
+        ("gpt2", 0),
+        ("cohere2", 0),
+        ("phi3", 0),
+    ],
 )
 def test_only_what_says_the_same_is_exchanged(name: str, expected: int) -> None:
     model, count = fused(name)
@@ -59,9 +72,32 @@ def test_several_texts_and_a_cache_are_the_models_own_business() -> None:
     assert torch.equal(found, tiny("llama").generate(IDS, max_new_tokens=5, do_sample=False))
 
 
-def test_the_configuration_names_the_same_attention_as_before() -> None:
+def test_another_attention_is_the_models_own_business() -> None:
     model, _ = fused("llama")
-    assert model.config._attn_implementation == tiny("llama").config._attn_implementation
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        assert torch.allclose(model(IDS).logits, tiny("llama")(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "turned"), [("llama", 16), ("stablelm", 4)])
+def test_an_attention_that_turns_is_given_what_it_is_to_turn(name: str, turned: int) -> None:
+    model, _ = fused(name)
+    layer = model.model.layers[0].self_attn
+    x, angles = torch.randn(1, 5, model.config.hidden_size), torch.randn(1, 5, turned)
+    with torch.no_grad(), _recorded_attention(model.config) as seen:
+        layer(x, position_embeddings=(angles.cos(), angles.sin()))
+        query, key = (layer._own[0].get_submodule(name)(x).view(5, -1, 16) for name in ("q_proj", "k_proj"))
+    turned_query, turned_key = plain.rotary(query, key, angles.cos()[0], angles.sin()[0])
+    for found, expected in zip(seen[0][:2], (turned_query, turned_key), strict=True):
+        assert torch.allclose(found[0].transpose(0, 1), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_configuration_names_the_same_attention_as_before() -> None:
+    model = tiny("llama")
+    before = model.config._attn_implementation
+    pack_linears(model)
+    assert fuse_attention(model)
+    assert model.config._attn_implementation == before
 
 
 def test_a_layer_has_its_sites() -> None:

@@ -11,6 +11,7 @@ from steer_ops.layers import DenseLinear, JoinedLinear, RotaryAttention, exchang
 from steering.sites import site_module
 from steering.types import Site
 from tests.server.test_architectures import MORE, tiny
+from tests.steer_ops import turning
 from tests.steering.families import FAMILIES
 
 IDS = torch.arange(3, 20)[None]
@@ -27,6 +28,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_family_says_what_it_said(name: str) -> None:
     model = tiny(name)
     exchange_layers(model)
+    model.set_attn_implementation(turning.NAME)
     with torch.no_grad():
         assert torch.allclose(model(IDS).logits, tiny(name)(IDS).logits, rtol=1e-4, atol=1e-4)
 
@@ -67,6 +69,7 @@ def test_what_hooks_change_reaches_the_logits_as_before(site: str) -> None:
         model = tiny("llama")
         if exchanged:
             exchange_layers(model)
+            model.set_attn_implementation(turning.NAME)
         module, side = site_module(model, Site.parse(site))
         if side == "input":
             module.register_forward_pre_hook(change)

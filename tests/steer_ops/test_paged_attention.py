@@ -1,6 +1,7 @@
 """Decode attention over block tables: the kernel and its reference beside the same in float64, row by row."""
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -34,22 +35,30 @@ class Rows:
         value_width: int = 64,
         dtype: torch.dtype = torch.float32,
         block_size: int = 8,
+        lengths: Sequence[int] = LENGTHS,
+        turned: int = 0,
+        seed: int = 0,
     ) -> None:
-        random = torch.Generator().manual_seed(0)
-        rows = len(LENGTHS)
+        """turned: how many numbers of each head of queries and new keys are still to be turned."""
+        random = torch.Generator().manual_seed(seed)
+        rows = len(lengths)
         # As models give them: views of what their linear layers put out.
         whole = torch.randn(rows, heads * width + kv_heads * (width + value_width), generator=random).to(dtype)
         query, key, value = whole.split([heads * width, kv_heads * width, kv_heads * value_width], dim=1)
         self.query, self.key = query.view(rows, heads, width), key.view(rows, kv_heads, width)
         self.value = value.view(rows, kv_heads, value_width)
-        used = sum(-(-length // block_size) for length in LENGTHS)
+        self.turns: dict[str, Tensor] = {}
+        if turned:
+            cos, sin = torch.randn(2, rows, turned, generator=random).to(dtype)
+            self.turns = {"cos": cos, "sin": sin}
+        used = sum(-(-length // block_size) for length in lengths)
         free = torch.randperm(used + 1, generator=random).tolist()
         self.caches = [
             torch.full((used + 1, kv_heads, block_size, wide), torch.nan).to(dtype) for wide in (width, value_width)
         ]
-        self.lengths = torch.tensor(LENGTHS, dtype=torch.int32)
-        self.tables = torch.full((rows, 40 // block_size), -(10**9), dtype=torch.int32)
-        for row, length in enumerate(LENGTHS):
+        self.lengths = torch.tensor(lengths, dtype=torch.int32)
+        self.tables = torch.full((rows, -(-max(40, *lengths) // block_size)), -(10**9), dtype=torch.int32)
+        for row, length in enumerate(lengths):
             for i in range(-(-length // block_size)):
                 self.tables[row, i] = block = free.pop()
                 for cache in self.caches:
@@ -60,8 +69,26 @@ class Rows:
         """[R, heads, value_width]"""
         out = self.query.new_full((*self.query.shape[:2], self.value.shape[2]), torch.nan)[only].contiguous()
         new = (part[only] for part in (self.query, self.key, self.value))
-        way(*new, *self.caches, self.tables[only], self.lengths[only], out, **{"scale": 0.2, **rules})
+        turns = {name: part[only] for name, part in self.turns.items()}
+        way(*new, *self.caches, self.tables[only], self.lengths[only], out, **{"scale": 0.2, **turns, **rules})
         return out
+
+    def turned(self) -> tuple[Tensor, Tensor]:
+        """Queries and new keys as they are attended to, in float64."""
+        query, key = self.query.double(), self.key.double()
+        if not self.turns:
+            return query, key
+        return plain.rotary(query, key, self.turns["cos"].double(), self.turns["sin"].double())
+
+    def written(self, before: list[Tensor]) -> list[Tensor]:
+        """Caches that were so `before`, with the new keys and values."""
+        key = plain.rotary(self.query, self.key, **self.turns)[1] if self.turns else self.key
+        after = [cache.clone() for cache in before]
+        for cache, new in zip(after, (key, self.value), strict=True):
+            for row, length in enumerate(self.lengths.tolist()):
+                block, place = divmod(length - 1, cache.shape[2])
+                cache[self.tables[row, block], :, place] = new[row]
+        return after
 
     def expected(
         self, scale: float = 0.2, window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None
@@ -69,16 +96,17 @@ class Rows:
         """The same in float64."""
         _, heads, _ = self.query.shape
         kv_heads, block_size = self.caches[0].shape[1:3]
+        query, key = self.turned()
         answers = []
-        for row, length in enumerate(LENGTHS):
+        for row, length in enumerate(self.lengths.tolist()):
             places = [(self.tables[row, i // block_size], i % block_size) for i in range(length - 1)]
             for head in range(heads):
                 shared = head * kv_heads // heads
                 keys, values = (
                     torch.stack([*(cache[block, shared, i] for block, i in places), new[row, shared]]).double()
-                    for cache, new in zip(self.caches, (self.key, self.value), strict=True)
+                    for cache, new in zip(self.caches, (key, self.value), strict=True)
                 )
-                scores = keys @ self.query[row, head].double() * scale
+                scores = keys @ query[row, head] * scale
                 if softcap:
                     scores = softcap * torch.tanh(scores / softcap)
                 if window:
@@ -86,7 +114,37 @@ class Rows:
                 if sinks is not None:
                     scores = torch.cat([scores, sinks[head, None].double()])
                 answers.append(torch.softmax(scores, 0)[:length] @ values)
-        return torch.stack(answers).view(len(LENGTHS), heads, -1)
+        return torch.stack(answers).view(len(self.lengths), heads, -1)
+
+
+def any_rows(seed: int) -> tuple[Rows, dict[str, Any], list[int]]:
+    """Rows of 1 to five blocks, of any shape and rules, turned or not; two of them share their first blocks, and the
+    last ones are idle: of one token, all in one block. Also: the rules, and which rows are not idle."""
+    number = random.Random(seed)
+    kv_heads, groups = number.choice((1, 2, 3)), number.choice((1, 2, 5))
+    width, block_size = number.choice((16, 20, 64)), number.choice((1, 4, 8, 16))
+    busy, idle = number.randint(1, 5), number.randint(0, 3)
+    lengths = [*(number.randint(1, 5 * block_size) for _ in range(busy)), *[1] * idle]
+    rows = Rows(
+        groups * kv_heads,
+        kv_heads,
+        width,
+        number.choice((width, 24)),
+        block_size=block_size,
+        lengths=lengths,
+        turned=number.choice((0, width, width // 4 * 2)),
+        seed=seed,
+    )
+    one, other = number.choices(range(busy), k=2)
+    shared = (min(lengths[one], lengths[other]) - 1) // block_size  # full ones, without the new token of either
+    rows.tables[other, :shared] = rows.tables[one, :shared]
+    rows.tables[busy:, 0] = rows.tables[-1, 0]
+    rules = {
+        "window": number.choice((None, number.randint(1, 4 * block_size))),
+        "softcap": number.choice((None, 3.0)),
+        "sinks": number.choice((None, torch.randn(groups * kv_heads))),
+    }
+    return rows, rules, list(range(busy))
 
 
 @pytest.mark.usefixtures("threads")
@@ -123,9 +181,57 @@ def test_it_is_attention(
     assert (found - expected).norm() / expected.norm() < tolerance
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("seed", range(12))
+def test_any_rows_get_their_attention_and_nothing_else_is_touched(seed: int, way: Way) -> None:
+    rows, rules, busy = any_rows(seed)
+    before = [cache.clone() for cache in rows.caches]
+    expected = rows.expected(**rules)[busy]
+    found = rows.attend(way, **rules).double()
+    assert (found[busy] - expected).norm() / expected.norm() < 2e-6
+    for cache, written in zip(rows.caches, rows.written(before), strict=True):
+        idle = set(rows.tables[len(busy) :, 0].tolist())
+        others = [block for block in range(len(cache)) if block not in idle]
+        assert torch.allclose(cache[others], written[others], rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 6e-3)])
+@pytest.mark.parametrize("turned", [64, 16])
+def test_queries_and_new_keys_are_turned(turned: int, dtype: torch.dtype, tolerance: float, way: Way) -> None:
+    rows = Rows(dtype=dtype, turned=turned)
+    before = [cache.clone() for cache in rows.caches]
+    found, expected = rows.attend(way).double(), rows.expected()
+    assert (found - expected).norm() / expected.norm() < tolerance
+    for cache, written in zip(rows.caches, rows.written(before), strict=True):
+        assert torch.allclose(cache, written, rtol=tolerance * 10, atol=tolerance * 10, equal_nan=True)
+    rows.turns = {}
+    assert (rows.attend(way).double() - expected).norm() / expected.norm() > 0.1, "it would be noticed"
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda turns: turns.pop("sin"), "come together"),
+        (lambda turns: turns.update(sin=turns["sin"][:, :8]), "fit each other"),
+        (lambda turns: turns.update({name: part[:, :7].contiguous() for name, part in turns.items()}), "even"),
+        (lambda turns: turns.update({name: part.repeat(1, 2) for name, part in turns.items()}), "no wider"),
+        (lambda turns: turns.update({name: part.bfloat16() for name, part in turns.items()}), "dtypes"),
+    ],
+    ids=["no sines", "fewer sines", "odd", "wider than a head", "dtype"],
+)
+def test_turns_that_do_not_fit_are_refused(change: Callable[[dict[str, Tensor]], Any], message: str) -> None:
+    rows = Rows(turned=64)
+    change(rows.turns)
+    with pytest.raises(RuntimeError, match=message):
+        rows.attend(OP.overload)
+
+
 @pytest.mark.parametrize("numbers", [1, 200])
 def test_many_long_rows_are_copied_a_few_at_a_time(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = Rows(width=16, value_width=8)
+    rows = Rows(width=16, value_width=8, turned=16)
     expected = rows.attend(plain.paged_attention_decode)
     monkeypatch.setattr(plain, "GATHERED", numbers)
     assert (rows.attend(plain.paged_attention_decode) - expected).abs().max() < 1e-6
@@ -136,9 +242,7 @@ def test_the_new_keys_and_values_are_in_the_caches_afterwards_and_nothing_else_h
     rows = Rows(width=16, value_width=8)
     before = [cache.clone() for cache in rows.caches]
     rows.attend(way)
-    for cache, expected, new in zip(rows.caches, before, (rows.key, rows.value), strict=True):
-        for row, length in enumerate(LENGTHS):
-            expected[rows.tables[row, (length - 1) // 8], :, (length - 1) % 8] = new[row]
+    for cache, expected in zip(rows.caches, rows.written(before), strict=True):
         assert torch.equal(cache.nan_to_num(7.0), expected.nan_to_num(7.0))
 
 

@@ -16,7 +16,7 @@ from steer_ops.cuda import library
 from steer_ops.ops import STEER_AND_COUNT
 from steer_ops.registry import TOLERANCES, Op, _run, _same
 from tests.steer_ops.interpreted import mend_interpreter
-from tests.steer_ops.test_paged_attention import LENGTHS, Rows
+from tests.steer_ops.test_paged_attention import Rows, any_rows
 from tests.steer_ops.test_registry import CUDA_OPS, OPS
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'mat-steer[triton]'")
@@ -81,6 +81,7 @@ def attend(kernels: dict[str, Callable[..., Any]], rows: Rows, **rules: Any) -> 
     """On the CPU and back, whatever the device."""
     out = rows.query.new_full((*rows.query.shape[:2], rows.value.shape[2]), torch.nan)
     args = rows.query, rows.key, rows.value, *rows.caches, rows.tables, rows.lengths, out
+    rules = {**rows.turns, **rules}
     if DEVICE.type == "cpu":
         kernels["paged_attention_decode"](*args, **{"scale": 0.2, **rules})
         return out
@@ -94,25 +95,36 @@ def attend(kernels: dict[str, Callable[..., Any]], rows: Rows, **rules: Any) -> 
 
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize(
-    ("shape", "dtype", "rules"),
+    ("shape", "rules"),
     [
-        ((4, 2, 64, 64, torch.float32, 8), torch.float32, {}),
-        ((4, 1, 5, 7, torch.float32, 40), torch.float32, {"scale": 0.5, "window": 7}),
-        ((4, 2, 80, 24, torch.bfloat16, 1), torch.bfloat16, {"softcap": 2.0}),
-        ((4, 4, 16, 16, torch.float16, 4), torch.float16, {"window": 16}),
+        ({"heads": 4, "kv_heads": 2}, {}),
+        ({"kv_heads": 1, "width": 5, "value_width": 7, "block_size": 40}, {"scale": 0.5, "window": 7}),
+        ({"width": 80, "value_width": 24, "dtype": torch.bfloat16, "block_size": 1, "turned": 80}, {"softcap": 2.0}),
         (
-            (4, 2, 16, 16, torch.float32, 16),
-            torch.float32,
+            {"kv_heads": 4, "width": 16, "value_width": 16, "dtype": torch.float16, "block_size": 4, "turned": 6},
+            {"window": 16},
+        ),
+        (
+            {"width": 16, "value_width": 16, "block_size": 16, "turned": 16},
             {"window": 1, "sinks": torch.tensor([0.5, -40.0, 40.0, 0.0]).bfloat16()},
         ),
-        ((6, 2, 16, 16, torch.float32, 32), torch.float32, {"sinks": torch.randn(6), "softcap": 5.0, "window": 20}),
+        (
+            {"heads": 6, "width": 16, "value_width": 16, "block_size": 32},
+            {"sinks": torch.randn(6), "softcap": 5.0, "window": 20},
+        ),
     ],
-    ids=["plain", "odd widths, window", "cap", "a window of blocks", "sinks", "all rules"],
+    ids=[
+        "plain",
+        "odd widths, window",
+        "cap, turned",
+        "a window of blocks, partly turned",
+        "sinks, turned",
+        "all rules",
+    ],
 )
 def test_decode_attention_is_attention(
     kernels: dict[str, Callable[..., Any]],
-    shape: tuple[Any, ...],
-    dtype: torch.dtype,
+    shape: dict[str, Any],
     rules: dict[str, Any],
     splits: int,
     monkeypatch: pytest.MonkeyPatch,
@@ -123,16 +135,36 @@ def test_decode_attention_is_attention(
 
     monkeypatch.setattr(paged_attention, "num_splits", lambda *args: splits)
     monkeypatch.setattr(paged_attention, "TILE", 16)
-    rows = Rows(*shape)
+    rows = Rows(**shape)
+    tolerance = TOLERANCES[rows.query.dtype]
     before = [cache.clone() for cache in rows.caches]
     expected = rows.expected(**rules)
     found = attend(kernels, rows, **rules)
-    assert (found.double() - expected).norm() / expected.norm() < TOLERANCES[dtype] / 5
-    for cache, unchanged, new in zip(rows.caches, before, (rows.key, rows.value), strict=True):
-        for row, length in enumerate(LENGTHS):
-            place = divmod(length - 1, cache.shape[2])
-            unchanged[rows.tables[row, place[0]], :, place[1]] = new[row]
-        assert torch.equal(cache.nan_to_num(7.0), unchanged.nan_to_num(7.0))
+    assert (found.double() - expected).norm() / expected.norm() < tolerance / 5
+    for cache, written in zip(rows.caches, rows.written(before), strict=True):
+        assert torch.equal(cache.isnan(), written.isnan())
+        away = cache.double().nan_to_num(7.0) - written.double().nan_to_num(7.0)
+        assert away.norm() <= (tolerance * rows.key.norm() if rows.turns else 0)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_rows_get_their_attention_and_what_is_no_number_spreads_nowhere(
+    kernels: dict[str, Callable[..., Any]], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from steer_ops.cuda import paged_attention
+
+    monkeypatch.setattr(paged_attention, "num_splits", lambda *args: (1, 2, 8)[seed % 3])
+    monkeypatch.setattr(paged_attention, "TILE", 16)
+    rows, rules, busy = any_rows(seed)
+    before = [cache.clone() for cache in rows.caches]
+    expected = rows.expected(**rules)[busy]
+    found = attend(kernels, rows, **rules)
+    assert (found[busy].double() - expected).norm() / expected.norm() < TOLERANCES[torch.float32] / 5
+    assert found.isfinite().all(), "idle rows read what they bring"
+    idle = set(rows.tables[len(busy) :, 0].tolist())
+    others = [block for block in range(len(rows.caches[0])) if block not in idle]
+    for cache, written in zip(rows.caches, rows.written(before), strict=True):
+        assert torch.allclose(cache[others], written[others], rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 def test_rows_share_blocks_and_idle_rows_share_a_place(kernels: dict[str, Callable[..., Any]]) -> None:

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,8 +27,11 @@ PARAMS = [
 class World:
     """Sequences whose keys and values are known, in blocks of a pool that is otherwise full of NaN."""
 
-    def __init__(self, chunks: list[tuple[int, int]], seed: int = 0, *, ops: KVOps | None = None) -> None:
-        """chunks: start and stop of each sequence's new tokens."""
+    def __init__(
+        self, chunks: list[tuple[int, int]], seed: int = 0, *, ops: KVOps | None = None, turned: int = 0
+    ) -> None:
+        """chunks: start and stop of each sequence's new tokens. turned: how many numbers of each head of queries and
+        new keys are left to the attention to turn."""
         torch.manual_seed(seed)
         shape = KVShape(KEY_HEADS, WIDTH, VALUE_WIDTH, torch.float64, CPU)
         self.pool = KVPool.of(shape, BLOCKS, SIZE, ops or KVOps())
@@ -53,6 +57,14 @@ class World:
             torch.cat([one[span] for one, span in zip(all_, spans, strict=True)]) for all_ in (self.keys, self.values)
         ]
         self.key, self.value = (part.transpose(0, 1)[None] for part in new)
+        self.rotary: tuple[Tensor, Tensor] | None = None
+        self.asked = self.query
+        if turned:
+            cos, sin = torch.randn(2, tokens, turned, dtype=torch.float64)
+            self.rotary = cos, sin
+            self.asked, keys = plain.rotary(self.query, new[0], cos, sin)
+            for one, span, part in zip(self.keys, spans, keys.split(list(map(len, self.layouts))), strict=True):
+                one[span] = part
 
     def expected(self, params: AttentionParams) -> Tensor:
         """Token by token, head by head."""
@@ -62,7 +74,7 @@ class World:
                 for head in range(HEADS):
                     shared = head * KEY_HEADS // HEADS
                     scale = WIDTH**-0.5 if params.scale is None else params.scale
-                    scores = keys[: at + 1, shared] @ self.query[row, head] * scale
+                    scores = keys[: at + 1, shared] @ self.asked[row, head] * scale
                     if params.softcap:
                         scores = params.softcap * torch.tanh(scores / params.softcap)
                     if params.window:
@@ -119,9 +131,48 @@ def test_every_token_gets_its_own_attention(
     assert calls == ([prompts] if has_call else [])
 
 
+@pytest.mark.parametrize("by_length", [True, False])
+@pytest.mark.parametrize("seed", range(10))
+def test_any_chunks_get_their_attention_turned_or_not(seed: int, by_length: bool) -> None:
+    number = random.Random(seed)
+    chunks = []
+    for _ in range(number.randint(1, 5)):
+        start = number.choice((0, number.randint(0, 3 * SIZE)))
+        chunks.append((start, start + number.choice((1, 1, number.randint(1, 3 * SIZE)))))
+    world = World(chunks, seed, turned=number.choice((WIDTH, WIDTH // 2, 0)))
+    params = replace(number.choice(PARAMS), rotary=world.rotary)
+    metadata = AttentionMetadata.of(world.layouts, CPU, SIZE, by_length=by_length)
+    found = metadata.attend(world.pool, world.query, world.key, world.value, params)
+    assert torch.allclose(found, world.expected(params), atol=1e-6)
+    world.written()
+
+
+@pytest.mark.parametrize(("chunks", "calls"), [([(6, 7), (0, 1)], 0), ([(6, 7), (0, 4)], 1)], ids=["decodes", "mixed"])
+def test_single_tokens_are_turned_where_they_are_attended_to(
+    chunks: list[tuple[int, int]], calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turned: list[int] = []
+
+    def counted(query: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        turned.append(len(query))
+        return plain.rotary(query, *rest)
+
+    monkeypatch.setattr("server.attention.metadata.rotary", counted)
+    world = World(chunks, turned=WIDTH)
+    params = AttentionParams(rotary=world.rotary)
+    found = AttentionMetadata.of(world.layouts, CPU, SIZE, by_length=True).attend(
+        world.pool, world.query, world.key, world.value, params
+    )
+    assert torch.allclose(found, world.expected(params), atol=1e-6)
+    assert turned == [len(world.query)] * calls
+
+
+@pytest.mark.parametrize("turned", [0, WIDTH])
 @pytest.mark.parametrize("params", PARAMS, ids=["plain", "window", "softcap", "sinks"])
-def test_decodes_in_static_shapes_get_the_same_and_idle_rows_write_where_nobody_reads(params: AttentionParams) -> None:
-    world = World([(6, 7), (0, 1), (12, 13)])
+def test_decodes_in_static_shapes_get_the_same_and_idle_rows_write_where_nobody_reads(
+    params: AttentionParams, turned: int
+) -> None:
+    world = World([(6, 7), (0, 1), (12, 13)], turned=turned)
     free = set(range(BLOCKS)).difference(*(layout.block_table or () for layout in world.layouts))
     idle, rows = free.pop(), 8
     metadata = DecodeMetadata.empty(rows, 4, CPU)
@@ -134,6 +185,9 @@ def test_decodes_in_static_shapes_get_the_same_and_idle_rows_write_where_nobody_
         torch.cat([part, torch.randn(1, KEY_HEADS, more, part.shape[-1], dtype=torch.float64)], dim=2)
         for part in (world.key, world.value)
     )
+    if world.rotary:
+        cos, sin = (torch.cat([part, torch.randn(more, turned, dtype=torch.float64)]) for part in world.rotary)
+        params = replace(params, rotary=(cos, sin))
     metadata.begin()
     found = metadata.attend(world.pool, query, key, value, params)
     assert torch.allclose(found[:3], world.expected(params), atol=1e-6)
