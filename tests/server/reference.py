@@ -1,6 +1,7 @@
 """The slow and obvious way to a steered text: one request, no cache, the formulas of arXiv 2502.12446 in float64."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +22,39 @@ def steered(activation: Tensor, columns: Sequence[Column], multipliers: Mapping[
     return total * a.norm() / total.norm()
 
 
+@contextmanager
+def steering(
+    model: Any, columns: Sequence[Column], multipliers: Mapping[str, float], *, prompt: int, positions: str
+) -> Iterator[None]:
+    """Whole texts that are computed inside are steered. prompt: how many of their tokens are the prompt's."""
+
+    def hook(module: Any, args: Any, output: Any) -> Any:
+        whole = isinstance(output, Tensor)
+        hidden = (output if whole else output[0]).clone()
+        for index in range(hidden.shape[1]):
+            at_prompt, at_generated = index < prompt, index >= prompt - 1
+            if {"prompt": at_prompt, "generated": at_generated, "all": True}[positions]:
+                hidden[0, index] = steered(hidden[0, index], columns, multipliers).to(hidden.dtype)
+        return hidden if whole else (hidden, *output[1:])
+
+    module, side = site_module(model, columns[0].site)
+    assert side == "output"
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def logits(
+    model: Any, ids: Sequence[int], columns: Sequence[Column], multipliers: Mapping[str, float], *, prompt: int
+) -> Tensor:
+    """Of every token of a text, [len(ids), vocab], steered where it is generated."""
+    with torch.no_grad(), steering(model, columns, multipliers, prompt=prompt, positions="generated"):
+        found: Tensor = model(torch.tensor([list(ids)]), use_cache=False).logits[0]
+    return found
+
+
 def greedy(
     model: Any,
     prompt: Sequence[int],
@@ -33,27 +67,11 @@ def greedy(
 ) -> list[int]:
     """New token ids; every step is one whole forward pass over the text so far."""
     ids = list(prompt)
-
-    def hook(module: Any, args: Any, output: Any) -> Any:
-        whole = isinstance(output, Tensor)
-        hidden = (output if whole else output[0]).clone()
-        for index in range(hidden.shape[1]):
-            at_prompt, at_generated = index < len(prompt), index >= len(prompt) - 1
-            if {"prompt": at_prompt, "generated": at_generated, "all": True}[positions]:
-                hidden[0, index] = steered(hidden[0, index], columns, multipliers).to(hidden.dtype)
-        return hidden if whole else (hidden, *output[1:])
-
-    module, side = site_module(model, columns[0].site)
-    assert side == "output"
-    handle = module.register_forward_hook(hook)
-    try:
+    with torch.no_grad(), steering(model, columns, multipliers, prompt=len(prompt), positions=positions):
         for _ in range(new):
-            with torch.no_grad():
-                ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+            ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
             if ids[-1] == eos:
                 break
-    finally:
-        handle.remove()
     return ids[len(prompt) :]
 
 

@@ -6,18 +6,21 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from server.attention import kv_pool
-from server.engine.sequence import SteeringParams
+from server.engine.model_runner import _rows_of
+from server.engine.sequence import Sequence, SteeringParams
 from steer_ops import layers, plain
 from steer_ops.cuda import library
+from steer_ops.layers import FusedRMSNorm, GatedMLP, RotaryAttention
 from steering.types import SequenceSteering
 from tests.server.desk import Desk
-from tests.server.reference import greedy
-from tests.server.reference import plain as unsteered
-from tests.server.test_architectures import columns, greedy_sequence, tiny
+from tests.server.reference import logits
+from tests.server.test_architectures import MORE, columns, greedy_sequence, tiny
 from tests.steer_ops.interpreted import mend_interpreter
 from tests.steer_ops.test_registry import CUDA_OPS, OPS
+from tests.steering.families import FAMILIES
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'mat-steer[triton]'")
 pytestmark = [
@@ -25,10 +28,6 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="tests/server/test_gpu.py runs the same compiled"),
 ]
 CPU = torch.device("cpu")
-
-
-ATTENTION = {"paged_attention_decode", "write_kv", "gather_kv", "steer_and_count"}
-LAYERS = {"rms_norm", "add_rms_norm", "silu_mul", "rotary"}
 
 
 class Calls(Counter[str]):
@@ -43,45 +42,70 @@ class Calls(Counter[str]):
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch, kernels: set[str]) -> Calls:
-    """These kernels are Triton's, FlashAttention's reference stands for it, and products are PyTorch's own."""
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """All kernels are Triton's, FlashAttention's reference stands for it, and products are PyTorch's own."""
     mend_interpreter(monkeypatch)
     counts = Calls()
     by_name = {op.name: op for op in [*OPS, *CUDA_OPS]}
-    found = {name: kernel for name, (kernel, _) in library.triton_kernels(CPU).items() if name in kernels}
-    for name, kernel in {**found, "varlen_attention": plain.varlen_attention}.items():
+    kernels = {name: kernel for name, (kernel, _) in library.triton_kernels(CPU).items()}
+    for name, kernel in {**kernels, "varlen_attention": plain.varlen_attention}.items():
         monkeypatch.setitem(by_name[name]._chosen, (CPU.type, torch.float32), counts.of(name, kernel))
     monkeypatch.setattr(kv_pool, "varlen_takes", lambda *args: True)
     monkeypatch.setattr(layers, "_packed", lambda weight, bias, native: layers.DenseLinear(weight, bias))
     return counts
 
 
-@pytest.mark.parametrize(
-    ("name", "kernels"),
-    [("llama", ATTENTION | LAYERS), ("gemma2", ATTENTION), ("gpt_oss", ATTENTION), ("gpt2", ATTENTION)],
-)
-def test_sequences_equal_the_plain_model(name: str, kernels: set[str], calls: Calls) -> None:
-    """A prompt is cut in two, its end is read beside another text's decoding, and a column comes when static steps
-    exist."""
-    reference, new = tiny(name), 3
-    desk = Desk(tiny(name), num_blocks=16, block_size=4, max_num_seqs=2, max_num_batched_tokens=6, graphs=True)
-    first = greedy_sequence((5, 6, 7), 2, SteeringParams())
-    assert desk.run([first])[first] == unsteered(reference, first.prompt_token_ids, new=2)
+def recorded_logits(desk: Desk) -> dict[tuple[Sequence, int], Tensor]:
+    """From now on, those after each chunk, by its sequence and end."""
+    found: dict[tuple[Sequence, int], Tensor] = {}
+    forward = desk.runner.forward
+
+    def recording(chunks: Any, *rest: Any) -> Any:
+        computed = forward(chunks, *rest)
+        for chunk, rows in _rows_of(chunks).items():
+            found[chunk.sequence, chunk.end] = computed[0][rows][-1].clone()
+        return computed
+
+    desk.runner.forward = recording  # type: ignore[method-assign]
+    return found
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *MORE])
+def test_texts_and_logits_equal_the_plain_models(name: str, calls: Calls) -> None:
+    """A column comes when static steps exist. A prompt that shares blocks with another is cut in two, and its end is
+    read beside a steered text's decoding; then both decode, one steered, one not."""
+    reference, new = tiny(name, layers=2), 3
+    model = tiny(name, layers=2)
+    desk = Desk(model, num_blocks=16, block_size=4, max_num_seqs=2, max_num_batched_tokens=6, graphs=True)
+    found = recorded_logits(desk)
+    stem = (21, 4, 17, 33, 40)
+    texts = desk.run([greedy_sequence(stem, 1, SteeringParams())])
     handle = desk.bank.add(columns(name))
     steering = SteeringParams(SequenceSteering.of([(handle, (-1.0, 1.5))]))
     calls.clear()
-    asked = [greedy_sequence(prompt, new, steering) for prompt in ((8, 9), (21, 4, 17, 33, 40, 12, 9))]
-    texts = desk.run(asked)
-    for one in asked:
-        expected = greedy(
-            reference, one.prompt_token_ids, columns(name), {"kind": -1.0, "fair": 1.5}, new=new, eos=None
-        )
-        assert texts[one] == expected
-        assert desk.steered(one) == new
-    assert desk.computed == [3, 1, 6, 4, 2, 1], "the fourth pass is a chunk of three tokens beside one that decodes"
+    steered = greedy_sequence((8, 9), new, steering)
+    long = greedy_sequence((*stem, 12, 9, 30, 7, 55, 3), new, SteeringParams())
+    texts |= desk.run([steered, long])
+    assert desk.computed == [5, 6, 3, 2, 1], "the third pass is a chunk of two tokens beside one that decodes"
+    assert desk.blocks.cached_tokens >= 4, "it begins like the first text"
+    for one, text in texts.items():
+        ids, prompt = [*one.prompt_token_ids, *text], len(one.prompt_token_ids)
+        multipliers = {"kind": -1.0, "fair": 1.5} if one is steered else {}
+        expected = logits(reference, ids, columns(name), multipliers, prompt=prompt)
+        assert text == expected[prompt - 1 : -1].argmax(-1).tolist()
+        assert desk.steered(one) == (new if one is steered else 0)
+        for end in range(prompt, len(ids)):
+            away = (found[one, end] - expected[end - 1]).norm()
+            assert away < 1e-4 * expected[end - 1].norm(), f"after {end} tokens"
+
+    count = Counter(type(module) for module in model.modules())
+    layers = reference.config.num_hidden_layers
+    captures, decodes, chunked = 2, 2, 2  # static steps are run again for the column that has come
+    assert calls["paged_attention_decode"] == (decodes + captures + 1) * layers, "one pass is of both"
+    assert calls["steer_and_count"] == new + captures
+    assert calls["write_kv"] == chunked * layers
     # Neither caps nor sinks are FlashAttention's business.
-    expected_calls = kernels - {"gather_kv"} if name in ("gemma2", "gpt_oss") else kernels | {"varlen_attention"}
-    assert set(calls) == expected_calls
-    captures = 2  # of the steps of one and of two rows, for the column that has come
-    assert calls["paged_attention_decode"] == (3 + captures) * reference.config.num_hidden_layers
-    assert calls["steer_and_count"] == 4 + captures
+    assert calls["varlen_attention"] == (0 if name in ("gemma2", "gpt_oss", "granite_swa") else chunked * layers)
+    assert calls["rotary"] == chunked * count[RotaryAttention], "decoded tokens are turned where they are attended to"
+    assert ("silu_mul" in calls) == bool(count[GatedMLP])
+    assert ("rms_norm" in calls) == bool(count[FusedRMSNorm])
