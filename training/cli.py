@@ -105,6 +105,7 @@ def train(
     recipe: o.RecipeOption = None,
     layer: o.MaybeLayers = None,
     site: o.SearchedSiteKinds = None,
+    goal: o.SearchGoal = None,
     at: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=LAYER.SITE", help="A place of its own for an attribute; repeat for more."),
@@ -145,6 +146,8 @@ def train(
         settings, own = how.recipe(texts.seed), o.parse_places(at)
         specs = texts.fitted_on(how.method, activations)
         sites, search = _sites(settings, layer, site, elsewhere=bool(own) or places is not None)
+        if goal is not None and search is None:
+            raise TrainingError("--goal is for a place that is looked for: not with a --layer, --at or --places.")
         if activations is not None:
             _refuse_unused(pool, specs, chosen=evaluate and measured.prompts is None)
         strengths, defaults = parse_settings(strength, "--strength", unnamed=True), parse_settings(set_, "--set")
@@ -174,6 +177,7 @@ def train(
             evaluated=evaluate,
             report=report,
             search=search,
+            goal=o.parse_goal(goal),
             progress=o.shows_progress(),
         )
         checkpoint, evaluation = run_training(base.load, run, o.say)
@@ -257,17 +261,17 @@ def evaluate(
         samples = []
         if texts.specs:
             samples = split_as_trained(load_data(texts.specs, chat=texts.chat), folder, seed=texts.seed)
-            trained = loaded.config.training.get("form")
-            if trained not in (None, samples[0].form):
-                o.say(f"note: the checkpoint was trained on {trained} data, and these are {samples[0].form} (--chat).")
         elif texts.chat:
             raise DataError("--chat says how --data are read, and no data were given.")
         if strange := sorted({sample.attribute for sample in samples} - set(loaded.attributes)):
             o.say(
                 f"note: the checkpoint does not steer {', '.join(strange)}; it steers {', '.join(loaded.attributes)}."
             )
+        model = base.load()
+        if note := evaluator.other_form(model, samples, Split(split), loaded.config.training.get("form")):
+            o.say(f"note: {note}")
         evaluation, generated = compare(
-            base.load(), loaded, samples, evaluator, Split(split), factors=factors, baseline=baseline, alone=alone,
+            model, loaded, samples, evaluator, Split(split), factors=factors, baseline=baseline, alone=alone,
             extra=extra, progress=o.shows_progress(), kept=(out or folder / "evaluation") / "evaluation.partial",
         )  # fmt: skip
         title, results = f"{loaded.config.name}@{loaded.config.version} on {split}", out or folder / "evaluation"
@@ -294,7 +298,7 @@ def sweep(
     ] = False,
     sites_each: Annotated[int, typer.Option(min=1, help="With --alone: so many places for an attribute.")] = 1,
     apart: Annotated[bool, typer.Option("--apart", help="With --alone: no two attributes at one place.")] = False,
-    goal: Annotated[str | None, typer.Option(metavar="METRIC[,..]", help="What counts; default: all.")] = None,
+    goal: o.Goals = None,
     max_perplexity_ratio: Annotated[float, typer.Option(help="Settings beyond it rank last.")] = 1.5,
     max_repetition: Annotated[
         float, typer.Option(min=0, help="The same for rep-4, beyond the unsteered model's: texts that loop.")
@@ -340,7 +344,7 @@ def sweep(
         from training.evaluation.html_report import REPORT, sweep_report
         from training.evaluation.report import sweep_table, terminal
         from training.evaluation.sweep import Sweep
-        from training.evaluation.sweep_results import Goal
+        from training.evaluation.sweep_results import Goal, check_goal
         from training.files import write_bytes
         from training.pipeline import TrainingRun, activations_for, fitted_on, prepare_data, texts_for
 
@@ -354,14 +358,16 @@ def sweep(
         )  # fmt: skip
         samples = prepare_data(run)
         asked = texts_for(samples, run)
-        evaluator.check(asked, Split.DEV, sorted({sample.attribute for sample in samples}) if alone else ())
+        names = tuple(dict.fromkeys(sample.attribute for sample in samples))
+        wanted = Goal(
+            o.parse_goal(goal), max_perplexity_ratio, max_repetition, max_empty, max_kl, least, max_side_effect,
+            tolerance, names,
+        )  # fmt: skip
+        check_goal(wanted, evaluator)
+        evaluator.check(asked, Split.DEV, names if alone else ())
         loaded = base.load()
         used = samples if activations else fitted_on(samples, evaluator.limit)
         found = activations_for(loaded, used, run)
-        wanted = Goal(
-            tuple(goal.split(",")) if goal else (), max_perplexity_ratio, max_repetition, max_empty, max_kl, least,
-            max_side_effect, tolerance,
-        )  # fmt: skip
         swept_by = Sweep(loaded, asked, found, recipe, factors, evaluator, out, wanted, progress=shown, say=o.say)
         swept = swept_by.alone(sites_each, apart=apart) if alone else swept_by.together()
         terminal().print(sweep_table(swept))

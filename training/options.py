@@ -63,6 +63,15 @@ SearchedSiteKinds = Annotated[
         help=f"{_SITES}; default: the method's where a layer is given, else auto, one is looked for on dev.",
     ),
 ]
+_COUNTS = (
+    "'not METRIC' for one that should be low; default: each attribute's mc2, accuracy or preference, or the judged "
+    "metrics that are named after an attribute, else all."
+)
+Goals = Annotated[str | None, typer.Option(metavar="METRIC[,..]", help=f"What counts, {_COUNTS}")]
+SearchGoal = Annotated[
+    str | None,
+    typer.Option(metavar="METRIC[,..]", help=f"What counts where a place is looked for, {_COUNTS}"),
+]
 PoolOption = Annotated[Pool, typer.Option(help=f"{_POOLS}.")]
 MaybePool = Annotated[Pool | None, typer.Option(help=f"{_POOLS}; default: the method's.")]
 Report = Annotated[
@@ -452,6 +461,14 @@ def parse_sites(layers: str, kinds: str) -> tuple["Site", ...]:
         if name not in list(SiteKind):
             raise TrainingError(f"--site must be one of {', '.join(SiteKind)}, got {name!r}.")
     return tuple(dict.fromkeys(Site(number, SiteKind(name)) for number in numbers for name in names))
+
+
+def parse_goal(text: str | None) -> tuple[str, ...]:
+    """Metrics separated by commas. Raises TrainingError."""
+    found = tuple(part.strip() for part in text.split(",")) if text is not None else ()
+    if not all(found):
+        raise TrainingError(f"--goal must be metrics separated by commas, got {text!r}.")
+    return found
 
 
 def parse_search(layers: str | None, kinds: str | None) -> "Candidates":

@@ -41,7 +41,7 @@ from training.evaluation.evaluator import EXAMPLES, Evaluator, gate_means
 from training.evaluation.html_report import REPORT, training_report
 from training.evaluation.report import store
 from training.evaluation.results import BASELINE, Evaluation, default_arm, single_arms
-from training.evaluation.search import Candidates, check_search, find_place, quick, unmoved
+from training.evaluation.search import Candidates, check_search, find_place, quick, search_goal, unmoved
 from training.files import content_key, write_bytes
 from training.methods.fit import Recipe, fit
 from training.model_card import render_card
@@ -76,6 +76,8 @@ class TrainingRun:
     """Where the HTML report goes; None: `report.html` in the checkpoint's folder."""
     search: Candidates | None = None
     """Among these a place is looked for on dev, in place of `sites`."""
+    goal: tuple[str, ...] = ()
+    """What counts there; none: what the attributes are measured by."""
     progress: bool = False
 
     @property
@@ -125,7 +127,7 @@ def train(
     samples = prepare_data(run)
     texts = [one for one in texts_for(samples, run) if one.attribute not in run.recipe.config.conditions()]
     if run.search is not None:
-        check_search(run.evaluator, texts)
+        check_search(run.evaluator, texts, search_goal(dict.fromkeys(one.attribute for one in samples), run.goal))
     if run.evaluated and run.evaluator.judge is not None:
         run.evaluator.check(texts, Split.TEST)
     base = load()
@@ -167,8 +169,8 @@ def _candidates(search: Candidates, base: Base, run: TrainingRun) -> tuple[Site,
 def _placed(base: Base, texts: Sequence[Sample], activations: Activations, run: TrainingRun, say: Say) -> TrainingRun:
     """The run at the place that was found, as strong as it was best there unless a strength was given."""
     found = find_place(
-        base, texts, activations, run.sites, run.recipe, run.evaluator, run.workspace / "search",
-        progress=run.progress, say=say,
+        base, texts, activations, run.sites, run.recipe, run.evaluator, search_goal(activations.names, run.goal),
+        run.workspace / "search", progress=run.progress, say=say,
     )  # fmt: skip
     strengths = {"": found.multiplier, **run.recipe.strengths} if found.multiplier != 1 else run.recipe.strengths
     return replace(run, sites=(found.place,), recipe=replace(run.recipe, strengths=strengths))

@@ -106,8 +106,27 @@ def test_data_of_the_other_form_are_remarked_on_at_an_evaluation(here: Path) -> 
         "--no-evaluate",
     )
     evaluate = ["--checkpoint", "checkpoints/mine", "--data", "tone=prompts.jsonl"]
-    assert "note: the checkpoint was trained on chat data, and these are plain" in done("evaluate", *evaluate)
+    said = "note: the checkpoint was trained on conversations, and the questions of tone are plain text (--chat)."
+    assert said in done("evaluate", *evaluate)
     assert "note:" not in done("evaluate", *evaluate, "--chat")
+
+
+def test_a_note_says_how_the_judged_prompts_are_asked(here: Path) -> None:
+    fit = [*PLACE, "--method", "caa", "--no-evaluate"]
+    done("train", "--data", "tone=messages.jsonl", *fit, "--out", "checkpoints/chats")
+    done("train", "--data", "tone=prompts.jsonl", *fit, "--out", "checkpoints/texts")
+    judge = ["--judge", "judges_of_chats:judge", "--max-new-tokens", "4", "--checkpoint"]
+    data = ["--data", "tone=prompts.jsonl"]
+    # With a template the judge's prompts are a user's turns, whatever form the data have.
+    assert "note: the checkpoint" not in done("evaluate", *judge, "checkpoints/chats", *data)
+    said = "note: the checkpoint was trained on plain text, and the judge's prompts are conversations (--plain-prompts)"
+    assert said in done("evaluate", *judge, "checkpoints/texts", *data)
+    assert said in done("evaluate", *judge, "checkpoints/texts", "--prompts", "questions.jsonl")
+    assert "note: the checkpoint" not in done("evaluate", *judge, "checkpoints/texts", *data, "--plain-prompts")
+    said = "note: the checkpoint was trained on conversations, and the judge's prompts are plain text (--chat-prompts)"
+    assert said in done("evaluate", *judge, "checkpoints/chats", *data, "--plain-prompts")
+    said = "the questions of tone are conversations (leave out --chat and --prompting chat)."
+    assert said in done("evaluate", "--checkpoint", "checkpoints/texts", *data, "--chat")
 
 
 def test_stored_activations_are_evaluated_on_data_of_their_form(here: Path) -> None:

@@ -1,6 +1,8 @@
 """`train` looks for a place on dev where none is given, says where steering does nothing, extracts what it needs."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,12 @@ from typer.testing import CliRunner, Result
 
 from steering import checkpoint as checkpoints
 from tests.training.helpers import make_llama, make_tokenizer
+from tests.training.test_judges import classifier
 from training.activations.extraction import ExtractionJob
 from training.activations.store import stored_samples
 from training.cli import app
 from training.data import Split
+from training.evaluation.evaluator import Evaluator
 
 CAA = ["--method", "caa", "--out", "checkpoints/x"]
 DATA = ["--data", "tone=tone.jsonl"]
@@ -224,3 +228,124 @@ def test_an_attribute_that_is_off_by_default_is_measured_alone_all_the_same(here
         "tone alone": {"tone": 1.0},
         "more alone": {"more": 1.0},
     }
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The arms of every evaluation."""
+    calls: list[list[str]] = []
+    evaluate = Evaluator.evaluate
+
+    def counted(self: Evaluator, base: Any, columns: Any, arms: Any, *rest: Any, **options: Any) -> Any:
+        calls.append([arm.name for arm in arms])
+        return evaluate(self, base, columns, arms, *rest, **options)
+
+    monkeypatch.setattr(Evaluator, "evaluate", counted)
+    return calls
+
+
+def test_the_unsteered_model_is_measured_once_for_all_places(
+    here: Path, measured: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.evaluation.search.MULTIPLIERS", (0.5,))
+    said = done("train", *DATA, *CAA, "--no-evaluate")
+    assert "is best at the largest multiplier" in said
+    assert measured == [["unsteered"], *[["all 0.5"]] * 4, ["all 0.75", "all 1"]]
+    search = here / "checkpoints/x/.work/search"
+    stored = [json.loads(path.read_text())["arms"] for path in sorted(search.glob("**/sites/*.json"))]
+    assert len(stored) == 5
+    assert all(arms[0] == stored[0][0] and arms[0]["metrics"]["tone mc2"]["count"] == 3 for arms in stored)
+    for unsteered, *arms in stored:
+        for arm in arms:
+            apart = arm["metrics"]["tone mc2"]["value"] - unsteered["metrics"]["tone mc2"]["value"]
+            assert arm["differences"]["tone mc2"]["value"] == pytest.approx(apart)
+            assert arm["perplexity_ratio"] == pytest.approx(arm["perplexity"] / unsteered["perplexity"])
+    assert {json.loads(line)["arm"] for line in (search / "unsteered.jsonl").read_text().splitlines()} == {"unsteered"}
+
+
+ALONE = [*DATA, "--data", "more=tone.jsonl", "--method", "caa", "--layer", "0,1", "--site", "residual,attn_output",
+         "--multipliers", "0.5,1", "--alone", "--sites-each", "2", "--damage", "2"]  # fmt: skip
+
+
+def test_a_sweep_that_is_interrupted_after_its_places_goes_on_there(
+    here: Path, measured: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done("sweep", *ALONE, "--out", "whole")
+    whole = list(measured)
+    assert (whole[0], whole[-1]) == (["unsteered"], ["unsteered", "together"])
+    assert sum("unsteered" in arms for arms in whole) == 2, "once for all stages, and beside what was chosen"
+    assert whole[-2][0].startswith("setting"), "strengths together"
+    measured.clear()
+    evaluate = Evaluator.evaluate
+
+    def stopped(self: Evaluator, *arguments: Any, **options: Any) -> Any:
+        if len(measured) == len(whole) - 2:
+            raise KeyboardInterrupt
+        return evaluate(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "evaluate", stopped)
+        assert run("sweep", *ALONE, "--out", "cut").exit_code != 0
+    before = len(measured)
+    done("sweep", *ALONE, "--out", "cut")
+    again = measured[before:]
+    assert len(again) == 3, "the unsteered model, what was cut, and what was chosen"
+    for name in ("places.json", "beside.json", "sweep.json"):
+        assert (here / "cut" / name).read_text() == (here / "whole" / name).read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments", [ALONE, [*DATA, "--method", "caa", "--layer", "0,1", "--site", "residual", "--multipliers", "1,2"]]
+)
+def test_a_sweep_has_one_bar_that_ends_full(here: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[tuple[int, list[float]]] = []
+
+    @contextmanager
+    def bar(title: str, total: int, unit: str, **options: Any) -> Iterator[Any]:
+        bars.append((total, []))
+        yield bars[-1][1].append
+
+    monkeypatch.setattr("training.evaluation.sweep.progress_bar", bar)
+    done("sweep", *arguments, "--out", "swept")
+    (total, told), *more = bars
+    assert not more
+    assert sum(told) == pytest.approx(total)
+    assert min(told) >= 0
+
+
+@pytest.mark.parametrize("command", ["train", "sweep"])
+def test_labels_that_exclude_each_other_are_no_goal(here: Path, command: str) -> None:
+    classifier(here / "classifier")
+    judged = [*DATA, "--method", "caa", "--judge", "hf:classifier", "--max-new-tokens", "3", "--out", "checkpoints/x"]
+    judged += ["--no-evaluate", "--limit", "2"] if command == "train" else ["--layer", "1", "--limit", "2"]
+    refused = run(command, *judged)
+    assert refused.exit_code == 2
+    told = " ".join(refused.output.split())
+    assert "hf:classifier puts every answer under one of neutral, toxic, so that their mean says nothing" in told
+    assert "--goal 'tone neutral', or 'not tone neutral'" in told
+    done(command, *judged, "--goal", "not tone toxic")
+    points = [point for path in here.glob("checkpoints/x/**/sweep.json") for point in json.loads(path.read_text())]
+    assert points
+    for point in points:
+        assert point["score"] == pytest.approx(1 - point["metrics"]["tone toxic"])
+
+
+def test_a_place_is_looked_for_by_what_the_judge_calls_as_the_attribute(here: Path) -> None:
+    (here / "judge_of_tone.py").write_text(
+        "def judge(prompt, text):\n    return {'tone': len(text) % 2 == 0, 'long': len(text) > 5}\n"
+        "def other(prompt, text):\n    return {'even': len(text) % 2 == 0, 'long': len(text) > 5}\n"
+    )
+    judged = [*DATA, *CAA, "--no-evaluate", "--max-new-tokens", "3", "--work", "work", "--judge"]
+    quiet = done("train", *judged, "judge_of_tone:judge")
+    points = json.loads((here / "work/search/sweep.json").read_text())
+    assert all(point["score"] == point["metrics"]["tone tone"] for point in points)
+    assert "the score is the mean of" not in quiet
+    said = done("train", *judged, "judge_of_tone:other")
+    assert "the score is the mean of tone even, tone long; --goal names what counts" in said
+    assert "the score is" not in done("train", *judged, "judge_of_tone:other", "--goal", "tone long")
+
+
+def test_a_goal_without_a_search_is_refused(here: Path) -> None:
+    result = run("train", *DATA, *CAA, "--layer", "1", "--goal", "tone mc2")
+    assert result.exit_code == 2
+    assert "--goal is for a place that is looked for" in result.output

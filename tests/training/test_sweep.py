@@ -121,6 +121,26 @@ def test_an_unknown_metric_is_named(goal: Goal) -> None:
         goal.rank(result(truth=1.0))
 
 
+def test_a_metric_that_should_be_low_counts_the_other_way() -> None:
+    arm = result(tone=0.8, rude=0.1)
+    goal = Goal(("tone", "not rude"), keep={"not rude": 0.95})
+    assert goal.score(arm) == pytest.approx(0.85)
+    assert goal.shortfall(arm) == pytest.approx(1 - 0.9 / 0.95)
+    moved = {"tone": Estimate(0.2, 0.1, 0.3, 9), "rude": Estimate(-0.3, -0.4, -0.1, 9)}
+    assert goal.gains(arm, moved) == {"tone": moved["tone"], "not rude": Estimate(0.3, 0.1, 0.4, 9)}
+    with pytest.raises(TrainingError, match="no metric 'ruod'; there are tone, rude"):
+        Goal(("not ruod",)).score(arm)
+
+
+def test_judged_metrics_that_are_named_after_what_is_steered_count_alone() -> None:
+    found = {"tone": 0.9, "tone tone": 0.6, "tone long": 0.1, "truth long": 0.2}
+    arm = ArmResult("arm", {}, {name: Estimate(value, 0, 1, 10) for name, value in found.items()})
+    assert Goal(attributes=("tone", "truth")).counted(arm) == ["tone", "tone tone"]
+    assert Goal(attributes=("truth",)).counted(arm) == [*found]
+    assert Goal(("tone long",), attributes=("tone",)).score(arm, "tone") == 0.1
+    assert Goal(attributes=("tone",)).score(arm, "tone") == pytest.approx(0.75)
+
+
 def test_an_attribute_without_a_metric_is_named() -> None:
     with pytest.raises(TrainingError, match="named after 'tone'; there are truth"):
         Goal().score(result(truth=1.0), "tone")

@@ -56,15 +56,17 @@ def evaluate_choices(
     max_rows: int = 64,
     damage: int = 0,
     sampling: Sampling | None = None,
+    before: ArmMeasures | None = None,
     kept: Path | None = None,
     progress: bool = False,
     advance: Advance = lambda _: None,
 ) -> Evaluation:
     """For each attribute and arm the metrics of its task (`METRICS`), with the paired differences to the unsteered arm.
 
-    `damage`: so many of the prompts are answered in every arm, to see what steering breaks; 0: none. `kept`: a file to
-    which the scores of questions are written as they come, and from which an interrupted evaluation goes on; it is
-    removed at the end. `advance` is told the share of the whole that has been done.
+    `damage`: so many of the prompts are answered in every arm, to see what steering breaks; 0: none. `before`: the
+    unsteered model where it was measured on the same questions already, and is none of the arms; it comes first in what
+    is found. `kept`: a file to which the scores of questions are written as they come, and from which an interrupted
+    evaluation goes on; it is removed at the end. `advance` is told the share of the whole that has been done.
     """
     rows = [
         [encode(tokenizer, question.prompt, text, question.turns, chat) for text in question.completions]
@@ -104,13 +106,14 @@ def evaluate_choices(
             )  # fmt: skip
         except DataError as error:
             notes.append(str(error))
-    results = compared(measures)
+    results = compared([*([before] if before else []), *measures])
     if (count := sum(len(result.differences) for result in results)) > MANY:
         notes.append(note_on_many(count))
     form = Form.CHAT if any(question.turns for question in asked) else Form.PLAIN
     settings = {"questions": len(asked), "form": form.value, "positions": positions.value}
     store.remove()
-    return Evaluation("choice", results, settings, tuple(notes), list(_lines(asked, arms, scored)))
+    lines = list(_lines(asked, arms, scored))
+    return Evaluation("choice", results, settings, tuple(notes), lines, measures=measures)
 
 
 def _blocks(rows: Sequence[Sequence[Encoded]], wanted: Sequence[int]) -> Iterator[list[int]]:

@@ -17,7 +17,7 @@ from training.evaluation.examples import answered, chosen_from
 from training.evaluation.generation import Continuation, Sampling
 from training.evaluation.judged import Prompt, evaluate_generations, prompts_from, prompts_of
 from training.evaluation.judges import Judge
-from training.evaluation.results import BASELINE, Arm, Evaluation, default_arm, single_arms
+from training.evaluation.results import BASELINE, Arm, ArmMeasures, Evaluation, default_arm, single_arms
 from training.evaluation.tasks import Prompting, Question, questions
 from training.models import Base
 from training.progress import Advance
@@ -72,12 +72,14 @@ class Evaluator:
         samples: Sequence[Sample],
         split: Split,
         *,
+        before: ArmMeasures | None = None,
         progress: bool = False,
         kept: Path | None = None,
         advance: Advance = lambda _: None,
     ) -> tuple[Evaluation, list[Continuation]]:
-        """Evaluate on one split; an interrupted call goes on from the file `kept`. `advance` is told
-        shares of the whole. Raises DataError where the split holds nothing to evaluate on."""
+        """Evaluate on one split; an interrupted call goes on from the file `kept`. `before` is the unsteered model,
+        measured by an earlier call and none of the arms. `advance` is told shares of the whole. Raises DataError where
+        the split holds nothing to evaluate on."""
         if self.judge is not None:
             form = self.form_for(base)
             prompts = self._prompts(samples, split, form)
@@ -97,6 +99,7 @@ class Evaluator:
                 chat=base.chat,
                 positions=self.positions,
                 max_rows=self.max_rows,
+                before=before,
                 progress=progress,
                 kept=kept,
                 advance=advance,
@@ -117,6 +120,7 @@ class Evaluator:
             max_rows=self.max_rows,
             damage=self.damage,
             sampling=self.sampling,
+            before=before,
             kept=kept,
             progress=progress,
             advance=advance,
@@ -140,6 +144,30 @@ class Evaluator:
     def form_for(self, base: Base) -> Form:
         """As it was chosen, else as the model has it."""
         return self.form or (Form.CHAT if base.chat else Form.PLAIN)
+
+    def other_form(self, base: Base, samples: Sequence[Sample], split: Split, trained: str | None) -> str | None:
+        """What to say where something is asked in another form than what a checkpoint was `trained` on; None: nothing.
+        Raises DataError where nothing is asked."""
+        if trained is None:
+            return None
+        own, kinds = Form(trained), {Form.PLAIN: "plain text", Form.CHAT: "conversations"}
+        other = Form.PLAIN if own is Form.CHAT else Form.CHAT
+        if self.judge is not None:
+            if self.form_for(base) is own:
+                return None
+            asked = "the judge's prompts"
+            to_change = {
+                Form.PLAIN: "--plain-prompts",
+                Form.CHAT: "--chat-prompts" if base.chat else "the model has no chat template",
+            }
+        else:
+            found = questions([sample for sample in samples if sample.split is split], self.prompting)
+            names = dict.fromkeys(question.attribute for question in found if question.form is other)
+            if not names:
+                return None
+            asked = f"the questions of {', '.join(names)}"
+            to_change = {Form.PLAIN: "leave out --chat and --prompting chat", Form.CHAT: "--chat"}
+        return f"the checkpoint was trained on {kinds[own]}, and {asked} are {kinds[other]} ({to_change[own]})."
 
 
 def _left_out(samples: Sequence[Sample], asked: Sequence[Question], split: Split) -> Iterator[str]:

@@ -109,6 +109,7 @@ def evaluate_generations(
     chat: ChatTemplate | None = None,
     positions: Positions = Positions.GENERATED,
     max_rows: int = 128,
+    before: ArmMeasures | None = None,
     progress: bool = False,
     kept: Path | None = None,
     advance: Advance = lambda _: None,
@@ -116,7 +117,7 @@ def evaluate_generations(
     """Generate in every arm and judge: the rate of each metric where it applies, of each attribute that prompts are of,
     the damage that the texts show, and the paired differences to the unsteered arm, clustered by prompt or its group.
     The texts come along, judged.
-    `kept` and `advance` are as in `generate`."""
+    `before` is as in `evaluate_choices`, `kept` and `advance` as in `generate`."""
     if not prompts:
         raise DataError("There are no prompts to evaluate.")
     asked = [prompt.asked for prompt in prompts]
@@ -135,14 +136,15 @@ def evaluate_generations(
         ArmMeasures(arm, judged(texts[number * size : (number + 1) * size], clusters))
         for number, arm in enumerate(arms)
     ]
-    results = compared(with_damage(measures, texts, clusters, neutral_divergence(model, tokenizer, columns, arms)))
+    measures = with_damage(measures, texts, clusters, neutral_divergence(model, tokenizer, columns, arms))
+    results = compared([*([before] if before else []), *measures])
     count = sum(len(result.differences) for result in results)
     form = Form.PLAIN if all(isinstance(one, str) for one in asked) else Form.CHAT
     settings = {"prompts": len(prompts), "form": form.value, "positions": positions.value, **asdict(sampling)}
     if kept is not None:
         kept.unlink(missing_ok=True)
     notes = (note_on_many(count),) if count > MANY else ()
-    return Evaluation("generation", results, settings, notes), texts
+    return Evaluation("generation", results, settings, notes, measures=measures), texts
 
 
 def judged(texts: Sequence[Continuation], clusters: Sequence[str]) -> dict[str, Measured]:

@@ -91,6 +91,10 @@ class Classifier:
     several: bool
     """Whether a text may have several labels."""
 
+    @property
+    def labels(self) -> list[str]:
+        return [str(label) for label in self.pipeline.model.config.id2label.values()]
+
     @classmethod
     def load(cls, id: str) -> "Classifier":
         """A model of the hub, or a folder. Raises TrainingError."""
@@ -108,11 +112,10 @@ class Classifier:
         return self.batch([(prompt, text)])[0]
 
     def batch(self, answers: Sequence[tuple[str, str]]) -> list[Verdict]:
-        labels = list(self.pipeline.model.config.id2label.values())
         said = [text for _, text in answers if text.strip()]
         size = 1 if self.pipeline.tokenizer.pad_token is None else 32
         scored = iter(self.pipeline(said, batch_size=size, truncation=True) if said else [])
-        return [self._verdict(next(scored)) if text.strip() else dict.fromkeys(labels) for _, text in answers]
+        return [self._verdict(next(scored)) if text.strip() else dict.fromkeys(self.labels) for _, text in answers]
 
     def _verdict(self, scores: Sequence[Mapping[str, Any]]) -> Verdict:
         best = max(scores, key=lambda one: one["score"])

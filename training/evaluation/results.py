@@ -257,6 +257,8 @@ class Evaluation:
     """What was measured of each question in each arm, for a file of JSON lines; not part of `as_dict`."""
     examples: Sequence[Example] = field(default=(), compare=False, repr=False)
     """Some answers token by token, for the HTML report; not part of `as_dict`."""
+    measures: Sequence[ArmMeasures] = field(default=(), compare=False, repr=False)
+    """Of the arms that were measured, question by question; not part of `as_dict`."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -272,8 +274,8 @@ class Evaluation:
         return cls(stored["kind"], arms, stored["settings"], tuple(stored.get("notes", ())))
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(replace(self, rows=(), examples=()), dict_factory=_kept_alone)
+        return asdict(replace(self, rows=(), examples=(), measures=()), dict_factory=_kept_alone)
 
 
 def _kept_alone(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {name: value for name, value in pairs if name not in ("rows", "examples")}
+    return {name: value for name, value in pairs if name not in ("rows", "examples", "measures")}

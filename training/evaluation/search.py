@@ -1,6 +1,6 @@
 """A place for steering, looked for on dev by what steering there does: `matsteer train` without a layer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from training.errors import DataError
 from training.evaluation.evaluator import Evaluator
 from training.evaluation.results import ArmResult
 from training.evaluation.sweep import Sweep
-from training.evaluation.sweep_results import Goal, SweepPoint, SweepResult
+from training.evaluation.sweep_results import Goal, SweepPoint, SweepResult, check_goal
 from training.methods.fit import Recipe
 from training.models import Base
 
@@ -63,8 +63,14 @@ def _has(model: Any, site: Site) -> bool:
     return True
 
 
-def check_search(evaluator: Evaluator, samples: Sequence[Sample]) -> None:
-    """Raises DataError where nothing on dev can tell one place from another."""
+def search_goal(names: Iterable[str], metrics: Sequence[str] = ()) -> Goal:
+    """What a place for these attributes is looked for by: the `metrics`, or theirs."""
+    return Goal(tuple(metrics), tolerance=MOVED, attributes=tuple(names))
+
+
+def check_search(evaluator: Evaluator, samples: Sequence[Sample], goal: Goal) -> None:
+    """Raises TrainingError where nothing on dev can tell one place from another."""
+    check_goal(goal, evaluator)
     try:
         evaluator.check(samples, Split.DEV)
     except DataError as error:
@@ -81,6 +87,7 @@ def find_place(
     sites: Sequence[Site],
     recipe: Recipe,
     evaluator: Evaluator,
+    goal: Goal,
     out: Path,
     *,
     progress: bool = False,
@@ -89,20 +96,20 @@ def find_place(
     """The site and multiplier of `sites` and `MULTIPLIERS` that are best for all attributes at once, on a part of dev
     after short fits; the weaker one of two that are alike. Where the largest multiplier is the best, larger ones are
     tried at its site. What was measured is kept in `out`, as by a sweep."""
-    goal = Goal(tolerance=MOVED)
 
-    def swept_at(sites: Sequence[Site], multipliers: Sequence[float], out: Path) -> SweepResult:
-        part = replace(activations, values={site: activations.at(site) for site in sites})
-        return Sweep(
-            base, samples, part, _short(recipe), multipliers, quick(evaluator), out, goal, progress=progress, say=say
-        ).measured()
+    def at(sites: Sequence[Site]) -> Activations:
+        return replace(activations, values={site: activations.at(site) for site in sites})
 
-    swept = swept_at(sites, MULTIPLIERS, out)
+    sweep = Sweep(
+        base, samples, at(sites), _short(recipe), MULTIPLIERS, quick(evaluator), out, goal, progress=progress, say=say
+    )
+    swept = sweep.measured()
     best = _best(goal, swept.points)
     if best.multiplier == max(MULTIPLIERS) and best.shortfall == 0:
         more = [factor * best.multiplier for factor in STRONGER]
         say(f"{best.place} is best at the largest multiplier: trying {' and '.join(f'{x:g}' for x in more)}")
-        swept = replace(swept, points=[*swept.points, *swept_at([best.place], more, out / "stronger").points])
+        stronger = replace(sweep, activations=at([best.place]), multipliers=more, out=out / "stronger", first=sweep)
+        swept = replace(swept, points=[*swept.points, *stronger.measured().points])
         best = _best(goal, swept.points)
     _tell(goal, swept, best, out, say)
     return best
@@ -124,7 +131,7 @@ def _tell(goal: Goal, swept: SweepResult, best: SweepPoint, out: Path, say: Say)
             "warning: every place and multiplier breaks the text beyond a limit, and this one least: read some of its "
             "texts, and try less of it (--strength 0.5) or other layers."
         )
-    gains = {name: best.differences[name] for name in goal.counted(swept.unsteered) if name in best.differences}
+    gains = goal.gains(swept.unsteered, best.differences)
     if not any(one.low is not None and one.low > 0 for one in gains.values()):
         told = ", ".join(f"{name} {one.text(signed=True)}" for name, one in gains.items())
         say(

@@ -2,24 +2,27 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from steering.errors import SteeringError
 from steering.types import Site
 from training.errors import TrainingError
-from training.evaluation.evaluator import GateMeans
+from training.evaluation.evaluator import Evaluator, GateMeans
+from training.evaluation.judges import Classifier
 from training.evaluation.results import MANY, ON_MANY, ArmResult, Estimate, Evaluation, note_on_many
 from training.evaluation.tasks import PRIMARY
 from training.files import write_json
 
 FEW = 30  # cases of a metric
+NOT = "not "  # before a metric that should be low
 
 
 @dataclass(frozen=True)
 class Goal:
     metrics: tuple[str, ...] = ()
-    """Those that count; none: every judged metric, or each attribute's primary one (mc2, accuracy, preference)."""
+    """Those that count, "not NAME" for one that should be low; none: each attribute's primary one (mc2, accuracy,
+    preference), or the judged ones that are named after `attributes`, or else every judged one."""
     max_perplexity_ratio: float = 1.5
     """Where its interval is above 1 as well: of few answers the ratio may be anything."""
     max_repetition: float = 0.1
@@ -36,6 +39,8 @@ class Goal:
 
     tolerance: float = 0.0
     """How much of the score a weaker setting may lack and yet be preferred: less steering, less harm."""
+    attributes: tuple[str, ...] = ()
+    """Those that are steered."""
 
     def best(self, ranks: Sequence[tuple[float, float]], strengths: Sequence[float], metrics: int = 1) -> int:
         """The index of the setting to take: the weakest of those that are as good as the best, within the tolerance,
@@ -47,7 +52,7 @@ class Goal:
 
     def score(self, arm: ArmResult, attribute: str | None = None) -> float:
         """The mean, 0 to 1, of the metrics that count; for one `attribute`, of its own. Raises TrainingError."""
-        values = [value for name in self._counted(arm, attribute) if (value := arm.metrics[name].value) is not None]
+        values = [value for name in self._counted(arm, attribute) if (value := _metric(arm, name)) is not None]
         return sum(values) / len(values) if values else 0.0
 
     def shortfall(self, arm: ArmResult, attribute: str | None = None, baseline: ArmResult | None = None) -> float:
@@ -85,8 +90,9 @@ class Goal:
 
     def _counted(self, arm: ArmResult, attribute: str | None) -> list[str]:
         if attribute is not None:
-            own = [name for name in (attribute, *(f"{attribute} {part}" for part in PRIMARY)) if name in arm.metrics]
-            own = own or [name for name in self.metrics if name.startswith(f"{attribute} ")]
+            own = [name for name in self.metrics if f"{_bare(name)} ".startswith(f"{attribute} ")]
+            usual = (*_named(attribute), *(f"{attribute} {part}" for part in PRIMARY))
+            own = own or [name for name in usual if name in arm.metrics]
             if not own:
                 raise TrainingError(
                     f"No metric is named after {attribute!r}; there are {', '.join(arm.metrics)}. Name what counts "
@@ -95,8 +101,18 @@ class Goal:
             return own
         for name in self.metrics:
             _metric(arm, name)
+        return [*self.metrics] or self.usual(arm) or [*arm.metrics]
+
+    def usual(self, arm: ArmResult) -> list[str]:
+        """What counts where none is named, as far as there is such a metric."""
         primary = [name for name in arm.metrics if name.rpartition(" ")[2] in PRIMARY]
-        return [*self.metrics] or primary or [*arm.metrics]
+        return primary or [name for attribute in self.attributes for name in _named(attribute) if name in arm.metrics]
+
+    def gains(self, arm: ArmResult, differences: Mapping[str, Estimate]) -> dict[str, Estimate]:
+        """The differences of the metrics of `arm` that count, more being better. Raises TrainingError."""
+        counted = [(name, _bare(name)) for name in self.counted(arm)]
+        found = {name: (differences[bare], bare != name) for name, bare in counted if bare in differences}
+        return {name: _negated(one) if less else one for name, (one, less) in found.items()}
 
 
 def _more(arm: ArmResult, name: str) -> float:
@@ -111,10 +127,37 @@ def _one_answer(arm: ArmResult, name: str) -> float:
     return (1 + 1e-9) / found.count if found and found.count else 0.0  # a difference of two rates is rounded
 
 
+def check_goal(goal: Goal, evaluator: Evaluator) -> None:
+    """Raises TrainingError where the score would be the same whatever steering did."""
+    judge = evaluator.judge
+    if goal.metrics or not isinstance(judge, Classifier) or judge.several or {*goal.attributes} & {*judge.labels}:
+        return
+    name = judge.labels[0] if evaluator.prompts else f"{goal.attributes[0]} {judge.labels[0]}"
+    raise TrainingError(
+        f"{judge.name} puts every answer under one of {', '.join(judge.labels)}, so that their mean says nothing: name "
+        f"what counts (--goal '{name}', or 'not {name}')."
+    )
+
+
+def _named(attribute: str) -> tuple[str, str]:
+    """What a judge's metric of that name is called: of prompts of their own, and of the attribute's data."""
+    return attribute, f"{attribute} {attribute}"
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix(NOT)
+
+
 def _metric(arm: ArmResult, name: str) -> float | None:
-    if name not in arm.metrics:
-        raise TrainingError(f"There is no metric {name!r}; there are {', '.join(arm.metrics)}.")
-    return arm.metrics[name].value
+    if (bare := _bare(name)) not in arm.metrics:
+        raise TrainingError(f"There is no metric {bare!r}; there are {', '.join(arm.metrics)}.")
+    value = arm.metrics[bare].value
+    return value if bare == name or value is None else 1 - value
+
+
+def _negated(one: Estimate) -> Estimate:
+    value, low, high = (None if end is None else -end for end in (one.value, one.high, one.low))
+    return replace(one, value=value, low=low, high=high)
 
 
 @dataclass(frozen=True)
@@ -195,6 +238,10 @@ class SweepResult:
 
     def remarks(self, goal: Goal) -> Iterator[str]:
         """What a reader should know before believing in the best point."""
+        metrics = [*self.unsteered.metrics]
+        if metrics[1:] and not goal.metrics and not goal.usual(self.unsteered) and self.points[0].attribute is None:
+            listed = ", ".join(metrics)
+            yield f"the score is the mean of {listed}; --goal names what counts, 'not NAME' what should be low."
         yield from (note for note in self.notes if not note.endswith(ON_MANY))
         for name in dict.fromkeys(point.attribute for point in self.points):
             before = goal.score(self.unsteered, name)
