@@ -91,8 +91,9 @@ reproduce: demo-data $(DEV_INSTALLED)  ## every table and plot of docs/results a
 reproduce-real: real-model $(DEV_INSTALLED)  ## the same on SmolLM2 with TruthfulQA, ToxiGen and BBQ (an hour or two; goes on where it was stopped)
 	$(BIN)/python -m studies.real --model smollm2 $(if $(DATA),--data $(DATA)) $(SIZES)
 
-reproduce-style: real-model $(DEV_INSTALLED)  ## the tutorial of docs/style.md: its checkpoints, and what they gain and break
+reproduce-style: real-model $(DEV_INSTALLED)  ## the tutorial of docs/style.md and CAST of docs/methods.md: their checkpoints, what they gain and break
 	$(BIN)/python -m studies.style --model smollm2
+	$(BIN)/python -m studies.condition --model smollm2
 
 readme: $(DEV_INSTALLED)  ## write the server's answers to the README's request into the README
 	$(BIN)/python -m demo.readme

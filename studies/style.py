@@ -1,15 +1,15 @@
 """The tutorial of docs/style.md, run and measured: `make reproduce-style`.
 
-Trains what the tutorial trains, and simpler methods on the same pairs, each by `matsteer train`, then measures them
-side by side on the questions of the test pairs: which of two given answers the model prefers, how its own answers sound
-to `examples/tone/judge.py`, and what steering breaks. Writes docs/results/style.json and the tables of docs/style.md;
-what was trained or measured before is not done again.
+Trains what the tutorial trains, the same for the other style that is shipped, and simpler methods on the same pairs,
+each by `matsteer train`, then measures them side by side on the questions of the test pairs: which of two given answers
+the model prefers, how its own answers sound to `examples/tone/judge.py`, and what steering breaks. Writes
+docs/results/style.json and the tables of docs/style.md; what was trained or measured before is not done again.
 """
 
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from training.evaluation.evaluator import open_checkpoint
 from training.evaluation.generation import Continuation, Sampling
 from training.evaluation.judged import evaluate_generations, judged, prompts_from
 from training.evaluation.judges import load_judge
-from training.evaluation.results import BASELINE, Arm, Estimate, Evaluation, Measured
+from training.evaluation.results import BASELINE, Arm, ArmResult, Estimate, Measured
 from training.evaluation.tasks import questions
 from training.files import content_key, write_json
 from training.models import Base, load_base
@@ -38,164 +38,230 @@ MARKERS = ("<!-- style results: written by make reproduce-style -->", "<!-- end 
 MAT, MEANS, CLAMP, REPS = "MAT-Steer", "difference in means", "clamp", "RePS"
 PREFERS = "any_true_per_token"
 SHOWN = 3  # questions, the first ones, whose answers are shown as they came
-
-
-ATTRIBUTE = "cheerful"
-PAIRS = Path("examples/tone/cheerful.jsonl")
-PLACE = ("--layer", "14", "--site", "residual")
-METHODS = {
-    MAT: ("--method", "mat", *PLACE, "--strength", "2"),
-    MEANS: ("--method", "caa", *PLACE),
-    CLAMP: ("--method", "clamp", *PLACE),
-    REPS: ("--method", "reps", *PLACE, "--steps", "40"),
-}
-"""Title -> options of `matsteer train`."""
-METRICS = {PREFERS: "prefers the pair's answer", "cheerful": "sounds cheerful", "exclaims": "has a !"}
 FACTORS = (1.0, 2.0)
+SAMPLING = Sampling(temperature=0, max_new_tokens=32)
 
 
-def folder(title: str) -> str:
-    """The name of a method's checkpoint; MAT-Steer's is the attribute's."""
-    return ATTRIBUTE if title == MAT else f"{ATTRIBUTE}-{METHODS[title][1]}"
+@dataclass(frozen=True)
+class Style:
+    """An attribute of examples/tone, and what its judge measures."""
+
+    attribute: str
+    layer: int
+    """Of the residual stream."""
+    metrics: Mapping[str, str]
+    """The judge's -> what they are called."""
+    reps: bool = False
+    """Whether RePS is trained, too, which takes longer than all the rest."""
+
+    @property
+    def pairs(self) -> Path:
+        return Path(f"examples/tone/{self.attribute}.jsonl")
+
+    @property
+    def named(self) -> dict[str, str]:
+        """All that is measured -> what it is called."""
+        return {PREFERS: "prefers the pair's answer", **self.metrics}
+
+    @property
+    def methods(self) -> dict[str, tuple[str, ...]]:
+        """Title -> options of `matsteer train`."""
+        place = ("--layer", str(self.layer), "--site", "residual")
+        found = {
+            MAT: ("--method", "mat", *place, "--strength", "2"),
+            MEANS: ("--method", "caa", *place),
+            CLAMP: ("--method", "clamp", *place),
+            REPS: ("--method", "reps", *place, "--steps", "40"),
+        }
+        return found if self.reps else {title: options for title, options in found.items() if title != REPS}
+
+    def folder(self, title: str) -> str:
+        """The name of a method's checkpoint; MAT-Steer's is the attribute's."""
+        return self.attribute if title == MAT else f"{self.attribute}-{self.methods[title][1]}"
+
+    def command(self, title: str, model: str, checkpoints: str = "checkpoints") -> list[str]:
+        """Of `matsteer`, as the tutorial shows it."""
+        data, out = f"{self.attribute}={self.pairs}", f"{checkpoints}/{self.folder(title)}"
+        return ["train", "--model", model, "--chat", "--data", data, *self.methods[title], "--out", out]
 
 
-def command(title: str, model: str, checkpoints: str = "checkpoints") -> list[str]:
-    """Of `matsteer`, as the tutorial shows it."""
-    out = f"{checkpoints}/{folder(title)}"
-    return ["train", "--model", model, "--chat", "--data", f"{ATTRIBUTE}={PAIRS}", *METHODS[title], "--out", out]
+CHEERFUL = Style("cheerful", 14, {"cheerful": "sounds cheerful", "exclaims": "has a !"}, reps=True)
+FORMAL = Style("formal", 10, {"formal": "sounds formal", "contracts": "has a contraction"})
+STYLES = (CHEERFUL, FORMAL)
 
 
-def train(title: str, model: str, work: Path, options: Sequence[str] = ()) -> Checkpoint:
-    """The method's checkpoint, trained now or by an earlier call."""
-    path = work / folder(title) / "v1"
-    if not (path / "config.json").exists():
-        words = [*command(title, model, str(work)), *options, "--version", "v1"]
-        if code := app(words, standalone_mode=False):
-            raise SystemExit(code)
+def trained(command: Sequence[str], options: Sequence[str] = ()) -> Checkpoint:
+    """The checkpoint of a `train` command, which ends in its folder: made now or by an earlier call."""
+    path = Path(command[-1]) / "v1"
+    words = [*command, *options, "--version", "v1"]
+    if not (path / "config.json").exists() and (code := app(words, standalone_mode=False)):
+        raise SystemExit(code)
     return open_checkpoint(path)[0]
 
 
-def measure(
-    base: Base, checkpoints: Mapping[str, Checkpoint], sampling: Sampling, work: Path, count: int | None
-) -> dict[str, Any]:
-    """Every checkpoint at `FACTORS` of its default multipliers and unsteered, on the (first `count`) questions of the
-    test pairs, in JSON's types."""
-    pairs = load_data([f"{ATTRIBUTE}={PAIRS}"], chat=True)
-    samples = [sample for sample in pairs if sample.split is Split.TEST]
-    columns = [replace(one, attribute=title) for title, found in checkpoints.items() for one in found.columns]
-    arms = [
+def arms_of(checkpoints: Mapping[str, Checkpoint], attribute: str) -> list[Arm]:
+    """Unsteered, and every checkpoint at `FACTORS` of its default multiplier."""
+    return [
         BASELINE,
         *(
-            Arm(_arm(title, factor), {title: factor * found.attributes[ATTRIBUTE]})
+            Arm(arm_name(title, factor), {title: factor * found.attributes[attribute]})
             for title, found in checkpoints.items()
             for factor in FACTORS
         ),
     ]
+
+
+def arm_name(title: str, factor: float) -> str:
+    return f"{title} x{factor:g}"
+
+
+def measure(
+    style: Style, title: str, base: Base, checkpoint: Checkpoint, sampling: Sampling, work: Path, count: int | None
+) -> dict[str, Any]:
+    """A method's checkpoint at `FACTORS` of its default multiplier beside the unsteered model, on the (first `count`)
+    questions of the test pairs, question by question, in JSON's types."""
+    samples = [one for one in load_data([f"{style.attribute}={style.pairs}"], chat=True) if one.split is Split.TEST]
+    columns = [replace(one, attribute=title) for one in checkpoint.columns]
+    arms = arms_of({title: checkpoint}, style.attribute)
+    kept = str(work / style.folder(title))
     chosen = evaluate_choices(
         base.model, base.tokenizer, questions(samples)[:count], columns, arms, chat=base.chat,
-        kept=work / "choices.partial", progress=True,
+        kept=Path(f"{kept}-choices.partial"), progress=True,
     )  # fmt: skip
-    prompts = prompts_from(samples, Form.CHAT)[:count]
+    judge = load_judge(f"examples.tone.judge:{style.attribute}")
     written, texts = evaluate_generations(
-        base.model, base.tokenizer, prompts, load_judge(f"examples.tone.judge:{ATTRIBUTE}"), columns, arms, sampling,
-        chat=base.chat, kept=work / "answers.partial", progress=True,
+        base.model, base.tokenizer, prompts_from(samples, Form.CHAT)[:count], judge, columns, arms, sampling,
+        chat=base.chat, kept=Path(f"{kept}-answers.partial"), progress=True,
     )  # fmt: skip
-    measures = _measures(chosen, texts, [prompt.group for prompt in prompts], arms)
-    right, of = held_out(ATTRIBUTE)
     return {
         "model": base.id,
-        "questions": len(prompts),
+        "choices": [*chosen.rows],
+        "answers": [asdict(text) for text in texts],
+        "results": {arm.arm: asdict(arm) for arm in written.arms},
+    }
+
+
+def summary(
+    style: Style, checkpoints: Mapping[str, Checkpoint], found: Mapping[str, Any], sampling: Sampling
+) -> dict[str, Any]:
+    """What `measure` found of each method as rates, intervals and paired differences, in JSON's types."""
+    pairs = load_data([f"{style.attribute}={style.pairs}"], chat=True)
+    clusters = [one.group for one in prompts_from([one for one in pairs if one.split is Split.TEST], Form.CHAT)]
+    lines: dict[str, dict[str, Any]] = {}
+    measures: dict[str, Mapping[str, Measured]] = {}
+    texts = []
+    for title, own in found.items():
+        arms = arms_of({title: checkpoints[title]}, style.attribute)
+        measured = _measures(own, clusters, arms)
+        for arm in arms:
+            if arm.name not in lines:
+                lines[arm.name] = as_line(arm, ArmResult.from_dict(own["results"][arm.name]), measured)
+                texts += [text for text in own["answers"] if text["arm"] == arm.name and text["prompt"] < SHOWN]
+        measures |= measured
+    one = next(iter(found.values()))
+    right, of = held_out(style.attribute)
+    return {
+        "model": one["model"],
+        "questions": len(one["answers"]) // len(one["results"]),
         "sampling": asdict(sampling),
         "judge": {"right": right, "of": of},
         "pairs": {split.value: len({one.group for one in pairs if one.split is split}) for split in Split},
-        "places": {title: _placed(found) for title, found in checkpoints.items()},
-        "arms": [_line(arm, written, measures) for arm in arms],
-        "beside": {
-            _arm(title, factor): {
-                name: asdict(measures[_arm(MAT, factor)][name].minus(one))
-                for name, one in measures[_arm(title, factor)].items()
-            }
-            for title in checkpoints
-            if title != MAT
-            for factor in FACTORS
-        },
+        "places": {title: placed(checkpoint) for title, checkpoint in checkpoints.items()},
+        "arms": [*lines.values()],
+        "beside": beside(measures, MAT, [title for title in found if title != MAT]),
         "texts": [
-            {"question": text.asked, "arm": text.arm, "text": text.text}
+            {"question": text["asked"], "arm": text["arm"], "text": text["text"]}
             for text in texts
-            if text.prompt < SHOWN and not text.arm.endswith(" x2")
+            if not text["arm"].endswith(" x2")
         ],
     }
 
 
-def _arm(title: str, factor: float) -> str:
-    return f"{title} x{factor:g}"
-
-
-def _placed(checkpoint: Checkpoint) -> str:
+def placed(checkpoint: Checkpoint) -> str:
     strength = checkpoint.config.training["hyperparameters"].get("strength", 1.0)
     return f"{', '.join(dict.fromkeys(str(one.site) for one in checkpoint.columns))} x{strength:g}"
 
 
-def _measures(
-    chosen: Evaluation, texts: Sequence[Continuation], clusters: Sequence[str], arms: Sequence[Arm]
-) -> dict[str, dict[str, Measured]]:
-    """Arm -> metric -> what was measured of every question."""
+Measures = Mapping[str, Mapping[str, Measured]]
+"""Arm -> metric -> what was measured of every question."""
+
+
+def _measures(own: Mapping[str, Any], clusters: Sequence[str], arms: Sequence[Arm]) -> dict[str, dict[str, Measured]]:
     found = {}
     for arm in arms:
-        rows = [row for row in chosen.rows if row["arm"] == arm.name]
+        rows = [row for row in own["choices"] if row["arm"] == arm.name]
         prefers = Measured(
             np.array([(row["metrics"][PREFERS], 1.0) for row in rows]), tuple(row["cluster"] for row in rows), rate=True
         )
-        answers = judged([replace(text, attribute="") for text in texts if text.arm == arm.name], clusters)
-        found[arm.name] = {PREFERS: prefers, **answers}
+        texts = [Continuation(**{**text, "attribute": ""}) for text in own["answers"] if text["arm"] == arm.name]
+        found[arm.name] = {PREFERS: prefers, **judged(texts, clusters)}
     return found
 
 
-def _line(arm: Arm, written: Evaluation, measures: Mapping[str, Mapping[str, Measured]]) -> dict[str, Any]:
-    result = next(one for one in written.arms if one.arm == arm.name)
-    own, before = measures[arm.name], measures[BASELINE.name]
+def as_line(arm: Arm, result: ArmResult, measures: Measures) -> dict[str, Any]:
+    """One of a table, in JSON's types."""
+    own, before = measures[arm.name], {} if arm == BASELINE else measures[BASELINE.name]
     return {
         "arm": arm.name,
         "metrics": {name: asdict(one.estimate()) for name, one in own.items()},
-        "differences": {} if arm == BASELINE else {name: asdict(one.minus(before[name])) for name, one in own.items()},
+        "differences": {name: asdict(own[name].minus(one)) for name, one in before.items()},
         "perplexity_ratio": result.perplexity_ratio,
-        "perplexity_range": result.perplexity_range,
+        "perplexity_range": result.perplexity_range and [*result.perplexity_range],
         "damage": {name: asdict(one) for name, one in result.damage.items()},
+    }
+
+
+def beside(measures: Measures, title: str, others: Sequence[str]) -> dict[str, Any]:
+    """`title` minus each of the others at the same factor, paired."""
+    return {
+        arm_name(other, factor): {
+            name: asdict(measures[arm_name(title, factor)][name].minus(one))
+            for name, one in measures[arm_name(other, factor)].items()
+        }
+        for other in others
+        for factor in FACTORS
     }
 
 
 # What the tutorial shows of it.
 
 
-def page(found: Mapping[str, Any]) -> str:
-    """The tables, the comparison in words, and the first answers as they came."""
+def page(results: Mapping[str, Any]) -> str:
+    """Style by style the tables, the comparison in words, and the first answers as they came."""
+    return "\n\n".join(_section(style, results[style.attribute]) for style in STYLES)
+
+
+def _section(style: Style, found: Mapping[str, Any]) -> str:
     judge, pairs = found["judge"], found["pairs"]
     places = "; ".join(f"{title} at {place}" for title, place in found["places"].items())
     effect = [
-        [line["arm"], *(_cell(line, name) for name in METRICS), _ratio(line),
-         *(_harm(line, name, *how) for name, how in {"rep-4": (100, 1), "empty": (100, 1), "kl": (1, 2)}.items())]
+        [line["arm"], *(cell(line, name) for name in style.named), ratio(line),
+         *(harm(line, name, *how) for name, how in {"rep-4": (100, 1), "empty": (100, 1), "kl": (1, 2)}.items())]
         for line in found["arms"]
     ]  # fmt: skip
-    beside = "\n".join(f"- {_beside(arm, own)}" for arm, own in found["beside"].items())
+    apart = "\n".join(f"- {minus(MAT, arm, own, style.named)}" for arm, own in found["beside"].items())
     texts = "\n".join(
         _said(found["texts"], question) for question in dict.fromkeys(t["question"] for t in found["texts"])
     )
-    return f"""{pairs["train"]} pairs of train, {pairs["dev"]} of dev, {pairs["test"]} of test; x1 is {places}.
+    return f"""### {style.attribute.capitalize()}
 
-{table(["", *METRICS.values(), "perplexity", "rep-4", "empty", "KL"], effect)}
+{pairs["train"]} pairs of train, {pairs["dev"]} of dev, {pairs["test"]} of test; x1 is {places}.
+
+{table(["", *style.named.values(), "perplexity", "rep-4", "empty", "KL"], effect)}
 Percent with 95 % intervals, of {found["questions"]} questions; **bold**: the interval of the paired difference to
 unsteered leaves out zero. The judge is right about {judge["right"]} of {judge["of"]} texts of the test pairs.
 Perplexity: of its own answers under the unsteered model, against that of unsteered answers. KL on neutral text, nats a
 token.
 
-{beside}
+{apart}
 
-The answers to the first {SHOWN} test questions, as they came ({_sampled(found["sampling"])}):
+The answers to the first {SHOWN} test questions, as they came ({sampled(found["sampling"])}):
 
 {texts}"""
 
 
-def _cell(line: Mapping[str, Any], name: str) -> str:
+def cell(line: Mapping[str, Any], name: str) -> str:
+    """A metric with its interval, bold where it differs from unsteered."""
     if name not in line["metrics"]:
         return "-"
     moved = line["differences"].get(name)
@@ -204,23 +270,23 @@ def _cell(line: Mapping[str, Any], name: str) -> str:
     return f"{sign}{value}{sign} {interval}"
 
 
-def _ratio(line: Mapping[str, Any]) -> str:
+def ratio(line: Mapping[str, Any]) -> str:
     ends = line["perplexity_range"]
     return f"{line['perplexity_ratio']:.2f}x" + (" [{:.2f}, {:.2f}]".format(*ends) if ends else "")
 
 
-def _harm(line: Mapping[str, Any], name: str, scale: float, digits: int) -> str:
+def harm(line: Mapping[str, Any], name: str, scale: float, digits: int) -> str:
     return f"{scale * line['damage'][name]['value']:.{digits}f}"
 
 
-def _beside(arm: str, found: Mapping[str, Any]) -> str:
-    """MAT-Steer minus another method at the same factor, in words."""
+def minus(title: str, arm: str, found: Mapping[str, Any], metrics: Mapping[str, str]) -> str:
+    """`title` minus another method at the same factor, in words."""
     parts = []
-    for how, title in (("holds", "more"), ("is reversed", "**less**"), ("is open", "no telling")):
-        own = [(said, one) for name, said in METRICS.items() if verdict(one := Estimate(**found[name])) == how]
+    for how, said_how in (("holds", "more"), ("is reversed", "**less**"), ("is open", "no telling")):
+        own = [(said, one) for name, said in metrics.items() if verdict(one := Estimate(**found[name])) == how]
         if own:
-            parts.append(f"{title}: {', '.join(f'{said} {one.text(signed=True)}' for said, one in own)}")
-    return f"{MAT} {arm.rpartition(' ')[2]} minus {arm}: {'; '.join(parts)}."
+            parts.append(f"{said_how}: {', '.join(f'{said} {one.text(signed=True)}' for said, one in own)}")
+    return f"{title} {arm.rpartition(' ')[2]} minus {arm}: {'; '.join(parts)}."
 
 
 def _said(texts: Sequence[Mapping[str, str]], question: str) -> str:
@@ -232,7 +298,7 @@ def _said(texts: Sequence[Mapping[str, str]], question: str) -> str:
     return table([f"*{question}*", ""], rows, 2)
 
 
-def _sampled(sampling: Mapping[str, Any]) -> str:
+def sampled(sampling: Mapping[str, Any]) -> str:
     how = "greedy" if sampling["temperature"] == 0 else f"temperature {sampling['temperature']:g}"
     return f"{how}, at most {sampling['max_new_tokens']} tokens"
 
@@ -245,13 +311,24 @@ def write(results: Path, document: Path) -> None:
 def run(model: str, work: Path, sampling: Sampling, count: int | None = None, options: Sequence[str] = ()) -> Any:
     """Train and measure; the results in JSON's types."""
     work.mkdir(parents=True, exist_ok=True)
-    checkpoints = {title: train(title, model, work, ("--no-evaluate", *options)) for title in METHODS}
-    hashes = {title: one.config.sha256 for title, one in checkpoints.items()}
-    key = content_key([hashes, asdict(sampling), count, FACTORS, PAIRS.read_text(encoding="utf-8")])
-    path = work / f"measured-{key}.json"
-    if not path.exists():
-        write_json(path, measure(load_base(model), checkpoints, sampling, work, count))
-    return json.loads(path.read_text(encoding="utf-8"))
+    found = {}
+    for style in STYLES:
+        checkpoints, measured = {}, {}
+        for title in style.methods:
+            checkpoints[title] = trained(style.command(title, model, str(work)), ("--no-evaluate", *options))
+            content = [
+                checkpoints[title].config.sha256,
+                asdict(sampling),
+                count,
+                FACTORS,
+                style.pairs.read_text("utf-8"),
+            ]
+            path = work / f"{style.folder(title)}-{content_key(content)}.json"
+            if not path.exists():
+                write_json(path, measure(style, title, load_base(model), checkpoints[title], sampling, work, count))
+            measured[title] = json.loads(path.read_text(encoding="utf-8"))
+        found[style.attribute] = summary(style, checkpoints, measured, sampling)
+    return found
 
 
 def main() -> None:
@@ -264,7 +341,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    results = run(args.model, args.work, Sampling(temperature=0, max_new_tokens=32))
+    results = run(args.model, args.work, SAMPLING)
     write_json(args.folder / "style.json", results)
     write(args.folder / "style.json", args.document)
     Console().print(f"wrote {args.folder / 'style.json'} and {args.document}")

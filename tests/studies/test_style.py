@@ -14,7 +14,7 @@ import server.cli
 import training.cli
 from demo.readme import commands
 from examples.tone.judge import cheerful, formal, held_out
-from studies.style import FACTORS, MARKERS, MAT, MEANS, METHODS, METRICS, PAIRS, PREFERS, command, page, run, write
+from studies.style import CHEERFUL, FACTORS, MARKERS, MAT, MEANS, PREFERS, STYLES, page, run, write
 from tests.training.helpers import make_llama, make_tokenizer
 from training.data import Split, load_data
 from training.evaluation.generation import Sampling
@@ -44,8 +44,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_five_commands_and_the_second_is_what_is_measured() -> None:
     words = [one[1] for one in COMMANDS if one[0] == "matsteer"]
     assert words == ["get", "train", "inspect", "evaluate", "serve"]
-    assert COMMANDS[1][1:] == command(MAT, "smollm2")
-    assert command(MEANS, "smollm2")[6:8] == ["--method", "caa"]
+    assert COMMANDS[1][1:] == CHEERFUL.command(MAT, "smollm2")
+    assert all(style.command(MEANS, "smollm2")[6:8] == ["--method", "caa"] for style in STYLES)
 
 
 def test_every_option_of_the_tutorial_is_there() -> None:
@@ -59,9 +59,9 @@ def test_every_option_of_the_tutorial_is_there() -> None:
     assert all((PAGE.parent / link).exists() for link in links)
 
 
-@pytest.mark.parametrize("name", ["cheerful", "formal"])
+@pytest.mark.parametrize("name", [style.attribute for style in STYLES])
 def test_the_pairs_have_both_sides_and_the_judge_tells_them_apart(name: str) -> None:
-    samples = load_data([f"{name}={(ROOT / PAIRS).with_stem(name)}"], chat=True)
+    samples = load_data([f"{name}={ROOT / f'examples/tone/{name}.jsonl'}"], chat=True)
     sides: dict[tuple[str, bool], Split | None] = {(one.group, one.label): one.split for one in samples}
     assert len(sides) == len(samples) == 216
     assert all(sides[group, True] is sides[group, False] for group, _ in sides)
@@ -78,27 +78,32 @@ def test_what_the_judge_hears() -> None:
 
 
 def test_the_study_measures_every_method_on_the_same_questions(results: Any) -> None:
-    assert set(results["places"]) == set(METHODS)
-    assert results["questions"] == 3
-    lines = {line["arm"]: line for line in results["arms"]}
-    assert len(lines) == 1 + len(FACTORS) * len(METHODS)
-    for name, line in lines.items():
-        assert set(METRICS) >= set(line["metrics"])
-        assert line["metrics"][PREFERS]["count"] == 3
-        assert set(line["damage"]) == {"rep-4", "empty", "kl"}
-        assert bool(line["differences"]) is (name != "unsteered")
-    steered, means, unsteered = (
-        lines[name]["metrics"][PREFERS]["value"] for name in (f"{MAT} x1", f"{MEANS} x1", "unsteered")
-    )
-    assert lines[f"{MAT} x1"]["differences"][PREFERS]["value"] == pytest.approx(steered - unsteered)
-    assert results["beside"][f"{MEANS} x1"][PREFERS]["value"] == pytest.approx(steered - means)
+    assert set(results) == {style.attribute for style in STYLES}
+    for style in STYLES:
+        found = results[style.attribute]
+        assert set(found["places"]) == set(style.methods)
+        assert all(place.startswith(f"{style.layer}.residual") for place in found["places"].values())
+        assert found["questions"] == 3
+        lines = {line["arm"]: line for line in found["arms"]}
+        assert len(lines) == 1 + len(FACTORS) * len(style.methods)
+        for name, line in lines.items():
+            assert set(line["metrics"]) == set(style.named)
+            assert line["metrics"][PREFERS]["count"] == 3
+            assert set(line["damage"]) == {"rep-4", "empty", "kl"}
+            assert bool(line["differences"]) is (name != "unsteered")
+        steered, means, unsteered = (
+            lines[name]["metrics"][PREFERS]["value"] for name in (f"{MAT} x1", f"{MEANS} x1", "unsteered")
+        )
+        assert lines[f"{MAT} x1"]["differences"][PREFERS]["value"] == pytest.approx(steered - unsteered)
+        assert found["beside"][f"{MEANS} x1"][PREFERS]["value"] == pytest.approx(steered - means)
 
 
 def test_the_page_shows_what_was_measured(results: Any, tmp_path: Path) -> None:
     said = page(results)
-    assert said.count("\n| MAT-Steer x") == len(FACTORS)
+    assert said.count("\n| MAT-Steer x") == len(STYLES) * len(FACTORS)
+    assert all(f"sounds {style.attribute}" in said for style in STYLES)
     assert "MAT-Steer x1 minus difference in means x1" in said
-    assert all(text["question"] in said for text in results["texts"])
+    assert all(text["question"] in said for found in results.values() for text in found["texts"])
     (tmp_path / "style.json").write_text(json.dumps(results))
     shutil.copy(PAGE, tmp_path / "style.md")
     write(tmp_path / "style.json", tmp_path / "style.md")
