@@ -189,6 +189,7 @@ def test_a_prompt_is_read_once_for_all_of_its_answers_and_arms(llama: Any, token
         for answer in answers
     ]
     multipliers = [arm.multipliers(COLUMNS) for arm in ARMS for _ in range(len(prompts) * len(answers))]
+    log_likelihoods(llama, rows, columns=COLUMNS, multipliers=multipliers)  # the model is tried out
     read: list[int] = []
     hook = llama.register_forward_pre_hook(
         lambda _, args, given: read.append(given["input_ids"].numel()), with_kwargs=True
@@ -200,7 +201,8 @@ def test_a_prompt_is_read_once_for_all_of_its_answers_and_arms(llama: Any, token
     prefixes = [prompt[:-1] for prompt in prompts]
     once = len(begun) + sum(len(prefix) - len(begun) for prefix in prefixes)
     assert prefixes[0][len(begun)] != prefixes[1][len(begun)]
-    assert sum(read) == once + sum(len(answer) + 1 for answer in answers) * len(prompts) * len(ARMS)
+    beginnings = {tuple(answer[:size]) for answer in answers for size in range(len(answer))}
+    assert sum(read) == once + len(beginnings) * len(prompts) * len(ARMS)
     alone = [
         log_likelihoods(llama, [row], columns=COLUMNS, multipliers=[own])[0]
         for row, own in zip(rows, multipliers, strict=True)

@@ -95,14 +95,20 @@ def check_ids(model: Any, tokenizer: Any, rows: Iterable[Sequence[int]]) -> None
             )
 
 
-def batches(lengths: Sequence[int], *, max_rows: int, max_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length: at most `max_rows` rows and, padding included, `max_tokens` tokens."""
+def batches(lengths: Sequence[int], *, max_rows: int, max_tokens: int, few: int | None = None) -> Iterator[list[int]]:
+    """Indices in batches of similar length: at most `max_rows` rows and, padding included, `max_tokens` tokens; of a
+    batch of more than `few` tokens an eighth is padding at most."""
     batch: list[int] = []
+    tokens = 0
     for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if batch and (len(batch) >= max_rows or (len(batch) + 1) * lengths[index] > max_tokens):
+        size = (len(batch) + 1) * lengths[index]
+        padding = size - tokens - lengths[index]
+        wasteful = few is not None and size > few and 8 * padding > size
+        if batch and (len(batch) >= max_rows or size > max_tokens or wasteful):
             yield batch
-            batch = []
+            batch, tokens = [], 0
         batch.append(index)
+        tokens += lengths[index]
     if batch:
         yield batch
 
