@@ -6,7 +6,7 @@ attributes at once. The objectives, on dev. Then the shipped checkpoint by itsel
 multipliers, and its gates.
 
 Writes results.json, results.md and its plots into `docs/results`, and the first table into the README
-(`demo/results.py`).
+(`demo/results.py`); the answers, judged, stay in `runs/reproduce/answers`, a file of JSON lines for each table.
 """
 
 import argparse
@@ -21,19 +21,29 @@ from rich.console import Console
 
 from demo.corpus import TRAITS
 from demo.oracle import judge
-from demo.results import write
+from demo.results import side_by_side, write
 from steering.checkpoint import Checkpoint, load
 from steering.types import Column, Site
 from training.activations import Pool
 from training.activations.extraction import extract_under
 from training.activations.store import Activations
-from training.data.samples import Form, Sample, Split
+from training.data.samples import Split
 from training.data.sources import load_data
 from training.data.splits import split_samples
-from training.evaluation.evaluator import Evaluator, GateMeans, gate_means
+from training.evaluation.evaluator import GateMeans, gate_means
 from training.evaluation.generation import Sampling
-from training.evaluation.judged import load_prompts
-from training.evaluation.results import BASELINE, Arm, ArmResult, Evaluation, default_arm, single_arms
+from training.evaluation.judged import Prompt, evaluate_generations, load_prompts, prompts_of
+from training.evaluation.report import store_rows
+from training.evaluation.results import (
+    BASELINE,
+    Arm,
+    ArmMeasures,
+    ArmResult,
+    Evaluation,
+    compared,
+    default_arm,
+    single_arms,
+)
 from training.evaluation.sweep import best_alone, combine
 from training.evaluation.sweep_results import Goal
 from training.methods.caa import CaaConfig
@@ -41,6 +51,7 @@ from training.methods.fit import Recipe, fit
 from training.methods.mat import PAPER, MatConfig, Objective
 from training.models import Base, load_base
 
+MAX_ROWS = 512
 STRENGTHS = (0.5, 0.75, 1.0, 1.5, 2.0)
 DEV_PROMPTS = 120
 MULTIPLIERS = (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
@@ -56,25 +67,35 @@ class World:
     """The model, the data and the way to measure, the same for every method."""
 
     base: Base
-    samples: Sequence[Sample]
     activations: Activations
-    evaluator: Evaluator
-    unsteered: dict[Split, ArmResult] = field(default_factory=dict)
+    prompts: Sequence[Prompt]
+    sampling: Sampling
+    answers: Path
+    """Where judged answers are written to."""
+    unsteered: dict[Split, ArmMeasures] = field(default_factory=dict)
 
-    def steered(self, columns: Sequence[Column], arms: Sequence[Arm], split: Split) -> list[ArmResult]:
-        """The arms' results beside unsteered text, which is generated once for all methods."""
-        if split not in self.unsteered:
-            self.unsteered[split] = self.run(columns, [BASELINE], split).arms[0]
-        plain = self.unsteered[split].perplexity or 1.0
-        found = self.run(columns, arms, split).arms
-        return [replace(arm, perplexity_ratio=(arm.perplexity or 0.0) / plain, perplexity_range=None) for arm in found]
-
-    def run(self, columns: Sequence[Column], arms: Sequence[Arm], split: Split) -> Evaluation:
-        """On dev, where many settings are tried, a part of the prompts with one answer each."""
-        evaluator = self.evaluator
-        if split is Split.DEV:
-            evaluator = replace(evaluator, limit=DEV_PROMPTS, sampling=replace(evaluator.sampling, samples=1))
-        return evaluator.evaluate(self.base, columns, arms, self.samples, split, progress=True)[0]
+    def beside(
+        self, columns: Sequence[Column], arms: Sequence[Arm], split: Split, keep: str | None = None
+    ) -> Evaluation:
+        """The unsteered model and the arms; unsteered text is generated once for all methods. On dev, where many
+        settings are tried, of a part of the prompts with one answer each. `keep`: the name of the answers' file."""
+        dev, before = split is Split.DEV, self.unsteered.get(split)
+        evaluation, texts = evaluate_generations(
+            self.base.model,
+            self.base.tokenizer,
+            prompts_of(self.prompts, split, DEV_PROMPTS if dev else None),
+            judge,
+            columns,
+            arms if before else [BASELINE, *arms],
+            replace(self.sampling, samples=1) if dev else self.sampling,
+            max_rows=MAX_ROWS,
+            progress=True,
+            before=before,
+        )
+        self.unsteered.setdefault(split, evaluation.measures[0])
+        if keep is not None:
+            store_rows(evaluation, texts, self.answers / f"{keep}.jsonl")
+        return evaluation
 
 
 def recipes(shipped: MatConfig, places: Mapping[str, tuple[Site, ...]]) -> dict[str, Recipe]:
@@ -100,21 +121,33 @@ def objectives(shipped: MatConfig, places: Mapping[str, tuple[Site, ...]]) -> di
     return {**same, "paper, with its own settings": Recipe(PAPER, places=places)}
 
 
-def reference_rows(world: World, shipped: Checkpoint) -> list[dict[str, Any]]:
-    """What every method is compared with: no steering, and the shipped checkpoint at its defaults, on test."""
+def measure_shipped(world: World, shipped: Checkpoint) -> Evaluation:
+    """On test at its defaults, each attribute alone, and over multipliers: arms named `steered`, as `single_arms` names
+    them, and after the multiplier."""
     columns = shipped.columns
-    found = world.run(columns, [BASELINE, default_arm(columns)], Split.TEST).arms
-    gates = gate_means(world.activations, columns, [Split.TEST])
-    return [row("unsteered", {}, found[0], ()), row("the shipped checkpoint", found[1].attributes, found[1], gates)]
+    others = [default_arm(columns, x, f"{x:g}") for x in MULTIPLIERS if x not in (0, 1)]
+    return world.beside(columns, [default_arm(columns), *single_arms(columns), *others], Split.TEST, "shipped")
 
 
-def compare(world: World, chosen: dict[str, Recipe], split: Split, say: Console) -> Iterator[dict[str, Any]]:
-    """One row a method: its strengths from dev, its rates and gates on `split`."""
+def alone_and_over(found: Evaluation) -> tuple[Evaluation, Evaluation]:
+    """Of `measure_shipped`: the defaults and single attributes; all multipliers, in their order."""
+    unsteered, steered, *others = found.arms
+    single = [arm for arm in others if arm.arm.endswith(" alone")]
+    scaled = [replace(steered, arm="1"), *(arm for arm in others if arm not in single)]
+    over = sorted(scaled, key=lambda arm: float(arm.arm))
+    return side_by_side([unsteered, steered, *single], found.settings), side_by_side([unsteered, *over], found.settings)
+
+
+def compare(
+    world: World, chosen: dict[str, Recipe], split: Split, say: Console, known: Mapping[str, Mapping[str, float]]
+) -> Iterator[dict[str, Any]]:
+    """One row a method: its strengths, `known` or from dev, its rates, damage and gates on `split`."""
     for name, recipe in chosen.items():
         say.print(f"{name}: fit, strengths on dev, rates on {split.value}")
         columns = fit(world.activations, [], recipe)
-        strengths = tune(world, columns)
-        (steered,) = world.steered(columns, [Arm("steered", strengths)], split)
+        strengths = known.get(name) or tune(world, columns)
+        keep = f"{split.value}-{name.replace(' ', '-').replace(',', '')}"
+        steered = world.beside(columns, [Arm("steered", strengths)], split, keep).arms[1]
         yield row(name, strengths, steered, gate_means(world.activations, columns, [split]))
 
 
@@ -122,17 +155,28 @@ def tune(world: World, columns: Sequence[Column]) -> dict[str, float]:
     """Each attribute's strength: the best alone, then the best beside the others; both on dev."""
 
     def run(arms: Sequence[Arm]) -> Sequence[ArmResult]:
-        return world.steered(columns, arms, Split.DEV)
+        return world.beside(columns, arms, Split.DEV).arms[1:]
 
     return combine(run, best_alone(run, TRAITS, STRENGTHS, GOAL), GOAL, rounds=1)
+
+
+def known_strengths(path: Path | None, shipped: Checkpoint) -> dict[str, Mapping[str, float]]:
+    """Method -> strengths of an earlier results.json of this checkpoint."""
+    if path is None:
+        return {}
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    if earlier["sha256"] != shipped.config.sha256:
+        raise SystemExit(
+            f"--strengths {path}: it is of another checkpoint than --checkpoint; leave it out to look anew"
+        )
+    return {line["method"]: line["strengths"] for line in (*earlier["methods"], *earlier["objectives"])}
 
 
 def row(name: str, strengths: Mapping[str, float], arm: ArmResult, gates: Sequence[GateMeans]) -> dict[str, Any]:
     return {
         "method": name,
         "strengths": dict(strengths),
-        "metrics": {metric: asdict(estimate) for metric, estimate in arm.metrics.items()},
-        "perplexity_ratio": arm.perplexity_ratio,
+        "result": asdict(arm),
         "gates": [asdict(gate) for gate in gates],
     }
 
@@ -146,6 +190,11 @@ def main() -> None:
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     parser.add_argument("--work", type=Path, default=Path("runs/reproduce"))
     parser.add_argument("--samples", type=int, default=4, help="answers to each prompt")
+    parser.add_argument(
+        "--strengths",
+        type=Path,
+        help="an earlier results.json of this checkpoint: its strengths are not looked for anew",
+    )
     args = parser.parse_args()
     say = Console(stderr=True)
 
@@ -159,20 +208,25 @@ def main() -> None:
     activations = extract_under(args.work, base.model, base.tokenizer, samples, sites, pool=Pool(settings["pool"]))
     sampling = Sampling(max_new_tokens=40, samples=args.samples)
     prompts = load_prompts(args.data / "prompts.jsonl")
-    evaluator = Evaluator(judge, prompts, sampling, max_rows=512, form=Form.PLAIN)
-    world = World(base, samples, activations, evaluator)
+    world = World(base, activations, prompts, sampling, args.work / "answers")
 
-    rows = [*reference_rows(world, shipped), *compare(world, recipes(config, places), Split.TEST, say)]
-    on_dev = list(compare(world, objectives(config, places), Split.DEV, say))
-    columns = shipped.columns
+    known = known_strengths(args.strengths, shipped)
     say.print("the shipped checkpoint")
-    alone = world.run(columns, [BASELINE, default_arm(columns), *single_arms(columns)], Split.TEST)
-    over = world.run(columns, [BASELINE, *(default_arm(columns, x, f"{x:g}") for x in MULTIPLIERS if x)], Split.TEST)
-    gates = gate_means(activations, columns, [Split.TEST])
+    alone, over = alone_and_over(measure_shipped(world, shipped))
+    gates = gate_means(activations, shipped.columns, [Split.TEST])
+    unsteered, steered = alone.arms[:2]
+    rows = [
+        row(BASELINE.name, {}, unsteered, ()),
+        row("the shipped checkpoint", steered.attributes, steered, gates),
+        *compare(world, recipes(config, places), Split.TEST, say, known),
+    ]
+    on_dev = list(compare(world, objectives(config, places), Split.DEV, say, known))
+    on_dev.insert(0, row(BASELINE.name, {}, compared([world.unsteered[Split.DEV]])[0], ()))
 
     results = {
         "checkpoint": f"{shipped.config.name}@{shipped.config.version}",
         "sha256": shipped.config.sha256,
+        "earlier_strengths": bool(known),
         "methods": rows,
         "objectives": on_dev,
         "alone": alone.as_dict(),

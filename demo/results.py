@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from demo.corpus import TRAITS
 from demo.readme import RESULTS, replace_between, rewrite
 from training.evaluation.report import markdown, save_figure
-from training.evaluation.results import Evaluation
+from training.evaluation.results import DAMAGE, MANY, ArmResult, Estimate, Evaluation, note_on_many
 
 NAMES = (*TRAITS, "well_formed")
 # Ground, ink, and a line for each of NAMES: those of the page at /.
@@ -20,46 +21,104 @@ def write(folder: Path, readme: Path) -> None:
     """Turn `folder`'s results.json into results.md and its plots beside it, and the README's table."""
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     (folder / "results.md").write_text(page(results), encoding="utf-8")
-    plot_methods(results["methods"], folder / "methods.png")
+    plot_methods(measured(results["methods"]).arms, folder / "methods.png")
     over = Evaluation.from_dict(results["multipliers"])
     plot_multipliers(over, folder / "multipliers.png")
     plot_multipliers(over, folder / "multipliers-dark.png", dark=True)
-    replace_between(readme, RESULTS, table(results["methods"]))
+    replace_between(readme, RESULTS, summary(results["methods"]))
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The comparison as Markdown: percent of test answers, gates on negatives and positives."""
-    header = ["method", "strengths", "truthful", "civil", "fair", "well-formed", "perplexity", "gate on neg. / pos."]
-    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
-    for line in rows:
-        strength = " / ".join(f"{line['strengths'][trait]:.2g}" for trait in TRAITS if line["strengths"])
-        rates = [f"{100 * line['metrics'][name]['value']:.1f}" for name in NAMES]
-        gates = [
-            sum(gate[side] for gate in line["gates"]) / len(line["gates"]) if line["gates"] else None
-            for side in ("negative", "positive")
+def measured(rows: Sequence[Mapping[str, Any]]) -> Evaluation:
+    """The rows of a comparison as arms side by side, named after their methods."""
+    return side_by_side([replace(ArmResult.from_dict(line["result"]), arm=line["method"]) for line in rows])
+
+
+def side_by_side(arms: Sequence[ArmResult], settings: Mapping[str, Any] | None = None) -> Evaluation:
+    """Arms of different evaluations, measured on the same prompts, as one."""
+    count = sum(len(arm.differences) for arm in arms)
+    notes = (note_on_many(count),) if count > MANY else ()
+    return Evaluation("generation", tuple(arms), settings or {}, notes)
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The comparison for the README: in percent of test answers, without intervals."""
+    header = ["method", "strengths", "truthful", "civil", "fair", "well-formed", "perplexity"]
+    header += ["repeated 4-grams", "empty", "KL", "gate on neg. / pos."]
+    cells = [
+        [
+            line["method"],
+            _strengths(line),
+            *(_marked(arm.metrics[name], arm.differences.get(name)) for name in NAMES),
+            f"{arm.perplexity_ratio or 0.0:.2f}x",
+            *_damage(arm),
+            _gates(line),
         ]
-        shown = "" if None in gates else " / ".join(f"{value:.2f}" for value in gates)
-        cells = [line["method"], strength, *rates, f"{line['perplexity_ratio']:.2f}x", shown]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        for line, arm in zip(rows, measured(rows).arms, strict=True)
+    ]
+    counted = ArmResult.from_dict(rows[0]["result"]).metrics
+    asked = ", ".join(f"{counted[name].count:,} for {name} ({counted[name].clusters} clusters)" for name in NAMES)
+    return (
+        _table(header, cells)
+        + f"""
+In percent of test answers: {asked.replace("_", "-")}.
+**Bold** is better and *italic* worse than unsteered: the 95 % interval of the paired difference, from drawing clusters
+(facts and scenes), leaves out zero. Perplexity is that of its own text under the unsteered model; KL is from the
+unsteered model on neutral text, in nats a token.
+"""
+    )
 
 
-def plot_methods(rows: Sequence[dict[str, Any]], path: Path) -> None:
+def settings_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What each method was run with, and its gates."""
+    return _table(
+        ["method", "strengths", "gate on neg. / pos."],
+        [[line["method"], _strengths(line), _gates(line)] for line in rows if line["strengths"]],
+    )
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _strengths(line: Mapping[str, Any]) -> str:
+    return " / ".join(f"{line['strengths'][trait]:.2g}" for trait in TRAITS if line["strengths"])
+
+
+def _gates(line: Mapping[str, Any]) -> str:
+    """Means over the columns."""
+    gates = line["gates"]
+    means = [sum(gate[side] for gate in gates) / len(gates) for side in ("negative", "positive") if gates]
+    return " / ".join(f"{value:.2f}" for value in means)
+
+
+def _damage(arm: ArmResult) -> list[str]:
+    """Shares in percent, the divergence in nats."""
+    values = {name: arm.damage[name].value or 0.0 for name in DAMAGE}
+    return [f"{value:.2f}" if name == "kl" else f"{100 * value:.1f}" for name, value in values.items()]
+
+
+def _marked(rate: Estimate, difference: Estimate | None) -> str:
+    """In percent, in bold where it is surely better than unsteered, in italics where it is surely worse."""
+    shown = "-" if rate.value is None else f"{100 * rate.value:.1f}"
+    if difference is None or difference.low is None or difference.high is None:
+        return shown
+    return f"**{shown}**" if difference.low > 0 else f"*{shown}*" if difference.high < 0 else shown
+
+
+def plot_methods(arms: Sequence[ArmResult], path: Path) -> None:
     """A group of bars for each method, a bar for each attribute."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.8), layout="constrained")
     axes = figure.subplots()
     for place, trait in enumerate(TRAITS):
-        found = [line["metrics"][trait] for line in rows]
-        middles = [100 * one["value"] for one in found]
-        errors = [
-            [100 * (one["value"] - one["low"]) for one in found],
-            [100 * (one["high"] - one["value"]) for one in found],
-        ]
-        places = [index + 0.27 * (place - 1) for index in range(len(rows))]
+        ends = [(one.value or 0.0, one.low or 0.0, one.high or 0.0) for one in (arm.metrics[trait] for arm in arms)]
+        middles = [100 * value for value, _, _ in ends]
+        errors = [[100 * (value - low) for value, low, _ in ends], [100 * (high - value) for value, _, high in ends]]
+        places = [index + 0.27 * (place - 1) for index in range(len(arms))]
         axes.bar(places, middles, 0.25, yerr=errors, capsize=2, label=trait)
-    axes.set_xticks(range(len(rows)), [line["method"] for line in rows], rotation=25, ha="right")
+    axes.set_xticks(range(len(arms)), [arm.arm for arm in arms], rotation=25, ha="right")
     axes.set_ylabel("percent of test answers")
     axes.set_ylim(0, 105)
     axes.grid(axis="y", alpha=0.3)
@@ -111,23 +170,28 @@ def plot_multipliers(over: Evaluation, path: Path, *, dark: bool = False) -> Non
 
 
 def gates_table(gates: Sequence[Mapping[str, Any]]) -> str:
-    lines = ["| attribute | gate on negatives | on positives | ratio |", "| --- | ---: | ---: | ---: |"]
-    for gate in gates:
-        negative, positive = gate["negative"], gate["positive"]
-        lines.append(f"| {gate['attribute']} | {negative:.2f} | {positive:.2f} | {negative / positive:.1f} |")
-    return "\n".join(lines) + "\n"
+    found = [(gate["attribute"], gate["negative"], gate["positive"]) for gate in gates]
+    cells = [
+        [name, f"{negative:.2f}", f"{positive:.2f}", f"{negative / positive:.1f}"] for name, negative, positive in found
+    ]
+    return _table(["attribute", "gate on negatives", "on positives", "ratio"], cells)
 
 
 def page(results: dict[str, Any]) -> str:
     """`results.md`."""
     alone = Evaluation.from_dict(results["alone"])
     settings = ", ".join(f"{key} {value}" for key, value in alone.settings.items())
+    earlier = (
+        " by an earlier run of the command, and taken from it (`--strengths`)" if results["earlier_strengths"] else ""
+    )
     return f"""# Results on the demo
 
 Written by `make reproduce`; the numbers are in `results.json`. Every rate is the percentage of sampled answers to
 fresh questions about **test** facts and scenes, judged by `demo/oracle.py`; vectors are fitted on train facts,
-strengths chosen on dev facts. Perplexity is that of the text under the unsteered model, against its own text.
-Intervals: 95 %.
+strengths chosen on dev facts{earlier}. Intervals are 95 %;
+questions about one fact, or one scene, are a cluster. The command leaves every answer with its verdict in
+`runs/reproduce/answers`: too much for the repository. The neutral text on which KL is measured has words that the
+demo's model never saw. Generated with {settings}.
 
 ## Methods and ablations, all attributes at once
 
@@ -141,7 +205,8 @@ fitted at the same places, which were chosen for MAT-Steer: at places of its own
 has a place of its own, orthogonality has nothing to do, and "no orthogonality" repeats "MAT-Steer"; the last two rows
 are where it has.
 
-{table(results["methods"])}
+{settings_table(results["methods"])}
+{markdown(measured(results["methods"]))}
 ![Rates of every method](methods.png)
 
 ## Objectives
@@ -149,10 +214,11 @@ are where it has.
 How the losses are reduced (`--objective`), all else as in the shipped checkpoint, measured on **dev**, on which the
 default was chosen.
 
-{table(results["objectives"])}
+{settings_table(results["objectives"])}
+{markdown(measured(results["objectives"]))}
 ## The shipped checkpoint
 
-One attribute alone, and all together, at the default multipliers ({settings}):
+One attribute alone, and all together, at the default multipliers:
 
 {markdown(alone)}
 Over multipliers of all attributes together:

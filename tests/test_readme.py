@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from demo.readme import ANSWERS, RESULTS, commands, requests, served, shown
-from demo.results import table
+from demo.results import summary as demo_summary
 from server.config import OLD_NAMES, Settings
 from studies.real_results import MARKERS as REAL_RESULTS
 from studies.real_results import page, summary
@@ -143,7 +143,7 @@ def test_the_train_command_trains_a_checkpoint_on_rows_as_the_readme_shows_them(
 
 def test_the_table_is_the_one_that_was_measured() -> None:
     results = json.loads((ROOT / "docs/results/results.json").read_text(encoding="utf-8"))
-    assert between(RESULTS) == table(results["methods"]).strip()
+    assert between(RESULTS) == demo_summary(results["methods"]).strip()
 
 
 def test_what_is_said_of_a_real_model_was_measured() -> None:

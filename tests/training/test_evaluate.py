@@ -104,6 +104,21 @@ def test_generations_are_judged_in_every_arm(llama: Any, tokenizer: Any) -> None
         evaluate_generations(llama, tokenizer, [], judge, COLUMNS, arms, Sampling())
 
 
+def test_what_was_measured_unsteered_may_be_of_an_earlier_call(llama: Any, tokenizer: Any) -> None:
+    prompts = [Prompt(text, None) for text in ("Q: What do cows say? A:", "The sky", "Q: Bees? A:")]
+    arms = single_arms(COLUMNS)
+    settings = (llama, tokenizer, prompts, judge, COLUMNS)
+    whole, texts = evaluate_generations(*settings, [BASELINE, *arms], Sampling(1.0, 6, 4))
+    alone, before = evaluate_generations(*settings, [BASELINE], Sampling(1.0, 6, 4))
+    found, others = evaluate_generations(*settings, arms, Sampling(1.0, 6, 4), before=alone.measures[0])
+    assert [text.token_ids for text in (*before, *others)] == [text.token_ids for text in texts]
+    for arm, reference in zip(found.arms, whole.arms, strict=True):
+        assert arm.metrics == reference.metrics
+        assert arm.perplexity_ratio == pytest.approx(reference.perplexity_ratio)
+        assert arm.damage == reference.damage
+        assert [*arm.differences] == [*reference.differences]
+
+
 def test_a_judge_that_fails_is_named(llama: Any, tokenizer: Any) -> None:
     def broken(prompt: str, text: str) -> Mapping[str, bool | None]:
         raise KeyError("sky")
