@@ -6,6 +6,7 @@ import httpx
 import pytest
 
 from tests.page.conftest import KEY, Cable, Opened
+from tests.server.conftest import event_lines
 
 expect = pytest.importorskip("playwright.sync_api").expect
 pytestmark = pytest.mark.page
@@ -119,7 +120,7 @@ def test_a_key_is_asked_for_and_a_full_queue_is_told(guarded: str, open_page: An
     long = {"prompt": "a", "n": 3, "max_new_tokens": 480, "ignore_eos": True, "stream": True}
     headers = {"Authorization": f"Bearer {KEY}"}
     with httpx.stream("POST", f"{guarded}/generate", json=long, headers=headers, timeout=60, trust_env=False) as other:
-        lines = other.iter_lines()
+        lines = event_lines(other)
         next(lines)
         run(at)
         problem = at.page.get_by_role("alert")

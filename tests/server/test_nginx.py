@@ -16,6 +16,7 @@ import pytest
 
 from server.config import Settings
 from server.engine.engine import Engine
+from tests.server.conftest import event_lines
 from tests.server.test_listener import free_port, serving
 from tests.server.test_logs import Log, logged
 
@@ -41,7 +42,7 @@ class Proxy:
         """Each token of a stream, as it comes."""
         with self.client.stream("POST", "/generate", json=LONG | {"stream": True}) as response:
             assert response.status_code == 200
-            for line in response.iter_lines():
+            for line in event_lines(response):
                 if line == "event: token":
                     yield
 
