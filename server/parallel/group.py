@@ -5,6 +5,7 @@ import os
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing.util import _run_finalizers  # type: ignore[attr-defined]
 from pathlib import Path
 from typing import NoReturn
 
@@ -52,6 +53,7 @@ def leave() -> None:
 def end(status: int) -> NoReturn:
     """This process, at once: Python's own way out waits for gloo's threads, which may wait for another process."""
     logging.shutdown()
+    _run_finalizers(0)  # give back semaphores: multiprocessing complains of those that are left
     os._exit(status)
 
 

@@ -2,13 +2,11 @@
 
 import logging
 import multiprocessing
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -22,6 +20,7 @@ from server.parallel import group
 from server.parallel.group import Place
 from server.parallel.messages import AddColumns, CopyBlocks, Forward, RemoveColumns, ToFollower, encode, to_bytes
 from server.process.supervisor import how_it_ended
+from server.shared_folder import SharedFolder
 from steering.bank import ColumnBank
 from steering.errors import SteeringError
 from steering.types import Column, Handle
@@ -43,7 +42,7 @@ class Leader:
         self._ending = threading.Lock()
         self._serving = False
         self._bank: ColumnBank | None = None
-        self._folder = tempfile.TemporaryDirectory(prefix="matsteer-")
+        self._folder = SharedFolder()
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
         try:
@@ -86,7 +85,7 @@ class Leader:
                 process.kill()
                 process.join()
         group.leave()
-        self._folder.cleanup()
+        self._folder.close()
 
     # --- columns --------------------------------------------------------------------------------
 
@@ -131,7 +130,7 @@ class Leader:
     # --- inside ---------------------------------------------------------------------------------
 
     def _place(self, rank: int) -> Place:
-        return Place(rank, self._size, Path(self._folder.name, "group"))
+        return Place(rank, self._size, self._folder.path / "group")
 
     def _tell(self, message: ToFollower) -> None:
         data = encode(message)
@@ -156,7 +155,7 @@ class Leader:
                 ended.join(CAUSE_S)  # its files are closed before it can be waited for
                 why, error = f"{ended.name} of the model has ended ({how_it_ended(ended.exitcode)})", None
             log.critical("%s: this process ends", why, exc_info=error)
-            self._folder.cleanup()
+            self._folder.close()
         finally:
             group.end(1)
 

@@ -5,7 +5,6 @@ import logging
 import multiprocessing
 import signal
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ from typing import Any
 from server.config import Settings
 from server.errors import StartupError
 from server.process.counting import count_together
+from server.shared_folder import SharedFolder
 from server.sockets import FORCED_S, bind_again, claim
 
 log = logging.getLogger(__name__)
@@ -229,7 +229,7 @@ def is_wanted(settings: Settings) -> bool:
 
 def serve(settings: Settings, bound: socket.socket, configure: Configure, *, run_engine: Main = _run_engine) -> int:
     """Serves with the engine in a process of its own; returns the exit status. Raises StartupError."""
-    with tempfile.TemporaryDirectory(prefix="matsteer-") as folder:
+    with SharedFolder() as folder:
         if settings.front_workers > 1:
-            count_together(Path(folder, "metrics"))
-        return Supervisor(settings, bound, configure, Path(folder), run_engine).run()
+            count_together(folder / "metrics")
+        return Supervisor(settings, bound, configure, folder, run_engine).run()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import torch
 import transformers
@@ -193,6 +194,24 @@ def test_a_shard_that_is_killed_ends_all_with_a_message(settings: Settings, tmp_
     assert [answer.status_code for answer in answers] == [503]
     assert "shard 1 of the model has ended (killed by signal 9): this process ends" in said
     assert "the engine's process has ended (exit status 1): the server ends" in said
+
+
+def test_a_server_that_is_told_to_end_leaves_nothing_behind(settings: Settings, tmp_path: Path) -> None:
+    """Nor does one that was killed, once the next one has started."""
+    (tmp_path / "matsteer-run-killed").mkdir()
+
+    def folders() -> list[Path]:
+        return list(tmp_path.glob("matsteer-run-*"))
+
+    with started(settings, tmp_path, "--tensor-parallel-size", "2", TMPDIR=str(tmp_path)) as server:
+        assert "matsteer-run-killed" not in {path.name for path in folders()}
+        assert len(folders()) == 2, "of the supervisor, and of the processes of the model"
+        everybody = psutil.Process(server.supervisor.pid).children(recursive=True)
+        server.supervisor.terminate()
+        assert server.supervisor.wait(30) == 0
+        psutil.wait_procs(everybody, 20)  # of multiprocessing, too, which says what is left
+        assert "leaked" not in server.said.read_text()
+    assert folders() == []
 
 
 # --- what is refused ------------------------------------------------------------------------------
