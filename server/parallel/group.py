@@ -51,7 +51,8 @@ def leave() -> None:
 
 
 def end(status: int) -> NoReturn:
-    """This process, at once: Python's own way out waits for gloo's threads, which may wait for another process."""
+    """This process, at once: Python's own way out waits for gloo's threads, which may wait for another process, and for
+    locks that its other threads have (tqdm's)."""
     logging.shutdown()
     _run_finalizers(0)  # give back semaphores: multiprocessing complains of those that are left
     os._exit(status)

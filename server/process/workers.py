@@ -5,10 +5,9 @@ import logging
 import os
 import signal
 import socket
-import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
@@ -46,8 +45,7 @@ def run_engine(parent: Connection, settings: Settings, path: Path, configure: Co
                 host(core, path, parent)
         finally:
             core.stop()
-    if settings.tensor_parallel_size > 1:
-        end(0)
+    end(0)
 
 
 def host(engine: HostedEngine, path: Path, parent: Connection) -> None:
@@ -105,10 +103,11 @@ def _reported(parent: Connection) -> Iterator[None]:
     try:
         yield
     except StartupError as error:
-        parent.send(error.message)
-        sys.exit(1)
+        with suppress(BrokenPipeError):
+            parent.send(error.message)
+        end(1)
     except (EOFError, BrokenPipeError):
-        sys.exit(1)
+        end(1)
 
 
 def _when_readable(parent: Connection, act: Callable[[], object]) -> None:

@@ -367,6 +367,33 @@ def test_an_engine_that_is_killed_ends_all_with_a_message(settings: Settings, tm
         assert again.client.post("/generate", json={"prompt": "a", "max_new_tokens": 1}).status_code == 200
 
 
+ORPHAN = """
+import multiprocessing, threading, time
+from pathlib import Path
+from tqdm.auto import tqdm
+from server.config import Settings
+from server.process.workers import run_engine
+
+def hold():  # as tqdm's own thread does for a moment
+    with tqdm.get_lock():
+        held.set()
+        time.sleep(600)
+
+held, bar = threading.Event(), tqdm(total=2)
+threading.Thread(target=hold, daemon=True).start()
+held.wait()
+ours, theirs = multiprocessing.Pipe()
+ours.close()
+run_engine(theirs, Settings(model="/nowhere"), Path("engine"), lambda settings: None)
+"""
+
+
+def test_an_engine_whose_parent_has_gone_ends_whatever_its_threads_hold() -> None:
+    ended = subprocess.run([sys.executable, "-c", ORPHAN], stderr=subprocess.PIPE, text=True, timeout=200)
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+
+
 def test_what_hinders_the_engine_is_one_sentence(settings: Settings, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "server.cli", "serve", "--port", str(free_port()), "--engine-process", "true"]
     ended = subprocess.run([*command, "--model", str(tmp_path)], capture_output=True, text=True, timeout=280)
