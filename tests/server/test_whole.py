@@ -290,17 +290,33 @@ assert studies.add("s", vote(number)).votes == number + 1
 """
 
 
-def test_a_file_system_without_space_is_survived(tmp_path: Path) -> None:
-    """A small one in memory, mounted for this test's process alone."""
+def on_a_disk_of(size: str, folder: Path) -> list[str]:
+    """Before a command: one in memory is mounted at `folder`, for its process alone."""
     as_root = [] if os.getuid() == 0 else ["--user", "--map-root-user"]
-    mount = 'mount -t tmpfs -o size=3m none "$1" || exit 77; shift; exec "$@"'
-    inside = ["unshare", *as_root, "--mount", "sh", "-c", mount, "sh", str(tmp_path)]
+    mount = f'mount -t tmpfs -o size={size} none "$1" || exit 77; shift; exec "$@"'
+    inside = ["unshare", *as_root, "--mount", "sh", "-c", mount, "sh", str(folder)]
     if shutil.which("unshare") is None or subprocess.run([*inside, "true"], capture_output=True).returncode:
         pytest.skip("nothing can be mounted here")
-    command = [*inside, sys.executable, "-c", FULL, str(tmp_path)]
+    return inside
+
+
+def test_a_file_system_without_space_is_survived(tmp_path: Path) -> None:
+    command = [*on_a_disk_of("3m", tmp_path), sys.executable, "-c", FULL, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "what is served will not be restored" in done.stderr
+
+
+@pytest.mark.timeout(300)  # several processes start
+def test_fronts_without_space_to_count_in_do_not_start(settings: Settings, tmp_path: Path) -> None:
+    command = [*on_a_disk_of("1m", tmp_path), sys.executable, "-m", "server.cli", "serve", "--front-workers", "2"]
+    options = ["--port", str(free_port()), "--model", str(settings.model), "--checkpoints", str(settings.checkpoints)]
+    environment = os.environ | {"TMPDIR": str(tmp_path), "MATSTEER_THREADS": "1", "MATSTEER_REMEMBER": "false"}
+    done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    (said,) = (line for line in done.stderr.splitlines() if "There is no space" in line)
+    assert re.search(rf"There is no space for metrics in {tmp_path}/\S+/metrics \(TMPDIR\): No space left", said)
+    assert "Traceback" not in done.stderr
 
 
 # --- folders of checkpoints ---
