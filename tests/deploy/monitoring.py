@@ -1,10 +1,12 @@
 """deploy/ with a real Prometheus: `make test-monitoring`.
 
-Starts the demo and Prometheus with deploy/prometheus.yml, sends traffic, and asks every query of the dashboard. Exit
-status 1 where one of them finds nothing; where there is no `prometheus` (Debian's package of this name) it says so.
+Starts the demo and Prometheus with deploy/prometheus.yml, sends traffic, and asks every query of the dashboard and of
+its variables. Exit status 1 where one of them finds nothing; where there is no `prometheus` (Debian's package of this
+name) it says so.
 """
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +28,15 @@ DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "mat-steer.json"
 KEYS = {"alice": "key-of-alice", "bob": "key-of-bob"}
 SCRAPE_S, TRAFFIC_S = 1, 25
 WINDOW = "15s"
+
+
+def variables() -> Iterator[tuple[str, str, str]]:
+    """Name, metric and label of those whose values Grafana asks Prometheus for."""
+    for variable in json.loads(DASHBOARD.read_text(encoding="utf-8"))["templating"]["list"]:
+        if variable["type"] == "query":
+            found = re.fullmatch(r"label_values\((\w+), (\w+)\)", variable["query"]["query"])
+            assert found, f"{variable['name']} asks otherwise"
+            yield variable["name"], found[1], found[2]
 
 
 def queries() -> Iterator[tuple[str, str]]:
@@ -102,9 +113,15 @@ def traffic(url: str) -> None:
 
 
 def report(address: str) -> int:
-    """A line for each query; how many found nothing."""
+    """A line for each query. 1 where one of them found nothing."""
     missed = 0
     now = time.time()
+    for name, metric, label in variables():
+        asked = {"match[]": metric, "start": now - 20, "end": now}
+        answer = httpx.get(f"{address}/api/v1/label/{label}/values", params=asked, trust_env=False).json()
+        values = answer.get("data", [])
+        missed += not values
+        print(f"{'ok  ' if values else 'MISS'} ${name}: {', '.join(values) or answer.get('error', 'nothing')}")
     for title, query in queries():
         span = {"query": query, "start": now - 20, "end": now, "step": 1}
         answer = httpx.get(f"{address}/api/v1/query_range", params=span, trust_env=False).json()

@@ -16,7 +16,7 @@ from server.engine.sequence import SamplingParams, ScheduledChunk, Sequence, Ste
 from server.types import GenerateParams
 from server.version import own_version
 from steering.types import Handle, SequenceSteering, Site
-from tests.deploy.monitoring import DASHBOARD, ROOT, queries
+from tests.deploy.monitoring import DASHBOARD, ROOT, queries, variables
 from tests.server.conftest import World
 
 
@@ -199,6 +199,10 @@ def test_the_dashboard_asks_for_metrics_and_labels_that_there_are(fresh: World) 
         (name, *_) = re.findall(r"(?:matsteer|process)_\w+", query)
         grouped = {one.strip() for group in re.findall(r"by \(([^)]*)\)", query) for one in group.split(",")}
         assert grouped <= labels[name], query
+    asked_for = list(variables())
+    assert {name for name, _, _ in asked_for} == {"instance", "checkpoint"}
+    for _, metric, label in asked_for:
+        assert label in labels[metric]
 
 
 def test_compose_mounts_what_is_in_deploy() -> None:
