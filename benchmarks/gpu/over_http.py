@@ -27,8 +27,7 @@ def http(world: World) -> Iterator[Figure]:
     """The same requests to the server and to an engine of this process, one after the other."""
     sizes = world.sizes
     vocab = SHAPES[sizes.shape]["vocab_size"]
-    folder = world.scratch / "served"
-    write_folder(folder, world.model, tokenizer(vocab), sizes.shape)
+    folder = served_folder(world)
     world.release("plain", "model")
     ignoring = {"ignore_eos": True}
     command = [sys.executable, "-m", "server.cli", "serve"]
@@ -64,6 +63,14 @@ def http(world: World) -> Iterator[Figure]:
             )
             share = 100 * seen.new_tokens_per_s / rate
             yield Figure(f"{count} clients, of the engine alone", share, "%", note, at_least=wanted)
+
+
+def served_folder(world: World) -> Path:
+    """Written when it is first asked for."""
+    folder = world.scratch / "served"
+    if not folder.exists():
+        write_folder(folder, world.model, tokenizer(SHAPES[world.sizes.shape]["vocab_size"]), world.sizes.shape)
+    return folder
 
 
 def settings(world: World, folder: Path) -> dict[str, Any]:

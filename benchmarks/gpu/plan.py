@@ -27,6 +27,7 @@ PARTS = {
     "extraction": Part("benchmarks.gpu.fitting:extraction", 60, "activations of as many texts as TruthfulQA has"),
     "fit": Part("benchmarks.gpu.fitting:fit", 40, "a fit of MAT-Steer"),
     "http": Part("benchmarks.gpu.over_http:http", 200, "clients over HTTP against the engine alone"),
+    "parallel": Part("benchmarks.gpu.parallel:parallel", 240, "the server on two GPUs (tensor parallel) against one"),
     "pyvene": Part("benchmarks.gpu.others:by_pyvene", 60, "pyvene, where it is installed"),
 }
 

@@ -1,6 +1,7 @@
 """The check of a GPU, on a CPU at a tiny shape: every part, and what becomes of parts that are lost."""
 
 import ast
+import asyncio
 import json
 import math
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 
 from benchmarks.gpu import over_http
 from benchmarks.gpu.__main__ import main, measure
@@ -63,6 +65,11 @@ FIGURES = {
         "1 clients, of the engine alone": False,
         "2 clients, of the engine alone": True,
     },
+    "parallel": {
+        "1 clients, 2 processes against 1": False,
+        "2 clients, 2 processes against 1": False,
+        "greedy texts of 2 processes like those of 1": False,
+    },
 }
 
 
@@ -72,6 +79,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     world = World(Options("cpu", "tiny", folder, folder / "log"))
     yield world
     world.release("steered", "plain", "model")
+
+
+async def stop(app: FastAPI) -> None:
+    async with app.router.lifespan_context(app):
+        pass
 
 
 @contextmanager
@@ -84,9 +96,10 @@ def served_here(command: Sequence[str], *, environment: Mapping[str, str], timeo
         with listening(app) as url:
             yield Running(url, 0)
     finally:
-        app.state.service.engine.stop()
+        asyncio.run(stop(app))
 
 
+@pytest.mark.timeout(300)  # servers start, of several processes
 @pytest.mark.parametrize("part", FIGURES)
 def test_a_part_measures_what_the_plan_says(part: str, tiny: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(over_http, "running", served_here)
@@ -95,6 +108,8 @@ def test_a_part_measures_what_the_plan_says(part: str, tiny: World, monkeypatch:
     assert {one.name: bool(one.wanted) for one in found} == FIGURES[part]
     assert all(math.isfinite(one.value) for one in found), found
     assert all(one.value > 0 for one in found if part not in ("steering", "arms")), found
+    if part == "parallel":
+        assert found[-1].value == 100, "in float32 no token is decided by rounding"
 
 
 def test_every_part_of_the_plan_is_tried_here() -> None:
