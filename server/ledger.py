@@ -42,6 +42,7 @@ class Joined(TypedDict):
 class Outcome(TypedDict):
     refused: str | None  # why nothing has changed
     problems: dict[str, str]  # replica -> why it could not follow
+    late: list[str]  # replicas that live, and have not made it in `FOLLOW_S`
 
 
 class LedgerGone(Exception):
@@ -169,19 +170,20 @@ class Ledger:
             try:
                 self._served.add(change)
             except CheckpointInUse as error:
-                return {"refused": error.message, "problems": {}}
+                return {"refused": error.message, "problems": {}, "late": []}
             self._changes.append(change)
             number = len(self._changes)
             if self._remember:
                 write_state(self._root, self._served.state(self._model))
             self._news.notify_all()
-        asked, late = list(self._done), asyncio.get_running_loop().time() + FOLLOW_S
+        asked, loop = list(self._done), asyncio.get_running_loop()
+        end = loop.time() + FOLLOW_S
         while waiting := [replica for replica in asked if self._done.get(replica, number) < number]:
-            if asyncio.get_running_loop().time() > late:
-                return {"refused": None, "problems": dict.fromkeys(waiting, f"it has not followed in {FOLLOW_S:g} s.")}
+            if loop.time() > end:
+                break
             await self._wait_for(waiting, number)
         problems = {replica: self._problems.pop(replica) for replica in asked if replica in self._problems}
-        return {"refused": None, "problems": problems}
+        return {"refused": None, "problems": problems, "late": waiting}
 
     async def _wait_for(self, replicas: list[str], number: int) -> None:
         """Until something is new of them; those that have died are forgotten."""
@@ -301,4 +303,9 @@ class Follower:
         for replica, why in outcome["problems"].items():
             raise UnusableCheckpoint(
                 f"{len(outcome['problems'])} of the replicas could not follow, and are replaced: {replica}: {why}"
+            )
+        for replica in outcome["late"]:
+            raise EngineDown(
+                f"{len(outcome['late'])} of the replicas have not made the change in {FOLLOW_S:g} s; they make it when "
+                f"they go on, or are replaced: {replica}"
             )

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 APPLICATION = "mat-steer"
 LEDGER = "ledger"
 SERVE_NAMESPACE = "serve"  # of Ray Serve's actors
-HEALTH_CHECK_S = 5.0
+HEALTH_CHECK_S, HEALTH_TIMEOUT_S = 5.0, 10.0  # a replica that does not answer three of them in time is replaced
 CONSTRUCTIONS = 3  # how often a replica that does not start is tried
 SESSION_ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 
@@ -43,7 +44,7 @@ def application(settings: Settings) -> Any:
     ray, serve = _ray()
     from ray.serve.config import AutoscalingConfig, DeploymentActorConfig, RequestRouterConfig
 
-    gpus = replica_gpus(settings, ray.cluster_resources().get("GPU", 0) > 0)
+    gpus = replica_gpus(settings, lambda: ray.cluster_resources().get("GPU", 0) > 0)
     settings = replica_settings(settings, gpus)
     rows = settings.step_limits("cuda" if gpus else "cpu").max_num_seqs
     ledger = DeploymentActorConfig(
@@ -76,6 +77,7 @@ def application(settings: Settings) -> Any:
         graceful_shutdown_timeout_s=settings.drain_s,
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=HEALTH_CHECK_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
         max_constructor_retry_count=CONSTRUCTIONS,
         deployment_actors=[ledger],
         logging_config={"enable_access_log": False},  # the server has its own
@@ -84,13 +86,13 @@ def application(settings: Settings) -> Any:
     return deployment.bind(settings)
 
 
-def replica_gpus(settings: Settings, cluster_has_gpus: bool) -> float:
+def replica_gpus(settings: Settings, cluster_has_gpus: Callable[[], bool]) -> float:
     """GPUs of a replica: as they are set, else one where there are any and the model is to be on one."""
     if settings.device == "cpu":
         return 0.0
     if settings.replica_gpus is not None:
         return settings.replica_gpus
-    return 1.0 if cluster_has_gpus or settings.device != "auto" else 0.0
+    return 1.0 if settings.device != "auto" or cluster_has_gpus() else 0.0
 
 
 def replica_settings(settings: Settings, gpus: float) -> Settings:

@@ -11,7 +11,9 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 ASKED = {"": PROJECT["dependencies"], **PROJECT["optional-dependencies"]}
 LINES = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if line[0] != "#"]
-PINNED = {canonicalize_name(name): version for name, version in (line.split("#")[0].strip().split("==") for line in LINES)}
+PINNED = {
+    canonicalize_name(name): version for name, version in (line.split("#")[0].strip().split("==") for line in LINES)
+}
 
 
 @pytest.mark.parametrize("extra", ASKED)

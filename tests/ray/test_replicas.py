@@ -5,108 +5,33 @@
 
 import asyncio
 import os
-import shutil
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from benchmarks.processes import ray_processes, ready_replicas, running
-from steering.checkpoint import load, save
+from tests.ray.conftest import BODY, STARTED_S, Fleet, until
 
 pytest.importorskip("ray.serve")
 pytestmark = pytest.mark.timeout(600)
-ROOT = Path(__file__).parents[2]
-BODY = {"prompt": "Q: What is the capital of Japan? A:", "temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
-STARTED_S = 300.0
-
-
-@dataclass(frozen=True)
-class Fleet:
-    url: str
-    pid: int  # of `matsteer serve --ray`
-    size: int
-    expected: dict[str, str]  # NAME@VERSION -> the text that it makes of BODY
-
-    def change(self, method: str, path: str, **body: Any) -> Any:
-        response = httpx.request(method, f"{self.url}{path}", json=body or None, timeout=60)
-        assert response.status_code == 200, response.text
-        return response.json()
-
-    def asks_all(self, count: int = 12) -> set[str]:
-        """The versions that requests get, of which some go to each replica."""
-
-        async def ask() -> set[str]:
-            async with httpx.AsyncClient(timeout=60) as client:
-                answers = await asyncio.gather(*(client.post(f"{self.url}/generate", json=BODY) for _ in range(count)))
-                return {self.version(answer) for answer in answers}
-
-        return asyncio.run(ask())
-
-    def version(self, answer: httpx.Response) -> str:
-        """NAME@VERSION that an answer names, which has to be what its text comes from."""
-        assert answer.status_code == 200, answer.text
-        result = answer.json()["results"][0]
-        label = f"{result['steering']['checkpoint']}@{result['steering']['version']}"
-        assert result["text"] == self.expected[label]
-        return label
-
-    def until_whole(self) -> None:
-        """Waits for as many replicas as there were at the start, all ready."""
-        until(lambda: len(ready_replicas()) == self.size)
-
-
-def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + STARTED_S
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """demo@v1 as it is shipped, and demo@v2, whose vectors point the other way."""
-    root = tmp_path_factory.mktemp("ray")
-    first = root / "demo/v1"
-    shutil.copytree(ROOT / "checkpoints/demo/v1", first)
-    found = load(first)
-    save(
-        root / "demo/v2",
-        name="demo",
-        version="v2",
-        method=found.config.method,
-        base_model=found.config.base_model,
-        columns=[replace(column, vector=-column.vector) for column in found.columns],
-        normalize=found.config.normalize,
-        positions=found.config.positions,
-        training={},
-        evaluation={},
-        card="# demo\n",
-    )
-    return root
+LONG = {**BODY, "max_new_tokens": 480, "stream": True}
 
 
 @pytest.fixture(scope="module", params=[2, 3])
 def fleet(folder: Path, request: pytest.FixtureRequest) -> Iterator[Fleet]:
     (folder / ".served.json").unlink(missing_ok=True)
     command = [sys.executable, "-m", "server.cli", "serve", "--ray", "--replicas", str(request.param)]
-    environment = {"MATSTEER_REPLICA_CPUS": "0.5"}  # three of them fit on two cores
+    environment = {"MATSTEER_REPLICA_CPUS": "0.5", "MATSTEER_DRAIN_S": "15"}  # three of them fit on two cores
     with running([*command, "--checkpoints", str(folder), "--log-level", "warning"], environment=environment) as server:
-        url, texts = server.url, {}
-        for label in ("demo@v1", "demo@v2"):
-            answer = httpx.post(f"{url}/generate", json={**BODY, "checkpoint": label}, timeout=60)
-            assert answer.status_code == 200, answer.text
-            texts[label] = answer.json()["results"][0]["text"]
-        assert len(set(texts.values())) == 2
-        found = Fleet(url, server.pid, request.param, texts)
-        found.until_whole()
-        yield found
+        yield Fleet.at(server.url, server.pid, request.param)
 
 
 def test_a_swap_under_load_reaches_every_replica_and_loses_no_request(fleet: Fleet) -> None:
@@ -155,31 +80,17 @@ def test_loading_and_unloading_reach_every_replica(fleet: Fleet) -> None:
 
 def test_a_killed_replica_costs_its_running_requests_which_hear_of_it_within_a_second(fleet: Fleet) -> None:
     fleet.change("POST", "/checkpoints/demo/activate", version="v1")  # not the newest, which a bare start would take
-    body = {**BODY, "max_new_tokens": 480, "stream": True}
 
     async def ask() -> tuple[bool, float]:
         async with httpx.AsyncClient(timeout=STARTED_S) as http:
-            answer = await http.post(f"{fleet.url}/generate", json={**body, "stream": False})
+            answer = await http.post(f"{fleet.url}/generate", json={**LONG, "stream": False})
             assert answer.status_code in (200, 500), answer.text
             return answer.status_code == 200, time.monotonic()
-
-    async def stream(begun: asyncio.Event) -> tuple[bool, float]:
-        """Whether it came to its end, and when that was."""
-        text = ""
-        async with httpx.AsyncClient(timeout=STARTED_S) as http:
-            try:
-                async with http.stream("POST", f"{fleet.url}/generate", json=body) as answer:
-                    async for part in answer.aiter_text():
-                        text += part
-                        begun.set()
-                    return answer.status_code == 200 and "event: done" in text, time.monotonic()
-            except httpx.HTTPError:
-                return False, time.monotonic()
 
     async def story() -> tuple[list[tuple[bool, float]], float, list[httpx.Response]]:
         begun = [asyncio.Event() for _ in range(4 * fleet.size)]
         streams = [asyncio.create_task(ask()) for _ in range(2 * fleet.size)]
-        streams += [asyncio.create_task(stream(one)) for one in begun]
+        streams += [asyncio.create_task(stream(fleet, one)) for one in begun]
         await asyncio.gather(*(one.wait() for one in begun))
         assert not any(one.done() for one in streams)
         os.kill(next(iter(ready_replicas())), signal.SIGKILL)
@@ -200,6 +111,181 @@ def test_a_killed_replica_costs_its_running_requests_which_hear_of_it_within_a_s
     until(lambda: len(ready_replicas() - before) == 1)
     assert fleet.asks_all(8 * fleet.size) == {"demo@v1"}, "the new one has what the others have"
     fleet.change("POST", "/checkpoints/demo/activate", version="v2")
+    assert fleet.asks_all(8 * fleet.size) == {"demo@v2"}
+
+
+async def stream(fleet: Fleet, begun: asyncio.Event) -> tuple[bool, float]:
+    """Whether a long one came to its end, and when that was."""
+    text = ""
+    async with httpx.AsyncClient(timeout=STARTED_S) as http:
+        try:
+            async with http.stream("POST", f"{fleet.url}/generate", json=LONG) as answer:
+                async for part in answer.aiter_text():
+                    text += part
+                    begun.set()
+                return answer.status_code == 200 and "event: done" in text, time.monotonic()
+        except httpx.HTTPError:
+            return False, time.monotonic()
+
+
+@contextmanager
+def standing_still(pid: int) -> Iterator[None]:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+@contextmanager
+def slow(pid: int) -> Iterator[None]:
+    """It runs for a fifth of the time."""
+    over = threading.Event()
+
+    def hold_up() -> None:
+        while not over.is_set():
+            with standing_still(pid):
+                time.sleep(0.4)
+            time.sleep(0.1)
+
+    holding = threading.Thread(target=hold_up)
+    holding.start()
+    try:
+        yield
+    finally:
+        over.set()
+        holding.join()
+
+
+def test_a_slow_replica_answers_and_follows_a_change_and_the_others_are_not_slower(fleet: Fleet) -> None:
+    fleet.change("POST", "/checkpoints/demo/activate", version="v1")
+    before = ready_replicas()
+
+    async def story() -> tuple[float, list[float]]:
+        over, took = asyncio.Event(), []
+
+        async def client(http: httpx.AsyncClient) -> None:
+            while not over.is_set():
+                began = time.monotonic()
+                fleet.version(await http.post(f"{fleet.url}/generate", json=BODY))
+                took.append(time.monotonic() - began)
+
+        async with httpx.AsyncClient(timeout=60) as http:
+            clients = [asyncio.create_task(client(http)) for _ in range(2 * fleet.size)]
+            await asyncio.sleep(4)
+            began = time.monotonic()
+            changed = await http.post(f"{fleet.url}/checkpoints/demo/activate", json={"version": "v2"})
+            made = time.monotonic() - began
+            assert changed.status_code == 200, changed.text
+            answers = [http.post(f"{fleet.url}/generate", json=BODY) for _ in range(6 * fleet.size)]
+            assert {fleet.version(answer) for answer in await asyncio.gather(*answers)} == {"demo@v2"}
+            over.set()
+            await asyncio.gather(*clients)
+        return made, sorted(took)
+
+    with slow(min(before)):
+        made, took = asyncio.run(story())
+    print(
+        f"one of {fleet.size} replicas at a fifth of its speed: {len(took)} answers, the median after "
+        f"{took[len(took) // 2]:.2f} s, the last after {took[-1]:.2f} s; a swap took {made:.1f} s"
+    )
+    assert ready_replicas() == before, "slow is not dead"
+
+
+def test_a_replica_that_stands_still_keeps_what_it_has_waiting_and_a_change_until_it_goes_on(fleet: Fleet) -> None:
+    fleet.change("POST", "/checkpoints/demo/activate", version="v1")
+    before = ready_replicas()
+
+    async def story() -> tuple[int, int, float]:
+        begun = [asyncio.Event() for _ in range(4 * fleet.size)]
+        streams = [asyncio.create_task(stream(fleet, one)) for one in begun]
+        await asyncio.gather(*(one.wait() for one in begun))
+        async with httpx.AsyncClient(timeout=60) as http:
+
+            async def ask() -> str:
+                return fleet.version(await http.post(f"{fleet.url}/generate", json=BODY))
+
+            asked = []
+            with standing_still(min(before)):
+                for _ in range(12):
+                    asked.append(asyncio.create_task(ask()))
+                    await asyncio.wait(asked[-1:], timeout=3)
+                late = [one for one in asked if not one.done()]
+                assert len(late) < 6, "most of those that come later find the others"
+                assert {one.result() for one in asked if one.done()} == {"demo@v1"}
+                await asyncio.wait(streams, timeout=20, return_when=asyncio.FIRST_COMPLETED)
+                path = f"{fleet.url}/checkpoints/demo/activate"
+                change = asyncio.create_task(http.post(path, json={"version": "v2"}))
+                await asyncio.wait([change], timeout=2)
+                assert not change.done(), "it is answered when all have made it"
+                assert not any(one.done() for one in late)
+                waiting = [one for one in streams if not one.done()]
+                assert 0 < len(waiting) < len(streams)
+            goes_on = time.monotonic()
+            changed = await change
+            made = time.monotonic() - goes_on
+            assert changed.status_code == 200, changed.text
+            assert {await one for one in late} <= {"demo@v1", "demo@v2"}
+            ended = await asyncio.gather(*streams)
+            assert all(whole for whole, _ in ended), "late, and whole"
+        return len(late), len(waiting), made
+
+    late, waiting, made = asyncio.run(story())
+    print(
+        f"one of {fleet.size} replicas stood still: {late} of the next 12 requests and {waiting} of {4 * fleet.size} "
+        f"streams waited for it, a swap until {made:.1f} s after it went on"
+    )
+    assert ready_replicas() == before
+    assert fleet.asks_all(8 * fleet.size) == {"demo@v2"}
+
+
+def test_a_replica_that_does_not_go_on_is_replaced_and_a_change_waits_for_that(fleet: Fleet) -> None:
+    if fleet.size > 2:
+        pytest.skip("once is enough: it takes over a minute")
+    fleet.change("POST", "/checkpoints/demo/activate", version="v1")
+    before, still = ready_replicas(), min(ready_replicas())
+
+    async def story() -> tuple[float, list[tuple[bool, float]], httpx.Response, float, int]:
+        begun = [asyncio.Event() for _ in range(4 * fleet.size)]
+        streams = [asyncio.create_task(stream(fleet, one)) for one in begun]
+        await asyncio.gather(*(one.wait() for one in begun))
+        os.kill(still, signal.SIGSTOP)
+        stopped, served = time.monotonic(), 0
+        async with httpx.AsyncClient(timeout=STARTED_S) as http:
+
+            async def ask() -> int:
+                return (await http.post(f"{fleet.url}/generate", json=BODY)).status_code
+
+            asked = [asyncio.create_task(ask()) for _ in range(4)]
+            await asyncio.wait(asked, timeout=5)
+            path = f"{fleet.url}/checkpoints/demo/activate"
+            change = asyncio.create_task(http.post(path, json={"version": "v2"}))
+            while not change.done():
+                asked.append(asyncio.create_task(ask()))
+                await asyncio.wait(asked[-1:], timeout=3)
+                served += asked[-1].done()
+            changed = time.monotonic()
+            statuses = await asyncio.gather(*asked)
+            assert set(statuses) <= {200, 500}
+            assert served > len(statuses) - 6, "most find the others"
+            return stopped, await asyncio.gather(*streams), await change, changed, statuses.count(500)
+
+    try:
+        stopped, streams, change, changed, lost = asyncio.run(story())
+        until(lambda: not psutil.pid_exists(still))
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(still, signal.SIGCONT)
+    ended = [at - stopped for whole, at in streams if not whole]
+    print(
+        f"one of {fleet.size} replicas stood still for good: {len(ended)} of {len(streams)} streams were cut after "
+        f"{max(ended, default=0):.0f} s, {lost} requests got a 500, a swap was answered after {changed - stopped:.0f} s"
+    )
+    assert 0 < len(ended) < len(streams)
+    assert max(ended) < 90, "three health checks, and what running requests have to end"
+    assert change.status_code == 200, change.text
+    until(lambda: len(ready_replicas() - before) == 1)
     assert fleet.asks_all(8 * fleet.size) == {"demo@v2"}
 
 

@@ -26,7 +26,7 @@ from server.scale import app, replica_gpus, replica_settings
     ],
 )
 def test_a_replica_has_a_gpu_where_there_are_any(given: dict[str, object], cluster_has_gpus: bool, gpus: float) -> None:
-    assert replica_gpus(Settings(**given), cluster_has_gpus) == gpus
+    assert replica_gpus(Settings(**given), lambda: cluster_has_gpus) == gpus
 
 
 def test_replicas_on_one_gpu_share_its_memory() -> None:
