@@ -8,12 +8,12 @@ from typing import Any
 import httpx
 import torch
 
-from benchmarks.gpu import over_http
 from benchmarks.gpu.clients import Clients
 from benchmarks.gpu.figures import Figure
 from benchmarks.gpu.over_http import START_S, served_folder, settings
 from benchmarks.gpu.worker import Skipped
 from benchmarks.gpu.world import World
+from benchmarks.processes import running
 from benchmarks.workload import SHAPES
 from server.bench import Summary, Workload
 from server.config import PREFIX
@@ -56,7 +56,7 @@ def _served(world: World, given: dict[str, Any]) -> _Seen:
     most = max(count for count, _ in _clients(world))
     runs = []
     with (
-        over_http.running(command, timeout=START_S, environment=environment) as server,
+        running(command, timeout=START_S, environment=environment) as server,
         Clients(server.url, most) as clients,
     ):
         for count, _ in _clients(world):

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
-from benchmarks.gpu import over_http
+from benchmarks.gpu import over_http, parallel
 from benchmarks.gpu.__main__ import main, measure
 from benchmarks.gpu.checks import told
 from benchmarks.gpu.figures import Figure, Report
@@ -102,7 +102,8 @@ def served_here(command: Sequence[str], *, environment: Mapping[str, str], timeo
 @pytest.mark.timeout(300)  # servers start, of several processes
 @pytest.mark.parametrize("part", FIGURES)
 def test_a_part_measures_what_the_plan_says(part: str, tiny: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(over_http, "running", served_here)
+    for module in (over_http, parallel):
+        monkeypatch.setattr(module, "running", served_here)
     monkeypatch.setattr("os.cpu_count", lambda: 4)  # clients in two processes
     found = list(named(PARTS[part].function)(tiny))
     assert {one.name: bool(one.wanted) for one in found} == FIGURES[part]
