@@ -156,8 +156,8 @@ bench: $(INSTALLED)  ## the engine beside the alternatives on the CPU: benchmark
 test-release: $(DEV_INSTALLED)  ## dist/: the sdist and the wheel, which is installed into an empty environment and serves
 	$(BIN)/python -m tests.release.check_release
 
-test-image: $(DEV_INSTALLED)  ## build the CPU image with buildah (Debian's package) and run it; IMAGE_OPTIONS: --help
-	$(BIN)/python tests/image/check_image.py $(IMAGE_OPTIONS)
+test-image: $(DEV_INSTALLED)  ## build the CPU image with buildah (Debian's package) and run it; IMAGE_OPTIONS=--docker and others: --help
+	$(BIN)/python -m tests.image.check_image $(IMAGE_OPTIONS)
 
 audit: $(BIN)/python  ## bandit over the code, pip-audit over constraints.txt (which asks PyPI)
 	$(PYTHON) -m venv runs/audit && runs/audit/bin/pip install --quiet bandit pip-audit
