@@ -81,12 +81,12 @@ def ablations(config: MatConfig, site: Site) -> dict[str, Variant]:
 
 
 def methods(config: MatConfig, site: Site, simple: Site) -> dict[str, Variant]:
-    """Those with a strength of their own: MAT-Steer at `site`, directions at the place that was `simple`'s best."""
+    """Those with a strength of their own: MAT-Steer at `site`, directions at `simple`."""
     return {
-        ITI: Variant(Recipe(ItiConfig()), None, (5.0, 10.0, 15.0), Pool.LAST),
+        ITI: Variant(Recipe(ItiConfig()), None, (1.0, 5.0, 15.0), Pool.LAST),
         MEANS: Variant(Recipe(CaaConfig()), simple, (0.5, 1.0, 2.0)),
         PROBE: Variant(Recipe(ProbeConfig()), simple, (1.0, 2.0, 4.0)),
-        MAT: Variant(Recipe(config), site, (1.0, 2.0, 3.0)),
+        MAT: Variant(Recipe(config), site, (1.0, 2.0, 4.0)),
     }
 
 
@@ -107,7 +107,14 @@ def try_out(study: Study, stage: str, variants: Mapping[str, Sequence[Variant]])
             study.steered(f"{name}, {one.place} x{multiplier:g}", one, multiplier) for name, one, multiplier in tried
         ],
     )
-    results = (ArmResult.from_dict(arm["result"]) for arm in found["arms"][1:])
+    measures = measured(found)  # of all questions: an arm's own result is of the first part of them
+    results = (
+        replace(
+            ArmResult.from_dict(arm["result"]),
+            metrics={title: one.estimate() for title, one in measures[arm["name"]].items()},
+        )
+        for arm in found["arms"][1:]
+    )
     return [
         {"method": name, "place": variant.place, "multiplier": multiplier, **on_dev(arm)}
         for (name, variant, multiplier), arm in zip(tried, results, strict=True)
@@ -195,18 +202,17 @@ Arms = Mapping[str, tuple[str, Variant]]
 def run(study: Study, config: MatConfig) -> Iterator[dict[str, Any]]:
     """The results in JSON's types, as far as they are, after each stage on test and at the end."""
     sizes = study.sizes
-    at_places = try_out(
+    everywhere = [methods(config, site, site) for site in study.candidates]
+    tried = try_out(
         study,
         "places",
-        {
-            MAT: [Variant(Recipe(config), site, (2.0,)) for site in study.candidates],
-            MEANS: [Variant(Recipe(CaaConfig()), site, (1.0,)) for site in study.candidates],
-        },
+        {ITI: [everywhere[0][ITI]]} | {name: [each[name] for each in everywhere] for name in (MEANS, MAT)},
     )
-    place, simple = (Site.parse(best_of(at_places, name)["place"]) for name in (MAT, MEANS))
+    place, simple = (Site.parse(best_of(tried, name)["place"]) for name in (MAT, MEANS))
     chosen = methods(config, place, simple)
-    tried = try_out(study, "strengths", {name: [variant] for name, variant in chosen.items()})
-    if more := further(tried, chosen):
+    more = further(tried, {name: chosen[name] for name in (ITI, MEANS, MAT)})
+    tried += try_out(study, "strengths", {PROBE: [chosen[PROBE]]} | more)
+    if more := further(tried, {PROBE: chosen[PROBE]}):
         tried += try_out(study, "strengths-further", more)
     best = {name: best_of(tried, name) for name in chosen}
     parts_of_mat = ablations(config, place)
@@ -262,7 +268,7 @@ def run(study: Study, config: MatConfig) -> Iterator[dict[str, Any]]:
             f"{one} - {other}": {title: asdict(whole[one][title].minus(whole[other][title])) for title in SETS}
             for one, other in pairs(names)
         },
-        "tried": [*at_places, *tried],
+        "tried": tried,
         "best": best,
         "notes": sorted(set(test["notes"])),
         "untrained": untrained,

@@ -313,8 +313,9 @@ def page(results: Mapping[str, Any]) -> str:
     return f"""# Results on a real model
 
 Written by `make reproduce-real` on {results["model"]}, with the sizes
-`{given}`; the numbers are in `real.json`. They are of
-**test** questions, which were read once, unless they are said to be of dev; places and strengths were chosen on dev.
+`{given}`; the numbers are in `real.json`.
+They are of **test** questions, on which no choice rests, unless they are said to be of dev, on which places and
+strengths were chosen.
 The split is 40/10/50 by question (BBQ: by template, ToxiGen: by text). Questions are put plainly, without examples:
 TruthfulQA as `Q: ... A:`, BBQ with its three options, ToxiGen as the question whether the text is hateful, Yes or No.
 Numbers are percent, intervals 95 %; those of differences are paired, from drawing the same clusters (questions,
@@ -364,8 +365,8 @@ MAT-Steer minus the other, in points:
 {table(["minus", *short], beside)}
 {beside_it(results)}## What was tried on dev
 
-First places, then strengths; where the best strength was the largest that was tried, larger ones, and where all of them
-broke the text, smaller ones.
+Places and strengths together, the probe at the place of the difference in means; where the best strength was the
+largest that was tried, larger ones, and where all of them broke the text, smaller ones.
 
 Score: the mean of MC2 and the accuracies of BBQ and ToxiGen. Of the settings within the limits (perplexity at most
 1.5x, at most 10 points more of repeated 4-grams and 20 of empty answers, KL at most 1 nat) the best was taken, the

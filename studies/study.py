@@ -40,13 +40,13 @@ class Sizes:
 
     fit: int = 300
     """Texts of each side of an attribute that vectors are fitted on."""
-    dev: int = 16
+    dev: int = 32
     """Questions of TruthfulQA that places and strengths are chosen on; of each of the others twice as many."""
     test: int = 128
     """The same, for the comparison on test."""
     part: int = 40
     """The same, the first of these, for what is beside it: attributes alone, and shares of the data."""
-    answers: int = 8
+    answers: int = 24
     """Questions of dev that are answered in every arm, to see what steering breaks."""
     test_answers: int = 24
     """The same, of test."""
