@@ -509,11 +509,17 @@ def _fused_attention(own: Any, whole: Packed) -> RotaryAttention | None:
             expected = own(x, **given)
             mine = RotaryAttention(own, seen[0][3])
             found = mine(x, **given)
+            large = x * (30 if whole.dtype == torch.float16 else 1e3)  # some layers clamp what is large
+            own(large, **given)
+            mine(large, **given)
     except Exception:  # it is called with something else, or is put together in another way
         return None
-    same = len(seen) == 2 and len(found) == len(expected)
-    for one, other in zip((*seen[1][:3], found[0]), (*seen[0][:3], expected[0]), strict=True) if same else ():
-        same = same and one.shape == other.shape and _is_close(one, other)
+    if len(seen) != 4 or len(found) != len(expected):
+        return None
+    both = [(found[0], expected[0])]
+    for ours, theirs in ((seen[1], seen[0]), (seen[3], seen[2])):
+        both += zip(ours[:3], theirs[:3], strict=True)
+    same = all(one.shape == other.shape and _is_close(one, other) for one, other in both)
     return mine if same else None
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from steer_ops import ADD_RMS_NORM, RMS_NORM, ROTARY, SILU_MUL, layers
@@ -101,3 +102,15 @@ def test_a_product_that_computes_something_else_is_not_used_and_others_are(
     model.set_attn_implementation(turning.NAME)
     with torch.no_grad():
         assert torch.allclose(model(IDS).logits, tiny("llama")(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_that_clamps_its_queries_stays() -> None:
+    """OLMo's, which differ from a Llama's where activations are large alone."""
+    config = transformers.OlmoConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, clip_qkv=8.0,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = transformers.OlmoForCausalLM(config).eval()
+    exchange_layers(model)
+    assert kinds(model)["RotaryAttention"] == 0
+    assert kinds(model)["OlmoAttention"] == 2
