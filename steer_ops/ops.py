@@ -76,7 +76,9 @@ def _paged_attention_examples(dtype: torch.dtype) -> Iterator[Example]:
         )
         args = query, key, value, key_cache, value_cache, tables, lengths, query.new_zeros(3, 4, value_width)
         turns = dict(zip(("cos", "sin"), torch.randn(2, 3, width // 4 * 2, generator=random).to(dtype), strict=True))
+        whole = dict(zip(("cos", "sin"), torch.randn(2, 3, width, generator=random).to(dtype), strict=True))
         yield args, {"scale": 0.2}
+        yield args, {"scale": 0.2, **whole}
         yield args, {"scale": 0.2, "window": 3, "softcap": 2.0, "sinks": torch.randn(4, generator=random), **turns}
 
 

@@ -4,8 +4,8 @@ Single tokens of sequences (decode) are attended to in one call over all their b
 of prompts gather the keys and values of their blocks, whole blocks at a time. Where there is a kernel for it all chunks
 go to one call, `varlen_attention`, else each goes to PyTorch's attention with a mask.
 
-Where a layer leaves rotary embeddings to its attention, that of single tokens turns what it reads. Beside chunks, which
-need theirs turned beforehand, all tokens of the line are.
+Where a layer leaves rotary embeddings to its attention, that of single tokens turns what it reads, in every step by the
+same kernel; for chunks, which need theirs turned beforehand, the line is turned after that.
 """
 
 from collections.abc import Callable, Sequence
@@ -151,22 +151,22 @@ class AttentionMetadata:
         values into the pool; without one, those given are all there are."""
         tokens, heads, width = query.shape
         key, value = key[0], value[0]
-        if params.rotary is not None and self.prefills:
-            query, turned = rotary(query, key.transpose(0, 1), *params.rotary)
-            key, params = turned.transpose(0, 1), replace(params, rotary=None)
         groups = heads // key.shape[0]
         out = query.new_empty(tokens, heads, value.shape[-1])
         if pool is not None:
             for decodes in self.decodes:
                 self._decode(decodes, pool, query, key, value, out, params)
-            if self.written is not None:
-                pool.write(self.written, key[:, self.prefill_rows], value[:, self.prefill_rows])
-                if pool.ops.varlen and self._is_kept and params.softcap is None and params.sinks is None:
-                    found = self._varlen(pool.ops.varlen, pool, query, key, value, params)
-                    if not self.decodes:
-                        return found
-                    out[self.prefill_rows] = found
-                    return out
+        if params.rotary is not None and self.prefills:
+            query, turned = rotary(query, key.transpose(0, 1), *params.rotary)
+            key, params = turned.transpose(0, 1), replace(params, rotary=None)
+        if pool is not None and self.written is not None:
+            pool.write(self.written, key[:, self.prefill_rows], value[:, self.prefill_rows])
+            if pool.ops.varlen and self._is_kept and params.softcap is None and params.sinks is None:
+                found = self._varlen(pool.ops.varlen, pool, query, key, value, params)
+                if not self.decodes:
+                    return found
+                out[self.prefill_rows] = found
+                return out
         for index, prefill in enumerate(self.prefills):
             lo, hi, first = prefill.lo, prefill.hi, prefill.first_key(params.window)
             if pool is None or prefill.is_whole:
