@@ -201,6 +201,14 @@ def test_texts_longer_than_a_sliding_window(name: str, what: str) -> None:
     assert not torch.allclose(whole, cut)
 
 
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+def test_a_text_beyond_the_window_beside_answers_that_branch(name: str) -> None:
+    family = FAMILIES[name]
+    asked = ((3, 4, 5, 6), (11, 12)), ((3, 4, 5, 6), (13, 14)), ((3, 4, 9, 6), (11, 12, 13, 14))
+    rows = [Encoded((*p, *a), len(p) - 1, len(p) + len(a) - 1) for p, a in asked]
+    check(made(family, sliding_window=6), STEERED["attn_output"][0](family), rows=rows)
+
+
 def made(family: Family, **changes: Any) -> Any:
     import transformers
 

@@ -162,13 +162,15 @@ class _Scorer:
     def _jobs(
         self, rows: Sequence[Encoded], steering: Sequence[Sequence[float]] | None, prefixes: Sequence[_Prefix]
     ) -> Iterator[_Job]:
+        reach = _reach(self.model)
+        longest = max(rows[index].end for prefix in prefixes for index in prefix.rows)  # a batch has one kind of mask
         for place, prefix in enumerate(prefixes):
             together: dict[tuple[int, tuple[float, ...]], list[int]] = defaultdict(list)
             for index in prefix.rows:
                 strengths = tuple(steering[index]) if steering is not None else ()
                 together[rows[index].ids[rows[index].start], strengths].append(index)
-            longest = max(rows[index].end for index in prefix.rows)
-            size = _MAX_TREE if self.shared.beginnings and longest <= _reach(self.model) else 0
+            # By places, too: later branches of a tree are farther from the prompt than in their text.
+            size = min(_MAX_TREE, reach - len(prefix.ids)) if self.shared.beginnings and longest <= reach else 0
             known: dict[frozenset[Tokens], list[AnswerTree]] = {}  # the same tree in every arm
             for (_, strengths), own in together.items():
                 texts = frozenset(_read(rows[index]) for index in own)
@@ -260,8 +262,8 @@ def _is_right(model: Any, shared: _Shared) -> bool:
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError, SteeringError):
             tried[key] = False
         else:
-            allowed = torch.finfo(model.dtype).eps ** 0.5 * float(plain.abs().mean())
-            tried[key] = bool(((found - plain).abs() <= allowed).all())
+            eps, size, error = torch.finfo(model.dtype).eps, plain.abs().mean(), (found - plain).abs()
+            tried[key] = bool(error.max() <= eps**0.5 * size) and bool(error.mean() <= max(4 * eps, 1e-5) * size)
     return tried[key]
 
 
@@ -279,7 +281,7 @@ def _reach(model: Any) -> int:
     """So many tokens are attended to in every layer. In longer texts a layer looks at what is near alone, which a tree
     cannot say."""
     config = text_config(model)
-    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size"))
     return min((window for window in windows if isinstance(window, int)), default=1 << 30)
 
 
