@@ -132,6 +132,12 @@ def test_a_metric_that_should_be_low_counts_the_other_way() -> None:
         Goal(("not ruod",)).score(arm)
 
 
+def test_a_metric_may_be_called_not_something() -> None:
+    arm = replace(result(truth=0.2), metrics={"not hate": Estimate(0.9, 0, 1, 9), "hate": Estimate(0.3, 0, 1, 9)})
+    assert Goal(metrics=("not hate",)).score(arm) == pytest.approx(0.9)
+    assert Goal(metrics=("not hate", "hate")).score(arm) == pytest.approx(0.6)
+
+
 def test_judged_metrics_that_are_named_after_what_is_steered_count_alone() -> None:
     found = {"tone": 0.9, "tone tone": 0.6, "tone long": 0.1, "truth long": 0.2}
     arm = ArmResult("arm", {}, {name: Estimate(value, 0, 1, 10) for name, value in found.items()})

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from steering.types import Column, Site
-from training.activations.store import Activations
+from training.activations.store import Activations, samples_hash
 from training.data.samples import Sample, Split
 from training.errors import TrainingError
 from training.evaluation.evaluator import EXAMPLES, Evaluator, gate_means
@@ -287,6 +287,7 @@ class Sweep:
         content = {
             "first arm": BASELINE.name,
             "activations": dict(self.activations.source),
+            "samples": samples_hash(self.samples),
             "recipe": self.recipe.as_dict(),
             "multipliers": list(self.multipliers),
             "attributes": list(attributes),

@@ -110,7 +110,7 @@ class Goal:
 
     def gains(self, arm: ArmResult, differences: Mapping[str, Estimate]) -> dict[str, Estimate]:
         """The differences of the metrics of `arm` that count, more being better. Raises TrainingError."""
-        counted = [(name, _bare(name)) for name in self.counted(arm)]
+        counted = [(name, name if name in arm.metrics else _bare(name)) for name in self.counted(arm)]
         found = {name: (differences[bare], bare != name) for name, bare in counted if bare in differences}
         return {name: _negated(one) if less else one for name, (one, less) in found.items()}
 
@@ -149,10 +149,12 @@ def _bare(name: str) -> str:
 
 
 def _metric(arm: ArmResult, name: str) -> float | None:
+    if name in arm.metrics:
+        return arm.metrics[name].value
     if (bare := _bare(name)) not in arm.metrics:
         raise TrainingError(f"There is no metric {bare!r}; there are {', '.join(arm.metrics)}.")
     value = arm.metrics[bare].value
-    return value if bare == name or value is None else 1 - value
+    return None if value is None else 1 - value
 
 
 def _negated(one: Estimate) -> Estimate:
