@@ -8,6 +8,7 @@ docs/results/style.json and the tables of docs/style.md; what was trained or mea
 
 import argparse
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -91,11 +92,16 @@ STYLES = (CHEERFUL, FORMAL)
 
 
 def trained(command: Sequence[str], options: Sequence[str] = ()) -> Checkpoint:
-    """The checkpoint of a `train` command, which ends in its folder: made now or by an earlier call."""
+    """The checkpoint of a `train` command, which ends in its folder: made now, or by an earlier call on this data."""
     path = Path(command[-1]) / "v1"
     words = [*command, *options, "--version", "v1"]
-    if not (path / "config.json").exists() and (code := app(words, standalone_mode=False)):
-        raise SystemExit(code)
+    files = [Path(word.partition("=")[2]) for word in command if word.endswith(".jsonl")]
+    told, key = path.parent / "trained.txt", content_key([words, [file.read_text(encoding="utf-8") for file in files]])
+    if not (told.exists() and told.read_text(encoding="utf-8") == key):
+        shutil.rmtree(path.parent, ignore_errors=True)
+        if code := app(words, standalone_mode=False):
+            raise SystemExit(code)
+        told.write_text(key, encoding="utf-8")
     return open_checkpoint(path)[0]
 
 

@@ -167,6 +167,8 @@ def main() -> None:
     )
     parser.add_argument("--no-build", action="store_true", help="run the image that is there")
     args = parser.parse_args()
+    if os.geteuid():
+        sys.exit("run this as root: whose process listens in the image is for root to see")
     for program in ["docker" if args.docker else "buildah", *(["debootstrap"] if args.debootstrap else [])]:
         if shutil.which(program) is None:
             sys.exit(f"{program} is not installed: apt-get install {program}")
@@ -258,8 +260,7 @@ def drain(url: str, inside: int, server: "subprocess.Popen[str]") -> None:
 def served_by(port: int) -> int:
     """The process that listens: the command's own child is another one."""
     listening = [one for one in psutil.net_connections("tcp") if one.laddr.port == port and one.status == "LISTEN"]
-    if listening[0].pid is None:
-        sys.exit("run this as root: whose process listens is for root to see")
+    assert listening[0].pid is not None  # root sees it
     return int(listening[0].pid)
 
 
