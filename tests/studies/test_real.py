@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-import studies.real as real
-from studies.real import Sizes, Study, Variant, best_of, compact, further, in_context, part_of, run, sources
+import studies.study as study_module
+from studies.real import best_of, compact, further, in_context, methods, run, sources, try_out
 from studies.real_results import CLAIMS, MARKERS, METRICS, SETS, page, statement, summary, verdict, write
+from studies.study import Sizes, Study, Variant, part_of
 from tests.training.helpers import make_llama, make_tokenizer
 from training.activations.store import Activations
 from training.data.samples import Sample, Split
@@ -95,8 +96,8 @@ def test_a_second_run_computes_nothing_and_gives_the_same(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(real, "evaluate_choices", refuse)
-    monkeypatch.setattr(real, "fit", refuse)
+    monkeypatch.setattr(study_module, "evaluate_choices", refuse)
+    monkeypatch.setattr(study_module, "fit", refuse)
     again = Study(study.base, study.samples, study.sizes, study.work)
     found = json.loads(compact(whole(again)))
     assert found == {name: value for name, value in results.items() if name in found}
@@ -105,7 +106,7 @@ def test_a_second_run_computes_nothing_and_gives_the_same(
 def test_more_of_test_goes_on_from_less_and_leaves_what_was_chosen_on_dev(
     study: Study, results: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(real, "PART", 10)  # what a turn of two has
+    monkeypatch.setattr(study_module, "PART", 10)  # what a turn of two has
     told: list[str] = []
     sizes = Sizes(fit=24, dev=1, test=3, part=1, answers=1, epochs=1)
     other = Study(study.base, study.samples, sizes, study.work, told.append)
@@ -131,6 +132,18 @@ def test_choices_are_made_on_dev_alone(study: Study, results: dict[str, Any]) ->
     assert {sample.split for sample in study.texts} == {Split.TRAIN, Split.DEV}
 
 
+def test_a_choice_rests_on_all_questions_of_dev(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many parts they are measured in: the first part is of TruthfulQA here."""
+    site = study.candidates[0]
+    variant = replace(methods(MatConfig(), site, site)["difference in means"], multipliers=(1.0,))
+    (whole,) = try_out(study, "one-part", {"difference in means": [variant]})
+    monkeypatch.setattr(study_module, "PART", 1)
+    (parts,) = try_out(study, "parts", {"difference in means": [variant]})
+    assert {"truthfulness mc2", "fairness accuracy", "non-toxicity accuracy"} <= set(parts["metrics"])
+    assert parts["metrics"] == pytest.approx(whole["metrics"])
+    assert parts["score"] == pytest.approx(whole["score"])
+
+
 def test_every_method_and_ablation_is_measured_on_every_metric(results: dict[str, Any]) -> None:
     names = [line["method"] for line in results["methods"]]
     assert names == [
@@ -141,7 +154,7 @@ def test_every_method_and_ablation_is_measured_on_every_metric(results: dict[str
     assert all(set(line["differences"]) == set(line["metrics"]) for line in results["methods"][1:])
     assert all({"rep-4", "empty", "kl"} == set(line["damage"]) for line in results["methods"])
     assert {line["share"] for line in results["shares"]} == {0.1, 0.25, 0.5, 1.0}
-    assert len(results["alone"]) == 2 * 3 + 2
+    assert len(results["alone"]) == 8 * 3 + 2  # all but the prompt and orthogonality; both, of all
     assert len(results["pools"]) == 2 * 3
 
 
