@@ -8,7 +8,7 @@ from typing import Any
 
 from demo.corpus import TRAITS
 from demo.readme import RESULTS, replace_between, rewrite
-from training.evaluation.report import markdown, save_figure
+from training.evaluation.report import markdown, markdown_table, marked, save_figure
 from training.evaluation.results import DAMAGE, MANY, ArmResult, Estimate, Evaluation, note_on_many
 
 NAMES = (*TRAITS, "well_formed")
@@ -48,7 +48,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
         [
             line["method"],
             _strengths(line),
-            *(_marked(arm.metrics[name], arm.differences.get(name)) for name in NAMES),
+            *(marked(_percent(arm.metrics[name]), arm.differences.get(name)) for name in NAMES),
             f"{arm.perplexity_ratio or 0.0:.2f}x",
             *_damage(arm),
             _gates(line),
@@ -58,7 +58,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     counted = ArmResult.from_dict(rows[0]["result"]).metrics
     asked = ", ".join(f"{counted[name].count:,} for {name} ({counted[name].clusters} clusters)" for name in NAMES)
     return (
-        _table(header, cells)
+        markdown_table(header, cells)
         + f"""
 In percent of test answers: {asked.replace("_", "-")}.
 **Bold** is better and *italic* worse than unsteered: the 95 % interval of the paired difference, from drawing clusters
@@ -70,15 +70,10 @@ unsteered model on neutral text, in nats a token.
 
 def settings_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """What each method was run with, and its gates."""
-    return _table(
+    return markdown_table(
         ["method", "strengths", "gate on neg. / pos."],
         [[line["method"], _strengths(line), _gates(line)] for line in rows if line["strengths"]],
     )
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def _strengths(line: Mapping[str, Any]) -> str:
@@ -98,12 +93,8 @@ def _damage(arm: ArmResult) -> list[str]:
     return [f"{value:.2f}" if name == "kl" else f"{100 * value:.1f}" for name, value in values.items()]
 
 
-def _marked(rate: Estimate, difference: Estimate | None) -> str:
-    """In percent, in bold where it is surely better than unsteered, in italics where it is surely worse."""
-    shown = "-" if rate.value is None else f"{100 * rate.value:.1f}"
-    if difference is None or difference.low is None or difference.high is None:
-        return shown
-    return f"**{shown}**" if difference.low > 0 else f"*{shown}*" if difference.high < 0 else shown
+def _percent(rate: Estimate) -> str:
+    return "-" if rate.value is None else f"{100 * rate.value:.1f}"
 
 
 def plot_methods(arms: Sequence[ArmResult], path: Path) -> None:
@@ -174,7 +165,7 @@ def gates_table(gates: Sequence[Mapping[str, Any]]) -> str:
     cells = [
         [name, f"{negative:.2f}", f"{positive:.2f}", f"{negative / positive:.1f}"] for name, negative, positive in found
     ]
-    return _table(["attribute", "gate on negatives", "on positives", "ratio"], cells)
+    return markdown_table(["attribute", "gate on negatives", "on positives", "ratio"], cells)
 
 
 def page(results: dict[str, Any]) -> str:

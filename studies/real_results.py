@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from demo.readme import replace_between, rewrite
-from training.evaluation.report import save_figure
+from training.evaluation.report import markdown_table as table
+from training.evaluation.report import marked, save_figure
 from training.evaluation.results import DAMAGE, Estimate
 
 MARKERS = ("<!-- real results: written by make reproduce-real -->", "<!-- end of real results -->")
@@ -145,12 +146,6 @@ def rivals(results: Mapping[str, Any]) -> str:
 # Tables.
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
-    """Markdown; the first `words` columns hold words, the others numbers."""
-    lines = [header, ["---"] * words + ["---:"] * (len(header) - words), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
 def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
@@ -209,8 +204,7 @@ def summary(results: Mapping[str, Any]) -> str:
         numbers = []
         for metric in SETS:
             value, moved = line["metrics"][metric]["value"], line["differences"].get(metric)
-            sign = {"holds": "**", "is reversed": "*"}.get(verdict(Estimate(**moved)), "") if moved else ""
-            numbers.append(f"{sign}{percent(value)}{sign}")
+            numbers.append(marked(percent(value), Estimate(**moved) if moved else None))
         rows.append([line["method"], _at(line), *numbers, *_damage(line)])
     header = ["method", "place, strength", *(METRICS[metric] for metric in SETS), *DAMAGE_TITLES]
     same = results["constant"]

@@ -109,11 +109,23 @@ def terminal() -> Console:
     return console if console.is_terminal else Console(width=160)
 
 
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
+    """The first `words` columns hold words, the others numbers."""
+    lines = [header, ["---"] * words + ["---:"] * (len(header) - words), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def marked(text: str, difference: Estimate | None) -> str:
+    """Bold where the difference to unsteered is surely above zero, italic where it is surely below."""
+    if difference is None or difference.low is None or difference.high is None:
+        return text
+    return f"**{text}**" if difference.low > 0 else f"*{text}*" if difference.high < 0 else text
+
+
 def markdown(evaluation: Evaluation) -> str:
     parts = []
     for name, (header, rows) in tables(evaluation).items():
-        lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-        table = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+        table = markdown_table(header, rows)
         parts.append(f"{name.capitalize()}. {_CAPTIONS[name]}\n\n{table}" if name else table)
     return "\n".join([*parts, *(f"- {note}\n" for note in evaluation.notes)])
 
@@ -247,7 +259,7 @@ def sweep_table(swept: SweepResult, rows: int = 20) -> Table:
 
 def sweep_markdown(swept: SweepResult) -> str:
     header, cells = sweep_rows(swept, swept.points)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---:"] * len(header), *cells]) + "\n"
+    return markdown_table(header, cells, words=0)
 
 
 def plot_sweep(points: Sequence[SweepPoint], path: Path) -> bool:
