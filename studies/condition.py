@@ -7,7 +7,6 @@ dev. Measured on the test questions of examples/condition/food.jsonl, about food
 docs/results/condition.json and the tables of docs/methods.md; what was trained or measured before is not done again.
 """
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -15,26 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from rich.console import Console
 
 from demo.readme import replace_between
 from steering.checkpoint import Checkpoint
 from steering.types import Column, Gate
-from studies.real_results import table
 from studies.style import (
     CHEERFUL,
     FACTORS,
     MAT,
     MEANS,
-    SAMPLING,
     arm_name,
     arms_of,
     as_line,
     beside,
     cell,
+    command_line,
     harm,
+    loaded,
     minus,
+    once,
+    own_folder,
     placed,
     ratio,
     sampled,
@@ -45,11 +44,12 @@ from training.data import Split, load_data
 from training.data.samples import Form
 from training.evaluation.generation import Continuation, Sampling, encoded_prompt
 from training.evaluation.judged import Prompt, evaluate_generations, judged, prompts_from
-from training.evaluation.judges import load_judge
+from training.evaluation.judges import judge_key
+from training.evaluation.report import markdown_table as table
 from training.evaluation.results import BASELINE, Arm, Measured
 from training.evaluation.traced import trace_answer
-from training.files import content_key, write_json
-from training.models import Base, load_base
+from training.files import content_key
+from training.models import Base
 
 MARKERS = ("<!-- condition results: written by make reproduce-style -->", "<!-- end of condition results -->")
 CAST, MAT_FOOD = "CAST", "MAT-Steer on food"
@@ -85,7 +85,7 @@ def command(options: Sequence[str], model: str, out: str) -> list[str]:
 
 
 def read_at(folder: Path) -> dict[str, Any]:
-    """What a fit of CAST, trained into `folder`, says of its condition."""
+    """What the fit of CAST that was trained into `folder` says of its condition."""
     (told,) = folder.glob(".work/fit-*/condition.json")
     return dict(json.loads(told.read_text(encoding="utf-8")))
 
@@ -96,16 +96,17 @@ def chosen(conditions: Sequence[Mapping[str, Any]]) -> str:
 
 
 def measure(
-    side: str, base: Base, checkpoints: Mapping[str, Checkpoint], sampling: Sampling, work: Path, count: int | None
+    side: str, model: str, checkpoints: Mapping[str, Checkpoint], sampling: Sampling, work: Path, count: int | None
 ) -> dict[str, Any]:
     """Every checkpoint and unsteered, on the (first `count`) test questions of a side, in JSON's types."""
     samples = [one for one in load_data([f"food={CONDITION}"], chat=True) if one.split is Split.TEST]
+    base = loaded(model)
     columns = [replace(one, attribute=title) for title, found in checkpoints.items() for one in found.columns]
     arms = arms_of(checkpoints, CHEERFUL.attribute)
     prompts = prompts_from([one for one in samples if one.label is (side == "food")], Form.CHAT)[:count]
     written, texts = evaluate_generations(
-        base.model, base.tokenizer, prompts, load_judge(f"examples.tone.judge:{CHEERFUL.attribute}"), columns, arms,
-        sampling, chat=base.chat, kept=work / f"condition-{side}.partial", progress=True,
+        base.model, base.tokenizer, prompts, CHEERFUL.judge, columns, arms, sampling,
+        chat=base.chat, kept=work / f"condition-{side}.partial", progress=True,
     )  # fmt: skip
     measures, whole = _measures(base, columns, arms, prompts, texts)
     return {
@@ -215,21 +216,20 @@ def run(model: str, work: Path, sampling: Sampling, count: int | None = None, op
     read: dict[str, Checkpoint] = {}
     conditions = []
     for site in READS:
-        folder = work / f"cheerful-cast-{site}"
-        read[site] = trained(command(conditional(site), model, str(folder)), options)
-        conditions.append(read_at(folder))
+        words = command(conditional(site), model, str(work / f"cheerful-cast-{site}"))
+        read[site] = trained(words, options)
+        conditions.append(read_at(own_folder(words, options)))
     reads = chosen(conditions)
     checkpoints = {CAST: read[reads]}
     for title, own in METHODS.items():
         checkpoints[title] = trained(command(own, model, str(work / FOLDERS[title])), options)
     hashes = {title: one.config.sha256 for title, one in checkpoints.items()}
-    key = content_key([hashes, asdict(sampling), count, FACTORS, CONDITION.read_text(encoding="utf-8")])
-    sides = {}
-    for side in SIDES:
-        path = work / f"condition-{side}-{key}.json"
-        if not path.exists():
-            write_json(path, measure(side, load_base(model), checkpoints, sampling, work, count))
-        sides[side] = json.loads(path.read_text(encoding="utf-8"))
+    asked = [asdict(sampling), count, FACTORS, CONDITION.read_text(encoding="utf-8"), judge_key(CHEERFUL.judge)]
+    key = content_key([hashes, *asked])
+    sides = {
+        side: once(work / f"condition-{side}-{key}.json", measure, side, model, checkpoints, sampling, work, count)
+        for side in SIDES
+    }
     samples = load_data([f"food={CONDITION}"], chat=True)
     return {
         "model": model,
@@ -242,21 +242,5 @@ def run(model: str, work: Path, sampling: Sampling, count: int | None = None, op
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--work", type=Path, default=Path("runs/style"))
-    parser.add_argument("--folder", type=Path, default=Path("docs/results"))
-    parser.add_argument("--document", type=Path, default=Path("docs/methods.md"))
-    parser.add_argument("--threads", type=int, default=0)
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    results = run(args.model, args.work, SAMPLING)
-    write_json(args.folder / "condition.json", results)
-    write(args.folder / "condition.json", args.document)
-    Console().print(f"wrote {args.folder / 'condition.json'} and {args.document}")
-
-
 if __name__ == "__main__":
-    main()
+    command_line(__doc__, run, write, "condition.json", "docs/methods.md")

@@ -106,6 +106,7 @@ def try_out(study: Study, stage: str, variants: Mapping[str, Sequence[Variant]])
         lambda: [
             study.steered(f"{name}, {one.place} x{multiplier:g}", one, multiplier) for name, one, multiplier in tried
         ],
+        study.sizes.answers,
     )
     measures = measured(found)  # of all questions: an arm's own result is of the first part of them
     results = (

@@ -201,17 +201,16 @@ class Study:
         content: Any,
         asked: Sequence[Question],
         arms: Callable[[], Sequence[Steered]],
-        answers: int | None = None,
+        answers: int,
     ) -> dict[str, Any]:
         """Unsteered and every arm on the same questions, as `plain` has them; `answers` to the first part of these
-        (without it as many as on dev) say what steering breaks.
+        say what steering breaks.
 
         Parts that an earlier run has left in the work folder are read, if they were of the same questions and methods
         (`content`), so that more questions go on from fewer; within a part an interrupted run goes on."""
         parts = [asked[begin : begin + PART] for begin in range(0, len(asked), PART)]
-        first = self.sizes.answers if answers is None else answers
         for number, part in enumerate(parts):
-            self._measure_part(stage, number, content, part, arms, 0 if number else first)
+            self._measure_part(stage, number, content, part, arms, 0 if number else answers)
         found = [json.loads(self._path(stage, number).read_text(encoding="utf-8")) for number in range(len(parts))]
         return {
             "questions": [question for one in found for question in one["questions"]],

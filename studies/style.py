@@ -8,9 +8,9 @@ docs/results/style.json and the tables of docs/style.md; what was trained or mea
 
 import argparse
 import json
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from rich.console import Console
 from demo.readme import replace_between
 from examples.tone.judge import held_out
 from steering.checkpoint import Checkpoint
-from studies.real_results import table, verdict
+from studies.real_results import verdict
 from training.cli import app
 from training.data import Split, load_data
 from training.data.samples import Form
@@ -29,11 +29,12 @@ from training.evaluation.choices import evaluate_choices
 from training.evaluation.evaluator import open_checkpoint
 from training.evaluation.generation import Continuation, Sampling
 from training.evaluation.judged import evaluate_generations, judged, prompts_from
-from training.evaluation.judges import load_judge
+from training.evaluation.judges import Judge, judge_key, load_judge
+from training.evaluation.report import markdown_table as table
 from training.evaluation.results import BASELINE, Arm, ArmResult, Estimate, Measured
 from training.evaluation.tasks import questions
 from training.files import content_key, write_json
-from training.models import Base, load_base
+from training.models import load_base
 
 MARKERS = ("<!-- style results: written by make reproduce-style -->", "<!-- end of style results -->")
 MAT, MEANS, CLAMP, REPS = "MAT-Steer", "difference in means", "clamp", "RePS"
@@ -58,6 +59,10 @@ class Style:
     @property
     def pairs(self) -> Path:
         return Path(f"examples/tone/{self.attribute}.jsonl")
+
+    @property
+    def judge(self) -> Judge:
+        return load_judge(f"examples.tone.judge:{self.attribute}")
 
     @property
     def named(self) -> dict[str, str]:
@@ -92,17 +97,31 @@ STYLES = (CHEERFUL, FORMAL)
 
 
 def trained(command: Sequence[str], options: Sequence[str] = ()) -> Checkpoint:
-    """The checkpoint of a `train` command, which ends in its folder: made now, or by an earlier call on this data."""
-    path = Path(command[-1]) / "v1"
-    words = [*command, *options, "--version", "v1"]
-    files = [Path(word.partition("=")[2]) for word in command if word.endswith(".jsonl")]
-    told, key = path.parent / "trained.txt", content_key([words, [file.read_text(encoding="utf-8") for file in files]])
-    if not (told.exists() and told.read_text(encoding="utf-8") == key):
-        shutil.rmtree(path.parent, ignore_errors=True)
+    """The checkpoint of a `train` command, in `own_folder`: made now or by an earlier call."""
+    folder = own_folder(command, options)
+    if not (folder / "v1/config.json").exists():
+        words = [*command[:-1], str(folder), *options, "--version", "v1"]
         if code := app(words, standalone_mode=False):
             raise SystemExit(code)
-        told.write_text(key, encoding="utf-8")
-    return open_checkpoint(path)[0]
+    return open_checkpoint(folder / "v1")[0]
+
+
+def own_folder(command: Sequence[str], options: Sequence[str] = ()) -> Path:
+    """The folder in which a `train` command ends, with a hash of the command, the options and the data behind its name:
+    what was trained in another way is in another folder."""
+    files = [Path(word.partition("=")[2]) for word in command if word.endswith(".jsonl")]
+    key = content_key([[*command, *options], [file.read_text(encoding="utf-8") for file in files]])
+    return Path(f"{command[-1]}-{key}")
+
+
+loaded = cache(load_base)
+
+
+def once(path: Path, make: Callable[..., Any], *arguments: Any) -> Any:
+    """What `make` gives, in JSON's types; kept in a file, and read from it by later calls."""
+    if not path.exists():
+        write_json(path, make(*arguments))
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def arms_of(checkpoints: Mapping[str, Checkpoint], attribute: str) -> list[Arm]:
@@ -122,11 +141,12 @@ def arm_name(title: str, factor: float) -> str:
 
 
 def measure(
-    style: Style, title: str, base: Base, checkpoint: Checkpoint, sampling: Sampling, work: Path, count: int | None
+    style: Style, title: str, model: str, checkpoint: Checkpoint, sampling: Sampling, work: Path, count: int | None
 ) -> dict[str, Any]:
     """A method's checkpoint at `FACTORS` of its default multiplier beside the unsteered model, on the (first `count`)
     questions of the test pairs, question by question, in JSON's types."""
     samples = [one for one in load_data([f"{style.attribute}={style.pairs}"], chat=True) if one.split is Split.TEST]
+    base = loaded(model)
     columns = [replace(one, attribute=title) for one in checkpoint.columns]
     arms = arms_of({title: checkpoint}, style.attribute)
     kept = str(work / style.folder(title))
@@ -134,9 +154,8 @@ def measure(
         base.model, base.tokenizer, questions(samples)[:count], columns, arms, chat=base.chat,
         kept=Path(f"{kept}-choices.partial"), progress=True,
     )  # fmt: skip
-    judge = load_judge(f"examples.tone.judge:{style.attribute}")
     written, texts = evaluate_generations(
-        base.model, base.tokenizer, prompts_from(samples, Form.CHAT)[:count], judge, columns, arms, sampling,
+        base.model, base.tokenizer, prompts_from(samples, Form.CHAT)[:count], style.judge, columns, arms, sampling,
         chat=base.chat, kept=Path(f"{kept}-answers.partial"), progress=True,
     )  # fmt: skip
     return {
@@ -320,38 +339,33 @@ def run(model: str, work: Path, sampling: Sampling, count: int | None = None, op
     found = {}
     for style in STYLES:
         checkpoints, measured = {}, {}
+        asked = [asdict(sampling), count, FACTORS, style.pairs.read_text(encoding="utf-8"), judge_key(style.judge)]
         for title in style.methods:
-            checkpoints[title] = trained(style.command(title, model, str(work)), ("--no-evaluate", *options))
-            content = [
-                checkpoints[title].config.sha256,
-                asdict(sampling),
-                count,
-                FACTORS,
-                style.pairs.read_text("utf-8"),
-            ]
-            path = work / f"{style.folder(title)}-{content_key(content)}.json"
-            if not path.exists():
-                write_json(path, measure(style, title, load_base(model), checkpoints[title], sampling, work, count))
-            measured[title] = json.loads(path.read_text(encoding="utf-8"))
+            own = checkpoints[title] = trained(style.command(title, model, str(work)), ("--no-evaluate", *options))
+            path = work / f"{style.folder(title)}-{content_key([own.config.sha256, *asked])}.json"
+            measured[title] = once(path, measure, style, title, model, own, sampling, work, count)
         found[style.attribute] = summary(style, checkpoints, measured, sampling)
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+Run = Callable[[str, Path, Sampling], Any]
+
+
+def command_line(description: str | None, run: Run, write: Callable[[Path, Path], None], name: str, page: str) -> None:
+    """The command of a study: what it has found goes to the file `name` of the results, and from there to a page."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--work", type=Path, default=Path("runs/style"))
     parser.add_argument("--folder", type=Path, default=Path("docs/results"))
-    parser.add_argument("--document", type=Path, default=Path("docs/style.md"))
+    parser.add_argument("--document", type=Path, default=Path(page))
     parser.add_argument("--threads", type=int, default=0)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    results = run(args.model, args.work, SAMPLING)
-    write_json(args.folder / "style.json", results)
-    write(args.folder / "style.json", args.document)
-    Console().print(f"wrote {args.folder / 'style.json'} and {args.document}")
+    write_json(args.folder / name, run(args.model, args.work, SAMPLING))
+    write(args.folder / name, args.document)
+    Console().print(f"wrote {args.folder / name} and {args.document}")
 
 
 if __name__ == "__main__":
-    main()
+    command_line(__doc__, run, write, "style.json", "docs/style.md")

@@ -27,29 +27,16 @@ from studies.condition import (
     write,
 )
 from studies.style import FACTORS, MEANS
-from tests.training.helpers import make_llama, make_tokenizer
+from tests.studies.tiny import ROOT, found_twice
 from training.data import Split, load_data, split_samples
-from training.evaluation.generation import Sampling
 
-ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/methods.md"
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Of the study on a tiny model."""
-    folder = tmp_path_factory.mktemp("condition")
-    make_llama(num_hidden_layers=16).save_pretrained(folder / "model")
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    tokenizer.save_pretrained(folder / "model")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        few = ("--limit", "4")
-        found = run(str(folder / "model"), folder / "work", Sampling(0, 4), 6, few)
-        again = run(str(folder / "model"), folder / "work", Sampling(0, 4), 6, few)
-    assert json.loads(json.dumps(found)) == again
-    return again
+    return found_twice(run, tmp_path_factory.mktemp("condition"), 6, ("--limit", "4"))
 
 
 def test_the_questions_of_both_sides_are_as_many_and_none_is_in_two_splits() -> None:

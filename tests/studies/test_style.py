@@ -14,12 +14,10 @@ import server.cli
 import training.cli
 from demo.readme import commands
 from examples.tone.judge import cheerful, formal, held_out
-from studies.style import CHEERFUL, FACTORS, MARKERS, MAT, MEANS, PREFERS, STYLES, page, run, write
-from tests.training.helpers import make_llama, make_tokenizer
+from studies.style import CHEERFUL, FACTORS, MARKERS, MAT, MEANS, PREFERS, STYLES, own_folder, page, run, write
+from tests.studies.tiny import ROOT, found_twice
 from training.data import Split, load_data
-from training.evaluation.generation import Sampling
 
-ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/style.md"
 COMMANDS = [shlex.split(command) for command in commands(PAGE)]
 FEW = ("--limit", "3", "--damage", "1", "--max-new-tokens", "2")
@@ -28,17 +26,7 @@ FEW = ("--limit", "3", "--damage", "1", "--max-new-tokens", "2")
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Of the study on a tiny model."""
-    folder = tmp_path_factory.mktemp("style")
-    make_llama(num_hidden_layers=16).save_pretrained(folder / "model")
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
-    tokenizer.save_pretrained(folder / "model")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        found = run(str(folder / "model"), folder / "work", Sampling(0, 4), 3, FEW)
-        again = run(str(folder / "model"), folder / "work", Sampling(0, 4), 3, FEW)
-    assert json.loads(json.dumps(found)) == again
-    return again
+    return found_twice(run, tmp_path_factory.mktemp("style"), 3, FEW)
 
 
 def test_five_commands_and_the_second_is_what_is_measured() -> None:
@@ -46,6 +34,19 @@ def test_five_commands_and_the_second_is_what_is_measured() -> None:
     assert words == ["get", "train", "inspect", "evaluate", "serve"]
     assert COMMANDS[1][1:] == CHEERFUL.command(MAT, "smollm2")
     assert all(style.command(MEANS, "smollm2")[6:8] == ["--method", "caa"] for style in STYLES)
+
+
+def test_what_is_trained_in_another_way_or_on_other_data_has_another_folder(tmp_path: Path) -> None:
+    """So a study neither takes nor overwrites what is there already, a reader's own checkpoint say."""
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("one")
+    words = ["train", "--data", f"cheerful={pairs}", "--out", str(tmp_path / "cheerful")]
+    first = own_folder(words)
+    assert first == own_folder(words) != tmp_path / "cheerful"
+    assert first.parent == tmp_path
+    assert own_folder(words, ("--strength", "2")) != first
+    pairs.write_text("two")
+    assert own_folder(words) != first
 
 
 def test_every_option_of_the_tutorial_is_there() -> None:
