@@ -19,10 +19,11 @@ import torch
 
 from benchmarks.machine import described
 from benchmarks.turns import in_turn
+from benchmarks.workload import ATTRIBUTES, random_columns
 from server.threads import usable_cores
 from steering.hook import steered
 from steering.sites import layers, site_width
-from steering.types import Column, Gate, Positions, Site
+from steering.types import Column, Positions, Site
 from training.activations.tokenization import encode, pad_right
 from training.data import load_data
 from training.evaluation.choices import evaluate_choices
@@ -32,7 +33,6 @@ from training.evaluation.tasks import Prompting, Question, questions
 from training.models import Base, load_base
 
 PROMPTS = {"primer": Prompting.PRIMER, "chat": Prompting.CHAT, "neither": Prompting.PLAIN}
-ATTRIBUTES = ("truthfulness", "toxicity", "fairness")
 ALLOWED = 5e-3  # nats, of an answer's log-likelihood
 USUAL = "a text for each answer and arm"
 
@@ -82,7 +82,7 @@ def main() -> None:
 def compare(base: Base, asked: Sequence[Question], sites: Sequence[Site], args: argparse.Namespace) -> dict[str, Any]:
     """Ours, steered at each site, beside the usual way at the first of them, in turn."""
     arms = arms_of(args.arms)
-    every = {site: columns_at(base.model, site) for site in sites}
+    every = {site: random_columns(site, site_width(base.model, site.kind)) for site in sites}
     ways: dict[str, Callable[[], Sums]] = {
         USUAL: lambda: usual(base, asked, every[sites[0]], arms, args.rows),
         **{str(site): lambda own=own: ours(base, asked, own, arms) for site, own in every.items()},  # type: ignore[misc]
@@ -119,24 +119,6 @@ def compare(base: Base, asked: Sequence[Question], sites: Sequence[Site], args: 
 def arms_of(count: int) -> list[Arm]:
     """Unsteered, and the attributes at strengths from 0.25 on."""
     return [BASELINE, *(Arm(f"{n / 4:g}", dict.fromkeys(ATTRIBUTES, n / 4)) for n in range(1, count))]
-
-
-def columns_at(model: Any, site: Site) -> list[Column]:
-    """Three random attributes."""
-    drawn, width = torch.Generator().manual_seed(1), site_width(model, site.kind)
-    return [
-        Column(
-            attribute=name,
-            site=site,
-            gate=Gate.SIGMOID,
-            vector=0.1 * torch.randn(width, generator=drawn),
-            gate_weight=torch.randn(width, generator=drawn),
-            gate_bias=0.0,
-            keep_norm=True,
-            range=(-5.0, 5.0),
-        )
-        for name in ATTRIBUTES
-    ]
 
 
 def ours(base: Base, asked: Sequence[Question], columns: Sequence[Column], arms: Sequence[Arm]) -> Sums:

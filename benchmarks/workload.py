@@ -76,11 +76,16 @@ def llama(shape: str, dtype: torch.dtype, device: torch.device | str = "cpu", vo
 def columns(shape: str) -> list[Column]:
     """Three attributes at the attention's output of the middle layer."""
     width, layer = SHAPES[shape]["hidden_size"], SHAPES[shape]["num_hidden_layers"] // 2
+    return random_columns(Site.parse(f"{layer}.attn_output"), width)
+
+
+def random_columns(site: Site, width: int) -> list[Column]:
+    """The three attributes at a site of this width."""
     random_ = torch.Generator().manual_seed(1)
     return [
         Column(
             attribute=attribute,
-            site=Site.parse(f"{layer}.attn_output"),
+            site=site,
             gate=Gate.SIGMOID,
             vector=0.1 * torch.randn(width, generator=random_),
             gate_weight=torch.randn(width, generator=random_),

@@ -17,6 +17,7 @@ from benchmarks.processes import running
 from benchmarks.workload import SHAPES
 from server.bench import Summary, Workload
 from server.config import PREFIX
+from training.evaluation.answer_tree import shared_length
 
 PROCESSES = 2
 TEXTS = 8  # that are compared, token by token
@@ -42,7 +43,7 @@ def parallel(world: World) -> Iterator[Figure]:
             f"{two.inter_token_ms['p50']:.1f} against {one.inter_token_ms['p50']:.1f} ms"
         )
         yield Figure(f"{count} clients, {PROCESSES} processes against 1", ratio, "x", note)
-    equal = [_equal(one, two) for one, two in zip(alone.texts, together.texts, strict=True)]
+    equal = [shared_length(one, two) for one, two in zip(alone.texts, together.texts, strict=True)]
     whole = sum(same == len(text) for same, text in zip(equal, alone.texts, strict=True))
     note = f"{sum(equal):,} of {sum(map(len, alone.texts)):,} tokens before the first that differs by rounding"
     yield Figure(f"greedy texts of {PROCESSES} processes like those of 1", 100 * whole / TEXTS, "%", note)
@@ -95,8 +96,3 @@ def _texts(world: World, url: str) -> list[list[int]]:
     answer = httpx.post(f"{url}/generate", json=body, timeout=600)
     answer.raise_for_status()
     return [result["token_ids"] for result in answer.json()["results"]]
-
-
-def _equal(one: list[int], other: list[int]) -> int:
-    """How many tokens are the same before the first that is not."""
-    return next((index for index, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one))

@@ -110,7 +110,7 @@ class Goal:
 
     def gains(self, arm: ArmResult, differences: Mapping[str, Estimate]) -> dict[str, Estimate]:
         """The differences of the metrics of `arm` that count, more being better. Raises TrainingError."""
-        counted = [(name, name if name in arm.metrics else _bare(name)) for name in self.counted(arm)]
+        counted = [(name, _metric_of(arm, name)) for name in self.counted(arm)]
         found = {name: (differences[bare], bare != name) for name, bare in counted if bare in differences}
         return {name: _negated(one) if less else one for name, (one, less) in found.items()}
 
@@ -148,13 +148,16 @@ def _bare(name: str) -> str:
     return name.removeprefix(NOT)
 
 
+def _metric_of(arm: ArmResult, name: str) -> str:
+    """The arm's metric that `name` is of: itself, or the one that should be low."""
+    return name if name in arm.metrics else _bare(name)
+
+
 def _metric(arm: ArmResult, name: str) -> float | None:
-    if name in arm.metrics:
-        return arm.metrics[name].value
-    if (bare := _bare(name)) not in arm.metrics:
-        raise TrainingError(f"There is no metric {bare!r}; there are {', '.join(arm.metrics)}.")
-    value = arm.metrics[bare].value
-    return None if value is None else 1 - value
+    if (own := _metric_of(arm, name)) not in arm.metrics:
+        raise TrainingError(f"There is no metric {own!r}; there are {', '.join(arm.metrics)}.")
+    value = arm.metrics[own].value
+    return value if own == name or value is None else 1 - value
 
 
 def _negated(one: Estimate) -> Estimate:
