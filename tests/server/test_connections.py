@@ -163,8 +163,8 @@ def test_who_sends_on_for_ever_is_cut_off(settings: Settings, monkeypatch: pytes
     monkeypatch.setattr(protocol, "LINGER_S", 0.3)
     with serving(settings, 1) as (server, slow, url):
         running = Running(server, slow, url)
+        began = time.monotonic()  # before the server can have answered
         with running.open(POST + b"Connection: close\r\nContent-Length: 99999999999\r\n\r\n") as client:
-            began = time.monotonic()
             with suppress(OSError):  # a reset or a broken pipe
                 while time.monotonic() - began < 10:
                     client.sendall(b" " * 2**16)
