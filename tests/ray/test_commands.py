@@ -30,6 +30,11 @@ COMMANDS = Path(sys.executable).parent
 ROWS = 4  # texts at once on a replica
 
 
+def takes_ctrl_c() -> None:
+    """In a process that begins: what a shell starts in the background is told to ignore it, and all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Cluster:
     def __init__(self, folder: Path) -> None:
         self.address, self.url = f"127.0.0.1:{free_port()}", f"http://127.0.0.1:{free_port()}"
@@ -45,7 +50,13 @@ class Cluster:
     def begin(self, *command: str, **environment: str) -> "subprocess.Popen[bytes]":
         program, *arguments = command
         given = [str(COMMANDS / program), *arguments]
-        return subprocess.Popen(given, cwd=ROOT, env=self.environment | environment, stdout=subprocess.DEVNULL)
+        return subprocess.Popen(
+            given,
+            cwd=ROOT,
+            env=self.environment | environment,
+            stdout=subprocess.DEVNULL,
+            preexec_fn=takes_ctrl_c,
+        )
 
     def says(self, *command: str) -> str:
         program, *arguments = command
