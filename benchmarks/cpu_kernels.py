@@ -17,7 +17,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from benchmarks.machine import described
 from server.threads import usable_cores
 from steer_ops import DTYPES, PAGED_ATTENTION_DECODE
-from steer_ops.layers import PackedLinear, TiledLinear, fuse_mlps, fuse_norms, pack_linears
+from steer_ops.layers import fuse_mlps, fuse_norms
+from steer_ops.linears import PackedLinear, TiledLinear, pack_linears
 from steering import Column, ColumnBank, Gate, SequenceSteering, Site, steer
 from steering.fused import fused_steer
 

@@ -22,7 +22,7 @@ from benchmarks.machine import described
 from benchmarks.turns import in_turn
 from benchmarks.workload import SHAPES, llama, requests
 from server.threads import usable_cores
-from steer_ops.layers import pack_linears
+from steer_ops.linears import pack_linears
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MIXES = tuple((1.0 + i / 256, 0.5 - i / 512, -0.5) for i in range(256))

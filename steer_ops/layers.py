@@ -1,44 +1,45 @@
 """Layers of a Hugging Face model, exchanged in place for layers that compute the same faster.
 
-Linear layers with the same input become one product. On a CPU linear layers get their weights laid out once: in tiles
-for a kernel of ours, or as oneDNN wants them. PyTorch's own `linear` lays the weight out anew in every call, which for
-the few tokens of a decoding step takes longer than the product. RMS norms become one operation instead of seven, gated
-feed-forward layers three instead of five, rotary embeddings of queries and keys none instead of sixteen: they are left
-to the attention, which turns what it reads. On CUDA also the addition of an attention's output and the norm after it
-become one.
+Linear layers with the same input become one product, and on a CPU they get their weights laid out once
+(`steer_ops.linears`). RMS norms become one operation instead of seven, gated feed-forward layers three instead of five,
+rotary embeddings of queries and keys none instead of sixteen: they are left to the attention, which turns what it
+reads. On CUDA also the addition of an attention's output and the norm after it become one.
 
 Each layer is exchanged by itself, after what is to take its place has been tried against it.
 """
 
-import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.pytorch_utils import Conv1D
 
-from steer_ops.cpu.build import cpu_flags
-from steer_ops.cuda.library import DTYPES as CUDA_DTYPES
-from steer_ops.ops import ADD_RMS_NORM, RMS_NORM, ROTARY, SILU_MUL, TILED_LINEAR, UNIT_BYTES, tiled
-from steer_ops.plain import untiled
-from steer_ops.registry import DTYPES
+from steer_ops.linears import (
+    JoinedLinear,
+    Product,
+    agreed,
+    all_have,
+    is_close,
+    is_product,
+    pack_linears,
+    place_of,
+    tell_refused,
+)
+from steer_ops.ops import ADD_RMS_NORM, RMS_NORM, ROTARY, SILU_MUL
 
-# Layers that are given the same input, in the order in which models call them: one product for all of them.
-TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 EPSILONS = ("variance_epsilon", "eps")  # what models call the epsilon of an RMS norm
 # The parts of a decoder layer that adds to the residual stream twice: what a norm and a sub-layer make of it.
 RESIDUAL_LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
-CPU = torch.device("cpu")
+ACTIVATIONS = ("act_fn", "activation_fn")  # what models call the activation of a gated feed-forward layer
+CACHES = ("past_key_values", "layer_past")  # and the cache that they give their attention
 Function = TypeVar("Function", bound=Callable[..., Any])
-log = logging.getLogger(__name__)
+# The output [N, out] of one product -> queries, keys and values, [N, heads, head_dim] each.
+Split = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 def exchange_layers(model: Any, *, native: bool = True) -> None:
@@ -53,135 +54,6 @@ def exchange_layers(model: Any, *, native: bool = True) -> None:
         fuse_mlps(model)
         fuse_attention(model)
         fuse_residuals(model)
-
-
-class PackedLinear(nn.Module):
-    """x [..., in] -> [..., out], by oneDNN."""
-
-    device = CPU
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """weight [out, in]."""
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.dtype = weight.dtype
-        self.bias = bias
-        self._packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
-
-    @staticmethod
-    def takes(dtype: torch.dtype) -> bool:
-        """Whether oneDNN computes with it on this CPU: bfloat16 needs AVX-512 or newer."""
-        if dtype not in DTYPES:
-            return False
-        return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-    @property
-    def weight(self) -> Tensor:
-        """A plain copy, [out, in]."""
-        return self._packed.to_dense()
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
-        return found
-
-
-class TiledLinear(nn.Module):
-    """x [..., in] -> [..., out], by the kernel `tiled_linear`: as fast as the weight is read, for a few tokens.
-
-    oneDNN takes 15 to 35 microseconds a call before it computes anything and reads a weight at two thirds of the
-    memory's speed. It stays on CPUs without AVX2, and in bfloat16 where there is AMX.
-    """
-
-    device = CPU
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """weight [out, in], for which `takes` is true."""
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.dtype = weight.dtype
-        self.bias = None if bias is None else bias.detach().contiguous()
-        self._tiles = tiled(weight.detach())
-        self._op = TILED_LINEAR.choose(CPU, weight.dtype)
-
-    @staticmethod
-    def takes(weight: Tensor) -> bool:
-        """Whether there is a kernel for this weight [out, in] on this CPU."""
-        if weight.dtype not in DTYPES or weight.shape[1] * weight.itemsize % UNIT_BYTES:
-            return False
-        if weight.dtype == torch.bfloat16 and "amx_bf16" in cpu_flags():
-            return False
-        return TILED_LINEAR.has_kernel(CPU, weight.dtype)
-
-    @property
-    def weight(self) -> Tensor:
-        """A plain copy, [out, in]."""
-        return untiled(self._tiles, self.out_features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self._op(x, self._tiles, self.bias, self.out_features)
-        return found
-
-
-class DenseLinear(nn.Module):
-    """x [..., in] -> [..., out], as PyTorch computes it on CUDA: for several layers' weights in one."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """weight [out, in]."""
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.weight.device
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
-Packed = PackedLinear | TiledLinear | DenseLinear
-
-
-class JoinedLinear(nn.Module):
-    """One of several layers whose weights lie in one packed layer: the first of them computes the outputs of all, and
-    the others take theirs, as long as they are given the very same tensor."""
-
-    def __init__(self, whole: Packed, pending: list[tuple[Tensor, Tensor]], start: int, stop: int) -> None:
-        """`pending`: the input and the outputs that the layers of one `whole` have in common, at most one pair."""
-        super().__init__()
-        self.in_features, self.out_features = whole.in_features, stop - start
-        self._whole = (whole,)  # in a tuple: it is not a module of the model
-        self._pending = pending
-        self._start, self._stop = start, stop
-
-    @property
-    def whole(self) -> Packed:
-        """The layer that has all the weights."""
-        return self._whole[0]
-
-    @property
-    def bias(self) -> Tensor | None:
-        whole = self._whole[0].bias
-        return None if whole is None else whole[self._start : self._stop]
-
-    @property
-    def weight(self) -> Tensor:
-        """A plain copy, [out, in]."""
-        return self._whole[0].weight[self._start : self._stop]
-
-    def forward(self, x: Tensor) -> Tensor:
-        whole = self._whole[0]
-        if self._start == 0 or not self._pending or self._pending[0][0] is not x:
-            self._pending[:] = [(x, whole(x))]
-        found = self._pending[0][1][..., self._start : self._stop]
-        if self._stop == whole.out_features:
-            self._pending.clear()
-        return found
 
 
 class FusedRMSNorm(nn.Module):
@@ -203,11 +75,11 @@ class GatedMLP(nn.Module):
     """down(silu(gate(x)) * up(x)), x [..., in] -> [..., out], as LlamaMLP and its many copies in transformers have it,
     by the kernel `silu_mul`."""
 
-    def __init__(self, gate_up: Packed, down: nn.Module) -> None:
+    def __init__(self, gate_up: Product, down: nn.Module) -> None:
         """`gate_up`: gates and ups side by side, [..., in] -> [..., 2 * width], of a dtype that has a kernel."""
         super().__init__()
         self.gate_up_proj, self.down_proj = gate_up, down
-        self._op = SILU_MUL.choose(gate_up.device, gate_up.dtype)
+        self._op = SILU_MUL.choose(*place_of(gate_up))
 
     def forward(self, x: Tensor) -> Tensor:
         found: Tensor = self.down_proj(self._op(self.gate_up_proj(x)))
@@ -222,38 +94,36 @@ def takes_rotary(attend: Function) -> Function:
 
 
 class RotaryAttention(nn.Module):
-    """An attention layer with rotary embeddings, as LlamaAttention and its many copies in transformers have it: one
-    product for queries, keys and values, norms of their heads where the layer has them, then the attention that the
-    model's configuration names, which `takes_rotary`. The layer whose place it takes still answers what it does not
-    know: several texts, a cache, another attention."""
+    """An attention layer with rotary embeddings, as LlamaAttention and its many copies in transformers, Phi3Attention
+    and GPTNeoXAttention have it: one product for queries, keys and values, norms of their heads where the layer has
+    them, then the attention that the model's configuration names, which `takes_rotary`. The layer whose place it takes
+    still answers what it does not know: several texts, a cache, another attention."""
 
-    o_proj: nn.Module
-
-    def __init__(self, own: Any, options: dict[str, Any]) -> None:
-        """`own`: the layer, its projections joined (`pack_linears`). `options`: what it gives its attention by name."""
+    def __init__(self, own: Any, whole: Product, split: Split, options: dict[str, Any]) -> None:
+        """`own`: the layer, its projections joined (`pack_linears`). `whole` and `split`: its product for queries, keys
+        and values, and how they lie in it. `options`: what it gives its attention by name."""
         super().__init__()
-        self.config, self.layer_idx, self.head_dim = own.config, own.layer_idx, own.head_dim
+        self.config, self.layer_idx, self.head_dim = own.config, own.layer_idx, head_dim(own)
         for name, child in own.named_children():
             self.add_module(name, child)
         self._own = (own,)  # in a tuple: its modules are this one's
-        self._whole = (own.q_proj.whole,)
-        self._widths = [own.q_proj.out_features, own.k_proj.out_features, own.v_proj.out_features]
+        self._whole, self._split = (whole,), split
+        self._out = (output_projection(own),)
         self._norms = getattr(own, "q_norm", None), getattr(own, "k_norm", None)
         self._options = options
-        self.turned = turned_width(own)
+        self.turned, self._dtype = turned_width(own), place_of(whole)[1]
 
     @property
-    def whole(self) -> Packed:
+    def whole(self) -> Product:
         """The product for queries, keys and values."""
-        whole: Packed = self._whole[0]
-        return whole
+        return self._whole[0]
 
     def forward(
         self,
         hidden_states: Tensor,
+        *others: Any,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
         **options: Any,
     ) -> Any:
         """hidden_states [1, N, D], position_embeddings (cosines and sines) [1, N, turned] each -> [1, N, D], and what
@@ -261,117 +131,61 @@ class RotaryAttention(nn.Module):
         attend = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation)
         tokens = hidden_states.shape[1]
         if (
-            attend is None
+            others
+            or attend is None
             or not getattr(attend, "takes_rotary", False)
-            or past_key_values is not None
+            or any(options.get(name) is not None for name in CACHES)
             or position_embeddings is None
             or len(hidden_states) != 1
             or position_embeddings[0].shape != (1, tokens, self.turned)
-            or position_embeddings[0].dtype != self.whole.dtype
+            or position_embeddings[0].dtype != self._dtype
         ):
-            return self._own[0](
-                hidden_states,
-                position_embeddings=position_embeddings,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                **options,
-            )
-        parts = self.whole(hidden_states)[0].split(self._widths, dim=-1)
-        query, key, value = (part.view(tokens, -1, self.head_dim) for part in parts)
+            named = {"position_embeddings": position_embeddings, "attention_mask": attention_mask, **options}
+            return self._own[0](hidden_states, *others, **named)
+        query, key, value = self._split(self.whole(hidden_states)[0])
         if self._norms[0] is not None and self._norms[1] is not None:
             query, key = self._norms[0](query), self._norms[1](key)
         query, key, value = (part.transpose(0, 1)[None] for part in (query, key, value))
+        options = {name: option for name, option in options.items() if name not in CACHES}
         named = {**self._options, **options, "rotary": (position_embeddings[0][0], position_embeddings[1][0])}
         found, weights = attend(self._own[0], query, key, value, attention_mask, **named)
-        return self.o_proj(found.reshape(1, tokens, -1)), weights
+        return self._out[0](found.reshape(1, tokens, -1)), weights
 
 
-def pack_linears(model: Any, *, native: bool = True) -> int:
-    """Replaces the linear layers of a model on a CPU, in place, where oneDNN or a kernel of ours takes them, and on
-    CUDA those that become one product; says how many. Weights that nobody else holds are freed. `native`: by kernels of
-    ours, where they can be had; on CUDA nothing is replaced without. Layers stay whose outputs for a token drawn at
-    random come out otherwise."""
-    packed, refused = 0, Counter[str]()
-    with torch.no_grad():
-        for parent in list(model.modules()):
-            plain = {name: child for name, child in parent.named_children() if _can_pack(child, native)}
-            for names in TOGETHER:
-                if set(names) <= plain.keys() and len({plain[name].bias is None for name in names}) == 1:
-                    own = {name: plain.pop(name) for name in names}
-                    packed += _exchange(parent, own, _joined(own, native), refused)
-            for name, child in plain.items():
-                if child.weight.device == CPU:
-                    found = _packed(_weight(child), child.bias, native)
-                    packed += _exchange(parent, {name: child}, {name: found}, refused)
-    _tell(refused, "the packed product")
-    return packed
+def head_dim(attention: Any) -> int:
+    """How wide a head of an attention layer is."""
+    return int(attention.head_dim if hasattr(attention, "head_dim") else attention.head_size)
 
 
-def _exchange(parent: nn.Module, own: dict[str, Any], mine: Mapping[str, nn.Module], refused: Counter[str]) -> int:
-    """Puts linear layers in the place of others, if they compute the same; says how many."""
-    if not _is_same_product(list(own.values()), list(mine.values())):
-        refused.update(type(layer).__name__ for layer in own.values())
-        return 0
-    for name, layer in mine.items():
-        setattr(parent, name, layer)
-    return len(mine)
+def output_projection(attention: Any) -> nn.Module:
+    """What brings the heads of an attention layer together."""
+    found: nn.Module = attention.o_proj if hasattr(attention, "o_proj") else attention.dense
+    return found
 
 
-def _is_same_product(own: list[Any], mine: list[nn.Module]) -> bool:
-    """For a token drawn at random."""
-    weight = _weight(own[0])
-    x = torch.randn(1, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
-    try:
-        return all(_is_close(one(x), other(x)) for one, other in zip(mine, own, strict=True))
-    except Exception:  # what replaces it does not take what it takes
-        return False
+def _queries_keys_values(attention: Any) -> tuple[Product, Split] | None:
+    """The one product of an attention layer, and how its output falls apart; None: it has several, or none is known."""
+    query, whole, by_head = (getattr(attention, name, None) for name in ("q_proj", "qkv_proj", "query_key_value"))
+    if isinstance(query, JoinedLinear):
+        widths = [query.out_features, attention.k_proj.out_features, attention.v_proj.out_features]
+        return query.whole, partial(_split_side_by_side, widths=widths, width=head_dim(attention))
+    if is_product(whole):  # Phi-3
+        queries: Any = output_projection(attention).in_features
+        widths = [queries, *[(whole.out_features - queries) // 2] * 2]
+        return whole, partial(_split_side_by_side, widths=widths, width=head_dim(attention))
+    if is_product(by_head):  # GPT-NeoX
+        return by_head, partial(_split_by_head, width=head_dim(attention))
+    return None
 
 
-def _tell(refused: Counter[str], what: str) -> None:
-    """refused: how many layers of each class stay as they are."""
-    for kind, count in refused.items():
-        log.info("%d layers %s stay as they are: %s computes something else", count, kind, what)
+def _split_side_by_side(product: Tensor, widths: list[int], width: int) -> tuple[Tensor, ...]:
+    """All queries, then all keys, then all values."""
+    return tuple(part.view(len(product), -1, width) for part in torch.split(product, widths, dim=-1))
 
 
-def _packed(weight: Tensor, bias: Tensor | None, native: bool) -> Packed:
-    """weight [out, in]"""
-    if weight.device != CPU:
-        return DenseLinear(weight, bias)
-    return TiledLinear(weight, bias) if native and TiledLinear.takes(weight) else PackedLinear(weight, bias)
-
-
-def _can_pack(layer: Any, native: bool) -> bool:
-    if type(layer) not in (nn.Linear, Conv1D) or "forward" in vars(layer):  # it computes something else
-        return False
-    weight = _weight(layer)
-    if weight.device.type == "cuda":
-        return native and weight.dtype in CUDA_DTYPES
-    if weight.device != CPU:
-        return False
-    return _has_onednn() and (PackedLinear.takes(weight.dtype) or (native and TiledLinear.takes(weight)))
-
-
-def _has_onednn() -> bool:
-    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return available and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-
-
-def _weight(layer: Any) -> Tensor:
-    """[out, in]"""
-    weight: Tensor = layer.weight
-    return weight if isinstance(layer, nn.Linear) else weight.T
-
-
-def _joined(layers: dict[str, Any], native: bool) -> dict[str, JoinedLinear]:
-    biases = [layer.bias for layer in layers.values() if layer.bias is not None]
-    weight = torch.cat([_weight(layer) for layer in layers.values()])
-    whole = _packed(weight, torch.cat(biases) if biases else None, native)
-    pending: list[tuple[Tensor, Tensor]] = []
-    stops = np.cumsum([0, *(_weight(layer).shape[0] for layer in layers.values())]).tolist()
-    return {
-        name: JoinedLinear(whole, pending, start, stop)
-        for name, start, stop in zip(layers, stops, stops[1:], strict=False)
-    }
+def _split_by_head(product: Tensor, width: int) -> tuple[Tensor, ...]:
+    """Query, key and value of each head side by side."""
+    return product.view(len(product), -1, 3, width).unbind(2)
 
 
 def fuse_norms(model: Any) -> int:
@@ -384,12 +198,12 @@ def fuse_norms(model: Any) -> int:
                 found = _fused_norm(child)
                 if found is None or found.weight.dtype != (dtype or found.weight.dtype):
                     continue
-                if _is_same_norm(found, child):
+                if agreed(_is_same_norm(found, child), found.weight.device):
                     setattr(parent, name, found)
                     fused += 1
                 else:
                     refused[type(child).__name__] += 1
-    _tell(refused, "the fused norm")
+    tell_refused(refused, "the fused norm")
     return fused
 
 
@@ -398,7 +212,7 @@ def _fused_norm(norm: Any) -> FusedRMSNorm | None:
     weight = getattr(norm, "weight", None)
     if not type(norm).__name__.endswith("RMSNorm") or epsilon is None or weight is None:
         return None
-    if weight.dim() != 1 or not RMS_NORM.has_kernel(weight.device, weight.dtype):
+    if weight.dim() != 1 or not all_have(RMS_NORM, weight.device, weight.dtype):
         return None
     return FusedRMSNorm(weight, epsilon)
 
@@ -425,20 +239,29 @@ def fuse_mlps(model: Any) -> int:
     with torch.no_grad():
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
-                gate, activation = getattr(child, "gate_proj", None), getattr(child, "act_fn", None)
-                if not isinstance(gate, JoinedLinear) or activation is None or not hasattr(child, "down_proj"):
+                activation = next((getattr(child, name) for name in ACTIVATIONS if hasattr(child, name)), None)
+                whole = _gates_and_ups(child)
+                if whole is None or activation is None or not hasattr(child, "down_proj"):
                     continue
-                here = gate.whole.device, gate.whole.dtype
-                if not SILU_MUL.has_kernel(*here):
+                here = place_of(whole)
+                if not all_have(SILU_MUL, *here):
                     continue
-                found = GatedMLP(gate.whole, child.down_proj)
-                if _is_silu(activation, *here) and _is_same_mlp(found, child, gate):
+                found = GatedMLP(whole, child.down_proj)
+                if agreed(_is_silu(activation, *here) and _is_same_mlp(found, child), here[0]):
                     setattr(parent, name, found)
                     fused += 1
                 else:
                     refused[type(child).__name__] += 1
-    _tell(refused, "the fused gate")
+    tell_refused(refused, "the fused gate")
     return fused
+
+
+def _gates_and_ups(mlp: Any) -> Product | None:
+    """The one product of a gated feed-forward layer; None: it has several, or none is known."""
+    if isinstance(gate := getattr(mlp, "gate_proj", None), JoinedLinear):
+        return gate.whole
+    whole = getattr(mlp, "gate_up_proj", None)  # Phi-3
+    return whole if is_product(whole) else None
 
 
 def _is_silu(activation: Any, device: torch.device, dtype: torch.dtype) -> bool:
@@ -447,27 +270,21 @@ def _is_silu(activation: Any, device: torch.device, dtype: torch.dtype) -> bool:
     return torch.allclose(found, activation(x), rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6)
 
 
-def _is_same_mlp(mine: GatedMLP, own: Any, gate: JoinedLinear) -> bool:
+def _is_same_mlp(mine: GatedMLP, own: Any) -> bool:
     """On tokens of all sizes, for some layers clamp what is large; each by itself. One pass: at the start of a large
     model every pass counts."""
-    largest = 2 if gate.whole.dtype == torch.float16 else 4  # sizes that stay finite
+    device, dtype = place_of(mine.gate_up_proj)
+    largest = 2 if dtype == torch.float16 else 4  # sizes that stay finite
     sizes = torch.tensor([1, 30, 1e3, 1e5][:largest]).repeat(2)[:, None]
     random = torch.Generator().manual_seed(0)
-    x = (sizes * torch.randn(len(sizes), gate.in_features, generator=random)).to(gate.whole.device, gate.whole.dtype)
+    x = (sizes * torch.randn(len(sizes), mine.gate_up_proj.in_features, generator=random)).to(device, dtype)
     try:
         found, expected = mine(x), own(x)
     except Exception:  # it wants more than x, or its layers do not go together like that
         return False
     if not isinstance(expected, Tensor) or expected.shape != found.shape:
         return False
-    return _is_close(found, expected)
-
-
-def _is_close(found: Tensor, expected: Tensor) -> bool:
-    """Every vector of the last dimension, to its own length."""
-    tolerance = 1e-5 if expected.dtype == torch.float32 else 1e-2
-    away = (found - expected).float().norm(dim=-1)
-    return bool((away <= tolerance * expected.float().norm(dim=-1)).all())
+    return is_close(found, expected)
 
 
 _TRIAL = "steer_ops_trial"  # an attention that gives every query back
@@ -481,35 +298,34 @@ def fuse_attention(model: Any) -> int:
     with torch.no_grad():
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
-                query = getattr(child, "q_proj", None)
-                if not isinstance(query, JoinedLinear) or isinstance(child, RotaryAttention):
+                product = None if isinstance(child, RotaryAttention) else _queries_keys_values(child)
+                if product is None or not all_have(ROTARY, *(here := place_of(product[0]))):
                     continue
-                if not ROTARY.has_kernel(query.whole.device, query.whole.dtype):
-                    continue
-                if found := _fused_attention(child, query.whole):
+                found = _fused_attention(child, *product)
+                if agreed(found is not None, here[0]):
                     setattr(parent, name, found)
                     fused += 1
                 else:
                     refused[type(child).__name__] += 1
-    _tell(refused, "the fused rotary embedding")
+    tell_refused(refused, "the fused rotary embedding")
     return fused
 
 
 def turned_width(attention: Any) -> int:
     """How many numbers of each head an attention layer turns, as its configuration has it."""
     parameters = getattr(attention.config, "rope_parameters", None) or {}
-    return int(attention.head_dim * (parameters.get("partial_rotary_factor") or 1.0))
+    return int(head_dim(attention) * (parameters.get("partial_rotary_factor") or 1.0))
 
 
-def _fused_attention(own: Any, whole: Packed) -> RotaryAttention | None:
+def _fused_attention(own: Any, whole: Product, split: Split) -> RotaryAttention | None:
     """None: the layer does something else."""
     try:
         with _recorded_attention(own.config) as seen:
             x, given = _attention_inputs(turned_width(own), whole)
             expected = own(x, **given)
-            mine = RotaryAttention(own, seen[0][3])
+            mine = RotaryAttention(own, whole, split, seen[0][3])
             found = mine(x, **given)
-            large = x * (30 if whole.dtype == torch.float16 else 1e3)  # some layers clamp what is large
+            large = x * (30 if x.dtype == torch.float16 else 1e3)  # some layers clamp what is large
             own(large, **given)
             mine(large, **given)
     except Exception:  # it is called with something else, or is put together in another way
@@ -519,14 +335,14 @@ def _fused_attention(own: Any, whole: Packed) -> RotaryAttention | None:
     both = [(found[0], expected[0])]
     for ours, theirs in ((seen[1], seen[0]), (seen[3], seen[2])):
         both += zip(ours[:3], theirs[:3], strict=True)
-    same = all(one.shape == other.shape and _is_close(one, other) for one, other in both)
+    same = all(one.shape == other.shape and is_close(one, other) for one, other in both)
     return mine if same else None
 
 
-def _attention_inputs(turned: int, whole: Packed) -> tuple[Tensor, dict[str, Any]]:
+def _attention_inputs(turned: int, whole: Product) -> tuple[Tensor, dict[str, Any]]:
     """Five tokens drawn at random, [1, 5, in], and what models give their attention by name."""
     random = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 5, whole.in_features, generator=random).to(whole.device, whole.dtype)
+    x = torch.randn(1, 5, whole.in_features, generator=random).to(*place_of(whole))
     angles = torch.randn(1, 5, turned // 2, generator=random).repeat(1, 1, 2)
     turns = angles.cos().to(x), angles.sin().to(x)
     return x, {"position_embeddings": turns, "attention_mask": None}
@@ -566,38 +382,39 @@ def fuse_residuals(model: Any) -> int:
         for layer in model.modules():
             if not _can_fuse_residual(layer):
                 continue
-            if _fuse_residual(layer):
+            if forward := _fused_residual(layer):
+                layer.forward = forward
                 fused += 1
             else:
                 refused[type(layer).__name__] += 1
-    _tell(refused, "the fused residual addition")
+    tell_refused(refused, "the fused residual addition")
     return fused
 
 
 def _can_fuse_residual(layer: Any) -> bool:
-    if {name for name, _ in layer.named_children()} != RESIDUAL_LAYER or "forward" in vars(layer):
+    parts = {name for name, child in layer.named_children() if not isinstance(child, nn.Dropout)}
+    if parts != RESIDUAL_LAYER or "forward" in vars(layer):
         return False
     attention, norm = layer.self_attn, layer.post_attention_layernorm
     if not isinstance(attention, RotaryAttention) or not isinstance(norm, FusedRMSNorm):
         return False
-    whole = attention.whole
-    return norm.weight.dtype == whole.dtype and ADD_RMS_NORM.has_kernel(whole.device, whole.dtype)
+    device, dtype = place_of(attention.whole)
+    return norm.weight.dtype == dtype and all_have(ADD_RMS_NORM, device, dtype)
 
 
-def _fuse_residual(layer: Any) -> bool:
+def _fused_residual(layer: Any) -> Callable[..., Tensor] | None:
+    """None: the layer does something else."""
     attention = layer.self_attn
-    whole = attention.whole
-    forward = partial(_forward_residual, layer, ADD_RMS_NORM.choose(whole.device, whole.dtype))
+    here = place_of(attention.whole)
+    forward = partial(_forward_residual, layer, ADD_RMS_NORM.choose(*here))
     try:
         with _recorded_attention(attention.config):
-            x, given = _attention_inputs(attention.turned, whole)
+            x, given = _attention_inputs(attention.turned, attention.whole)
             expected, found = layer(x, **given), forward(x, **given)
+            same = isinstance(expected, Tensor) and expected.shape == found.shape and is_close(found, expected)
     except Exception:  # it is called with something else
-        return False
-    if not isinstance(expected, Tensor) or expected.shape != found.shape or not _is_close(found, expected):
-        return False
-    layer.forward = forward
-    return True
+        same = False
+    return forward if agreed(same, here[0]) else None
 
 
 def _forward_residual(layer: Any, add_rms_norm: Any, hidden_states: Tensor, **options: Any) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from server.attention import kv_pool
 from server.engine.model_runner import _rows_of
 from server.engine.sequence import Sequence, SteeringParams
-from steer_ops import layers, plain
+from steer_ops import linears, plain
 from steer_ops.cuda import library
 from steer_ops.layers import FusedRMSNorm, GatedMLP, RotaryAttention
 from steering.types import SequenceSteering
@@ -51,7 +51,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     for name, kernel in {**kernels, "varlen_attention": plain.varlen_attention}.items():
         monkeypatch.setitem(by_name[name]._chosen, (CPU.type, torch.float32), counts.of(name, kernel))
     monkeypatch.setattr(kv_pool, "varlen_takes", lambda *args: True)
-    monkeypatch.setattr(layers, "_packed", lambda weight, bias, native: layers.DenseLinear(weight, bias))
+    monkeypatch.setattr(linears, "_packed", lambda weight, bias, native: linears.DenseLinear(weight, bias))
     return counts
 
 

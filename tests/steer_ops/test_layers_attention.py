@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from steer_ops import ROTARY, plain
-from steer_ops.layers import RotaryAttention, _recorded_attention, fuse_attention, pack_linears
+from steer_ops.layers import RotaryAttention, _recorded_attention, fuse_attention
+from steer_ops.linears import pack_linears
 from steering.sites import site_module
 from steering.types import Site
 from tests.server.test_architectures import MORE, tiny
@@ -44,9 +45,10 @@ def test_every_family_says_what_it_said(name: str) -> None:
         ("gemma2", 1),
         ("mistral", 1),
         ("stablelm", 1),  # a quarter of each head is turned
+        ("phi3", 1),  # one product of the model's own, all queries first
+        ("gpt_neox", 1),  # the same, head by head
         ("gpt2", 0),
         ("cohere2", 0),
-        ("phi3", 0),
     ],
 )
 def test_only_what_says_the_same_is_exchanged(name: str, expected: int) -> None:
@@ -63,13 +65,14 @@ def test_in_bfloat16() -> None:
     assert (found - expected).norm() < 0.02 * expected.norm()
 
 
-def test_several_texts_and_a_cache_are_the_models_own_business() -> None:
-    model, _ = fused("llama")
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt_neox"])
+def test_several_texts_and_a_cache_are_the_models_own_business(name: str) -> None:
+    model, _ = fused(name)
     texts = torch.cat([IDS, IDS + 1])
     with torch.no_grad():
-        assert torch.allclose(model(texts).logits, tiny("llama")(texts).logits, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(model(texts).logits, tiny(name)(texts).logits, rtol=1e-4, atol=1e-4)
         found = model.generate(IDS, max_new_tokens=5, do_sample=False)
-    assert torch.equal(found, tiny("llama").generate(IDS, max_new_tokens=5, do_sample=False))
+    assert torch.equal(found, tiny(name).generate(IDS, max_new_tokens=5, do_sample=False))
 
 
 def test_another_attention_is_the_models_own_business() -> None:

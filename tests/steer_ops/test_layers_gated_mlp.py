@@ -8,7 +8,8 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from steer_ops import SILU_MUL
-from steer_ops.layers import GatedMLP, fuse_mlps, pack_linears
+from steer_ops.layers import GatedMLP, fuse_mlps
+from steer_ops.linears import pack_linears
 from steering.sites import site_module
 from steering.types import Site
 from tests.server.test_architectures import tiny
@@ -96,7 +97,9 @@ def test_a_layer_that_does_more_is_left_alone(kind: type, size: float) -> None:
     assert isinstance(holder[0], kind)
 
 
-@pytest.mark.parametrize(("name", "fused"), [("llama", 3), ("qwen3", 3), ("granite", 3), ("gemma2", 0), ("gpt2", 0)])
+@pytest.mark.parametrize(
+    ("name", "fused"), [("llama", 3), ("qwen3", 3), ("granite", 3), ("phi3", 3), ("gemma2", 0), ("gpt2", 0)]
+)
 def test_a_model_says_the_same_and_has_the_same_sites(name: str, fused: int) -> None:
     plain, model = tiny(name), tiny(name)
     pack_linears(model)

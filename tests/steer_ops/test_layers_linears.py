@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from steer_ops.layers import JoinedLinear, PackedLinear, TiledLinear, pack_linears
+from steer_ops.linears import JoinedLinear, PackedLinear, TiledLinear, pack_linears
 from steering.sites import site_width
 from steering.types import SiteKind
 from tests.server.test_architectures import tiny

@@ -8,8 +8,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from steer_ops import ADD_RMS_NORM, RMS_NORM, ROTARY, SILU_MUL, layers
-from steer_ops.layers import DenseLinear, exchange_layers
+from steer_ops import ADD_RMS_NORM, RMS_NORM, ROTARY, SILU_MUL, linears
+from steer_ops.layers import exchange_layers
+from steer_ops.linears import DenseLinear
 from steer_ops.registry import Op
 from tests.server.test_architectures import tiny
 from tests.steer_ops import turning
@@ -23,7 +24,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The references are the kernels, and products are PyTorch's."""
     for op in OPS:
         monkeypatch.setitem(op._chosen, ("cpu", torch.float32), lambda *args, reference=op.reference: reference(*args))
-    monkeypatch.setattr(layers, "_packed", lambda weight, bias, native: DenseLinear(weight, bias))
+    monkeypatch.setattr(linears, "_packed", lambda weight, bias, native: DenseLinear(weight, bias))
 
 
 def wrong(op: Op) -> Any:
@@ -63,7 +64,7 @@ def kinds(model: Any) -> Counter[str]:
 def test_a_layer_whose_exchange_computes_something_else_stays(
     op: Op, exchanged: str, own: str, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", "steer_ops.layers")
+    caplog.set_level("INFO", "steer_ops.linears")
     good, bad = tiny("llama"), tiny("llama")
     before = kinds(bad)
     exchange_layers(good)
@@ -84,7 +85,7 @@ def test_a_product_that_computes_something_else_is_not_used_and_others_are(
     layer: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of one layer, keys and values change places."""
-    caplog.set_level("INFO", "steer_ops.layers")
+    caplog.set_level("INFO", "steer_ops.linears")
     model = tiny("llama")
     of_layer = model.model.layers[layer].self_attn
     weights = [part.weight for part in (of_layer.q_proj, of_layer.k_proj, of_layer.v_proj)]
@@ -94,7 +95,7 @@ def test_a_product_that_computes_something_else_is_not_used_and_others_are(
             weight = torch.cat([weights[0], weights[2], weights[1]])
         return DenseLinear(weight, bias)
 
-    monkeypatch.setattr(layers, "_packed", packed)
+    monkeypatch.setattr(linears, "_packed", packed)
     exchange_layers(model)
     assert "3 layers Linear stay as they are: the packed product computes something else" in caplog.text
     found = [type(one.self_attn).__name__ for one in model.model.layers]

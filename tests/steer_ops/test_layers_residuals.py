@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from steer_ops import ADD_RMS_NORM, RMS_NORM, ROTARY, SILU_MUL, layers
-from steer_ops.layers import DenseLinear, JoinedLinear, RotaryAttention, exchange_layers, fuse_residuals
+from steer_ops import ADD_RMS_NORM, RMS_NORM, ROTARY, SILU_MUL, linears
+from steer_ops.layers import RotaryAttention, exchange_layers, fuse_residuals
+from steer_ops.linears import DenseLinear, JoinedLinear
 from steering.sites import site_module
 from steering.types import Site
 from tests.server.test_architectures import MORE, tiny
@@ -21,7 +22,7 @@ IDS = torch.arange(3, 20)[None]
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     for op in (ADD_RMS_NORM, RMS_NORM, ROTARY, SILU_MUL):
         monkeypatch.setitem(op._chosen, ("cpu", torch.float32), lambda *args, reference=op.reference: reference(*args))
-    monkeypatch.setattr(layers, "_packed", lambda weight, bias, native: DenseLinear(weight, bias))
+    monkeypatch.setattr(linears, "_packed", lambda weight, bias, native: DenseLinear(weight, bias))
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *MORE])
@@ -34,7 +35,8 @@ def test_every_family_says_what_it_said(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "fused"), [("llama", True), ("qwen2", True), ("qwen3", True), ("mistral", True), ("gemma2", False)]
+    ("name", "fused"),
+    [("llama", True), ("qwen2", True), ("qwen3", True), ("mistral", True), ("phi3", True), ("gemma2", False)],
 )
 def test_layers_of_the_usual_kind_add_and_norm_at_once(name: str, fused: bool) -> None:
     model = tiny(name)
