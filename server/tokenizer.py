@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from server.errors import ChatTemplateUnusable, InvalidField, PromptTooLong
+from server.heap import limit_word_cache
 from server.types import ChatOptions, TokenizeParams, TokenizerInfo
 from steering.chat_template import ChatTemplate, open_chat_template
 from steering.errors import ChatTemplateError, ConversationError
@@ -50,6 +51,7 @@ class Codec:
         self.context = context
         # The first call may set the tokenizer up; later ones only read it.
         tokenizer("warm")
+        limit_word_cache(tokenizer)
         self.chat = open_chat_template(tokenizer)
 
     def encode(

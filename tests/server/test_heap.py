@@ -1,5 +1,6 @@
 """What is free in the heap is there for all threads, and for other processes."""
 
+import ctypes
 import os
 import platform
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 
 from server.heap import ARENAS_VARIABLE
 
+DEMO = Path(__file__).parents[2] / "demo/model"
 THREADS = 8
 COUNT_ARENAS = f"""
 import ctypes, sys, threading
@@ -59,6 +61,25 @@ with heap_trimmed(0.05):
         time.sleep(0.05)
 print(before - resident())
 """
+WORDS = """
+import ctypes, sys
+from transformers import AutoTokenizer
+from server.tokenizer import Codec
+names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in names]
+mallinfo = ctypes.CDLL(None).mallinfo2
+mallinfo.restype = Info
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+codec = Codec(tokenizer, vocab=len(tokenizer), context=None)
+def tokenize(first, last):
+    for number in range(first, last):
+        codec.encode(f"{number}. A bear lives", "prompt")
+tokenize(100_000, 102_000)
+before = mallinfo().uordblks
+tokenize(200_000, 206_000)
+print(mallinfo().uordblks - before)
+"""
 of_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's")
 
 
@@ -72,3 +93,14 @@ def test_many_threads_share_few_arenas_except_where_the_operator_says_otherwise(
 def test_free_pages_between_what_is_used_go_back_to_the_system() -> None:
     done = subprocess.run([sys.executable, "-c", TRIM], check=True, capture_output=True, text=True, timeout=60)
     assert int(done.stdout) > 40_000_000
+
+
+@of_glibc
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc is older than 2.33")
+def test_prompts_with_words_that_nobody_has_sent_take_no_memory_for_ever() -> None:
+    """Without a bound 6,000 of them take 1.5 MB."""
+    environment = os.environ | {"RAYON_NUM_THREADS": "1", ARENAS_VARIABLE: "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", WORDS, str(DEMO)], check=True, capture_output=True, text=True, timeout=60, env=environment
+    )
+    assert int(done.stdout) < 200_000
