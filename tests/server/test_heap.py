@@ -101,6 +101,11 @@ def test_prompts_with_words_that_nobody_has_sent_take_no_memory_for_ever() -> No
     """Without a bound 6,000 of them take 1.5 MB."""
     environment = os.environ | {"RAYON_NUM_THREADS": "1", ARENAS_VARIABLE: "1"}
     done = subprocess.run(
-        [sys.executable, "-c", WORDS, str(DEMO)], check=True, capture_output=True, text=True, timeout=60, env=environment
+        [sys.executable, "-c", WORDS, str(DEMO)],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment,
     )
     assert int(done.stdout) < 200_000
