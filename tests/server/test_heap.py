@@ -98,7 +98,7 @@ def test_free_pages_between_what_is_used_go_back_to_the_system() -> None:
 @of_glibc
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc is older than 2.33")
 def test_prompts_with_words_that_nobody_has_sent_take_no_memory_for_ever() -> None:
-    """Without a bound 6,000 of them take 1.5 MB."""
+    """Without a bound 6,000 of them take 2 MB."""
     environment = os.environ | {"RAYON_NUM_THREADS": "1", ARENAS_VARIABLE: "1"}
     done = subprocess.run(
         [sys.executable, "-c", WORDS, str(DEMO)],
