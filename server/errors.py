@@ -255,11 +255,21 @@ class DeadlineExceeded(ServerError):
 OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether PyTorch, or a library that it calls, found no memory on a device, in whatever words they say so."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether PyTorch, or a library that it calls, found no memory on a device, in whatever words they say so; also
+    where that is what led to the error, as to that of a capture which is ended."""
+    while error is not None:
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            return True
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY):
+            return True
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return False
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first; its class where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def failure_of(error: Exception, what: str) -> GenerationFailed:

@@ -13,7 +13,7 @@ from server.attention.backend import NAME
 from server.engine.model_runner import ModelRunner
 from server.engine.sequence import ScheduledChunk, Sequence
 from server.errors import StartupError
-from server.threads import usable_cores
+from server.threads import usable_cores, use_device
 from steer_ops.layers import exchange_layers
 from steering.bank import ColumnBank
 from steering.errors import ModelError
@@ -185,6 +185,7 @@ def open_runner(model: Any, bank: ColumnBank, name: str, *, native: bool = True)
 
     Raises StartupError where that is not the same model any more.
     """
+    use_device(bank.device)
     texts = _random_texts(model)
     with torch.inference_mode():
         own = [model(input_ids=text[None], use_cache=False).logits[0] for text in texts]

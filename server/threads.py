@@ -96,6 +96,13 @@ def usable_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
         return cores
 
 
+def use_device(device: torch.device) -> None:
+    """Makes a GPU this thread's own: what CUDA is asked for without a device, as a kernel to be compiled, is for that
+    one. Each thread begins with the first."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
 def run_in_disposable_thread(work: Callable[[], T]) -> T:
     """The result of `work`, done on a thread that ends with it.
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from server.attention.layout import ChunkLayout
 from server.attention.metadata import DecodeMetadata
 from server.engine.sequence import ScheduledChunk
-from server.errors import is_out_of_memory
+from server.errors import first_line, is_out_of_memory
 
 log = logging.getLogger(__name__)
 WARMUPS = 2  # passes before a capture, in which libraries set themselves up
@@ -78,6 +78,7 @@ class CudaGraphs:
         self._no_memory: dict[Bucket, tuple[int, float]] = {}
         self._unable = False
         self._pool: Any = None  # memory that all graphs share
+        self._stream: Any = None  # what they are captured on
         self._logits: Tensor | None = None  # [most rows, vocab]: what all graphs write to
 
     @staticmethod
@@ -98,22 +99,28 @@ class CudaGraphs:
             if not self._has_failed(bucket, version) and not self._is_captured(bucket, version)
         ]
 
+    def captured(self, version: int) -> list[Bucket]:
+        """What has been captured with the bank at `version`."""
+        return [bucket for bucket in self._captured if self._is_captured(bucket, version)]
+
     def capture(self, bucket: Bucket, version: int) -> None:
-        """Captures a bucket, with the bank at `version`, between two steps. Where there is no memory for it, larger
-        ones serve its rows, or none, until it is due again after `RETRY_S`."""
+        """Captures a bucket, with the bank at `version`, between two steps. Whoever gets an error from it tells
+        `give_up`."""
         before = self._captured.pop(bucket, None)  # its memory is free again
         metadata = before.metadata if before else DecodeMetadata.empty(*bucket, self._device)
-        metadata.fill((), torch.empty(0, dtype=torch.int64, device=self._device), self._idle_block)
         before = None
-        try:
-            self._captured[bucket] = _Captured(metadata, self._record(metadata), version)
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                log.warning("there is no memory for the CUDA graph of %d rows", bucket.rows)
-                self._no_memory[bucket] = version, time.monotonic()
-            else:  # a model whose host code looks at the device's values
-                log.warning("decoding steps are not captured in CUDA graphs: %s", str(error).splitlines()[0])
-                self._wanted, self._captured, self._unable = {}, {}, True
+        metadata.fill((), torch.empty(0, dtype=torch.int64, device=self._device), self._idle_block)
+        self._captured[bucket] = _Captured(metadata, self._record(metadata), version)
+
+    def give_up(self, bucket: Bucket, version: int, error: Exception) -> None:
+        """A bucket could not be captured. Where there was no memory for it, larger ones serve its rows, or none, until
+        it is due again after `RETRY_S`; else there are no graphs any more."""
+        if is_out_of_memory(error):
+            log.warning("there is no memory for the CUDA graph of %d rows", bucket.rows)
+            self._no_memory[bucket] = version, time.monotonic()
+        else:  # a model whose host code looks at the device's values, a kernel that does not compile
+            log.warning("decoding steps are not captured in CUDA graphs: %s", first_line(error))
+            self._wanted, self._captured, self._unable = {}, {}, True
 
     def find(self, chunks: Chunks, version: int) -> Bucket | None:
         """The smallest bucket for these chunks that has been captured with the bank at `version`."""
@@ -124,11 +131,7 @@ class CudaGraphs:
             if rows and not self._unable:
                 self._wanted.setdefault(Bucket(rows, longest))
         return min(
-            (
-                bucket
-                for bucket in self._captured
-                if bucket.rows >= len(chunks) and bucket.blocks >= longest and self._is_captured(bucket, version)
-            ),
+            (bucket for bucket in self.captured(version) if bucket.rows >= len(chunks) and bucket.blocks >= longest),
             key=lambda bucket: (bucket.blocks, bucket.rows),
             default=None,
         )
@@ -156,23 +159,26 @@ class CudaGraphs:
         if self._device.type != "cuda":
             self._run(metadata)
             return None
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        steps = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(steps)
+        with torch.cuda.stream(self._stream):
             for _ in range(WARMUPS):
                 logits = self._run(metadata)
-        torch.cuda.current_stream(self._device).wait_stream(stream)
+        steps.wait_stream(self._stream)
         if self._logits is None:
             self._logits = logits.new_empty(self._sizes[-1], logits.shape[-1])
         del logits
         graph = torch.cuda.CUDAGraph()
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+        # A capture that is broken off may leave its pool to nobody else: then the next one gets another.
+        pool, self._pool = self._pool or torch.cuda.graph_pool_handle(), None
         # Other threads may load a checkpoint meanwhile: what they ask of CUDA is none of this capture's business.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
             logits = self._run(metadata)
             self._logits[: len(logits)].copy_(logits)
             del logits
+        self._pool = pool
         return graph
 
     def _run(self, metadata: DecodeMetadata) -> Tensor:

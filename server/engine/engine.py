@@ -42,6 +42,7 @@ from server.errors import (
     ServerError,
     failure_of,
 )
+from server.threads import use_device
 from server.tokenizer import Decode
 from steering.types import Handle
 
@@ -253,6 +254,7 @@ class Engine:
 
     def _run(self) -> None:
         try:
+            use_device(self._runner.device)
             while self._down is None:
                 self.step(wait=True)
         except Exception as error:  # a bug in the loop itself: say so, answer everybody, never hang

@@ -271,11 +271,12 @@ class ModelRunner:
     def capture_graphs(self) -> None:
         """Captures all graphs that can be known beforehand, with a progress bar."""
         start, due = time.monotonic(), self.want_graphs()
-        if not due:
+        if self._graphs is None or not due:
             return
         for _ in hf_logging.tqdm(due, desc="Capturing CUDA graphs", unit="graph"):
             self.capture_next_graph()
-        log.info("CUDA graphs of %d sizes are captured, in %.1f s", len(due), time.monotonic() - start)
+        captured = len(self._graphs.captured(self.bank.version))
+        log.info("CUDA graphs of %d sizes are captured, in %.1f s", captured, time.monotonic() - start)
 
     def warm_up(self) -> None:
         """Captures the CUDA graphs, and computes the first steps of a text: what is made at first use on the engine's
@@ -290,18 +291,21 @@ class ModelRunner:
         self._forget_samples()
 
     def capture_next_graph(self) -> None:
-        """Captures one of those that are due, between two steps."""
+        """Captures one of those that are due, between two steps. Never raises."""
         if self._graphs is None or not (due := self.graphs_due):
             return
-        self.bank.clear()
-        self.steering.record(False)
-        self.steering.recording = True
+        bucket, version = due[0], self.bank.version
         try:
+            self.bank.clear()
+            self.steering.record(False)
+            self.steering.recording = True
             with torch.inference_mode():
-                self._graphs.capture(due[0], self.bank.version)
+                self._graphs.capture(bucket, version)
+        except Exception as error:
+            self._graphs.give_up(bucket, version, error)
         finally:
             self.steering.recording = False
-            self.bank.take_counts()
+            self.bank.take_counts(0)
 
     def execute_async(self, chunks: Chunks, after: InFlightStep | None = None) -> InFlightStep:
         """Launches a step. Never raises: errors come from `InFlightStep.result`. `after`: the step before, where its

@@ -1,10 +1,15 @@
 """Static steps, which CUDA graphs replay: when they are captured, and what serves whom. Here they run uncaptured."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
+from transformers.utils import logging as hf_logging
 
+from server.attention.metadata import DecodeMetadata
 from server.engine import cuda_graphs
 from server.engine.cuda_graphs import Bucket, CudaGraphs, capture_sizes
 from server.engine.sequence import Sequence, SteeringParams
@@ -165,10 +170,23 @@ class Fails:
         monkeypatch.setattr(CudaGraphs, "_record", record)
 
 
+def hidden_behind(error: Exception, cause: Exception) -> Exception:
+    """As when a capture is ended in which something has failed."""
+    error.__context__ = cause
+    return error
+
+
 @needs_kernel
 @pytest.mark.parametrize(
     "error",
-    [torch.OutOfMemoryError("CUDA out of memory. Tried a lot."), RuntimeError("CUDA error: out of memory")],
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried a lot."),
+        RuntimeError("CUDA error: out of memory"),
+        hidden_behind(
+            RuntimeError("CUDA error: operation failed due to a previous error during capture"),
+            torch.OutOfMemoryError("CUDA out of memory. Tried a lot."),
+        ),
+    ],
 )
 def test_a_size_that_finds_no_memory_is_served_by_a_larger_one_until_the_next_capture(
     monkeypatch: pytest.MonkeyPatch, error: Exception
@@ -196,15 +214,106 @@ def test_a_size_that_found_no_memory_is_tried_again_after_a_while(monkeypatch: p
 
 
 @needs_kernel
-def test_a_model_that_cannot_be_captured_is_served_without_graphs(
+def test_a_size_whose_tables_find_no_memory_is_told_as_that(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    Fails(monkeypatch, RuntimeError("operation not permitted when stream is capturing\nmore"), rows=4, times=9)
+    real = DecodeMetadata.empty
+
+    def empty(rows: int, *rest: Any) -> DecodeMetadata:
+        if rows == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(rows, *rest)
+
+    monkeypatch.setattr(DecodeMetadata, "empty", empty)
+    desk = Desk(tiny("llama"), graphs=True)
+    assert [bucket.rows for bucket in buckets(desk)] == [8, 4, 1]
+    assert "no memory for the CUDA graph of 2 rows" in caplog.text
+    assert not desk.runner.steering.recording
+    run(desk, asked(3, 3))
+
+
+class OutOfResources(Exception):
+    """As Triton's errors are: none of PyTorch's classes."""
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("operation not permitted when stream is capturing\nmore"),
+         "operation not permitted when stream is capturing\n"),
+        (RuntimeError(""), "RuntimeError\n"),
+        (OutOfResources("out of resource: shared memory"), "out of resource: shared memory\n"),
+    ],
+)  # fmt: skip
+def test_a_model_that_cannot_be_captured_is_served_without_graphs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception, said: str
+) -> None:
+    Fails(monkeypatch, error, rows=4, times=9)
     desk = Desk(tiny("llama"), graphs=True)
     assert not buckets(desk)
     assert not desk.runner.graphs_due
-    assert "not captured in CUDA graphs: operation not permitted when stream is capturing" in caplog.text
+    assert f"not captured in CUDA graphs: {said}" in caplog.text
     run(desk, asked(3, 3))
+
+
+@needs_kernel
+def test_captures_at_the_start_have_a_progress_bar_and_a_line_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(hf_logging, "_tqdm_active", True)
+    Fails(monkeypatch, torch.OutOfMemoryError("CUDA out of memory."), rows=2, times=1)
+    with caplog.at_level(logging.INFO):
+        Desk(tiny("llama"), graphs=True)
+    assert "CUDA graphs of 3 sizes are captured, in " in caplog.text, "one has found no memory"
+    shown = capsys.readouterr().err
+    assert "Capturing CUDA graphs: 100%" in shown
+    assert "4/4" in shown
+
+
+class Stream:
+    """Stands for one of CUDA's."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def wait_stream(self, other: "Stream") -> None:
+        pass
+
+
+def test_all_sizes_are_captured_on_one_stream_of_the_models_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this thread's device is; and a capture that was broken off leaves its memory pool to nobody else. (What
+    a GPU makes of it: tests/server/test_gpu.py.)"""
+    device, captures, warm_ups = torch.device("cuda", 1), [], []
+    pools = iter((0, number) for number in range(1, 9))
+    fails = False
+
+    @contextmanager
+    def graph(graph: object, *, pool: object, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+        captures.append((pool, stream))
+        yield
+        if fails:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    def stream(stream: Stream) -> AbstractContextManager[None]:
+        warm_ups.append(stream)
+        return nullcontext()
+
+    fakes = {"Stream": Stream, "current_stream": Stream, "stream": stream, "graph": graph, "CUDAGraph": object}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
+    graphs = CudaGraphs(
+        lambda ids, *rest: torch.zeros(ids.numel(), 5), device,
+        block_size=4, padding_block=0, most_rows=4, most_blocks=3,
+    )  # fmt: skip
+    for fails in (False, False, True, False):
+        with pytest.raises(RuntimeError) if fails else nullcontext():
+            graphs._record(DecodeMetadata.empty(2, 3, torch.device("cpu")))
+    [used] = {one for _, one in captures}
+    assert used.device == device
+    assert warm_ups == [used] * 4
+    assert [pool for pool, _ in captures] == [(0, 1), (0, 1), (0, 1), (0, 2)]
 
 
 @needs_kernel

@@ -14,6 +14,7 @@ from server.assembly import open_service
 from server.config import Settings
 from server.engine.model_runner import ModelRunner
 from server.errors import OutOfMemory
+from steer_ops import PAGED_ATTENTION_DECODE
 from tests.server.conftest import World
 
 pytestmark = pytest.mark.usefixtures("overlaps")
@@ -52,18 +53,49 @@ def test_a_server_has_computed_on_its_engines_thread_before_it_is_ready(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads: list[str] = []
+    devices: set[tuple[str, torch.device]] = set()
     real = ModelRunner.forward
 
     def forward(runner: ModelRunner, *args: Any, **kwargs: Any) -> Any:
         threads.append(threading.current_thread().name)
         return real(runner, *args, **kwargs)
 
+    def use_device(device: torch.device) -> None:
+        devices.add((threading.current_thread().name, device))
+
     monkeypatch.setattr(ModelRunner, "forward", forward)
+    monkeypatch.setattr("server.loading.use_device", use_device)
+    monkeypatch.setattr("server.engine.engine.use_device", use_device)
     service = open_service(settings)
     try:
         assert threads.count("engine") == 2, "a prompt and a step of decoding"
+        assert devices == {(thread, torch.device("cpu")) for thread in threads}, "each thread has the model's device"
         assert service.engine.status.used_blocks == 0
         assert service.engine.stats.sequences == 0
+    finally:
+        service.engine.stop()
+
+
+@pytest.mark.skipif(
+    not PAGED_ATTENTION_DECODE.has_kernel(torch.device("cpu"), torch.float32), reason="nothing can be compiled here"
+)
+def test_a_server_has_captured_all_graphs_before_it_is_ready(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the hooks of the checkpoint that is active. (Here what would be captured runs as it is.)"""
+    real = ModelRunner.allocate
+
+    def allocate(runner: ModelRunner, *args: Any, **options: Any) -> Any:
+        return real(runner, *args, **options | {"graph_rows": 4})
+
+    monkeypatch.setattr(ModelRunner, "allocate", allocate)
+    service = open_service(settings.model_copy(update={"checkpoint": "demo"}))
+    try:
+        runner = service.engine._runner
+        assert runner._graphs is not None
+        assert [bucket.rows for bucket in runner._graphs.captured(runner.bank.version)] == [4, 2, 1]
+        assert runner.bank.version > 0
+        assert not runner.graphs_due
     finally:
         service.engine.stop()
 

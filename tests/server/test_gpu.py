@@ -75,6 +75,21 @@ def test_columns_that_come_while_graphs_exist_act() -> None:
     assert desk.steered(steered) == new
 
 
+def test_steps_on_the_last_device_are_captured_and_replayed_there() -> None:
+    """Whatever the current device was, and though graphs have been captured on another one."""
+    device = torch.device("cuda", torch.cuda.device_count() - 1)
+    prompt, new = (5, 6, 7, 8), 12
+    with torch.cuda.device(0):
+        Desk(tiny("llama").to("cuda:0"), graphs=True)
+        torch.cuda.set_device(0)
+        desk = Desk(tiny("llama").to(device), graphs=True)
+        assert torch.cuda.current_device() == device.index
+        for _ in range(2):  # a thread that has another one
+            asked = greedy_sequence(prompt, new, SteeringParams())
+            assert desk.run([asked])[asked] == plain(tiny("llama"), prompt, new=new)
+            torch.cuda.set_device(0)
+
+
 @pytest.mark.parametrize("top_k", [0, 20])
 def test_nothing_waits_for_the_device_until_two_steps_have_been_begun(top_k: int) -> None:
     desk = Desk(tiny("llama").to("cuda"), graphs=True)

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.threads import LONGEST_PAUSE, PAUSE, KeyedThreads, ThreadScaler, usable_cores, waited_for_cores
+from server.threads import (
+    LONGEST_PAUSE,
+    PAUSE,
+    KeyedThreads,
+    ThreadScaler,
+    usable_cores,
+    use_device,
+    waited_for_cores,
+)
 
 
 class Machine:
@@ -145,3 +153,11 @@ def test_work_of_one_key_holds_one_thread_however_much_there_is() -> None:
         threads.submit("slow", lambda: 1 // 0).result(10)
     assert threads.submit("slow", lambda: 8).result(10) == 8
     assert not threads._waiting, "nothing is kept of keys that are done"
+
+
+def test_a_thread_uses_the_gpu_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    for name in ("cpu", "cuda:1", "cuda:0", "cuda"):
+        use_device(torch.device(name))
+    assert used == [torch.device("cuda:1"), torch.device("cuda:0")]
