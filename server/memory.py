@@ -14,7 +14,7 @@ import torch
 from server.engine.model_runner import ModelRunner
 from server.engine.scoring import max_num_logits
 from server.engine.sequence import SamplingParams, ScheduledChunk, Sequence
-from server.errors import StartupError
+from server.errors import StartupError, first_line
 from server.parallel.group import least
 
 if TYPE_CHECKING:  # an engine without a server needs no pydantic
@@ -76,8 +76,8 @@ def num_kv_cache_blocks(
 
 def profile_run(runner: ModelRunner, block_size: int, limits: "StepLimits", longest: int) -> dict[torch.device, int]:
     """Computes the largest step that the limits allow, and returns the memory that it takes on each device beside
-    weights and KV cache, in bytes: beside a token of `max_num_seqs` texts, each to be sampled from, the end of a text
-    that is scored, all of `longest` tokens, `max_num_batched_tokens` together. On a CPU only up to the first layer of
+    weights and KV cache, in bytes: beside a token of `max_num_seqs` texts, each to be sampled from, the ends of others
+    that are scored, all of `longest` tokens, `max_num_batched_tokens` together. On a CPU only up to the first layer of
     each kind: the next ones take no more, and would take minutes in a large model.
 
     Raises StartupError where it does not fit.
@@ -93,7 +93,7 @@ def profile_run(runner: ModelRunner, block_size: int, limits: "StepLimits", long
         log.debug("the largest step fails", exc_info=error)
         raise StartupError(
             f"The largest step that the settings allow ({tokens} tokens, {len(chunks)} texts of up to {longest}) "
-            f"fails: {str(error).splitlines()[0]}. Set MATSTEER_MAX_NUM_BATCHED_TOKENS or MATSTEER_MAX_NUM_SEQS lower."
+            f"fails: {first_line(error)}. Set MATSTEER_MAX_NUM_BATCHED_TOKENS or MATSTEER_MAX_NUM_SEQS lower."
         ) from error
     finally:
         _release(runner)
@@ -125,11 +125,16 @@ def _largest_step(runner: ModelRunner, limits: "StepLimits", longest: int) -> tu
     prompt = (0,) * longest
     decodes = [Sequence("profile", index, prompt, most) for index in range(limits.max_num_seqs)]
     chunks = [ScheduledChunk(one, longest - 1, longest) for one in decodes]
-    tokens = min(longest, limits.max_num_batched_tokens - len(chunks))
-    if tokens:
-        wanted = min(tokens, max_num_logits(runner.vocab_size))
+    room, logits = limits.max_num_batched_tokens - len(chunks), max_num_logits(runner.vocab_size)
+    # So many texts that one call gathers all that it may: the first has the longest chunk, others two tokens at least.
+    texts = runner.attention.gathered_tokens // longest
+    while room > 0:
+        texts = max(0, texts - 1)
+        count = min(longest, max(2, room - 2 * texts), room)
+        wanted = max(1, min(count, logits))
         scored = Sequence("profile", len(chunks), (0,) * (longest - wanted + 1), most, continuation=(0,) * wanted)
-        chunks.append(ScheduledChunk(scored, longest - tokens, longest))
+        chunks.append(ScheduledChunk(scored, longest - count, longest))
+        room, logits = room - count, logits - wanted
     for chunk in chunks:
         chunk.sequence.block_table = [0] * runner.blocks.blocks_for(longest)
     return tuple(chunks)

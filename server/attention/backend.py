@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from server.attention.kv_pool import KVOps, KVPool, KVShape
+from server.attention.kv_pool import SCRATCH_BYTES, KVOps, KVPool, KVShape
 from server.attention.layout import BlockCopy, ChunkLayout
 from server.attention.metadata import AttentionMetadata, AttentionParams, ForwardMetadata
 from steer_ops import PAGED_ATTENTION_DECODE
@@ -35,6 +35,7 @@ class Attention:
         self.block_size = 1
         self.native = native
         self.by_length = False  # whether a kernel attends to single tokens, each row to its own length
+        self.scratch_bytes = SCRATCH_BYTES  # of `AttentionMetadata`
         self._metadata: ForwardMetadata | None = None
 
     @property
@@ -48,6 +49,13 @@ class Attention:
         shapes = self.shapes.values()
         return self.native and all(PAGED_ATTENTION_DECODE.has_kernel(one.device, one.dtype) for one in shapes)
 
+    @property
+    def gathered_tokens(self) -> int:
+        """How many tokens' keys and values are gathered at a time, or those of one text, for chunks of many that are
+        attended to in one call; 0: each chunk is attended to alone."""
+        sizes = [shape.bytes for layer, shape in self.shapes.items() if self.pools[layer].ops.varlen]
+        return self.scratch_bytes // min(sizes) if sizes else 0
+
     def allocate(self, num_blocks: int, block_size: int) -> None:
         """Makes room for so many blocks in every layer that a pass has shown."""
         self.block_size = block_size
@@ -59,7 +67,9 @@ class Attention:
 
     def metadata(self, chunks: Sequence[ChunkLayout]) -> AttentionMetadata:
         """Of a pass of these chunks, in the order of their tokens."""
-        return AttentionMetadata.of(chunks, self.device, self.block_size, by_length=self.by_length)
+        return AttentionMetadata.of(
+            chunks, self.device, self.block_size, by_length=self.by_length, scratch_bytes=self.scratch_bytes
+        )
 
     def copy(self, copies: Sequence[BlockCopy]) -> None:
         """In order."""

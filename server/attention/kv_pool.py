@@ -10,6 +10,8 @@ from server.attention.layout import BlockCopy
 from steer_ops import GATHER_KV, PAGED_ATTENTION_DECODE, VARLEN_ATTENTION, WRITE_KV, plain
 from steer_ops.cuda.flash import takes as varlen_takes
 
+SCRATCH_BYTES = 256 * 2**20  # that attention to prompts takes at a time, beside the keys and values of one text
+
 
 @dataclass(frozen=True)
 class KVShape:

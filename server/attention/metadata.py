@@ -8,7 +8,8 @@ Where a layer leaves rotary embeddings to its attention, that of single tokens t
 same kernel; for chunks, which need theirs turned beforehand, the line is turned after that.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from server.attention.kv_pool import KVPool
+from server.attention.kv_pool import SCRATCH_BYTES, KVPool
 from server.attention.layout import ChunkLayout
 from steer_ops import rotary
 from steering.bank import upload
+
+SCORE_BYTES = 16  # of a token, a key and a head, at most: while scores become weights, and in the mask
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,26 @@ class Prefill:
         """The first key that some of the new tokens see."""
         return max(0, self.context_len - self.count + 1 - window) if window else 0
 
+    def blocks(self, window: int | None, block_size: int) -> Sequence[int]:
+        """Those with the keys that the new tokens see."""
+        return (self.block_table or ())[self.first_key(window) // block_size : -(-self.context_len // block_size)]
+
+    def pieces(self, window: int | None, scores: int) -> Iterator["Prefill"]:
+        """Itself in parts, in order: with at most `scores` pairs of a new token and a key each, or of one token."""
+        most = max(1, scores // (self.context_len - self.first_key(window)))
+        if window:  # so many tokens see as many keys, and a window
+            most = max(most, (math.isqrt(window**2 + 4 * scores) - window) // 2)
+        for lo in range(self.lo, self.hi, most):
+            hi = min(lo + most, self.hi)
+            yield replace(self, lo=lo, hi=hi, context_len=self.context_len - (self.hi - hi))
+
 
 @dataclass(frozen=True)
 class Varlen:
-    """All chunks of a pass, as `steer_ops.varlen_attention` takes them."""
+    """Chunks of a pass, as `steer_ops.varlen_attention` takes them."""
 
-    query_starts: Tensor  # [chunks + 1] int32, among the tokens of chunks
+    rows: slice | Tensor  # which tokens of the line are theirs
+    query_starts: Tensor  # [chunks + 1] int32, among those
     key_starts: Tensor  # [chunks + 1] int32
     key_lens: Tensor  # [chunks] int32
     most_queries: int
@@ -85,21 +102,41 @@ class Varlen:
     blocks: Tensor | None  # [n] int64: those whose keys are gathered; None: keys are those of the line
 
     @classmethod
-    def of(cls, prefills: Sequence[Prefill], block_size: int, device: torch.device) -> "Varlen":
+    def calls(
+        cls, prefills: Sequence[Prefill], window: int | None, block_size: int, most_blocks: int, device: torch.device
+    ) -> list["Varlen"]:
+        """All chunks, in calls that gather at most so many blocks each, or those of one chunk."""
+        if all(one.is_whole for one in prefills):
+            return [cls._of(prefills, window, block_size, device)]
+        calls: list[list[Prefill]] = []
+        room = 0
+        for prefill in prefills:
+            blocks = len(prefill.blocks(window, block_size))
+            if not calls or blocks > room:
+                calls.append([])
+                room = most_blocks
+            calls[-1].append(prefill)
+            room -= blocks
+        return [cls._of(call, window, block_size, device) for call in calls]
+
+    @classmethod
+    def _of(cls, prefills: Sequence[Prefill], window: int | None, block_size: int, device: torch.device) -> "Varlen":
         counts, lens = [one.count for one in prefills], [one.context_len for one in prefills]
-        tables = None
-        starts = [one.lo for one in prefills]
+        starts, blocks = [one.lo for one in prefills], None
         if not all(one.is_whole for one in prefills):
-            tables = [(one.block_table or ())[: -(-one.context_len // block_size)] for one in prefills]
+            tables = [one.blocks(window, block_size) for one in prefills]
+            lens = [
+                length - one.first_key(window) // block_size * block_size
+                for one, length in zip(prefills, lens, strict=True)
+            ]
             starts = (np.cumsum([0, *map(len, tables)])[:-1] * block_size).tolist()
+            blocks = upload(np.array([block for table in tables for block in table], dtype=np.int64), device)
         query_starts, key_starts, key_lens = (
             upload(np.array(numbers, dtype=np.int32), device)
             for numbers in (np.cumsum([0, *counts]), [*starts, 0], lens)
         )
-        blocks = (
-            None if tables is None else upload(np.array([b for one in tables for b in one], dtype=np.int64), device)
-        )
-        return cls(query_starts, key_starts, key_lens, max(counts), max(lens), blocks)
+        rows = _span([row for one in prefills for row in range(one.lo, one.hi)], device)
+        return cls(rows, query_starts, key_starts, key_lens, max(counts), max(lens), blocks)
 
 
 @dataclass
@@ -111,13 +148,20 @@ class AttentionMetadata:
     prefills: list[Prefill]
     written: Tensor | None  # [tokens of `prefills`, 2] int64: block and offset of each
     prefill_rows: Tensor | slice  # which tokens of the line those are
-    _blocks: dict[int, Tensor] = field(default_factory=dict)
-    _varlens: dict[tuple[int, torch.device], Varlen] = field(default_factory=dict)
-    _masks: dict[tuple[int, int | None, int, torch.dtype, torch.device], Tensor] = field(default_factory=dict)
+    scratch_bytes: int = SCRATCH_BYTES  # of scores and masks at a time, and of keys and values that are gathered
+    _blocks: dict[tuple[int, int | None, int], Tensor] = field(default_factory=dict)
+    _varlens: dict[tuple[int | None, int, int, torch.device], list[Varlen]] = field(default_factory=dict)
+    _masks: dict[tuple[int, int, int | None, int, torch.dtype, torch.device], Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, chunks: Sequence[ChunkLayout], device: torch.device, block_size: int, *, by_length: bool
+        cls,
+        chunks: Sequence[ChunkLayout],
+        device: torch.device,
+        block_size: int,
+        *,
+        by_length: bool,
+        scratch_bytes: int = SCRATCH_BYTES,
     ) -> "AttentionMetadata":
         """Chunks in the order of their tokens in the line. `by_length`: single tokens of many sequences are attended to
         in one call that reads each of them to its own length."""
@@ -144,15 +188,14 @@ class AttentionMetadata:
             prefills=prefills,
             written=upload(np.array(written, dtype=np.int64), device) if written else None,
             prefill_rows=_span(rows, device),
+            scratch_bytes=scratch_bytes,
         )
 
     def attend(self, pool: KVPool | None, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
         """query [N, heads, width], key and value [1, key heads, N, width] -> [N, heads, value width]. Writes keys and
         values into the pool; without one, those given are all there are."""
-        tokens, heads, width = query.shape
         key, value = key[0], value[0]
-        groups = heads // key.shape[0]
-        out = query.new_empty(tokens, heads, value.shape[-1])
+        out = query.new_empty(*query.shape[:2], value.shape[-1])
         if pool is not None:
             for decodes in self.decodes:
                 self._decode(decodes, pool, query, key, value, out, params)
@@ -162,28 +205,15 @@ class AttentionMetadata:
         if pool is not None and self.written is not None:
             pool.write(self.written, key[:, self.prefill_rows], value[:, self.prefill_rows])
             if pool.ops.varlen and self._is_kept and params.softcap is None and params.sinks is None:
-                found = self._varlen(pool.ops.varlen, pool, query, key, value, params)
-                if not self.decodes:
-                    return found
-                out[self.prefill_rows] = found
+                calls = self._varlen_calls(pool, params.window, query.device)
+                for call in calls:
+                    found = self._varlen(pool.ops.varlen, call, pool, query, key, value, params)
+                    if len(calls) == 1 and not self.decodes:
+                        return found
+                    out[call.rows] = found
                 return out
-        for index, prefill in enumerate(self.prefills):
-            lo, hi, first = prefill.lo, prefill.hi, prefill.first_key(params.window)
-            if pool is None or prefill.is_whole:
-                keys, values = key[:, lo:hi], value[:, lo:hi]
-                keys, values = keys[:, first:], values[:, first:]
-            else:
-                skipped = first // pool.block_size
-                keys, values = pool.gather(self._block_table(index, pool.block_size)[skipped:])
-                seen = slice(first - skipped * pool.block_size, prefill.context_len - skipped * pool.block_size)
-                keys, values = keys[:, seen], values[:, seen]
-            mask = self._mask(index, params.window, groups, query)
-            # [1, key heads, groups * count, width]: queries that share their keys stand together
-            asked = query[lo:hi].view(prefill.count, -1, groups, width).permute(1, 2, 0, 3)
-            asked = asked.reshape(1, -1, groups * prefill.count, width)
-            found = attend(asked, keys[None], values[None], mask, params)
-            found = found.view(-1, groups, prefill.count, value.shape[-1]).permute(2, 0, 1, 3)
-            out[lo:hi] = found.reshape(prefill.count, heads, -1)
+        for prefill in self.prefills:
+            self._masked(prefill, pool, query, key, value, out, params)
         return out
 
     @property
@@ -206,57 +236,90 @@ class AttentionMetadata:
             decode_attention(query[rows], key[rows], value[rows], pool, tables, lens, found, params.of(rows))
             out[rows] = found
 
+    def _varlen_calls(self, pool: KVPool, window: int | None, device: torch.device) -> list[Varlen]:
+        most_blocks = self.scratch_bytes // (pool.keys[0].nbytes + pool.values[0].nbytes)
+        at = window, pool.block_size, most_blocks, device
+        if at not in self._varlens:
+            self._varlens[at] = Varlen.calls(self.prefills, *at)
+        return self._varlens[at]
+
+    @staticmethod
     def _varlen(
-        self,
         attend: Callable[..., Tensor],
+        call: Varlen,
         pool: KVPool,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         params: AttentionParams,
     ) -> Tensor:
-        """All chunks: [tokens of `prefills`, heads, value width]."""
-        at = pool.block_size, query.device
-        if at not in self._varlens:
-            self._varlens[at] = Varlen.of(self.prefills, *at)
-        varlen = self._varlens[at]
+        """Of the call's chunks: [their tokens, heads, value width]."""
         keys, values = key.transpose(0, 1), value.transpose(0, 1)
-        if varlen.blocks is not None:
-            keys, values = pool.ops.gather(pool.keys, pool.values, varlen.blocks)
+        if call.blocks is not None:
+            keys, values = pool.ops.gather(pool.keys, pool.values, call.blocks)
         return attend(
-            query[self.prefill_rows],
+            query[call.rows],
             keys,
             values,
-            varlen.query_starts,
-            varlen.key_starts,
-            varlen.key_lens,
-            varlen.most_queries,
-            varlen.most_keys,
+            call.query_starts,
+            call.key_starts,
+            call.key_lens,
+            call.most_queries,
+            call.most_keys,
             scale=params.scale_of(query),
             window=params.window,
         )
 
-    def _block_table(self, index: int, block_size: int) -> Tensor:
-        """[n] int64: the blocks that a chunk's keys lie in."""
-        if index not in self._blocks:
-            prefill = self.prefills[index]
-            table = (prefill.block_table or ())[: -(-prefill.context_len // block_size)]
-            self._blocks[index] = upload(np.array(table, dtype=np.int64), self.positions.device)
-        return self._blocks[index]
+    def _masked(
+        self,
+        prefill: Prefill,
+        pool: KVPool | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        params: AttentionParams,
+    ) -> None:
+        """A chunk, with masks, in pieces whose scores are not too many."""
+        _, heads, width = query.shape
+        groups = heads // key.shape[0]
+        if pool is None or prefill.is_whole:
+            before, keys, values = 0, key[:, prefill.lo : prefill.hi], value[:, prefill.lo : prefill.hi]
+        else:
+            before = prefill.first_key(params.window) // pool.block_size * pool.block_size
+            keys, values = pool.gather(self._blocks_of(prefill, params.window, pool.block_size))
+        for piece in prefill.pieces(params.window, self.scratch_bytes // (heads * SCORE_BYTES)):
+            seen = slice(piece.first_key(params.window) - before, piece.context_len - before)
+            # [1, key heads, groups * count, width]: queries that share their keys stand together
+            asked = query[piece.lo : piece.hi].view(piece.count, -1, groups, width).permute(1, 2, 0, 3).flatten(1, 2)
+            mask = self._mask(piece, params.window, groups, query)
+            found = attend(asked[None], keys[None, :, seen], values[None, :, seen], mask, params)[0]
+            found = found.view(-1, groups, piece.count, value.shape[-1]).permute(2, 0, 1, 3)
+            out[piece.lo : piece.hi] = found.flatten(1, 2)
 
-    def _mask(self, index: int, window: int | None, groups: int, like: Tensor) -> Tensor | None:
-        """What to add to the scores of a chunk: [1, 1, groups * new tokens, keys]; None: nothing."""
-        prefill = self.prefills[index]
-        if prefill.count == 1:
+    def _blocks_of(self, prefill: Prefill, window: int | None, block_size: int) -> Tensor:
+        """[n] int64: those with the keys that a chunk sees."""
+        at = prefill.lo, window, block_size
+        if at not in self._blocks:
+            blocks = np.array(prefill.blocks(window, block_size), dtype=np.int64)
+            self._blocks[at] = upload(blocks, self.positions.device)
+        return self._blocks[at]
+
+    def _mask(self, piece: Prefill, window: int | None, groups: int, like: Tensor) -> Tensor | None:
+        """What to add to the scores of a piece: [1, 1, groups * new tokens, keys]; None: nothing. Kept for other layers
+        as far as there is room."""
+        if piece.count == 1:
             return None  # it sees all that there is
-        key = index, window, groups, like.dtype, like.device
-        if key not in self._masks:
-            new = torch.arange(prefill.context_len - prefill.count, prefill.context_len, device=like.device)
-            seen = torch.arange(prefill.first_key(window), prefill.context_len, device=like.device)
+        key = piece.lo, piece.hi, window, groups, like.dtype, like.device
+        if (mask := self._masks.get(key)) is None:
+            new = torch.arange(piece.context_len - piece.count, piece.context_len, device=like.device)
+            seen = torch.arange(piece.first_key(window), piece.context_len, device=like.device)
             hidden = _hidden_keys(seen, new, window)
             mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -torch.inf)
-            self._masks[key] = mask.repeat(groups, 1)[None, None]
-        return self._masks[key]
+            mask = mask.repeat(groups, 1)[None, None]
+            if sum(one.nbytes for one in [*self._masks.values(), mask]) <= self.scratch_bytes:
+                self._masks[key] = mask
+        return mask
 
 
 @dataclass

@@ -1,21 +1,25 @@
 """How much memory the KV cache takes, and what a step takes beside it."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from server import memory
+from server.attention.kv_pool import KVOps
 from server.config import Settings
 from server.engine.cuda_graphs import Bucket, CudaGraphs
 from server.engine.model_runner import ModelRunner
 from server.errors import StartupError
 from server.memory import choose_block_size, profile_run
-from steer_ops import PAGED_ATTENTION_DECODE
+from steer_ops import PAGED_ATTENTION_DECODE, plain
 from tests.server.conftest import tiny_llama
 from tests.server.desk import Desk
+from tests.server.test_architectures import tiny
 
 
 def settings(**given: Any) -> Settings:
@@ -105,6 +109,50 @@ def test_a_larger_step_takes_more_memory() -> None:
 
     # A mask of float32 for 2,000 tokens that see 4,096, twice as two query heads share a key head.
     assert peak(max_num_batched_tokens=2004) - peak() > 2000 * 4096 * 4
+
+
+@pytest.mark.skipif(not (memory.PROC / "clear_refs").exists(), reason="Linux alone tells a process's peak")
+def test_scores_of_a_long_prompt_take_no_more_than_their_share() -> None:
+    """Capped scores, which are computed step by step: whole they would be 1,000 x 2,048 in 4 heads, 31 MiB."""
+    runner = Desk(tiny("gemma2")).runner
+
+    def peak(scratch: int) -> int:
+        runner.attention.scratch_bytes = scratch
+        limits = settings(max_num_batched_tokens=1004).step_limits("cpu")
+        return max(profile_run(runner, 32, limits, 2048).values())
+
+    small, large = peak(2**22), peak(2**40)
+    assert large > 1000 * 2048 * 4 * 4
+    assert small < large / 3
+
+
+def test_the_largest_step_is_full_and_gathers_all_that_one_call_may(runner: ModelRunner) -> None:
+    limits = settings().step_limits("cpu")
+    runner.allocate(1, 32)
+
+    def chunks(longest: int) -> list[int]:
+        step = memory._largest_step(runner, limits, longest)
+        assert all(chunk.end == longest for chunk in step)
+        assert [len(chunk) for chunk in step[:4]] == [1] * 4
+        return [len(chunk) for chunk in step[4:]]
+
+    assert chunks(100) == [60]
+    assert chunks(50) == [50, 10], "texts are shorter than a step"
+    gathered: list[int] = []
+
+    def gather(keys: Tensor, values: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        gathered.append(len(blocks) * 32)
+        return plain.gather_kv(keys, values, blocks)
+
+    attention, kernels = runner.attention, KVOps(gather=gather, varlen=plain.varlen_attention)
+    attention.pools = {layer: replace(pool, ops=kernels) for layer, pool in attention.pools.items()}
+    attention.scratch_bytes = 128 * 200  # a token takes 128 bytes in each of three layers
+    assert attention.gathered_tokens == 200
+    assert chunks(50) == [50, 6, 2, 2]
+    assert chunks(250) == [60], "one text is more"
+    assert chunks(64) == [56, 2, 2]
+    runner.execute_async(memory._largest_step(runner, limits, 64)).result()
+    assert gathered == [192] * 3
 
 
 def test_a_step_that_fails_ends_the_start_with_one_sentence(

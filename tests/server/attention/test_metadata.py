@@ -1,6 +1,7 @@
 """What a token attends to: its own sequence, wherever its blocks lie, no further than it may see, beside any others."""
 
 import random
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.attention.kv_pool import KVOps, KVPool, KVShape
+from server.attention import metadata as module
+from server.attention.kv_pool import SCRATCH_BYTES, KVOps, KVPool, KVShape
 from server.attention.layout import ChunkLayout
-from server.attention.metadata import AttentionMetadata, AttentionParams, DecodeMetadata
+from server.attention.metadata import SCORE_BYTES, AttentionMetadata, AttentionParams, DecodeMetadata
 from steer_ops import plain
 
 CPU = torch.device("cpu")
@@ -139,12 +141,94 @@ def test_any_chunks_get_their_attention_turned_or_not(seed: int, by_length: bool
     for _ in range(number.randint(1, 5)):
         start = number.choice((0, number.randint(0, 3 * SIZE)))
         chunks.append((start, start + number.choice((1, 1, number.randint(1, 3 * SIZE)))))
-    world = World(chunks, seed, turned=number.choice((WIDTH, WIDTH // 2, 0)))
+    ops = KVOps(varlen=number.choice((None, plain.varlen_attention)))
+    world = World(chunks, seed, ops=ops, turned=number.choice((WIDTH, WIDTH // 2, 0)))
     params = replace(number.choice(PARAMS), rotary=world.rotary)
-    metadata = AttentionMetadata.of(world.layouts, CPU, SIZE, by_length=by_length)
+    scratch_bytes = number.choice((SCRATCH_BYTES, 3000, 1))
+    metadata = AttentionMetadata.of(world.layouts, CPU, SIZE, by_length=by_length, scratch_bytes=scratch_bytes)
     found = metadata.attend(world.pool, world.query, world.key, world.value, params)
     assert torch.allclose(found, world.expected(params), atol=1e-6)
     world.written()
+
+
+class Gathers:
+    """How many blocks each gathers, of which nothing is left when the next one is made."""
+
+    def __init__(self) -> None:
+        self.blocks: list[int] = []
+        self._left: list[weakref.ref[Tensor]] = []
+
+    def of(self, gather: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+        def counted(*args: Any) -> tuple[Tensor, Tensor]:
+            assert all(left() is None for left in self._left), "the keys and values of a call before are still there"
+            gathered = gather(*args)
+            self.blocks.append(len(args[-1]))
+            self._left = [weakref.ref(part) for part in gathered]
+            return gathered
+
+        return counted
+
+
+MANY = [(6, 9), (0, 7), (40, 43), (5, 6), (20, 31), (13, 18)]  # in blocks: 3, 2, 11, a decode, 8, 5
+
+
+@pytest.mark.parametrize(
+    ("window", "most", "calls"),
+    [
+        (None, 100, [29]),
+        (None, 16, [16, 13]),
+        (None, 5, [5, 11, 8, 5]),
+        (None, 2, [3, 11, 8, 5]),
+        (5, 100, [14]),
+        (5, 5, [5, 2, 4, 3]),
+    ],
+)
+def test_calls_for_all_chunks_gather_no_more_than_they_may_or_one_texts_keys(
+    window: int | None, most: int, calls: list[int]
+) -> None:
+    gathers = Gathers()
+    world = World(MANY, ops=KVOps(gather=gathers.of(plain.gather_kv), varlen=plain.varlen_attention))
+    block = world.pool.keys[0].nbytes + world.pool.values[0].nbytes
+    metadata = AttentionMetadata.of(world.layouts, CPU, SIZE, by_length=True, scratch_bytes=most * block)
+    params = AttentionParams(window=window)
+    for _ in range(2):  # layers
+        found = metadata.attend(world.pool, world.query, world.key, world.value, params)
+        assert torch.allclose(found, world.expected(params), atol=1e-6)
+    assert gathers.blocks == 2 * calls
+    world.written()
+
+
+@pytest.mark.parametrize("params", PARAMS, ids=["plain", "window", "softcap", "sinks"])
+@pytest.mark.parametrize("pairs", [60, 7, 1])
+def test_without_a_kernel_chunks_are_read_in_pieces_of_so_many_scores(
+    params: AttentionParams, pairs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gathers, pieces = Gathers(), []
+    gather, attend = KVPool.gather, module.attend
+
+    def counted(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, *rest: Any) -> Tensor:
+        tokens = query.shape[2] * KEY_HEADS // HEADS
+        pieces.append((tokens, keys.shape[2]))
+        held = sum(one.nbytes for one in metadata._masks.values())
+        assert held <= metadata.scratch_bytes
+        if mask is not None:
+            assert mask.nbytes <= pairs * HEADS * SCORE_BYTES
+        return attend(query, keys, values, mask, *rest)
+
+    monkeypatch.setattr(KVPool, "gather", gathers.of(gather))
+    monkeypatch.setattr(module, "attend", counted)
+    world = World(MANY)
+    metadata = AttentionMetadata.of(world.layouts, CPU, SIZE, by_length=True, scratch_bytes=pairs * HEADS * SCORE_BYTES)
+    for _ in range(2):
+        found = metadata.attend(world.pool, world.query, world.key, world.value, params)
+        assert torch.allclose(found, world.expected(params), atol=1e-6)
+    assert all(tokens * keys <= pairs or tokens == 1 for tokens, keys in pieces)
+    assert sum(tokens for tokens, _ in pieces) == 2 * sum(stop - start for start, stop in MANY if stop - start > 1)
+    few = 2 * len([chunk for chunk in MANY if chunk[1] - chunk[0] > 1])
+    assert len(pieces) > few, "some are cut"
+    if params.window:
+        assert max(keys for _, keys in pieces) <= pairs + params.window, "no piece reads what none of its tokens sees"
+    assert len(gathers.blocks) == 2 * 4, "once for each chunk that follows a prefix, whatever the pieces"
 
 
 @pytest.mark.parametrize(("chunks", "calls"), [([(6, 7), (0, 1)], 0), ([(6, 7), (0, 4)], 1)], ids=["decodes", "mixed"])
