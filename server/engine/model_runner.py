@@ -41,6 +41,7 @@ from steering.hook import Steering
 from steering.types import SequenceSteering
 
 log = logging.getLogger(__name__)
+WARM_UP_TOKENS = 8
 Chunks = tuple[ScheduledChunk, ...]
 
 
@@ -279,15 +280,18 @@ class ModelRunner:
         log.info("CUDA graphs of %d sizes are captured, in %.1f s", captured, time.monotonic() - start)
 
     def warm_up(self) -> None:
-        """Captures the CUDA graphs, and computes the first steps of a text: what is made at first use on the engine's
-        thread (a team of workers, primitives, compiled kernels) is there for the first request. It writes into the
-        first block, which nothing may hold yet."""
+        """Captures the CUDA graphs, and computes a step of each kind: the beginning of a text, more of it, one token,
+        and another text beside it. What is made at first use on the engine's thread (a team of workers, primitives,
+        compiled kernels) is there for the first request. It writes into blocks that nothing may hold yet: the first."""
         self.capture_graphs()
-        text = Sequence("warm-up", 0, (0,) * min(8, self.blocks.block_size), SamplingParams(temperature=1.0))
-        text.block_table = [0]
-        last = text.num_prompt_tokens - 1
-        for start, stop in ((0, last), (last, last + 1)):
-            self.execute_async((ScheduledChunk(text, start, stop),)).result()
+        end = WARM_UP_TOKENS
+        last, half = end - 1, end // 2
+        one, other = (Sequence("warm-up", index, (0,) * end, SamplingParams(temperature=1.0)) for index in range(2))
+        one.block_table = other.block_table = list(range(self.blocks.blocks_for(end)))
+        more = ScheduledChunk(other, half, last)
+        token = ScheduledChunk(one, last, end)
+        for chunks in ((ScheduledChunk(one, 0, half),), (more,), (token,), (token, more)):
+            self.execute_async(chunks).result()
         self._forget_samples()
 
     def capture_next_graph(self) -> None:

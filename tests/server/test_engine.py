@@ -68,7 +68,7 @@ def test_a_server_has_computed_on_its_engines_thread_before_it_is_ready(
     monkeypatch.setattr("server.engine.engine.use_device", use_device)
     service = open_service(settings)
     try:
-        assert threads.count("engine") == 2, "a prompt and a step of decoding"
+        assert threads.count("engine") == 4, "chunks, a token, and both"
         assert devices == {(thread, torch.device("cpu")) for thread in threads}, "each thread has the model's device"
         assert service.engine.status.used_blocks == 0
         assert service.engine.stats.sequences == 0

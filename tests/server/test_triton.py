@@ -109,3 +109,33 @@ def test_texts_and_logits_equal_the_plain_models(name: str, calls: Calls) -> Non
     assert calls["rotary"] == chunked * count[RotaryAttention], "decoded tokens are turned where they are attended to"
     assert ("silu_mul" in calls) == bool(count[GatedMLP])
     assert ("rms_norm" in calls) == bool(count[FusedRMSNorm])
+
+
+def test_no_kernel_is_launched_for_the_first_time_while_a_request_waits(calls: Calls) -> None:
+    """What a request's steps launch, one after the other, a step of the warm-up has launched together."""
+    desk = Desk(
+        tiny("llama", layers=1), num_blocks=16, block_size=4, max_num_seqs=2, max_num_batched_tokens=6, graphs=True
+    )
+    passes: list[set[str]] = []
+    forward = desk.runner.forward
+
+    def recording(*args: Any) -> Any:
+        calls.clear()
+        computed = forward(*args)
+        passes.append(set(calls))
+        return computed
+
+    desk.runner.forward = recording  # type: ignore[method-assign]
+    desk.runner.warm_up()
+    warm, passes[:] = passes.copy(), []
+    stem = (21, 4, 17, 33, 40)
+    desk.run([greedy_sequence(stem, 1, SteeringParams())])
+    long = (*stem, 12, 9, 30, 7, 55, 3)
+    texts = greedy_sequence((8, 9), 3, SteeringParams()), greedy_sequence(long, 3, SteeringParams())
+    desk.run([*texts])
+    kinds = {"paged_attention_decode", "varlen_attention", "gather_kv"}
+    assert {"varlen_attention"} in [one & kinds for one in passes], "a beginning"
+    assert {"paged_attention_decode"} in [one & kinds for one in passes], "tokens"
+    assert kinds in [one & kinds for one in passes], "a chunk after a prefix, beside a token"
+    for one in passes:
+        assert any(one <= each for each in warm), one
