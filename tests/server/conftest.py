@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import pytest
@@ -178,9 +178,10 @@ def event_lines(told: httpx.Response) -> Iterator[str]:
 
 
 @contextmanager
-def listening(app: FastAPI) -> Iterator[str]:
-    """The address of an app, which runs already, behind a real socket."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False, lifespan="off"))
+def listening(app: FastAPI, *, begins: bool = False) -> Iterator[str]:
+    """The address of an app, which runs already, or `begins` and ends with it, behind a real socket."""
+    lifespan: Literal["on", "off"] = "on" if begins else "off"
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False, lifespan=lifespan))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

@@ -13,9 +13,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from server.engine import model_runner
+from server.engine.model_runner import HostCopy
 from server.engine.scoring import ComparisonPair, Divergence
 from server.engine.sequence import Event, Failed, Finished, SamplingParams, ScheduledChunk, Sequence, SteeringParams
-from server.errors import GenerationFailed, NotFinite, ServerError
+from server.errors import GenerationFailed, NotFinite, OutOfMemory, ServerError
 from steering.types import SequenceSteering
 from tests.server.conftest import World, columns, tiny_llama
 from tests.server.desk import NAMES, Desk
@@ -244,6 +245,43 @@ def test_a_part_of_a_prompt_that_is_not_finite_is_known_at_once() -> None:
     assert bench.desk.computed == [24], "the first part of it"
     bench.goes_wrong = lambda what: False  # type: ignore[method-assign]
     assert bench.answer(work) == expected(work)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_after_a_lack_of_memory_nothing_is_found_in_the_cache_and_no_block_is_held(
+    ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told when the step's numbers are asked for: the next step may have been begun by then."""
+    bench = Bench(num_blocks=24, ahead=ahead)
+    blocks, runner = bench.desk.blocks, bench.desk.runner
+    works = [Work("generate", STEM[first:], ((1,) * 8,), mix) for mix, first in enumerate((0, 5))]
+    for work in works:
+        assert bench.answer(work) == expected(work)
+    cached = blocks.cached_tokens
+    assert bench.answer(works[0]) == expected(works[0])
+    assert blocks.cached_tokens > cached
+    real, begun, recovered = HostCopy.arrays, len(bench.desk.computed), []
+
+    def arrays(copy: HostCopy) -> Any:
+        if len(bench.desk.computed) < begun + 4:
+            return real(copy)
+        monkeypatch.setattr(HostCopy, "arrays", real)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(HostCopy, "arrays", arrays)
+    monkeypatch.setattr(runner, "recover", lambda: recovered.append(type(runner).recover(runner)))
+    all_got = [Got() for _ in works]
+    for work, got in zip(works, all_got, strict=True):
+        work.on(bench, got)
+    while any(got.left for got in all_got):
+        bench.desk.step()
+    assert all(isinstance(got.error, OutOfMemory) for got in all_got)
+    assert bench.desk.engine.stats.failed_steps == len(recovered) == 1
+    assert (bench.desk.begun_ahead > 0) == ahead
+    assert blocks.num_free_blocks == blocks.num_blocks
+    cached = blocks.cached_tokens
+    assert bench.answer(works[0]) == expected(works[0])
+    assert blocks.cached_tokens == cached, "what the failed step may have written over is not found"
 
 
 TURNS = [{"role": "user", "content": "What colour is the sky?"}]
