@@ -2,7 +2,8 @@
 
 Single tokens of sequences (decode) are attended to in one call over all their blocks, `paged_attention_decode`. Chunks
 of prompts gather the keys and values of their blocks, whole blocks at a time. Where there is a kernel for it all chunks
-go to one call, `varlen_attention`, else each goes to PyTorch's attention with a mask.
+go to one call, `varlen_attention`, or to several that gather a bounded number of bytes each; else each goes to
+PyTorch's attention with a mask, in pieces whose scores take so many bytes.
 
 Where a layer leaves rotary embeddings to its attention, that of single tokens turns what it reads, in every step by the
 same kernel; for chunks, which need theirs turned beforehand, the line is turned after that.
