@@ -254,11 +254,11 @@ def test_after_a_lack_of_memory_nothing_is_found_in_the_cache_and_no_block_is_he
     """It is told when the step's numbers are asked for: the next step may have been begun by then."""
     bench = Bench(num_blocks=24, ahead=ahead)
     blocks, runner = bench.desk.blocks, bench.desk.runner
-    works = [Work("generate", STEM[first:], ((1,) * 8,), mix) for mix, first in enumerate((0, 5))]
-    for work in works:
+    idle, *works = (Work("generate", STEM[first:], ((1,) * 8,), first % 2) for first in (0, 10, 15))
+    for work in (idle, *works):
         assert bench.answer(work) == expected(work)
     cached = blocks.cached_tokens
-    assert bench.answer(works[0]) == expected(works[0])
+    assert bench.answer(idle) == expected(idle)
     assert blocks.cached_tokens > cached
     real, begun, recovered = HostCopy.arrays, len(bench.desk.computed), []
 
@@ -280,7 +280,8 @@ def test_after_a_lack_of_memory_nothing_is_found_in_the_cache_and_no_block_is_he
     assert (bench.desk.begun_ahead > 0) == ahead
     assert blocks.num_free_blocks == blocks.num_blocks
     cached = blocks.cached_tokens
-    assert bench.answer(works[0]) == expected(works[0])
+    for work in (idle, *works):
+        assert bench.answer(work) == expected(work)
     assert blocks.cached_tokens == cached, "what the failed step may have written over is not found"
 
 

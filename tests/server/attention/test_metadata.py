@@ -13,7 +13,7 @@ from torch import Tensor
 from server.attention import metadata as module
 from server.attention.kv_pool import SCRATCH_BYTES, KVOps, KVPool, KVShape
 from server.attention.layout import ChunkLayout
-from server.attention.metadata import SCORE_BYTES, AttentionMetadata, AttentionParams, DecodeMetadata
+from server.attention.metadata import SCORE_BYTES, AttentionMetadata, AttentionParams, DecodeMetadata, Prefill
 from steer_ops import plain
 
 CPU = torch.device("cpu")
@@ -229,6 +229,17 @@ def test_without_a_kernel_chunks_are_read_in_pieces_of_so_many_scores(
     if params.window:
         assert max(keys for _, keys in pieces) <= pairs + params.window, "no piece reads what none of its tokens sees"
     assert len(gathers.blocks) == 2 * 4, "once for each chunk that follows a prefix, whatever the pieces"
+
+
+@pytest.mark.parametrize(
+    ("window", "counts"), [(None, [1] * 11), (3, [6, 5]), (30, [1] * 11), (2, [6, 5]), (1, [7, 4])]
+)
+def test_pieces_are_as_large_as_what_their_tokens_see_allows(window: int | None, counts: list[int]) -> None:
+    """Of 11 new tokens after 20, 60 scores at a time."""
+    pieces = list(Prefill(5, 16, 31, None).pieces(window, 60))
+    assert [piece.count for piece in pieces] == counts
+    assert [piece.lo for piece in pieces] == [5 + sum(counts[:index]) for index in range(len(counts))]
+    assert [piece.context_len for piece in pieces] == [15 + piece.hi for piece in pieces]
 
 
 @pytest.mark.parametrize(("chunks", "calls"), [([(6, 7), (0, 1)], 0), ([(6, 7), (0, 4)], 1)], ids=["decodes", "mixed"])
