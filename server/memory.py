@@ -127,8 +127,8 @@ def _largest_step(runner: ModelRunner, limits: "StepLimits", longest: int) -> tu
     chunks = [ScheduledChunk(one, longest - 1, longest) for one in decodes]
     room, logits = limits.max_num_batched_tokens - len(chunks), max_num_logits(runner.vocab_size)
     # So many texts that one call gathers all that it may: the first has the longest chunk, others two tokens at least.
-    texts = runner.attention.gathered_tokens // longest
-    while room > 0:
+    texts = min(runner.attention.gathered_tokens // longest, limits.max_num_seqs)
+    while room > 0 and len(chunks) < 2 * limits.max_num_seqs:  # as many that are scored as are generated
         texts = max(0, texts - 1)
         count = min(longest, max(2, room - 2 * texts), room)
         wanted = max(1, min(count, logits))

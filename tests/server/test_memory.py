@@ -138,6 +138,7 @@ def test_the_largest_step_is_full_and_gathers_all_that_one_call_may(runner: Mode
 
     assert chunks(100) == [60]
     assert chunks(50) == [50, 10], "texts are shorter than a step"
+    assert chunks(10) == [10] * 4, "no more are scored at a time"
     gathered: list[int] = []
 
     def gather(keys: Tensor, values: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
