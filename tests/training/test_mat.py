@@ -149,7 +149,7 @@ def test_an_interrupted_fit_ends_as_if_it_had_not_been(
 ) -> None:
     config = replace(QUICK, keep_best=True)
     whole = fit_mat(clouds.train, SITE, config, dev=clouds.dev)
-    monkeypatch.setattr(mat_module, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("training.methods.state.SECONDS", 0.0)
     steps = 0
     original = mat_module.train_step
 

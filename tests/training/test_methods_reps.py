@@ -95,6 +95,47 @@ def test_pairs_are_of_one_prompt_and_split() -> None:
     assert Pair(Encoded((1,), 0, 0), Encoded((2,), 0, 0)).preference == 0
 
 
+def test_an_interrupted_fit_ends_as_if_it_had_not_been(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the second of two attributes: the first is read, not run, and the log has every row once."""
+    samples = [*texts(), *texts("other")]
+    activations, config = extract(base.model, base.tokenizer, samples, [SITE]), RepsConfig(steps=12)
+
+    def fitted(folder: Path) -> Any:
+        return fit(activations, [SITE], Recipe(config), folder=folder, base=base, samples=samples)
+
+    whole = fitted(tmp_path / "whole")
+    steps, loss = 0, _Trainer.loss
+
+    def counted(self: _Trainer, pairs: Any, vector: Any, multiplier: float) -> Any:
+        nonlocal steps
+        steps += vector.requires_grad
+        if steps > limit:
+            raise KeyboardInterrupt
+        return loss(self, pairs, vector, multiplier)
+
+    monkeypatch.setattr(_Trainer, "loss", counted)
+    monkeypatch.setattr("training.methods.state.SECONDS", 0.0)
+    limit = 12 + 5
+    with pytest.raises(KeyboardInterrupt):
+        fitted(tmp_path / "cut")
+    steps, limit = 0, 12 - 5
+    resumed = fitted(tmp_path / "cut")
+    assert [torch.equal(one.vector, other.vector) for one, other in zip(resumed, whole, strict=True)] == [True, True]
+    logs = [(tmp_path / name / "reps.jsonl").read_text() for name in ("cut", "whole")]
+    assert logs[0] == logs[1]
+    steps = limit = 0
+    assert torch.equal(fitted(tmp_path / "cut")[1].vector, whole[1].vector)
+    assert (tmp_path / "cut/reps.jsonl").read_text() == logs[1]
+
+
+def test_the_state_of_another_fit_is_refused(base: Base, tmp_path: Path) -> None:
+    trained(base, RepsConfig(steps=1), tmp_path)
+    with pytest.raises(FitError, match="holds a fit with other settings or data"):
+        trained(base, RepsConfig(steps=2), tmp_path)
+
+
 def test_stored_activations_are_not_enough(base: Base) -> None:
     activations = extract(base.model, base.tokenizer, texts(), [SITE])
     with pytest.raises(FitError, match="--method reps is trained through the model"):

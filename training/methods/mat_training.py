@@ -3,14 +3,12 @@
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from steering.types import Column, Site
@@ -33,12 +31,12 @@ from training.methods.mat_model import (
     squared_distances,
     steered_distances,
 )
+from training.methods.state import Pace, put_back, read_state, with_moments
 from training.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
 CLOSED_GATE = 0.05
-_SAVE_SECONDS = 2.0
 _STATE = 2  # what a stored state holds: 2 has the best epoch of each attribute
 _PARAMETERS = ("vectors", "weights", "biases")
 
@@ -178,6 +176,10 @@ def fit_key(train: Mapping[str, Contrast], dev: Mapping[str, Contrast] | None, c
     return digest.hexdigest()
 
 
+def _named(model: GatedVectors) -> dict[str, Tensor]:
+    return dict(zip(_PARAMETERS, model.parameters(), strict=True))
+
+
 def save_state(
     folder: Path,
     key: str,
@@ -188,35 +190,19 @@ def save_state(
 ) -> None:
     """The log first: a state never names an epoch that the log lacks."""
     write_bytes(folder / "log.jsonl", "".join(epoch.to_json() + "\n" for epoch in history).encode())
-    tensors = {name: value.detach() for name, value in zip(_PARAMETERS, model.parameters(), strict=True)}
+    tensors = with_moments(_named(model), optimizer)
     tensors |= {f"best.{name}": value for name, value in zip(_PARAMETERS, best, strict=True)}
-    for name, value in zip(_PARAMETERS, model.parameters(), strict=True):
-        for moment, tensor in optimizer.state.get(value, {}).items():
-            tensors[f"adam.{name}.{moment}"] = tensor
     write_tensors(folder / "state.safetensors", tensors, {"key": key, "epochs": str(len(history))})
 
 
-@torch.no_grad()
 def load_state(
     folder: Path, key: str, model: GatedVectors, optimizer: torch.optim.Optimizer
 ) -> tuple[list[Tensor], list[EpochMetrics]] | None:
     """Put the stored state into model and optimizer; None where there is none. Raises FitError for another fit's."""
-    path = folder / "state.safetensors"
-    if not path.exists():
+    if (stored := read_state(folder / "state.safetensors", key)) is None:
         return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise FitError(f"{path} cannot be read: {error}.") from None
-    if metadata.get("key") != key:
-        raise FitError(f"{folder} holds a fit with other settings or data: choose another folder or delete it.")
-    for name, value in zip(_PARAMETERS, model.parameters(), strict=True):
-        value.copy_(tensors[name])
-        moments = {k.rpartition(".")[2]: v for k, v in tensors.items() if k.startswith(f"adam.{name}.")}
-        if moments:
-            optimizer.state[value] = {moment: tensor.to(value.device) for moment, tensor in moments.items()}
+    tensors, metadata = stored
+    put_back(tensors, _named(model), optimizer)
     lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()[: int(metadata["epochs"])]
     best = [tensors[f"best.{name}"].to(model.vectors.device) for name in _PARAMETERS]
     return best, [EpochMetrics.from_json(line) for line in lines]
@@ -280,7 +266,7 @@ def fit_mat(
 
     resumed = load_state(folder, key, model, optimizer) if folder else None
     best, history = resumed or (model.copy(), [metrics(0, _untrained_losses(model, rows, loss, config))])
-    saved = time.monotonic()
+    pace = Pace()
     with progress_bar("fit", config.epochs, "epochs", shown=progress, done=len(history) - 1) as advance:
         while len(history) <= config.epochs and not _out_of_patience(history, config):
             epoch = len(history)
@@ -292,9 +278,8 @@ def fit_mat(
                     for kept, value in zip(best, model.parameters(), strict=True):
                         kept[index] = value.detach()[index]
             advance(1)
-            if folder and time.monotonic() - saved >= _SAVE_SECONDS:
+            if folder and pace.due():
                 save_state(folder, key, model, optimizer, best, history)
-                saved = time.monotonic()
     if folder:
         save_state(folder, key, model, optimizer, best, history)
     chosen = _best_epochs(history, config)

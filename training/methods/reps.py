@@ -12,15 +12,17 @@ line clips the activation's part along v; here it is a negative multiplier, as a
 """
 
 import json
-import logging
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.data.samples import Split
 from training.errors import FitError
+from training.files import content_key, write_bytes, write_tensors
 from training.methods.base import FitInputs, Method, MethodConfig, option
 from training.progress import progress_bar
 
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
     from training.activations.tokenization import Encoded
     from training.data.samples import Sample
 
-log = logging.getLogger(__name__)
 MULTIPLIERS = (0.5, 1.0, 1.5)  # that a step is drawn from
 
 
@@ -55,14 +56,15 @@ class Pair:
 
 
 def fit(inputs: FitInputs, config: RepsConfig) -> Sequence["Column"]:
-    """Site by site, attribute by attribute; the losses are in `reps.jsonl`. Raises FitError where an attribute has no
-    prompt with both sides."""
+    """Site by site, attribute by attribute; the losses are in `reps.jsonl`. With a folder an interrupted fit goes on to
+    the same result. Raises FitError where an attribute has no prompt with both sides."""
     import torch
 
     from steering.types import Column, Gate
 
     assert inputs.base is not None, "checked by `fit`"
     columns: list[Column] = []
+    told: list[dict[str, Any]] = []
     for site, names in inputs.by_site():
         for name in names:
             sides = inputs.activations.contrasts(site, Split.TRAIN, [name])[name]
@@ -71,7 +73,7 @@ def fit(inputs: FitInputs, config: RepsConfig) -> Sequence["Column"]:
                 raise FitError(
                     f"The two sides of attribute {name!r} have the same mean at {site}: nothing to start from."
                 )
-            vector = _Trainer(inputs, config, name, site).run(start)
+            vector = _Trainer(inputs, config, name, site, told).run(start)
             columns.append(Column(name, site, Gate.CONSTANT, vector, torch.zeros_like(vector), 0.0, inputs.keep_norm))
     return columns
 
@@ -90,59 +92,128 @@ def pairs_of(samples: Sequence["Sample"], name: str, split: Split) -> list[tuple
     ]
 
 
+@dataclass
+class _Progress:
+    """How far a vector is trained, from the difference in means (step 0) on."""
+
+    best: "Tensor"  # [D], in units of that difference
+    lowest: float | None  # its loss on dev; None: dev has no pairs
+    told: list[dict[str, Any]]
+    """Rows of the log."""
+    step: int = 0
+
+
 class _Trainer:
-    def __init__(self, inputs: FitInputs, config: RepsConfig, name: str, site: "Site") -> None:
+    def __init__(
+        self, inputs: FitInputs, config: RepsConfig, name: str, site: "Site", before: list[dict[str, Any]] | None = None
+    ) -> None:
+        """`before`: the log of those that were trained before this one, to which its own is added."""
         from training.activations.tokenization import encode
 
         assert inputs.base is not None
         self.inputs, self.config, self.name, self.site = inputs, config, name, site
+        self.before = [] if before is None else before
         self.model = inputs.base.model
         base = inputs.base
-        self.pairs: dict[Split, list[Pair]] = {}
+        self.unjudged: dict[Split, list[Pair]] = {}
         for split in (Split.TRAIN, Split.DEV):
             encoded = [
                 tuple(encode(base.tokenizer, one.prompt, one.completion, one.turns, base.chat) for one in pair)
                 for pair in pairs_of(inputs.samples, name, split)
             ]
-            self.pairs[split] = [
-                self._judged(Pair(pair[0], pair[1])) for pair in encoded if all(one.targets for one in pair)
-            ]
-        if not self.pairs[Split.TRAIN]:
+            self.unjudged[split] = [Pair(pair[0], pair[1]) for pair in encoded if all(one.targets for one in pair)]
+        if not self.unjudged[Split.TRAIN]:
             raise FitError(
                 f"No prompt of attribute {name!r} has a positive and a negative answer in train: reps needs pairs."
             )
+
+    @cached_property
+    def pairs(self) -> dict[Split, list[Pair]]:
+        """With what the unsteered model prefers."""
+        return {split: [self._judged(pair) for pair in own] for split, own in self.unjudged.items()}
 
     def run(self, start: "Tensor") -> "Tensor":
         """The trained vector [D], on the CPU: the best on dev of those after each tenth of the steps and the start,
         where dev has pairs."""
         import torch
 
-        scale = float(start.norm())
+        scale, steps = float(start.norm()), self.config.steps
+        vector = (start / scale).to(self.model.device).requires_grad_()
+        optimizer = torch.optim.Adam([vector], lr=self.config.rate)
         with _frozen(self.model):
-            vector = (start / scale).to(self.model.device).requires_grad_()
-            optimizer = torch.optim.Adam([vector], lr=self.config.rate)
-            order = random.Random(self.config.seed)
-            train, dev = self.pairs[Split.TRAIN], self.pairs[Split.DEV]
-            every = max(1, self.config.steps // 10)
-            best, lowest, told = vector.detach().clone(), self._loss_on(dev, vector, scale), []
-            told.append({"attribute": self.name, "site": str(self.site), "step": 0, "dev": lowest})
-            with progress_bar(f"reps {self.name}", self.config.steps, "steps", shown=self.inputs.progress) as advance:
-                for step in range(1, self.config.steps + 1):
-                    chosen = [train[order.randrange(len(train))] for _ in range(self.config.pairs)]
-                    loss = self.loss(chosen, scale * vector, order.choice(MULTIPLIERS))
-                    optimizer.zero_grad()
-                    loss.backward()  # type: ignore[no-untyped-call]
-                    optimizer.step()
-                    advance(1)
-                    if step % every == 0 or step == self.config.steps:
-                        now = self._loss_on(dev, vector, scale)
-                        told.append({"attribute": self.name, "site": str(self.site), "step": step, "dev": now,
-                                     "train": float(loss.detach())})  # fmt: skip
-                        if now is None or lowest is None or now < lowest:
-                            best, lowest = vector.detach().clone(), now
-        self._write(told)
-        found: Tensor = (scale * best).float().cpu()
+            at = self._resumed(start, vector, optimizer)
+            if at is None or at.step < steps:
+                at = self._trained(at, vector, optimizer, scale, self._key(start))
+        self.before += at.told
+        found: Tensor = (scale * at.best).float().cpu()
         return found
+
+    def _trained(self, at: _Progress | None, vector: "Tensor", optimizer: Any, scale: float, key: str) -> _Progress:
+        from training.methods.state import Pace
+
+        steps, train, dev = self.config.steps, self.pairs[Split.TRAIN], self.pairs[Split.DEV]
+        row = {"attribute": self.name, "site": str(self.site)}
+        if at is None:
+            at = _Progress(vector.detach().clone(), self._loss_on(dev, vector, scale), [])
+            at.told.append({**row, "step": 0, "dev": at.lowest})
+        order, every, pace = random.Random(self.config.seed), max(1, steps // 10), Pace()
+
+        def drawn() -> tuple[list[Pair], float]:
+            return [train[order.randrange(len(train))] for _ in range(self.config.pairs)], order.choice(MULTIPLIERS)
+
+        for _ in range(at.step):
+            drawn()
+        with progress_bar(f"reps {self.name}", steps, "steps", shown=self.inputs.progress, done=at.step) as advance:
+            while at.step < steps:
+                at.step += 1
+                chosen, multiplier = drawn()
+                loss = self.loss(chosen, scale * vector, multiplier)
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                advance(1)
+                if at.step % every == 0 or at.step == steps:
+                    now = self._loss_on(dev, vector, scale)
+                    at.told.append({**row, "step": at.step, "dev": now, "train": float(loss.detach())})
+                    if now is None or at.lowest is None or now < at.lowest:
+                        at.best, at.lowest = vector.detach().clone(), now
+                if at.step == steps or pace.due():
+                    self._save(at, vector, optimizer, key)
+        return at
+
+    # What an interrupted fit goes on from: a file of each vector, and the log of all.
+
+    def _path(self) -> Path | None:
+        name = f"reps-{content_key([self.name, str(self.site)])}.safetensors"
+        return self.inputs.folder and self.inputs.folder / name
+
+    def _key(self, start: "Tensor") -> str:
+        """Stands for everything that decides the result."""
+        rows = [[split.value, list(map(asdict, own))] for split, own in self.unjudged.items()]
+        return content_key([self.config.as_dict(), self.inputs.keep_norm, start.tolist(), rows])
+
+    def _resumed(self, start: "Tensor", vector: "Tensor", optimizer: Any) -> _Progress | None:
+        """Put the stored state into vector and optimizer; None where there is none. Raises FitError for another
+        fit's."""
+        from training.methods.state import put_back, read_state
+
+        if (path := self._path()) is None or (stored := read_state(path, self._key(start))) is None:
+            return None
+        tensors, metadata = stored
+        put_back(tensors, {"vector": vector}, optimizer)
+        return _Progress(best=tensors["best"].to(vector.device), **json.loads(metadata["progress"]))
+
+    def _save(self, at: _Progress, vector: "Tensor", optimizer: Any, key: str) -> None:
+        """The log first: a state never names a step that the log lacks."""
+        from training.methods.state import with_moments
+
+        if (path := self._path()) is None:
+            return
+        log = "".join(json.dumps(row) + "\n" for row in (*self.before, *at.told))
+        write_bytes(path.with_name("reps.jsonl"), log.encode())
+        told = json.dumps({"step": at.step, "lowest": at.lowest, "told": at.told})
+        tensors = with_moments({"vector": vector}, optimizer) | {"best": at.best}
+        write_tensors(path, tensors, {"key": key, "progress": told})
 
     def loss(self, pairs: Sequence[Pair], vector: "Tensor", multiplier: float) -> "Tensor":
         """The mean over pairs, of both directions."""
@@ -194,12 +265,6 @@ class _Trainer:
         with torch.no_grad():
             sums = [float(self.loss(part, scale * vector, 1.0)) * len(part) for part in parts]
         return sum(sums) / len(pairs)
-
-    def _write(self, told: Sequence[dict[str, Any]]) -> None:
-        if self.inputs.folder is not None:
-            self.inputs.folder.mkdir(parents=True, exist_ok=True)
-            with (self.inputs.folder / "reps.jsonl").open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in told)
 
 
 def _generated() -> Any:
@@ -269,5 +334,5 @@ REPS = Method(
     fit=fit,
     site="residual",
     through_model=True,
-    one_place=False,
+    one_place=False,  # it does, but a search would train a vector through the model at every place
 )
