@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +18,10 @@ from training.activations import SINK, Pool
 from training.activations.extraction import extract
 from training.activations.store import Activations
 from training.data import Sample, Split
-from training.errors import DataError
+from training.errors import DataError, FitError
 from training.methods.caa import CaaConfig
+from training.methods.cast import fit_condition
+from training.methods.control import group_differences
 from training.methods.fit import Recipe, fit
 from training.methods.mat import MatConfig
 
@@ -84,10 +87,48 @@ def test_the_last_prompt_token_of_no_prompt_is_refused() -> None:
         extract(make_llama(), make_tokenizer(BEGIN), promptless(), [DEEP], pool=Pool.FIRST)
 
 
-def test_a_text_of_one_token_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    samples = [Sample("tone", "", "Q", True, "g", Split.TRAIN)]
-    extract(make_llama(), make_tokenizer(), samples, [DEEP], pool=Pool.LAST)
-    assert "1 samples, as 'Q' of 'tone', have nothing to pool by last but the text's first token" in caplog.text
+def bare(text: str, label: bool) -> Sample:
+    return Sample("tone", "", text, label, text, Split.TRAIN)
+
+
+@pytest.mark.parametrize("pool", [Pool.LAST, Pool.MEAN, Pool.TOKENS])
+def test_a_text_of_one_token_is_left_out(pool: Pool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, tokenizer = make_llama(), make_tokenizer()
+    others = [bare("good bees", True), bare("bad cows", False)]
+    samples = [others[0], bare("Q", True), others[1], bare("A", False)]
+    found = extract(model, tokenizer, samples, [DEEP], pool=pool, out=tmp_path)
+    expected = extract(model, tokenizer, others, [DEEP], pool=pool)
+    assert found.groups == expected.groups
+    torch.testing.assert_close(found.at(DEEP), expected.at(DEEP))
+    told = f"2 samples, as 'Q' of 'tone', have nothing to pool by {pool} but the text's first token"
+    assert told in caplog.text
+    assert "they are left out: give the texts a prompt" in caplog.text
+
+
+def test_a_side_of_texts_of_one_token_is_refused() -> None:
+    with pytest.raises(DataError, match=r"1 samples, as 'Q' of 'tone', .*: give the texts a prompt or more words\."):
+        extract(make_llama(), make_tokenizer(), [bare("Q", True), bare("bad cows", False)], [DEEP], pool=Pool.LAST)
+
+
+def with_sinks(count: int) -> Activations:
+    """Three tokens of each of 24 texts, two texts a group; the first token of the first `count` texts is a sink."""
+    rows = torch.randn(72, 8, generator=torch.Generator().manual_seed(0)) + 2
+    rows[: 3 * count : 3] = 1000 * torch.eye(8)[0]
+    owners = torch.arange(24).repeat_interleave(3)
+    return replace(
+        labelled({DEEP: rows}, owners % 2 == 0, [str(int(owner) // 2) for owner in owners]),
+        samples=owners,
+        pool=Pool.TOKENS,
+    )
+
+
+def test_no_sink_is_in_a_condition_or_a_principal_component() -> None:
+    condition = fit_condition(with_sinks(5), NAME, DEEP)
+    assert abs(float(condition.vector[0])) < 0.9
+    differences = group_differences(with_sinks(5), NAME, DEEP)
+    assert float(differences.norm(dim=1).max()) < 20
+    with pytest.raises(FitError, match=r"A side has nothing but attention sinks at 1\.residual"):
+        with_sinks(5).without_sinks(DEEP, torch.tensor([0, 6, 12]), torch.arange(40, 60))
 
 
 def with_norms(norms: Sequence[float]) -> Activations:

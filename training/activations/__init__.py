@@ -10,7 +10,8 @@ SINK = 5.0
 class Pool(StrEnum):
     """Which positions of a sample count. The answer's positions are those it is produced from: the last prompt token
     up to the second-to-last token of the text, exactly those that are steered in a generation. Attention sinks do not
-    count: never the first position of a text, nor one whose norm is far beyond that of the others."""
+    count: never the first position of a text, and of several none whose norm is far beyond that of the others;
+    `LAST` and `FIRST` take the one position that they name, whatever its norm."""
 
     MEAN = "mean"
     """One row a sample: the mean over the answer's positions."""

@@ -82,11 +82,13 @@ class ExtractionJob:
         max_tokens: int,
         chat: ChatTemplate | None = None,
     ) -> Self:
-        """`chat`: renders samples that are conversations. Raises DataError without samples."""
+        """`chat`: renders samples that are conversations. Samples that nothing but the first position of their text
+        stands for are left out, with a warning. Raises DataError without samples, or without a side of an attribute for
+        that reason."""
         if not samples:
             raise DataError("There are no samples to extract activations from.")
-        encoded = [_needed(row, pool) for row in _encode(model, tokenizer, samples, chat)]
-        _check_sinks(samples, encoded, pool)
+        needed = [_needed(row, pool) for row in _encode(model, tokenizer, samples, chat)]
+        samples, encoded = _poolable(samples, needed, pool)
         plan = {
             "model": model_hash(model),
             "texts": texts_hash(encoded),
@@ -200,19 +202,29 @@ def head_count(model: nn.Module) -> int | None:
     return count if isinstance(count, int) else None
 
 
-def _check_sinks(samples: Sequence[Sample], encoded: Sequence[Encoded], pool: Pool) -> None:
-    """Warn of samples that nothing but the first position of their text stands for; raises DataError for the pool that
-    takes it of every text without a prompt."""
-    short = [sample for sample, row in zip(samples, encoded, strict=True) if span(row, pool)[0] == 0]
-    if not short:
-        return
+def _poolable(
+    samples: Sequence[Sample], encoded: Sequence[Encoded], pool: Pool
+) -> tuple[Sequence[Sample], Sequence[Encoded]]:
+    """Without the samples that nothing but the first position of their text stands for, which are warned of. Raises
+    DataError where an attribute loses a side by that."""
+    kept = [index for index, row in enumerate(encoded) if span(row, pool)[0] > 0]
+    if len(kept) == len(samples):
+        return samples, encoded
+    left = [samples[index] for index in kept]
+    first = next(sample for sample, row in zip(samples, encoded, strict=True) if span(row, pool)[0] == 0)
     what = (
-        f"{len(short)} samples, as {short[0].text[:40]!r} of {short[0].attribute!r}, have nothing to pool by {pool} "
-        "but the text's first token, which is an attention sink"
+        f"{len(samples) - len(kept)} samples, as {first.text[:40]!r} of {first.attribute!r}, have nothing to pool by "
+        f"{pool} but the text's first token, which is an attention sink"
     )
-    if pool is Pool.FIRST:
-        raise DataError(f"{what}: give the texts a prompt, or take pool mean.")
-    log.warning("%s: give the texts a prompt.", what)
+    remedy = f"give the texts a prompt or {'pool by mean' if pool is Pool.FIRST else 'more words'}"
+    if _sides(left) != _sides(samples):
+        raise DataError(f"{what}: {remedy}.")
+    log.warning("%s; they are left out: %s.", what, remedy)
+    return left, [encoded[index] for index in kept]
+
+
+def _sides(samples: Sequence[Sample]) -> set[tuple[str, bool]]:
+    return {(sample.attribute, sample.label) for sample in samples}
 
 
 def _needed(row: Encoded, pool: Pool) -> Encoded:
@@ -247,9 +259,9 @@ def extract(
     if out is not None:
         _store(job, out, shard_size, progress)
         return load_activations(out)
-    with progress_bar("extract", len(samples), "samples", shown=progress) as advance:
-        values, owner = job.run(range(len(samples)), advance)
-    return label_rows(values, owner, samples, pool, job.source)
+    with progress_bar("extract", len(job.samples), "samples", shown=progress) as advance:
+        values, owner = job.run(range(len(job.samples)), advance)
+    return label_rows(values, owner, job.samples, pool, job.source)
 
 
 def extract_to(

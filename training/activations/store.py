@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -188,16 +188,36 @@ class Activations:
                     f"in {split or 'all splits'}; it needs both. Its rows are of {groups} "
                     f"group{'s' if groups != 1 else ''}, and a group is in one split."
                 )
-            found[name] = Contrast(*self._without_sinks(values[positive], values[negative]))
+            found[name] = Contrast(*(values[side] for side in self.without_sinks(site, positive, negative)))
         return found
 
-    def _without_sinks(self, *sides: Tensor) -> tuple[Tensor, ...]:
-        """Both sides, where every token is a row without the attention sinks among them."""
+    def without_sinks(self, site: Site, *sides: Tensor) -> tuple[Tensor, ...]:
+        """Each side's rows, given by their indices (int64), without attention sinks, where every token is a row: those
+        with more than `SINK` times the median norm of all sides'. Raises FitError where a side has no others."""
         if self.pool is not Pool.TOKENS:
             return sides
-        norms = [side.norm(dim=1) for side in sides]
+        norms = [self.at(site)[side].norm(dim=1) for side in sides]
         most = SINK * torch.cat(norms).median()
-        return tuple(side[own <= most] for side, own in zip(sides, norms, strict=True))
+        kept = tuple(side[own <= most] for side, own in zip(sides, norms, strict=True))
+        if not all(map(len, kept)):
+            raise FitError(
+                f"A side has nothing but attention sinks at {site}, with more than {SINK:g} times the usual norm: give "
+                "its texts a prompt, or take an earlier layer or another site."
+            )
+        return kept
+
+    def of_rows(self, rows: Tensor) -> "Activations":
+        """These rows (int64) alone."""
+        listed = rows.tolist()
+        return replace(
+            self,
+            values={site: values[rows] for site, values in self.values.items()},
+            attributes=tuple(self.attributes[row] for row in listed),
+            labels=self.labels[rows],
+            groups=tuple(self.groups[row] for row in listed),
+            splits=tuple(self.splits[row] for row in listed),
+            samples=self.samples[rows],
+        )
 
 
 def label_rows(

@@ -145,7 +145,7 @@ def fit_condition(
     import torch
     from torch.nn.functional import normalize as unit
 
-    sides = [_prompts(activations, name, site, label, Split.TRAIN) for label in (True, False)]
+    sides = _prompts(activations, name, site, Split.TRAIN)
     means = [side.mean(0) for side in sides]
     difference = means[0] - means[1]
     if not difference.any():
@@ -182,14 +182,20 @@ def f1_score(condition: Condition, positive: "Tensor", negative: "Tensor") -> fl
     return 2 * hits / (len(positive) + hits + alarms)
 
 
-def _prompts(activations: "Activations", name: str, site: "Site", label: bool, split: Split) -> "Tensor":
-    """[N, D]: the first kept row of each sample, which is its last prompt token where every token is a row."""
-    seen: dict[int, int] = {}
-    for row in activations.rows(attribute=name, label=label, split=split).tolist():
-        seen.setdefault(int(activations.samples[row]), row)
-    if not seen:
-        raise FitError(f"Condition {name!r} has no {'positive' if label else 'negative'} prompts in {split}.")
-    return activations.at(site)[list(seen.values())]
+def _prompts(activations: "Activations", name: str, site: "Site", split: Split) -> list["Tensor"]:
+    """Of the positive and of the negative prompts [N, D]: the first kept row of each sample, which is its last prompt
+    token where every token is a row; without those that are attention sinks. Raises FitError where a side is empty."""
+    import torch
+
+    sides = []
+    for label in (True, False):
+        seen: dict[int, int] = {}
+        for row in activations.rows(attribute=name, label=label, split=split).tolist():
+            seen.setdefault(int(activations.samples[row]), row)
+        if not seen:
+            raise FitError(f"Condition {name!r} has no {'positive' if label else 'negative'} prompts in {split}.")
+        sides.append(torch.tensor(list(seen.values())))
+    return [activations.at(site)[rows] for rows in activations.without_sinks(site, *sides)]
 
 
 def _tell(inputs: FitInputs, config: CastConfig, condition: Condition) -> None:
@@ -197,8 +203,7 @@ def _tell(inputs: FitInputs, config: CastConfig, condition: Condition) -> None:
     told: dict[str, float | str | None] = {"condition": name, "reads": str(site), "threshold": condition.threshold,
                                            "train F1": condition.f1}  # fmt: skip
     try:
-        sides = [_prompts(inputs.activations, name, site, label, Split.DEV)
-                 for label in (True, False)]  # fmt: skip
+        sides = _prompts(inputs.activations, name, site, Split.DEV)
         told["dev F1"] = f1_score(condition, *sides)
     except FitError:  # dev has one side alone
         told["dev F1"] = None

@@ -125,7 +125,8 @@ def group_differences(activations: "Activations", name: str, site: "Site") -> "T
 
     values, sides = activations.at(site), (True, False)
     rows: dict[str, dict[bool, list[int]]] = {}
-    for row in activations.rows(attribute=name, split=Split.TRAIN).tolist():
+    (usable,) = activations.without_sinks(site, activations.rows(attribute=name, split=Split.TRAIN))
+    for row in usable.tolist():
         group = rows.setdefault(activations.groups[row], {side: [] for side in sides})
         group[bool(activations.labels[row])].append(row)
     pairs = [group for group in rows.values() if all(group.values())]

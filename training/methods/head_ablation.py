@@ -99,7 +99,8 @@ def fit_head_ablation(
     for head in heads:
         if head.site not in sites:
             raise FitError(f"Head {head} was named, but {head.site} is not among the sites.")
-        values = activations.at(head.site)[rows]
+        (usable,) = activations.without_sinks(head.site, rows)
+        values = activations.at(head.site)[usable]
         fill = values.mean(0) if config.fill is Fill.MEAN else torch.zeros(values.shape[1])
         columns.extend(_columns(name, head, activations.head_width(head.site), fill))
     return HeadFit(tuple(columns), probes)

@@ -103,6 +103,8 @@ def probe_heads(
     Fitted and validated within the train split, whole groups on one side. Raises FitError for sites that are not
     attn_heads, and where one part lacks a side of the attribute.
     """
+    import torch
+
     probing = probing or ProbingConfig()
     heads = list(_heads_at(activations, sites))
     rows = activations.rows(attribute=name, split=Split.TRAIN)
@@ -115,8 +117,10 @@ def probe_heads(
     found = []
     with progress_bar(f"probe {name}", len(heads), "heads", shown=progress) as advance:
         for head in heads:
-            own = activations.at(head.site)[rows, head.span(activations.head_width(head.site))]
-            found.append(_probe(head, own, labels, held, probing.penalty))
+            (kept,) = activations.without_sinks(head.site, rows)
+            usable = torch.isin(rows, kept)
+            own = activations.at(head.site)[rows[usable], head.span(activations.head_width(head.site))]
+            found.append(_probe(head, own, labels[usable], held[usable], probing.penalty))
             advance(1)
     return tuple(sorted(found, key=lambda probe: -probe.accuracy))
 
