@@ -22,6 +22,8 @@ from training.methods.heads import parse_heads
 from training.methods.iti import ItiConfig
 from training.methods.mat import MatConfig
 from training.methods.probe import ProbeConfig
+from training.methods.reps import RepsConfig
+from training.models import Base
 
 NAME, PAIR = "truthfulness", ActAddConfig(("good bees", "bad cows"), "truthfulness")
 RESIDUAL, HEADS = ([Site(layer, kind) for layer in range(3)] for kind in (SiteKind.RESIDUAL, SiteKind.ATTN_HEADS))
@@ -38,36 +40,37 @@ RECIPES: dict[str, tuple[Recipe, list[Site]]] = {
     "iti": (Recipe(ItiConfig(top=TOP)), HEADS),
     "ablation": (Recipe(AblationConfig(SOURCE)), RESIDUAL),
     "cast": (Recipe(CastConfig("questions", RESIDUAL[0], Hold.TOKEN)), RESIDUAL[2:]),
+    "held": (Recipe(CastConfig("questions", RESIDUAL[0])), RESIDUAL[2:]),
     "clamp": (Recipe(ClampConfig()), RESIDUAL[1:]),
     "zeroed": (Recipe(HeadAblationConfig(heads=ZEROED)), HEADS),
     "meaned": (Recipe(HeadAblationConfig(heads=MEANED, fill=Fill.MEAN)), HEADS),
     "control": (Recipe(ControlConfig(coefficient=COEFFICIENTS)), RESIDUAL),
+    "reps": (Recipe(RepsConfig(steps=3, rate=0.05)), RESIDUAL[1:2]),
 }
+
+
+def texts() -> list[Sample]:
+    """Of one attribute."""
+    return [
+        Sample(NAME, f"Q: What is {n}? A:", f" {word} {n}", label, f"g{n}", Split.TRAIN)
+        for n in range(12)
+        for label, word in ((True, "good bees"), (False, "bad cows moo"))
+    ]
 
 
 def read_everywhere(model: Any, tokenizer: Any) -> Activations:
     """Activations of one attribute at every site that RECIPES name."""
-    texts = [
-        Sample(NAME, f"Q: What is {n}? A:", f" {word} {n}", label, f"g{n}", Split.TRAIN)
-        for n in range(12)
-        for label, word in ((True, "good bees"), (False, "bad cows moo"))
-    ]
-    return extract(model, tokenizer, texts, [*RESIDUAL, *HEADS, *ATTENTION], pool=Pool.LAST)
+    return extract(model, tokenizer, texts(), [*RESIDUAL, *HEADS, *ATTENTION], pool=Pool.LAST)
 
 
 def read_with_condition(model: Any, tokenizer: Any) -> Activations:
     """The same attribute, and which of the prompts are questions, token by token at RESIDUAL."""
-    texts = [
+    conditions = [
         Sample("questions", f"{said} {n}?{end}", " .", label, f"q{n}", Split.TRAIN)
         for n in range(12)
         for label, said, end in ((True, "Q: What is", " A:"), (False, "good cows", " bees"))
     ]
-    plain = [
-        Sample(NAME, f"Q: What is {n}? A:", f" {word} {n}", label, f"g{n}", Split.TRAIN)
-        for n in range(12)
-        for label, word in ((True, "good bees"), (False, "bad cows moo"))
-    ]
-    return extract(model, tokenizer, [*plain, *texts], RESIDUAL, pool=Pool.TOKENS)
+    return extract(model, tokenizer, [*texts(), *conditions], RESIDUAL, pool=Pool.TOKENS)
 
 
 def store_all(model: Any, tokenizer: Any, activations: Activations, folder: Path) -> dict[str, checkpoints.Checkpoint]:
@@ -79,7 +82,8 @@ def store_all(model: Any, tokenizer: Any, activations: Activations, folder: Path
             on = extract(model, tokenizer, recipe.config.own_samples(), sites, pool=Pool.LAST)
         if recipe.config.conditions():
             on = read_with_condition(model, tokenizer)
-        found[name] = _store(model, folder / name / "v1", name, recipe, fit(on, sites, recipe))
+        columns = fit(on, sites, recipe, base=Base(model, tokenizer, "tiny", None), samples=texts())
+        found[name] = _store(model, folder / name / "v1", name, recipe, columns)
     return found
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -42,10 +43,13 @@ ROWS: list[dict[str, float]] = [
     {"ablation": -0.5},
     {"clamp": -2.0, "caa": 0.5},
     {"cast": -2.0, "mat": 1.0, "probe": 0.5},
+    {"held": -2.0, "mat": 1.0, "clamp": 1.0, "reps": 0.5},
+    {"held": 1.5, "cast": 1.0, "reps": -1.0},
     {"mat": 2.0, "caa": -0.7, "iti": 3.0, "ablation": 1.0, "zeroed": 1.0, "control": 0.4},
     {"meaned": 0.5, "zeroed": 0.5, "actadd": 2.0, "probe": 1.5, "control": -1.0, "clamp": 0.5},
 ]
 TOKENS = torch.randint(3, 320, (len(ROWS), 5), generator=torch.Generator().manual_seed(5))
+FIRST = [row % 3 for row in range(len(ROWS))]  # the token that each row is steered from, where its condition latches
 
 Change = Callable[[Site, Tensor], Tensor]  # the change of activations [T, D] at a site, by multiplier 1
 Scaled = Callable[[Site, Tensor, float], Tensor]  # by any multiplier
@@ -71,14 +75,21 @@ def test_a_mixed_batch_is_what_the_formulas_say(
     handles = {name: bank.add(checkpoint.columns) for name, checkpoint in stored.items()}
     rows = [SequenceSteering.of([(handles[n], [m] * len(handles[n])) for n, m in row.items()]) for row in ROWS]
     plain = llama(TOKENS).logits
+    places, numbers = np.arange(TOKENS.shape[1]), np.arange(len(rows))[:, None]
+    lines = np.where([[bank.latches(row)] for row in rows], numbers + 1, 0)
+    acting, begins = places >= np.array(FIRST)[:, None], places == np.array(FIRST)[:, None]
     with Steering(llama, bank):
-        bank.fill(rows, [row for row in range(len(rows)) for _ in range(TOKENS.shape[1])])
+        bank.fill(
+            rows,
+            np.where(acting, numbers, -1).ravel(),
+            np.stack([(lines * acting).ravel(), (lines * begins).ravel()]),
+        )
         bank.check()
         found = llama(TOKENS).logits
     pair = [last_states(llama, tokenizer, text) for text in PAIR.prompts]
     changes = formulas(activations, stored, pair[0] - pair[1])
     model = copy.deepcopy(llama).double()
-    with by_hand(model, changes, stored["mat"].columns[0], stored["cast"].columns[0]):
+    with by_hand(model, changes, *(stored[name].columns[0] for name in ("mat", "cast", "held"))):
         expected = model(TOKENS).logits
     assert torch.equal(found[0], plain[0])
     for row, asked in enumerate(ROWS[1:], start=1):
@@ -88,7 +99,8 @@ def test_a_mixed_batch_is_what_the_formulas_say(
 
 
 def formulas(activations: Activations, stored: Mapping[str, checkpoints.Checkpoint], pair: Tensor) -> dict[str, Scaled]:
-    """Each method's own formula in float64, from the activations; of MAT-Steer and the probe what was learned."""
+    """Each method's own formula in float64, from the activations; of MAT-Steer, the probe and RePS what was learned.
+    Without CAST's, which are by what each row has read."""
     values = {site: rows.double() for site, rows in activations.values.items()}
     sides = activations.labels
 
@@ -137,7 +149,7 @@ def formulas(activations: Activations, stored: Mapping[str, checkpoints.Checkpoi
         "ablation": ablation,
         "zeroed": replaced(ZEROED, lambda rows: torch.zeros(rows.shape[1], dtype=rows.dtype)),
         "meaned": replaced(MEANED, lambda rows: rows.mean(0)),
-        "cast": lambda site, a: torch.zeros_like(a),  # by what each row has read
+        "reps": lambda site, a: stored["reps"].columns[0].vector.double().expand_as(a),
         "control": lambda site, a: COEFFICIENTS[site.layer] * difference(site).expand_as(a),
     }
     scale = {name: scaled(change) for name, change in changes.items()} | {"clamp": clamp}
@@ -145,10 +157,17 @@ def formulas(activations: Activations, stored: Mapping[str, checkpoints.Checkpoi
 
 
 def conditional(column: Column, read: Tensor) -> Scaled:
-    """The change of a row that has activations `read` [T, D] at the site that the gate reads."""
+    """The change of a row that has activations `read` [T, D] at the site that the gate reads; what is held is read at
+    the first of them."""
     w, v = column.gate_weight.double(), column.vector.double()
     opens = ((read @ w) / read.norm(dim=1) + column.gate_bias > 0).double()
+    assert column.reads is not None
+    opens = opens[:1].expand_as(opens) if column.reads.latched else opens
     return lambda site, a, m: m * opens[:, None] * v if site == column.site else torch.zeros_like(a)
+
+
+def nothing(site: Site, a: Tensor, multiplier: float) -> Tensor:
+    return torch.zeros_like(a)
 
 
 def sigmoid(column: Column) -> Change:
@@ -157,7 +176,7 @@ def sigmoid(column: Column) -> Change:
 
 
 @contextmanager
-def by_hand(model: Any, changes: Mapping[str, Scaled], mat: Column, cast: Column) -> Iterator[None]:
+def by_hand(model: Any, changes: Mapping[str, Scaled], mat: Column, cast: Column, held: Column) -> Iterator[None]:
     """A float64 model whose activations change as ROWS ask for, without anything of `steering` but where sites are."""
     assert mat.keep_norm
     changes, read = dict(changes), dict[Site, Tensor]()
@@ -165,14 +184,15 @@ def by_hand(model: Any, changes: Mapping[str, Scaled], mat: Column, cast: Column
     def moved(site: Site, batch: Tensor) -> Tensor:
         rows = []
         read[site] = batch
-        for row, (asked, a) in enumerate(zip(ROWS, batch, strict=True)):
-            new = a
-            if "cast" in asked and site == RESIDUAL[2]:
-                changes["cast"] = conditional(cast, read[RESIDUAL[0]][row])
+        for row, (asked, begin, whole) in enumerate(zip(ROWS, FIRST, batch, strict=True)):
+            new = a = whole[begin:]
+            for name, column in (("cast", cast), ("held", held)):
+                changes[name] = conditional(column, read[RESIDUAL[0]][row, begin:]) if site == column.site else nothing
             if "mat" in asked and site == mat.site:
                 new = a + changes["mat"](site, a, asked["mat"])
                 new = new * (a.norm(dim=1) / new.norm(dim=1))[:, None]
-            rows.append(new + sum(changes[name](site, a, m) for name, m in asked.items() if name != "mat"))
+            new = new + sum(changes[name](site, a, m) for name, m in asked.items() if name != "mat")
+            rows.append(torch.cat([whole[:begin], new]))
         return torch.stack(rows)
 
     handles = []

@@ -17,6 +17,7 @@ from tests.training.every_method import RECIPES, read_everywhere, store_all
 PROMPT, NEW = "Q: What colour is the sky? A:", 12
 ROWS: list[dict[str, float]] = [
     {"iti": 15.0, "ablation": 1.0},
+    {"held": 2.0, "mat": 1.0, "clamp": 1.0, "reps": 0.5},
     {"mat": 2.0, "caa": -0.7, "zeroed": 1.0, "meaned": 1.0, "control": 0.4, "actadd": 1.0, "probe": -1.0},
 ]
 
