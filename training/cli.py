@@ -346,7 +346,7 @@ def sweep(
         from training.evaluation.sweep import Sweep
         from training.evaluation.sweep_results import Goal, check_goal
         from training.files import write_bytes
-        from training.pipeline import TrainingRun, activations_for, fitted_on, prepare_data, texts_for
+        from training.pipeline import TrainingRun, activations_for, fitted_on, fitted_texts, prepare_data, texts_for
 
         evaluator = measured.evaluator(texts.seed)
         evaluator = replace(evaluator, max_rows=max(rows, evaluator.max_rows))
@@ -366,9 +366,12 @@ def sweep(
         check_goal(wanted, evaluator)
         evaluator.check(asked, Split.DEV, names if alone else ())
         loaded = base.load()
-        used = samples if activations else fitted_on(samples, evaluator.limit)
-        found = activations_for(loaded, used, run)
-        swept_by = Sweep(loaded, asked, found, recipe, factors, evaluator, out, wanted, progress=shown, say=o.say)
+        used = fitted_on(samples, run)
+        found = activations_for(loaded, samples, used, run)
+        swept_by = Sweep(
+            loaded, asked, found, recipe, factors, evaluator, out, wanted,
+            fitted_texts=fitted_texts(samples, used, run), progress=shown, say=o.say,
+        )  # fmt: skip
         swept = swept_by.alone(sites_each, apart=apart) if alone else swept_by.together()
         terminal().print(sweep_table(swept))
         remarks = list(swept.remarks(wanted))

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from steering import checkpoint as checkpoints
+import torch
+
 from steering.errors import NotFound
 from steering.types import Column, Positions, Site
 from training.activations import Pool
@@ -33,7 +35,7 @@ from training.activations.store import (
     stored_sites,
 )
 from training.data.samples import Sample, Split
-from training.data.sources import DataSpec, draw, load_data
+from training.data.sources import DataSpec, draw_indices, load_data
 from training.data.splits import FRACTIONS, SPLITS, dump_splits, split_samples
 from training.data.summary import count_samples, missing_sides
 from training.errors import DataError, TrainingError
@@ -133,29 +135,35 @@ def train(
     base = load()
     if run.search is not None:
         run = replace(run, sites=_candidates(run.search, base, run))
-    used = samples if run.activations else fitted_on(samples, run.evaluator.limit)
-    say(f"2/5 activations of {len(used)} samples at {', '.join(map(str, run.all_sites))}")
-    activations = activations_for(base, used, run)
+    chosen = fitted_on(samples, run)
+    fitted = fitted_texts(samples, chosen, run)
+    say(f"2/5 activations of {len(chosen)} samples at {', '.join(map(str, run.all_sites))}")
+    activations = activations_for(base, samples, chosen, run)
     if run.search is not None:
         say(f"looking for a place on dev, among {len(run.sites)}; --layer and --site name one")
-        run = _placed(base, texts, activations, run, say)
+        run = _placed(base, texts, activations, fitted, run, say)
     say(f"3/5 fit: {run.recipe.method.name}")
-    columns = fit_for(activations, run, base, [] if run.activations else used)
+    columns = fit_for(activations, run, base, fitted)
     say("4/5 evaluate on dev, then on test" if run.evaluated else "4/5 no evaluation, as asked for (--no-evaluate)")
     _tell_of_no_effect(base, texts, columns, run, say)
     evaluation = evaluate_for(base, texts, columns, run, version, say)
     say(f"5/5 checkpoint: {run.out / version}")
-    counted = [*used, *(sample for sample in samples if sample.split is Split.TEST)] if used is not samples else used
+    tested = (index for index, sample in enumerate(samples) if sample.split is Split.TEST)
+    counted = [samples[index] for index in dict.fromkeys((*chosen, *tested))]
     return write_checkpoint(base, samples, counted, activations, columns, evaluation, run, name, version), evaluation
 
 
-def fitted_on(samples: Sequence[Sample], limit: int | None = None) -> list[Sample]:
-    """The samples that a fit needs: of train and dev, and with a `limit` at most so many of each side of an attribute
-    in either, of the same prompts as far as there are enough."""
-    found: list[Sample] = []
+def fitted_on(samples: Sequence[Sample], run: TrainingRun) -> list[int]:
+    """Where the samples are that a fit needs: of train and dev, and with a limit at most so many of each side of an
+    attribute in either, of the same prompts as far as there are enough. Without one stored activations count as they
+    are."""
+    limit = run.evaluator.limit
+    if run.activations and limit is None:
+        return list(range(len(samples)))
+    found: list[int] = []
     for split in (Split.TRAIN, Split.DEV):
-        own = [sample for sample in samples if sample.split is split]
-        found += own if limit is None else draw(own, limit)
+        own = [index for index, sample in enumerate(samples) if sample.split is split]
+        found += own if limit is None else [own[i] for i in draw_indices([samples[index] for index in own], limit)]
     return found
 
 
@@ -166,11 +174,18 @@ def _candidates(search: Candidates, base: Base, run: TrainingRun) -> tuple[Site,
     return sites
 
 
-def _placed(base: Base, texts: Sequence[Sample], activations: Activations, run: TrainingRun, say: Say) -> TrainingRun:
+def _placed(
+    base: Base, texts: Sequence[Sample], activations: Activations, fitted: Sequence[Sample], run: TrainingRun, say: Say
+) -> TrainingRun:
     """The run at the place that was found, as strong as it was best there unless a strength was given."""
     found = find_place(
         base, texts, activations, run.sites, run.recipe, run.evaluator, search_goal(activations.names, run.goal),
-        run.workspace / "search", progress=run.progress, say=say,
+def fitted_texts(samples: Sequence[Sample], chosen: Sequence[int], run: TrainingRun) -> list[Sample]:
+    """The texts that are fitted on; none where activations were given."""
+    return [] if run.activations else [samples[index] for index in chosen]
+
+
+        run.workspace / "search", fitted_texts=fitted, progress=run.progress, say=say,
     )  # fmt: skip
     strengths = {"": found.multiplier, **run.recipe.strengths} if found.multiplier != 1 else run.recipe.strengths
     return replace(run, sites=(found.place,), recipe=replace(run.recipe, strengths=strengths))
@@ -249,14 +264,19 @@ def texts_for(samples: Sequence[Sample], run: TrainingRun) -> Sequence[Sample]:
     return split_as_stored(texts, samples, seed=run.seed)
 
 
-def activations_for(base: Base, samples: Sequence[Sample], run: TrainingRun) -> Activations:
+def activations_for(base: Base, samples: Sequence[Sample], chosen: Sequence[int], run: TrainingRun) -> Activations:
+    """Of the chosen ones of the samples: extracted, or what is stored of them."""
     if run.activations is not None:
-        return open_stored(run.activations, base, run.all_sites)
+        stored = open_stored(run.activations, base, run.all_sites)
+        if len(chosen) == len(samples):
+            return stored
+        rows = torch.isin(stored.samples, torch.tensor(chosen)).nonzero().flatten()
+        return replace(stored.of_rows(rows), source={**stored.source, "limit": run.evaluator.limit})
     return extract_under(
         run.workspace,
         base.model,
         base.tokenizer,
-        samples,
+        fitted_texts(samples, chosen, run),
         run.all_sites,
         chat=base.chat,
         pool=run.pool,

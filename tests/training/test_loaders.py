@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from training.data import LOADERS, Sample, Split, Turn, load_data, split_samples
-from training.data.sources import DataSpec, draw
+from training.data.sources import DataSpec, draw, draw_indices
 from training.errors import DataError
 
 DATA = Path(__file__).parent / "data"
@@ -161,6 +161,14 @@ def test_few_rows_are_of_many_groups_where_a_group_has_many_prompts() -> None:
     assert len({s.group for s in positive}) == len({s.group for s in negative}) == 20
     assert {s.prompt for s in negative} <= {s.prompt for s in positive}
     assert set(draw(samples[::-1], 40)) == set(drawn)
+
+
+def test_samples_without_their_texts_are_drawn_of_many_groups_both_sides_of_each() -> None:
+    samples = [Sample("a", "", "", n % 3 == 0, f"template {n // 30}") for n in range(600)]
+    drawn = draw_indices(samples, 40)
+    positive, negative = ([samples[i] for i in drawn if samples[i].label is side] for side in (True, False))
+    assert len(positive) == len(negative) == 40
+    assert {s.group for s in positive} == {s.group for s in negative} == {s.group for s in samples}
 
 
 def test_paradetox_pairs_a_toxic_sentence_with_its_neutral_ones(caplog: pytest.LogCaptureFixture) -> None:

@@ -150,3 +150,28 @@ def test_imported_features_become_a_checkpoint(here: Path, caplog: pytest.LogCap
 def test_what_does_not_fit_is_one_sentence(here: Path, arguments: list[str], model: str, complaint: str) -> None:
     assert complaint in refused(*arguments, model=model)
     assert not (here / "checkpoints/x/v1").exists()
+
+
+def test_a_limit_holds_for_what_is_stored_as_for_what_is_extracted(here: Path) -> None:
+    limit, seed = ["--limit", "3"], ["--pool", "last", "--seed", "7"]
+    done("train", *DATA, *CAA, *limit, *seed, "--out", "checkpoints/direct", "--no-evaluate")
+    done("train", *STORED, *CAA, *limit, "--out", "checkpoints/stored", "--no-evaluate")
+    ours, theirs = (checkpoints.load(here / "checkpoints" / name / "v1") for name in ("stored", "direct"))
+    for column, other in zip(ours.columns, theirs.columns, strict=True):
+        torch.testing.assert_close(column.vector, other.vector)
+    counts = ours.config.training["splits"]["counts"]
+    assert counts == theirs.config.training["splits"]["counts"]
+    assert {(one["split"], one["positive"], one["negative"]) for one in counts} == {
+        ("train", 3, 3), ("dev", 2, 2), ("test", 10, 10),
+    }  # fmt: skip
+    done("train", *STORED, *CAA, "--out", "checkpoints/whole", "--no-evaluate")
+    whole = checkpoints.load(here / "checkpoints/whole/v1")
+    assert not torch.allclose(whole.columns[0].vector, ours.columns[0].vector)
+
+
+def test_a_limit_holds_for_a_sweep_of_what_is_stored(here: Path) -> None:
+    limited = [*DATA, *CAA, "--limit", "1", "--seed", "7", "--multipliers", "1", "--damage", "0"]
+    done("sweep", *limited, "--pool", "last", "--out", "direct")
+    done("sweep", *STORED, *limited, "--out", "swept")
+    points = [json.loads((here / name / "sweep.json").read_text()) for name in ("direct", "swept")]
+    assert points[0] == points[1]

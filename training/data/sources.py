@@ -4,7 +4,7 @@ import glob
 import hashlib
 import logging
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,8 +258,14 @@ def draw(samples: Sequence[Sample], per_side: int) -> list[Sample]:
 
     Drawn by a hash of the group, then of the text: the same ones whatever the order of the rows, and, as far as both
     labels have enough, positives and negatives of the same prompts. Of groups with several prompts, as BBQ's templates,
-    every group's first is drawn before any group's second.
+    every group's first is drawn before any group's second; of samples without their texts, as stored activations have
+    them, every group's first of a label.
     """
+    return [samples[index] for index in draw_indices(samples, per_side)]
+
+
+def draw_indices(samples: Sequence[Sample], per_side: int) -> list[int]:
+    """Where the samples of `draw` are."""
     sides: dict[tuple[str, bool], list[int]] = defaultdict(list)
     for index, sample in enumerate(samples):
         sides[sample.attribute, sample.label].append(index)
@@ -269,13 +275,16 @@ def draw(samples: Sequence[Sample], per_side: int) -> list[Sample]:
     turns = {
         (*place, prompt): turn for place, own in prompts.items() for turn, prompt in enumerate(sorted(own, key=_hash))
     }
-    keys = [
-        (turns[sample.attribute, sample.group, sample.prompt], _hash(sample.group), _hash(sample.text))
-        for sample in samples
-    ]
+    seen: Counter[tuple[str, bool, str]] = Counter()
+    keys = []
+    for sample in samples:
+        place, text = (sample.attribute, sample.label, sample.group), sample.text
+        turn = turns[sample.attribute, sample.group, sample.prompt] if text else seen[place]
+        seen[place] += 1
+        keys.append((turn, _hash(sample.group), _hash(text)))
     drawn = {index for side in sides.values() for index in sorted(side, key=keys.__getitem__)[:per_side]}
     order = {attribute: place for place, (attribute, _) in enumerate(sides)}
-    return sorted((samples[index] for index in sorted(drawn)), key=lambda sample: order[sample.attribute])
+    return sorted(drawn, key=lambda index: (order[samples[index].attribute], index))
 
 
 def _without_contradictions(samples: list[Sample]) -> list[Sample]:

@@ -90,19 +90,21 @@ def find_place(
     goal: Goal,
     out: Path,
     *,
+    fitted_texts: Sequence[Sample] = (),
     progress: bool = False,
     say: Say = lambda _: None,
 ) -> SweepPoint:
     """The site and multiplier of `sites` and `MULTIPLIERS` that are best for all attributes at once, on a part of dev
     after short fits; the weaker one of two that are alike. Where the largest multiplier is the best, larger ones are
-    tried at its site. What was measured is kept in `out`, as by a sweep."""
+    tried at its site. `fitted_texts`: as a `Sweep` has them. What was measured is kept in `out`, as by a sweep."""
 
     def at(sites: Sequence[Site]) -> Activations:
         return replace(activations, values={site: activations.at(site) for site in sites})
 
     sweep = Sweep(
-        base, samples, at(sites), _short(recipe), MULTIPLIERS, quick(evaluator), out, goal, progress=progress, say=say
-    )
+        base, samples, at(sites), _short(recipe), MULTIPLIERS, quick(evaluator), out, goal, fitted_texts=fitted_texts,
+        progress=progress, say=say,
+    )  # fmt: skip
     swept = sweep.measured()
     best = _best(goal, swept.points)
     if best.multiplier == max(MULTIPLIERS) and best.shortfall == 0:

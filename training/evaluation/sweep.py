@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from steering.types import Column, Site
 from training.activations.store import Activations, samples_hash
@@ -95,15 +94,12 @@ class Sweep:
     out: Path
     goal: Goal
     split: Split = Split.DEV
+    fitted_texts: Sequence[Sample] = ()
+    """Of `activations`, for a method that is trained through the model."""
     progress: bool = False
     say: Say = lambda _: None
     first: "Sweep | None" = None
     """Another one with the same evaluator and samples: its unsteered model is this one's, too."""
-
-    @property
-    def _texts(self) -> dict[str, Any]:
-        """For a method that is trained through the model."""
-        return {"base": self.base, "samples": self.samples}
 
     @cached_property
     def unsteered(self) -> ArmMeasures:
@@ -130,7 +126,7 @@ class Sweep:
         with self._bar(self._settings([None]) + 2) as total:
             swept = self._measured_together(total)
             best = swept.points[0]
-            columns = fit(self.activations, [best.place], self.recipe, **self._texts)
+            columns = fit(self.activations, [best.place], self.recipe, base=self.base, samples=self.fitted_texts)
             arm = default_arm(columns, best.multiplier, f"all {best.multiplier:g}")
             return self._chosen(swept, columns, arm, total)
 
@@ -215,7 +211,7 @@ class Sweep:
     def fitted(self, sites: Mapping[str, Sequence[Site]]) -> Sequence[Column]:
         """The columns of attributes at their sites."""
         recipe = self.recipe.at({name: tuple(own) for name, own in sites.items()})
-        return fit(self.activations, [], recipe, **self._texts)
+        return fit(self.activations, [], recipe, base=self.base, samples=self.fitted_texts)
 
     def _sweep(self, attributes: Sequence[str | None], total: _Total) -> SweepResult:
         if not self.multipliers:
@@ -257,7 +253,7 @@ class Sweep:
     def _fit(self, site: Site, attribute: str | None) -> Sequence[Column]:
         """All attributes together, or one as if there were no other: at one site they shape each other."""
         if attribute is None:
-            return fit(self.activations, [site], self.recipe, **self._texts)
+            return fit(self.activations, [site], self.recipe, base=self.base, samples=self.fitted_texts)
         return self.fitted({attribute: (site,)})
 
     def _point(
