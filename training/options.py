@@ -284,7 +284,8 @@ class EvaluationOptions(OptionGroup):
         int,
         typer.Option(
             min=0,
-            help="So many questions are answered in every arm without a judge, to see what steering breaks; 0: none.",
+            help="So many questions are answered in every arm without a judge, to see what steering breaks; 0: none, "
+            "and a sweep has no limits on the text.",
         ),
     ] = 16
     positions: Annotated[str | None, typer.Option(help="generated, prompt or all: the steered tokens.")] = "generated"

@@ -191,9 +191,9 @@ def test_sweep_shows_what_its_points_are_to_be_compared_with(here: Path) -> None
     arguments = [*DATA, "--layer", "1", "--site", "residual", "--method", "caa", "--out", "swept", "--alone"]
     result = run("sweep", *arguments, "--multipliers", "0")
     assert result.exit_code == 0, result.output
+    told = (here / "swept/sweep.md").read_text().splitlines()
     header, _, cases, clusters, unsteered, together, *points = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in (here / "swept/sweep.md").read_text().splitlines()
+        [cell.strip() for cell in line.strip("|").split("|")] for line in told if line.startswith("|")
     ]
     assert [row[0] for row in (cases, clusters, unsteered, together)] == [
         "cases", "clusters", "unsteered", "together",
@@ -205,6 +205,7 @@ def test_sweep_shows_what_its_points_are_to_be_compared_with(here: Path) -> None
     assert all([row[index] for index in rates] == nothing for row in points), "multiplier 0"
     for name in ("truthfulness", "civility"):
         assert f"{name}: no setting scores above the unsteered model" in result.output
+        assert any(line.startswith(f"- {name}: no setting scores above") for line in told)
     assert "few cases" in result.output
     assert set(json.loads((here / "swept/beside.json").read_text())) == {"unsteered", "together"}
 

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -257,9 +257,9 @@ def sweep_table(swept: SweepResult, rows: int = 20) -> Table:
     return table
 
 
-def sweep_markdown(swept: SweepResult) -> str:
+def sweep_markdown(swept: SweepResult, remarks: Iterable[str] = ()) -> str:
     header, cells = sweep_rows(swept, swept.points)
-    return markdown_table(header, cells, words=0)
+    return "\n".join([markdown_table(header, cells, words=0), *(f"- {remark}\n" for remark in remarks)])
 
 
 def plot_sweep(points: Sequence[SweepPoint], path: Path) -> bool:

@@ -276,7 +276,7 @@ class Sweep:
         write_json(self.out / "sweep.json", [asdict(point) for point in swept.points])
         beside = {"unsteered": swept.unsteered, "together": swept.together}
         write_json(self.out / "beside.json", {name: asdict(arm) for name, arm in beside.items() if arm})
-        write_bytes(self.out / "sweep.md", sweep_markdown(swept).encode())
+        write_bytes(self.out / "sweep.md", sweep_markdown(swept, swept.remarks(self.goal)).encode())
         plot_sweep(swept.points, self.out / "sweep.png")
 
     def key(self, attributes: Sequence[str | None]) -> str:

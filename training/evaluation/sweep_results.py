@@ -252,6 +252,11 @@ class SweepResult:
             before = goal.score(self.unsteered, name)
             if max(point.score for point in self.points if point.attribute == name) <= before:
                 yield f"{name or 'all attributes'}: no setting scores above the unsteered model, {100 * before:.1f}."
+        if not self.unsteered.damage:
+            yield (
+                "what steering breaks was not measured (--damage 0): no limit on the text holds, and a setting that "
+                "breaks it ranks by its score alone."
+            )
         broken = sum(point.shortfall > 0 for point in self.points)
         if broken:
             yield f"{broken} of {len(self.points)} settings are beyond a limit (they damage the text), and rank last."
