@@ -15,12 +15,13 @@ import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version as installed
+from math import copysign
 from pathlib import Path
 from typing import Any
 
-from steering import checkpoint as checkpoints
 import torch
 
+from steering import checkpoint as checkpoints
 from steering.errors import NotFound
 from steering.types import Column, Positions, Site
 from training.activations import Pool
@@ -43,13 +44,23 @@ from training.evaluation.evaluator import EXAMPLES, Evaluator, gate_means
 from training.evaluation.html_report import REPORT, training_report
 from training.evaluation.report import store
 from training.evaluation.results import BASELINE, Evaluation, default_arm, single_arms
-from training.evaluation.search import Candidates, check_search, find_place, quick, search_goal, unmoved
+from training.evaluation.search import (
+    Candidates,
+    check_search,
+    find_place,
+    more_than_chance,
+    quick,
+    search_goal,
+    unmoved,
+)
 from training.files import content_key, write_bytes
+from training.methods.caa import CAA
 from training.methods.fit import Recipe, fit
 from training.model_card import render_card
 from training.models import Base
 
 LIBRARIES = ("numpy", "safetensors", "scikit-learn", "torch", "transformers")
+STRONGER = 3.0  # times the vectors, of what changed nothing
 
 
 @dataclass(frozen=True)
@@ -167,6 +178,11 @@ def fitted_on(samples: Sequence[Sample], run: TrainingRun) -> list[int]:
     return found
 
 
+def fitted_texts(samples: Sequence[Sample], chosen: Sequence[int], run: TrainingRun) -> list[Sample]:
+    """The texts that are fitted on; none where activations were given."""
+    return [] if run.activations else [samples[index] for index in chosen]
+
+
 def _candidates(search: Candidates, base: Base, run: TrainingRun) -> tuple[Site, ...]:
     sites = search.among(stored_sites(run.activations)) if run.activations else search.sites(base.model)
     if not sites:
@@ -180,11 +196,6 @@ def _placed(
     """The run at the place that was found, as strong as it was best there unless a strength was given."""
     found = find_place(
         base, texts, activations, run.sites, run.recipe, run.evaluator, search_goal(activations.names, run.goal),
-def fitted_texts(samples: Sequence[Sample], chosen: Sequence[int], run: TrainingRun) -> list[Sample]:
-    """The texts that are fitted on; none where activations were given."""
-    return [] if run.activations else [samples[index] for index in chosen]
-
-
         run.workspace / "search", fitted_texts=fitted, progress=run.progress, say=say,
     )  # fmt: skip
     strengths = {"": found.multiplier, **run.recipe.strengths} if found.multiplier != 1 else run.recipe.strengths
@@ -194,8 +205,10 @@ def fitted_texts(samples: Sequence[Sample], chosen: Sequence[int], run: Training
 def _tell_of_no_effect(
     base: Base, texts: Sequence[Sample], columns: Sequence[Column], run: TrainingRun, say: Say
 ) -> None:
-    """Say so where steering at the defaults changes no score on dev."""
+    """Say so where steering at the defaults changes no score on dev, or none by more than chance."""
     if not run.evaluated or (not texts and run.evaluator.judge is None):
+        return
+    if not any(column.default_multiplier for column in columns):  # off, as asked for
         return
     try:
         evaluator = replace(quick(run.evaluator), damage=0)
@@ -205,18 +218,36 @@ def _tell_of_no_effect(
     except DataError:  # dev has nothing to measure on, which is no fault
         return
     unsteered, steered = evaluation.arms
-    if not unmoved(unsteered, steered):
+    moved = {name: one for name in unsteered.metrics if (one := steered.differences[name]).value is not None}
+    if not moved or more_than_chance(moved.values()):
         return
-    scores = ", ".join(
-        f"{name} {100 * one.value:.1f} -> {100 * (steered.metrics[name].value or 0):.1f}"
-        for name, one in unsteered.metrics.items()
-        if one.value is not None
-    )
-    elsewhere = "" if run.search else "another place (without --layer and --site one is looked for), "
-    say(
-        f"warning: steering changed no score on dev by half a point ({scores}). Try {elsewhere}more of it "
-        "(--strength 3), or --method caa, which says whether the data have a direction at all."
-    )
+    by = "half a point" if unmoved(moved.values()) else "more than chance"
+    told = ", ".join(f"{name} {one.text(signed=True)} of {one.count}" for name, one in moved.items())
+    say(f"warning: steering changed no score on dev by {by} ({told}). Try {_to_try(run, columns)}.")
+
+
+def _to_try(run: TrainingRun, columns: Sequence[Column]) -> str:
+    """What may change more, of what is not set yet."""
+    recipe, method = run.recipe, run.recipe.method
+    tries = []
+    if run.search is None and method.one_place:
+        tries.append("another place (without --layer and --site one is looked for)")
+    if method.keep_norm is not None:  # an ablation has removed all there is
+        names = dict.fromkeys(column.attribute for column in columns)
+        more = {name: _stronger(recipe.strength(name)) for name in names}
+        given = [name for name in recipe.strengths if name]  # one for all would not reach these
+        options = [f"{name}={more[name]:g}" for name in names] if given else [f"{max(more.values(), key=abs):g}"]
+        tries.append("more (" + " ".join(f"--strength {option}" for option in options) + ")")
+    if method is CAA:
+        tries.append("--method probe, where something else varies in the data")
+    else:
+        caa = "--method caa on --data" if method.fitted_on else "--method caa"
+        tries.append(f"{caa}, which says whether the data have a direction at all")
+    return ", or ".join(tries)
+
+
+def _stronger(strength: float) -> float:
+    return copysign(max(STRONGER, 2 * abs(strength)), strength)
 
 
 def read_samples(data: Sequence[str], recipe: Recipe, seed: int, *, chat: bool = False) -> list[Sample]:

@@ -1,6 +1,7 @@
 """`train` looks for a place on dev where none is given, says where steering does nothing, extracts what it needs."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from training.activations.store import stored_samples
 from training.cli import app
 from training.data import Split
 from training.evaluation.evaluator import Evaluator
+from training.methods.reps import pairs_of
 
 CAA = ["--method", "caa", "--out", "checkpoints/x"]
 DATA = ["--data", "tone=tone.jsonl"]
@@ -151,8 +153,9 @@ def test_steering_that_changes_no_score_is_said_to(here: Path) -> None:
     quiet = done("train", *DATA, *CAA, "--layer", "1", "--strength", "1e-6")
     assert "warning: steering changed no score on dev by half a point (tone mc2 " in quiet
     assert "another place (without --layer and --site one is looked for)" in quiet
-    loud = done("train", *DATA, *CAA, "--layer", "1", "--site", "residual", "--strength", "30")
-    assert "changed no score" not in loud
+    few = done("train", *DATA, *CAA, "--layer", "1", "--site", "residual", "--strength", "30")
+    assert "warning: steering changed no score on dev by more than chance (tone mc2 " in few
+    assert "tone any_true_per_token +33.3 [0.0, 100.0] of 3" in few, "one question"
 
 
 @pytest.fixture
@@ -349,3 +352,74 @@ def test_a_goal_without_a_search_is_refused(here: Path) -> None:
     result = run("train", *DATA, *CAA, "--layer", "1", "--goal", "tone mc2")
     assert result.exit_code == 2
     assert "--goal is for a place that is looked for" in result.output
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--layer", "1"], "another place (without --layer and --site one is looked for), or more (--strength 3), "
+         "or --method caa, which says"),
+        (["--layer", "1", "--strength", "5"], "or more (--strength 10), or"),
+        (["--layer", "1", "--strength", "tone=-2"], "or more (--strength tone=-4), or"),
+        (["--layer", "auto"], "Try more (--strength 3), or --method caa"),
+        (["--layer", "1", "--method", "caa"], "or --method probe"),
+        (["--layer", "0", "--method", "head-ablation", "--heads", "0.1"], "Try --method caa"),
+    ],
+)  # fmt: skip
+def test_what_is_to_be_tried_is_not_what_is_set(
+    here: Path, given: list[str], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.evaluation.search.MULTIPLIERS", (1.0,))
+    monkeypatch.setattr("training.evaluation.search.MOVED", 2.0)
+    method = [] if "--method" in given else ["--method", "mat", "--epochs", "1"]
+    said = done("train", *DATA, *method, *given, "--out", "checkpoints/x", "--damage", "2")
+    assert "warning: steering changed no score on dev by half a point (tone " in said
+    assert told in said
+
+
+def test_a_change_that_may_be_chance_is_no_change(here: Path) -> None:
+    (here / "judge_by_length.py").write_text(
+        "def judge(prompt, text):\n    return {'even': len(text) % 2 == 0, 'short': len(text) < int(prompt)}\n"
+    )
+    rows = [{"prompt": str(2 * n), "split": split} for split in ("dev", "test") for n in range(12)]
+    (here / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judged = [*DATA, *CAA, "--layer", "1", "--site", "residual", "--judge", "judge_by_length:judge"]
+    judged += ["--prompts", "asked.jsonl", "--max-new-tokens", "4", "--temperature", "0"]
+    said = done("train", *judged, "--strength", "3")
+    assert "changed no score" not in done("train", *judged, "--strength", "100")
+    told = re.search(
+        r"changed no score on dev by more than chance \(even ([+-][\d.]+) \[(-[\d.]+), ([\d.]+)\] of 12", said
+    )
+    assert told, said
+    assert float(told[1])
+
+
+def test_a_setting_of_an_attribute_that_is_off_is_not_wondered_at(here: Path) -> None:
+    assert "changed no score" not in done("train", *DATA, *CAA, "--layer", "1", "--set", "tone=0")
+
+
+@pytest.mark.parametrize("command", ["train", "sweep"])
+def test_that_no_damage_is_measured_is_said(here: Path, command: str) -> None:
+    where = ["--layer", "1", "--site", "auto", "--no-evaluate"] if command == "train" else ["--layer", "1"]
+    told = "what steering breaks was not measured (--damage 0): no limit on the text holds"
+    assert told not in done(command, *DATA, *CAA, *where)
+    assert told in done(command, *DATA, *CAA, *where, "--damage", "0")
+    (swept,) = here.glob("checkpoints/x/**/sweep.md")
+    assert f"- {told}" in swept.read_text()
+
+
+@pytest.mark.parametrize("limit", [2, None])
+def test_a_limit_holds_for_a_method_that_is_trained_through_the_model(
+    here: Path, limit: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: set[int] = set()
+
+    def counted(samples: Any, name: str, split: Split) -> Any:
+        found = pairs_of(samples, name, split)
+        counts.add(len(found))
+        return found
+
+    monkeypatch.setattr("training.methods.reps.pairs_of", counted)
+    few = [] if limit is None else ["--limit", str(limit)]
+    done("sweep", *DATA, "--method", "reps", "--steps", "1", "--layer", "1", "--multipliers", "1", "--out", "s", *few)
+    assert counts == ({12, 3} if limit is None else {limit})

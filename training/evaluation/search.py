@@ -12,7 +12,7 @@ from training.activations.store import Activations
 from training.data.samples import Sample, Split
 from training.errors import DataError
 from training.evaluation.evaluator import Evaluator
-from training.evaluation.results import ArmResult
+from training.evaluation.results import Estimate
 from training.evaluation.sweep import Sweep
 from training.evaluation.sweep_results import Goal, SweepPoint, SweepResult, check_goal
 from training.methods.fit import Recipe
@@ -150,10 +150,14 @@ def quick(evaluator: Evaluator) -> Evaluator:
     return replace(evaluator, limit=limit, damage=damage, sampling=replace(evaluator.sampling, samples=1))
 
 
-def unmoved(unsteered: ArmResult, steered: ArmResult) -> bool:
+def unmoved(differences: Iterable[Estimate]) -> bool:
     """Whether no score differs by half a point."""
-    pairs = [(one.value, steered.metrics[name].value) for name, one in unsteered.metrics.items()]
-    return all(abs(now - before) < MOVED for before, now in pairs if before is not None and now is not None)
+    return all(abs(one.value or 0.0) < MOVED for one in differences)
+
+
+def more_than_chance(differences: Iterable[Estimate]) -> bool:
+    """Whether some score differs by half a point and surely: its interval leaves out zero."""
+    return any(not unmoved([one]) and ((one.low or 0.0) > 0 or (one.high or 0.0) < 0) for one in differences)
 
 
 def _short(recipe: Recipe) -> Recipe:

@@ -43,6 +43,10 @@ class Recipe:
     def keep_norm(self) -> bool:
         return bool(self.method.keep_norm if self.normalize is None else self.normalize)
 
+    def strength(self, attribute: str) -> float:
+        """The factor on an attribute's vector."""
+        return self.strengths.get(attribute, self.strengths.get("", 1.0))
+
     def all_sites(self, sites: Sequence[Site]) -> tuple[Site, ...]:
         """Where activations are needed to fit the others at `sites`."""
         own = (site for sites in self.places.values() for site in sites)
@@ -114,7 +118,7 @@ def warn_of_sinks(activations: Activations, places: Mapping[str, Sequence[Site]]
 
 def _with_strength(column: Column, recipe: Recipe) -> Column:
     """With the vector, default multiplier and range that the recipe asks for."""
-    strength = recipe.strengths.get(column.attribute, recipe.strengths.get("", 1.0))
+    strength = recipe.strength(column.attribute)
     usual = recipe.method.multiplier
     default = recipe.defaults.get(column.attribute, usual)
     most = 2 * max(abs(default), abs(usual))
