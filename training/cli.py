@@ -73,7 +73,7 @@ def extract(
     """Store a model's activations on labelled texts as safetensors shards; an interrupted run goes on.
 
     Example: matsteer extract --model Qwen/Qwen2.5-0.5B --data truthfulness=facts.jsonl --layer 10,12
-    --site attn_output --out runs/activations
+    --site residual --out runs/activations
 
     On several GPUs or machines: accelerate launch --no_python matsteer extract ...; on CPUs:
     torchrun --no-python matsteer extract ...
