@@ -267,11 +267,6 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says first; its class where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
 def failure_of(error: Exception, what: str) -> GenerationFailed:
     """What the clients are told whose work on the model failed. `what` it was, as in "this request's batch"."""
     if is_out_of_memory(error):

@@ -14,8 +14,9 @@ import torch
 from server.engine.model_runner import ModelRunner
 from server.engine.scoring import max_num_logits
 from server.engine.sequence import SamplingParams, ScheduledChunk, Sequence
-from server.errors import StartupError, first_line
+from server.errors import StartupError
 from server.parallel.group import least
+from steering.errors import first_line
 
 if TYPE_CHECKING:  # an engine without a server needs no pydantic
     from server.config import Settings, StepLimits

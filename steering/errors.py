@@ -74,3 +74,8 @@ class CheckpointMismatch(CheckpointError):
 
 class NotFound(CheckpointError):
     """No complete checkpoint has this name and version."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, without a full stop; its class where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).strip().rstrip(".")

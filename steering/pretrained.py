@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import torch
 from safetensors import SafetensorError, safe_open
 
-from steering.errors import ModelError
+from steering.errors import ModelError, first_line
 from steering.files import mistaken_for
 from steering.known_models import located
 from steering.sharding import why_not_sharded
@@ -259,7 +259,7 @@ def _check_weights(id: str, folder: Path) -> None:
             with safe_open(folder / name, framework="pt"):
                 pass
         except (OSError, SafetensorError) as error:
-            _refuse(id, f"{name} is broken or was cut off ({_first_line(error)}); copy or download it again")
+            _refuse(id, f"{name} is broken or was cut off ({first_line(error)}); copy or download it again")
 
 
 def _check_tokenizer(id: str, folder: Path) -> None:
@@ -302,7 +302,7 @@ def _json_object(id: str, path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        _refuse(id, f"{path.name} is not valid JSON ({_first_line(error)})")
+        _refuse(id, f"{path.name} is not valid JSON ({first_line(error)})")
     if not isinstance(found, dict):
         _refuse(id, f"{path.name} must hold a JSON object, not a {type(found).__name__}")
     return found
@@ -427,13 +427,8 @@ def _refuse_as(id: str, error: Exception, what: str = "") -> NoReturn:
     if "trust_remote_code" in str(error):
         _refuse(id, f"it comes with code of its own, which is run only with {TRUST}; read that code first", error)
     named = isinstance(error, OSError | ValueError | ImportError | RuntimeError)  # others say little by themselves
-    _refuse(id, what + ("" if named else f"{type(error).__name__} ") + _first_line(error), error)
+    _refuse(id, what + ("" if named else f"{type(error).__name__} ") + first_line(error), error)
 
 
 def _refuse(id: str, why: str, cause: Exception | None = None) -> NoReturn:
     raise ModelError(f"The model {id!r} cannot be loaded: {why.rstrip('.')}.") from cause
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -23,7 +23,8 @@ from torch import Tensor
 from server.attention.layout import ChunkLayout
 from server.attention.metadata import DecodeMetadata
 from server.engine.sequence import ScheduledChunk
-from server.errors import first_line, is_out_of_memory
+from server.errors import is_out_of_memory
+from steering.errors import first_line
 
 log = logging.getLogger(__name__)
 WARMUPS = 2  # passes before a capture, in which libraries set themselves up

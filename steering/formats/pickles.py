@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steering.errors import FormatError
+from steering.errors import FormatError, first_line
 from steering.files import mistaken_for
 
 # How torch.load names what it does not make.
@@ -25,7 +25,7 @@ def load_pickle(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         raise FormatError(_not_plain(path, str(error))) from None
     except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise FormatError(f"{path} cannot be read: {_first_line(error)}") from None
+        raise FormatError(f"{path} cannot be read: {first_line(error)}") from None
     except (KeyError, IndexError, AttributeError):  # what no pickle holds
         raise FormatError(f"{path} is no sound file of PyTorch's") from None
 
@@ -56,7 +56,3 @@ def _not_plain(path: Path, said: str) -> str:
     elif name.startswith("repeng"):
         advice = "write it with its export_gguf"
     return f"{sentence}; it asks for {name}: {advice}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

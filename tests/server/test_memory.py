@@ -163,7 +163,7 @@ def test_a_step_that_fails_ends_the_start_with_one_sentence(
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried a lot.")
 
     monkeypatch.setattr(runner, "forward", forward)
-    with pytest.raises(StartupError, match=r"\(64 tokens, 5 texts of up to 96\) fails: CUDA out of memory\.\. S"):
+    with pytest.raises(StartupError, match=r"\(64 tokens, 5 texts of up to 96\) fails: CUDA out of memory\. S"):
         num_kv_cache_blocks(runner, 32, settings(), max_model_len=96)
 
 

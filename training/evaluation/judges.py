@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
+from steering.errors import first_line
 from training.errors import TrainingError
 
 Verdict = Mapping[str, bool | None]
@@ -103,7 +104,7 @@ class Classifier:
         try:
             found: Any = pipeline("text-classification", model=id, top_k=None)
         except (OSError, ValueError) as error:
-            raise TrainingError(f"The classifier {id!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+            raise TrainingError(f"The classifier {id!r} cannot be loaded: {first_line(error)}") from None
         config = found.model.config
         several = config.problem_type == "multi_label_classification" or config.num_labels == 1
         return cls(f"hf:{id}", found, several)
