@@ -8,6 +8,7 @@ import json
 import os
 import re
 import stat
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from steering.checkpoint_config import (
     CheckpointConfig,
     ColumnConfig,
     describe,
+    parse,
     plain,
     sentence,
 )
@@ -57,6 +59,7 @@ NAME = re.compile(NAME_PATTERN)
 MAX_CONFIG, MAX_TENSORS = 4 * 2**20, 256 * 2**20
 MAX_HEADER = 2**16  # of a safetensors file, bytes
 WIDEST = 8  # how much wider than the hidden size a site may be: heads x head_dim of known models is 4 times at most
+LONGEST_SAVE = 60.0  # seconds from the last file that `save` writes to the last one that it puts in its place
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,15 +242,9 @@ def find(root: Path, name: str, version: str | None = None) -> Path:
 def _read_config(folder: Path) -> CheckpointConfig:
     raw = _read(folder, CONFIG, MAX_CONFIG)
     try:
-        fields = json.loads(raw, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{folder / CONFIG} is not JSON: {error}") from None
-    if isinstance(fields, dict) and fields.get("format_version", 1) != 1:
-        raise CheckpointError(f"{folder / CONFIG} has format_version {fields['format_version']!r}; only 1 can be read")
-    try:
-        return CheckpointConfig.model_validate_json(raw)
-    except ValidationError as error:
-        raise CheckpointError(f"{folder / CONFIG} is refused: {sentence(error)}") from None
+        return parse(raw)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder / CONFIG} {error}") from None
 
 
 def unreadable(root: Path, name: str) -> str | None:
@@ -263,13 +260,16 @@ def unreadable(root: Path, name: str) -> str | None:
     return None
 
 
-def is_being_written(root: Path, name: str, version: str | None = None) -> bool:
-    """Whether `save` is replacing a version, or any of that name, so that it is not complete for a moment."""
+def is_being_written(root: Path, name: str, version: str | None = None, within: float = LONGEST_SAVE) -> bool:
+    """Whether `save` is replacing a version, or any of that name, so that it is not complete for a moment: whether it
+    has begun to `within` so many seconds. One that was killed leaves the same files for ever."""
     if not NAME.fullmatch(name) or (version is not None and not NAME.fullmatch(version)):
         return False
     staged = (root / name).glob(f"{version or '*'}/.{CONFIG}.*.tmp")
     try:
-        return any(not (path.parent / CONFIG).exists() for path in staged)
+        return any(
+            not (path.parent / CONFIG).exists() and abs(time.time() - path.stat().st_mtime) <= within for path in staged
+        )
     except OSError:  # gone while it was looked for, or not to be looked into
         return False
 
@@ -336,7 +336,3 @@ def _flush(folder: Path) -> None:
 def _natural(version: str) -> list[tuple[int, int, str]]:
     """A sort key under which runs of digits count as numbers."""
     return [(0, int(part), part) if part.isdigit() else (1, 0, part) for part in re.findall(r"\d+|\D+", version)]
-
-
-def _refuse_constant(text: str) -> None:
-    raise ValueError(f"{text} is not a JSON number")

@@ -1,7 +1,9 @@
 """What `config.json` of a checkpoint folder holds."""
 
+import json
 import math
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -13,6 +15,11 @@ from steering.errors import CheckpointError
 from steering.types import Column, Gate, Positions, SiteKind
 
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+# What a config may hold: one of millions of values, or of as many unknown fields, takes seconds to read or to refuse.
+MAX_VALUES, MAX_CONTAINERS = 2**20, 2**17  # numbers and the like; lists and objects
+MAX_COLUMNS = 2**14
+MAX_FIELDS = 64  # of an object with fields of its own
+MAX_SENTENCE = 300  # characters
 
 Name = Annotated[str, StringConstraints(pattern=f"^{NAME_PATTERN}$")]
 
@@ -51,7 +58,7 @@ class ReadingConfig(Strict):
 class ColumnConfig(Strict):
     """One column, without its tensors."""
 
-    attribute: str
+    attribute: str = Field(max_length=64)  # as a Column has it
     layer: int = Field(ge=0)
     site: SiteKind
     gate: Gate
@@ -69,7 +76,7 @@ class CheckpointConfig(Strict):
     version: Name
     method: str
     base_model: BaseModelInfo
-    columns: list[ColumnConfig] = Field(min_length=1)
+    columns: list[ColumnConfig] = Field(min_length=1, max_length=MAX_COLUMNS, fail_fast=True)
     normalize: bool
     positions: Positions
     training: dict[str, Any]
@@ -125,9 +132,44 @@ def plain(value: Any, where: str) -> Any:
     raise CheckpointError(f"{where} is a {type(value).__name__}, which JSON cannot hold")
 
 
+def parse(raw: bytes) -> CheckpointConfig:
+    """What a config.json says. Raises CheckpointError with what comes after the file's name: "is not JSON: ..."."""
+    # What of it stands in texts is counted, too: there is little.
+    if raw.count(b"[") + raw.count(b"{") > MAX_CONTAINERS or raw.count(b",") > MAX_VALUES:
+        raise CheckpointError(f"has more than {MAX_CONTAINERS} lists and objects, or more than {MAX_VALUES} values")
+    try:
+        fields = json.loads(raw, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"is not JSON: {error}") from None
+    if isinstance(fields, dict) and fields.get("format_version", 1) != 1:
+        raise CheckpointError(f"has format_version {reprlib.repr(fields['format_version'])}; only 1 can be read")
+    if any(isinstance(one, dict) and len(one) > MAX_FIELDS for one in _with_fields(fields)):
+        raise CheckpointError(f"is refused: an object in it has more than {MAX_FIELDS} fields")
+    try:
+        return CheckpointConfig.model_validate_json(raw)
+    except ValidationError as error:
+        raise CheckpointError(f"is refused: {sentence(error)}") from None
+
+
+def _with_fields(config: Any) -> Iterator[Any]:
+    """The objects in a config whose fields are known."""
+    yield config
+    if isinstance(config, dict):
+        yield config.get("base_model")
+        columns = config.get("columns")
+        for column in columns if isinstance(columns, list) else ():
+            yield column
+            if isinstance(column, dict):
+                yield from (column.get("clamp"), column.get("reads"))
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not a JSON number")
+
+
 def sentence(error: ValidationError) -> str:
     """The first thing that is wrong, and where."""
-    first = error.errors(include_url=False)[0]
+    first = error.errors(include_url=False, include_input=False)[0]
     where = ".".join(str(part) for part in first["loc"])
     message = str(first["msg"]).removeprefix("Value error, ")
-    return f"{where}: {message}" if where else message
+    return (f"{where}: {message}" if where else message)[:MAX_SENTENCE]

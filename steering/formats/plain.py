@@ -10,12 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from steering.checkpoint import Checkpoint
-from steering.checkpoint_config import CheckpointConfig, describe, sentence
+from steering.checkpoint_config import describe, parse
 from steering.checkpoint_tensors import PARTS, pack, unpack
 from steering.errors import CheckpointError, ColumnError, FormatError
 from steering.formats.contents import read_safetensors
@@ -72,10 +71,11 @@ def _is_stack(tensors: Mapping[str, Tensor], hints: Hints) -> bool:
 def _described(path: Path, text: str, tensors: dict[str, Tensor], hints: Hints) -> Foreign:
     refuse_place(hints, path)
     try:
-        config = CheckpointConfig.model_validate_json(text)
+        config = parse(text.encode())
+    except CheckpointError as error:
+        raise FormatError(f"{CONFIG} in {path} {error}") from None
+    try:
         columns = unpack(config, tensors)
-    except ValidationError as error:
-        raise FormatError(f"{CONFIG} in {path} is refused: {sentence(error)}") from None
     except (CheckpointError, ColumnError) as error:
         raise FormatError(f"{path} is refused: {error}") from None
     if hints.attributes:

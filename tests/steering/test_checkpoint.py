@@ -34,6 +34,7 @@ from steering import (
     verify_against,
     verify_sites,
 )
+from steering.checkpoint_config import MAX_COLUMNS
 from tests.steering.families import column, tiny
 
 OUTPUT, HEADS, RESIDUAL = (Site(1, k) for k in (SiteKind.ATTN_OUTPUT, SiteKind.ATTN_HEADS, SiteKind.RESIDUAL))
@@ -539,6 +540,61 @@ def test_what_is_too_large_is_refused_before_it_is_read(folder):
         tracemalloc.stop()
         (folder / name).write_bytes(sound)
     assert load(folder)
+
+
+def filled(before, member, after):
+    """JSON with as many of a member as a config.json has room for; N in it is another number each time."""
+    count = (checkpoint.MAX_CONFIG - 2**12) // (len(member.replace("N", "123456")) + 1)
+    return before + ",".join(member.replace("N", f"{number:06}") for number in range(count)) + after
+
+
+def columns_of(folder, **changes):
+    return [one | changes for one in json.loads((folder / "config.json").read_text())["columns"]]
+
+
+LARGE = {
+    "columns without anything": (
+        "columns",
+        lambda folder: filled("[", "{}", "]"),
+        "more than 131072 lists and",
+    ),
+    "many without anything": ("columns", lambda folder: f"[{'{},' * 100_000}{{}}]", r"columns\.0\.attribute: Field"),
+    "too many columns": (
+        "columns",
+        lambda folder: json.dumps(columns_of(folder)[:1] * (MAX_COLUMNS + 1)),
+        f"columns: List should have at most {MAX_COLUMNS} items",
+    ),
+    "unknown fields": ("more", lambda folder: filled("{}, ", '"N":1', ""), "an object in it has more than 64 fields"),
+    "a clamp of unknown fields": (
+        "columns",
+        lambda folder: filled('[{"clamp":{', '"N":1', "}}]"),
+        "an object in it has more",
+    ),
+    "a format that is a list": ("format_version", lambda folder: f"[{'[],' * 100_000}1]", r"format_version \[\[\], \["),
+    "a long name": ("name", lambda folder: json.dumps("x" * 2**21), "name: String should match pattern"),
+    "a long attribute": (
+        "columns",
+        lambda folder: json.dumps(columns_of(folder, attribute="x" * 2**20)[:2]),
+        r"columns\.0\.attribute: String should have at most 64",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", LARGE)
+def test_a_large_config_is_refused_in_a_few_words(folder, what):
+    field, made, named = LARGE[what]
+    fields = json.loads((folder / "config.json").read_text())
+    value = made(folder)
+    rest = json.dumps({name: one for name, one in fields.items() if name != field})
+    (folder / "config.json").write_text(f'{{"{field}": {value}, {rest[1:]}')
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match=named) as refused:
+            load(folder)
+        assert tracemalloc.get_traced_memory()[1] < 100 * 2**20, "an error that is described takes a kilobyte"
+    finally:
+        tracemalloc.stop()
+    assert len(str(refused.value)) < 1000
 
 
 def test_what_would_be_too_large_to_be_loaded_is_not_saved(tmp_path, monkeypatch):
