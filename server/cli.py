@@ -53,7 +53,8 @@ class _Commands(TyperGroup):
         return added
 
 
-app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False)
+# A traceback never shows local variables, whatever the default of typer's version: some of them are keys.
+app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 folders = typer.Typer(no_args_is_help=True, help="Work with checkpoint folders.")
 app.add_typer(folders, name="checkpoints")
 

@@ -450,6 +450,6 @@ def _sentence(error: ValidationError, given: Mapping[str, Any]) -> str:
     if first["type"] == "extra_forbidden":
         return f"There is no setting called {name!r}.{_nearest(name, Settings.model_fields)}"
     name = old_names.get(name, name)
-    if first["type"] == "value_error" and name.endswith(("_key", "_keys")):  # a secret is not shown
+    if name.startswith(("api_key", "admin_key")):  # whatever was given in place of a key may be one: it is not shown
         return f"Bad setting {name} ({_variable(name)}): {message}."
     return f"Bad setting {name} ({_variable(name)}): {first['input']!r}: {message}."

@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,6 +52,36 @@ def test_a_bad_value_is_one_sentence_with_the_setting_and_the_value(
     assert "\n" not in caught.value.message
     assert name.lower() in caught.value.message
     assert value in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"api_key": 7770777},
+        {"api_key": ["7770777"]},
+        {"admin_key": 7770777},
+        {"api_keys": {"alice": "7770777"}},
+        {"api_keys": 7770777},
+        {"api_keys_file": {"alice": {"key": "7770777"}}},
+        {"api_key_everywhere": "7770777"},
+        {"api_key_max_rows": "7770777!"},
+    ],
+)
+def test_what_is_given_for_a_key_is_not_shown_whatever_is_wrong_with_it(given: dict[str, Any]) -> None:
+    """As an argument of Ray's `serve run`, or in its config file, a value may be of any type."""
+    (name,) = given
+    with pytest.raises(StartupError, match=f"Bad setting {name} ") as caught:
+        load_settings(**given)
+    assert "777" not in caught.value.message
+    assert "Input " in caught.value.message, "what is wrong is told"
+
+
+@pytest.mark.parametrize("name", ["API_KEY_EVERYWHERE", "API_KEY_MAX_ROWS", "API_KEY_REQUESTS_PER_MINUTE"])
+def test_a_key_in_a_variable_beside_its_own_is_not_shown(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(f"MATSTEER_{name}", "sk-7770777")
+    with pytest.raises(StartupError, match=f"MATSTEER_{name}") as caught:
+        load_settings()
+    assert "777" not in caught.value.message
 
 
 def test_a_setting_that_does_not_exist_is_refused() -> None:
