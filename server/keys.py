@@ -7,6 +7,7 @@ import stat
 import threading
 import time
 import tomllib
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
@@ -19,7 +20,7 @@ from server.config import KEY, KEY_NAME, Settings
 from server.errors import InvalidField, RateLimited, StartupError
 
 log = logging.getLogger(__name__)
-LARGEST = 2**22  # bytes of the file
+LARGEST = 2**20  # bytes of the file: thousands of keys, and read in a second
 LOOK_EVERY_S = 1.0  # whether the file has changed
 State = tuple[int, int, int]  # of a file: when it was written (ns), its size (bytes) and its inode
 
@@ -78,29 +79,30 @@ class Usage:
 
 
 class ApiKeys:
-    """All keys of a server: of its settings, and of a file, which is read again when it has changed. For any thread."""
+    """All keys of a server: of its settings, and of a file, which is read again when it has changed, beside the
+    requests. For any thread."""
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         """Raises StartupError where the file cannot be used."""
         self.asked = settings.asks_for_key  # whether a client needs one at all
+        # Whether changing checkpoints takes more than any key: it does from the first admin key on, also when that has
+        # been taken out of the file since (`has_admin`).
+        self.needs_admin = False
         self._settings = settings
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # guards what is used
         self._usage: dict[str, Usage] = {}  # by name: what is used outlasts a change of the file
+        self._reading = threading.Lock()
         self._trouble: str | None = None  # why the file cannot be used now, as it was told
         self._state = self._look()
-        self._keys = self._all()
-        self._next_look = clock() + LOOK_EVERY_S
-
-    @property
-    def has_admin(self) -> bool:
-        """Whether changing checkpoints takes more than any key."""
-        return any(key.admin for key in self._current().values())
+        self._take(self._all())
+        if settings.api_keys_file is not None:
+            threading.Thread(target=_watch, args=(weakref.ref(self),), name="keys", daemon=True).start()
 
     def find(self, secret: str) -> ApiKey | None:
         """The key of which this is the secret. What takes time depends on a digest, never on a secret."""
         digest = _digest(secret)
-        found = self._current().get(digest)
+        found = self._keys.get(digest)
         return found if found is not None and hmac.compare_digest(found.digest, digest) else None
 
     def take_request(self, key: ApiKey | None) -> None:
@@ -137,28 +139,32 @@ class ApiKeys:
 
         return give_back
 
+    def read_again(self) -> None:
+        """Reads the file where it has changed. One that cannot be used changes nothing, and is told of once."""
+        with self._reading:
+            try:
+                state = self._look()
+                if state == self._state:
+                    return
+                keys = self._all()  # raises before the state is taken: what could not be read is tried again
+                self._state, self._trouble = state, None
+                log.info("the API keys are read again: %s", ", ".join(key.name for key in keys.values()))
+                self._take(keys)
+            except StartupError as error:
+                if error.message != self._trouble:
+                    log.error("%s The keys stay as they were.", error.message)
+                self._trouble = error.message
+
     # --- inside ---
 
-    def _current(self) -> dict[bytes, ApiKey]:
-        with self._lock:
-            if self._settings.api_keys_file is not None and self._clock() >= self._next_look:
-                self._next_look = self._clock() + LOOK_EVERY_S
-                self._read_again()
-            return self._keys
-
-    def _read_again(self) -> None:
-        """Where the file has changed. A file that cannot be used changes nothing, and is told of once."""
-        try:
-            state = self._look()
-            if state == self._state:
-                return
-            self._keys = self._all()  # raises before the state is taken: what could not be read is tried again
-            self._state, self._trouble = state, None
-            log.info("the API keys are read again: %s", ", ".join(key.name for key in self._keys.values()))
-        except StartupError as error:
-            if error.message != self._trouble:
-                log.error("%s The keys stay as they were.", error.message)
-            self._trouble = error.message
+    def _take(self, keys: dict[bytes, ApiKey]) -> None:
+        self.has_admin = any(key.admin for key in keys.values())
+        self.needs_admin |= self.has_admin
+        self._keys = keys
+        if self.needs_admin and not self.has_admin:
+            log.warning(
+                "there is no admin key any more: until the file has one (admin = true), nobody changes checkpoints"
+            )
 
     def _look(self) -> State | None:
         file = self._settings.api_keys_file
@@ -194,6 +200,19 @@ class ApiKeys:
         if len({key.name for key in found}) < len(found):
             raise StartupError("Two API keys have the same name: 'default' is MATSTEER_API_KEY's, 'admin' the admin's.")
         return keys
+
+
+def _watch(keys: "weakref.ref[ApiKeys]") -> None:
+    """For as long as somebody has them. In a thread: a large file takes a while, a disk of another machine may hang."""
+    while True:
+        time.sleep(LOOK_EVERY_S)
+        if (watched := keys()) is None:
+            return
+        try:
+            watched.read_again()
+        except Exception:
+            log.exception("the file of API keys could not be looked at")
+        del watched
 
 
 def read_keys(file: Path) -> dict[str, KeyEntry]:

@@ -45,13 +45,21 @@ async def require_api_key(service: ServiceDep, credentials: Credentials) -> None
 
 
 async def require_admin_key(service: ServiceDep, credentials: Credentials) -> None:
-    """For changes of what is served; without an admin key any API key is enough. Raises Unauthorized, Forbidden."""
-    if not service.keys.has_admin:
+    """For changes of what is served; where there has never been an admin key, any API key is enough.
+
+    Raises Unauthorized, Forbidden.
+    """
+    if not service.keys.needs_admin:
         await require_api_key(service, credentials)
         return
     key = _find(service, credentials)
     if key is None:
         raise Unauthorized("This changes what is served: send 'Authorization: Bearer ADMIN-KEY'.")
+    if not service.keys.has_admin:
+        raise Forbidden(
+            "This changes what is served: it needs an admin key, and the server's file of API keys has none any more; "
+            "give one of them 'admin = true'."
+        )
     if not key.admin:
         raise Forbidden("This changes what is served: it needs the admin key, not the API key.")
 

@@ -1,9 +1,11 @@
 """Several API keys: each has a name, limits and a share of its own, and nobody is told what it is."""
 
+import gc
 import hashlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import openai
 import pytest
 from starlette.testclient import TestClient
 
+from server import keys as keys_module
 from server.app import create_app
 from server.config import Settings, load_settings
 from server.errors import InvalidField, RateLimited, StartupError
@@ -89,11 +92,10 @@ def test_each_key_is_good_for_requests_and_an_admin_key_of_the_file_for_changes(
 def test_a_file_that_changes_is_read_again_and_one_that_breaks_changes_nothing(
     file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    clock = Clock()
-    keys = ApiKeys(Settings(api_keys_file=file), clock)
+    keys = ApiKeys(Settings(api_keys_file=file))
 
     def names() -> list[str]:
-        clock.now += 2
+        keys.read_again()
         return [name for name, secret in SECRETS.items() if keys.find(secret)]
 
     assert names() == ["alice", "bob"]
@@ -120,14 +122,13 @@ def test_a_file_that_changes_is_read_again_and_one_that_breaks_changes_nothing(
 
 
 def test_a_file_that_could_not_be_read_for_a_moment_is_tried_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock()
-    keys = ApiKeys(Settings(api_keys_file=file), clock)
+    keys = ApiKeys(Settings(api_keys_file=file))
     file.write_text(f'[root]\nkey = "{SECRETS["root"]}"\n')
     with monkeypatch.context() as failing:
         failing.setattr("server.keys.read_keys", lambda file: throw(StartupError("too many open files")))
-        clock.now += 2
+        keys.read_again()
         assert keys.find(SECRETS["alice"])
-    clock.now += 2
+    keys.read_again()
     assert keys.find(SECRETS["alice"]) is None, "it has been taken out"
     assert keys.find(SECRETS["root"])
 
@@ -136,16 +137,78 @@ def throw(error: Exception) -> None:
     raise error
 
 
-def test_a_file_is_looked_at_no_more_than_once_a_second(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock()
-    keys = ApiKeys(Settings(api_keys_file=file), clock)
-    looked = []
+def test_a_file_is_looked_at_once_a_second_and_no_longer_than_somebody_has_its_keys(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.keys.LOOK_EVERY_S", 0.02)
+    looked: list[threading.Thread] = []
     real = Path.stat
-    monkeypatch.setattr(Path, "stat", lambda self, **how: (looked.append(self), real(self, **how))[1])
-    for _ in range(100):
+
+    def stat(self: Path, **how: Any) -> os.stat_result:
+        if self == file:
+            looked.append(threading.current_thread())
+        return real(self, **how)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    keys = ApiKeys(Settings(api_keys_file=file))
+    looked.clear()
+    began = time.monotonic()
+    until(lambda: len(looked) >= 3)
+    assert time.monotonic() - began >= 2 * 0.02
+    for _ in range(1000):
         keys.find("nobody's")
-        clock.now += 0.1
-    assert 9 <= looked.count(file) <= 10
+    assert threading.current_thread() not in looked, "no request does"
+    (watching,) = set(looked)
+    del keys
+    gc.collect()
+    watching.join(10)
+    assert not watching.is_alive()
+
+
+def test_requests_are_answered_with_the_old_keys_while_the_file_is_read(
+    fresh: World, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.keys.LOOK_EVERY_S", 0.01)
+    use(fresh, api_keys_file=file)
+    reading, go_on, real = threading.Event(), threading.Event(), keys_module.read_keys
+
+    def slow(file: Path) -> Any:
+        reading.set()
+        assert go_on.wait(20)
+        return real(file)
+
+    monkeypatch.setattr("server.keys.read_keys", slow)
+    file.write_text(f'[root]\nkey = "{SECRETS["root"]}"\n')
+    try:
+        assert reading.wait(10)
+        assert [status(fresh, name) for name in ("alice", "root")] == [200, 401]
+    finally:
+        go_on.set()
+    until(lambda: status(fresh, "root") == 200)
+    assert status(fresh, "alice") == 401
+
+
+def test_from_the_first_admin_key_on_changes_need_one_whatever_becomes_of_the_file(
+    fresh: World, file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = file.read_text()
+    admin = f'{plain}[root]\nkey = "{SECRETS["root"]}"\nadmin = true\n'
+    use(fresh, api_keys_file=file)
+
+    def changes(text: str) -> list[int]:
+        file.write_text(text)
+        fresh.service.keys.read_again()
+        return [status(fresh, name, "/checkpoints/demo/load", {}) for name in ("alice", "root", None)]
+
+    assert changes(plain) == [200, 401, 401], "where there has been none, any key is enough"
+    assert changes(admin) == [403, 200, 401]
+    assert changes(plain) == [403, 401, 401]
+    assert caplog.text.count("there is no admin key any more") == 1
+    assert changes(admin.replace("admin = true", "admin = false")) == [403, 403, 401]
+    refused = fresh.client.post("/checkpoints/demo/load", json={}, headers=bearer("alice")).json()["error"]
+    assert "file of API keys has none any more" in refused["message"]
+    assert [status(fresh, name) for name in ("alice", "root")] == [200, 200]
+    assert changes(admin) == [403, 200, 401]
 
 
 @pytest.mark.parametrize(
