@@ -124,11 +124,11 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id, client = _own_id(scope) or new_request_id(), scope.get("client")
+        state, client = scope.setdefault("state", {}), scope.get("client")
+        request_id = state["request_id"] = _own_id(scope) or new_request_id()
         record = RequestRecord(request_id, client[0] if client else None, scope["method"], _path(scope))
         record.started_ns, record.started = time.time_ns(), time.monotonic()
         open_record(record)
-        scope.setdefault("state", {})["request_id"] = request_id
         complete = False
 
         async def tagged(message: Message) -> None:
@@ -152,6 +152,8 @@ class RequestMiddleware:
             record.total_ms = round((time.monotonic() - record.started) * 1000, 3)
             record.route = getattr(scope.get("route"), "path", record.route)
             record.outcome = record.outcome or ("ok" if complete else ClientGone.type)
+            if refusal := state.get("refusal"):  # the connection has answered before (server/protocol.py)
+                record.status, record.outcome = refusal.status, refusal.type
             if self._tracing is not None:
                 self._tracing.request(record, scope["headers"])
             log.info("%s", record.line(), extra=record.fields())

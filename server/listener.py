@@ -72,7 +72,8 @@ class DrainingServer(uvicorn.Server):
 
     def __init__(self, app: FastAPI, *, drain_s: float, front: FrontProcess | None = None) -> None:
         service: Service = app.state.service
-        connections = Connections(service.settings, _allowed(service.settings.max_connections))
+        allowed = _allowed(service.settings.max_connections)
+        connections = Connections(service.settings, allowed, service.metrics.refusal)
         config = uvicorn.Config(
             app,
             http=partial(BoundedProtocol, connections),  # type: ignore[arg-type]  # what makes one is all that is needed

@@ -23,6 +23,8 @@ from prometheus_client.registry import Collector
 from server.engine.gate_stats import CLOSED, OPEN, SAMPLE_S, SAMPLED_ROWS
 from server.engine.sequence import Finished
 from server.engine_client import EngineSnapshot
+from server.errors import ServerError
+from server.process.counting import VARIABLE
 from server.request_record import RequestRecord
 from server.types import AppliedCheckpoint
 from server.version import own_version
@@ -77,11 +79,16 @@ class Metrics:
             ["checkpoint", "attribute"],
             registry=self._all,
         )
+        self._steered_of: set[tuple[str, str]] = set()  # the labels of these that there are
 
     def request(self, record: RequestRecord) -> None:
         """To be called when a request has ended."""
         self._requests.labels(record.route, str(record.status), record.key_name).inc()
         self._request_seconds.labels(record.route).observe((record.total_ms or 0) / 1000)
+
+    def refusal(self, error: ServerError) -> None:
+        """To be called when something that never became a request has been answered."""
+        self._requests.labels("other", str(error.status), "").inc()
 
     def text(self, event: Finished, checkpoints: Iterable[AppliedCheckpoint], api_key: str) -> None:
         """To be called when a text has ended, also one that was cancelled. `api_key`: the key's name, or empty."""
@@ -103,6 +110,7 @@ class Metrics:
                 if multiplier:
                     label = f"{checkpoint.checkpoint}@{checkpoint.version}"
                     self._steered_by.labels(label, attribute).inc(event.steered_tokens)
+                    self._steered_of.add((label, attribute))
 
     def exposition(self, engine: EngineSnapshot) -> bytes:
         """All of them, in Prometheus' text format; of the engine what it says of itself now, of processes this one and
@@ -110,12 +118,24 @@ class Metrics:
         of_engine = CollectorRegistry()
         of_engine.register(_Engine(engine, self._model))
         parts = (of_engine, self._processes, self._of_all_fronts())
-        return b"".join(generate_latest(part) for part in parts)
+        told = b"".join(generate_latest(part) for part in parts)
+        self._forget({loaded.label for loaded in engine.loaded})
+        return told
+
+    def _forget(self, loaded: set[str]) -> None:
+        """Of checkpoints that are not `loaded` any more, what has been told for the last time: a counter that goes, or
+        begins anew, is what Prometheus knows of restarts. Where several processes count together, all are kept, since
+        prometheus_client takes none of theirs away."""
+        if VARIABLE in os.environ:
+            return
+        for labels in [labels for labels in self._steered_of if labels[0] not in loaded]:
+            self._steered_of.remove(labels)
+            self._steered_by.remove(*labels)
 
     def _of_all_fronts(self) -> CollectorRegistry:
         """Where several processes answer, each of them tells what all have counted (prometheus_client's multiprocess
         mode)."""
-        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:  # see server/process/counting.py
+        if VARIABLE not in os.environ:
             return self._all
         together = CollectorRegistry()
         MultiProcessCollector(together)  # type: ignore[no-untyped-call]

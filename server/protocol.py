@@ -6,6 +6,7 @@ uvicorn itself bounds only how long a connection may be idle between two request
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from typing import Any, Literal
 
 from uvicorn.protocols.http.flow_control import FlowControl
@@ -32,9 +33,10 @@ Waiting = Literal["idle", "head", "body", "send", "close", "linger"] | None
 class Connections:
     """What all connections share: their limits, and which of them are idle."""
 
-    def __init__(self, settings: Settings, most: int) -> None:
-        """`most`: connections at once."""
+    def __init__(self, settings: Settings, most: int, on_refusal: Callable[[ServerError], None]) -> None:
+        """`most`: connections at once. `on_refusal`: called where a connection answers what never became a request."""
         self.most = most
+        self.on_refusal = on_refusal
         self.seconds: dict[Waiting, float] = {
             "idle": settings.keepalive_timeout_s,
             "head": settings.client_header_timeout_s,
@@ -159,8 +161,9 @@ class BoundedProtocol(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._in_head, self._in_body = False, True
-        super().on_headers_complete()
+        self._in_head = False
+        super().on_headers_complete()  # raises where the path cannot be read: this is no request then
+        self._in_body = True
         if self.cycle is not None:  # not so for an upgrade
             self.cycle.transport = _OfCycle(self)  # type: ignore[assignment]
 
@@ -216,16 +219,25 @@ class BoundedProtocol(HttpToolsProtocol):
             raise _Unfit
 
     def _refuse(self, error: ServerError) -> None:
-        """Answers with `error` and closes; without an answer where another one is due before it, or half out."""
+        """Answers with `error` and closes; without an answer where another one is due before it, half out, or has been
+        given already: a second one would pass for that of the next request."""
         self._refusal = error
         running = self.cycle is not None and not self.cycle.response_complete
         if self.pipeline or (running and (self.cycle.response_started or not self._in_body)):
             self.abort()
             return
-        request_id = new_request_id()
-        told = {"request_id": request_id, "status": error.status, "outcome": error.type}
-        client = {"client": self.client[0]} if self.client else {}
-        log.info("%s %d %s", request_id, error.status, error.message, extra=told | client)
+        if self._in_body and not running:
+            self._linger()
+            return
+        if running:  # the application tells of it, in the log and in the metrics
+            state = self.cycle.scope["state"]
+            state["refusal"], request_id = error, state.get("request_id") or new_request_id()
+        else:
+            request_id = new_request_id()
+            told = {"request_id": request_id, "status": error.status, "outcome": error.type}
+            client = {"client": self.client[0]} if self.client else {}
+            log.info("%s %d %s", request_id, error.status, error.message, extra=told | client)
+            self._others.on_refusal(error)
         response = error_response(error, request_id)
         head = [
             *self.server_state.default_headers,

@@ -135,6 +135,7 @@ def test_a_trailer_is_no_header(running: Running) -> None:
         POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
         b"GET /\xff HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET http://a:99999999/ HTTP/1.1\r\nHost: a\r\n\r\n",
     ],
 )
 def test_what_is_not_http_gets_an_error_like_all_others(running: Running, sent: bytes) -> None:
@@ -172,10 +173,67 @@ def test_who_sends_on_for_ever_is_cut_off(settings: Settings, monkeypatch: pytes
         assert running.answers()
 
 
-def test_an_answer_that_is_due_has_no_other_one_in_it(running: Running) -> None:
+@pytest.mark.parametrize(
+    "next_one", [b"this is not HTTP\r\n\r\n", b"GET http://a:99999999/ HTTP/1.1\r\nHost: a\r\n\r\n"]
+)
+def test_an_answer_that_is_due_has_no_other_one_in_it(running: Running, next_one: bytes) -> None:
     body = json.dumps({"prompt": "a", "max_new_tokens": 30, "ignore_eos": True}).encode()
     head = POST.replace(b"/tokenize", b"/generate") + b"Content-Length: %d\r\n\r\n" % len(body)
-    assert b"HTTP/1.1 400" not in running.talk(head + body + b"this is not HTTP\r\n\r\n")
+    assert b"HTTP/1.1 400" not in running.talk(head + body + next_one)
+
+
+NOWHERE = POST.replace(b"/tokenize", b"/nothing")
+
+
+@pytest.mark.parametrize(
+    ("head", "rest_of_it"),
+    [
+        (NOWHERE + b"Content-Length: 1000\r\n\r\n", [b"a"]),
+        (NOWHERE + b"Transfer-Encoding: chunked\r\n\r\n", [b"zz\r\n"]),
+        (NOWHERE + b"Transfer-Encoding: chunked\r\n\r\n", [b"1;", *[b"a" * 2**16] * 8]),
+        (NOWHERE + b"Transfer-Encoding: chunked\r\n\r\n0\r\n", [b"x: " + b"a" * 2**17]),
+    ],
+    ids=["a body that takes too long", "a bad chunk", "a chunk's extension", "a trailer"],
+)
+def test_a_request_that_has_been_answered_gets_no_second_answer(
+    running: Running, head: bytes, rest_of_it: list[bytes]
+) -> None:
+    """Who keeps the connection, as a proxy does, would take it for the answer to the next request."""
+    with running.open(head) as client:
+        first = client.recv(2**16)
+        assert first.startswith(b"HTTP/1.1 404")
+        assert b"connection: close" not in first
+        for data in rest_of_it:
+            client.sendall(data)
+        assert b"HTTP/1.1" not in rest(client)
+    assert running.answers()
+
+
+def counted(running: Running) -> dict[str, int]:
+    """Requests by route and status."""
+    told = httpx.get(f"{running.url}/metrics", trust_env=False).text
+    found = re.findall(r'matsteer_http_requests_total{api_key="",route="([^"]+)",status="(\d+)"} (\S+)', told)
+    return {f"{route} {status}": int(float(count)) for route, status, count in found}
+
+
+@pytest.mark.parametrize(
+    ("sent", "route"),
+    [
+        (b"this is not HTTP\r\n\r\n", "other 400"),
+        (GET + b"x: " + b"a" * 2**17, "other 431"),
+        (GET, "other 408"),
+        (POST + b"Content-Length: 1000\r\n\r\na", "/tokenize 408"),
+        (POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", "/tokenize 400"),
+    ],
+    ids=["no HTTP", "a long head", "half a head", "half a body", "a bad chunk"],
+)
+def test_what_a_connection_answers_itself_is_counted_once(running: Running, sent: bytes, route: str) -> None:
+    before = counted(running)
+    assert str(refused(running.talk(sent))[0]) in route
+    wait_until(lambda: counted(running).get(route, 0) > before.get(route, 0))
+    after = counted(running)
+    assert {one for one in after if after[one] != before.get(one, 0)} == {route, "/metrics 200"}
+    assert after[route] == before.get(route, 0) + 1
 
 
 # --- how long it may take ---

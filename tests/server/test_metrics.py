@@ -88,6 +88,24 @@ def test_steered_tokens_are_counted_for_each_attribute_that_acts(fresh: World) -
     assert steered == 5
 
 
+def test_what_a_version_has_steered_is_told_once_more_after_it_is_unloaded(fresh: World) -> None:
+    def steered() -> dict[str, float]:
+        found = numbers(fresh).items()
+        name = "matsteer_attribute_steered_tokens_total"
+        return {dict(labels)["checkpoint"]: value for (one, labels), value in found if one == name}
+
+    asked = {"prompt": "Q: What", "max_new_tokens": 5, "ignore_eos": True, "attributes": {"kind": 1.0}}
+    for version in "12":
+        fresh.post(**asked, checkpoint=f"demo@{version}")
+    assert steered() == {"demo@1": 5, "demo@2": 5}
+    fresh.post(**asked, checkpoint="demo@1")
+    assert fresh.client.delete("/checkpoints/demo", params={"version": "1"}).status_code == 200
+    assert steered() == {"demo@1": 10, "demo@2": 5}, "nothing of it is lost"
+    assert steered() == {"demo@2": 5}
+    fresh.post(**asked, checkpoint="demo@1")
+    assert steered() == steered() == {"demo@1": 5, "demo@2": 5}, "as after a restart"
+
+
 def observe_every_step(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     now = count(step=2 * SAMPLE_S)
     monkeypatch.setattr(world.service.engine._runner, "gate_stats", GateStats(lambda: next(now)))
