@@ -35,7 +35,8 @@ from server.types import AppliedCheckpoint, CheckpointRef
 from steering.types import SequenceSteering
 
 T = TypeVar("T")
-LOADING_THREADS = 4
+LOADING_THREADS = 4  # so many at once, since each may take the memory of two checkpoints (`MAX_TENSORS`)
+LOOKING_THREADS = 4
 log = logging.getLogger(__name__)
 FORMS = {"chat": "conversations (messages)", "plain": "plain text (prompt)"}
 _Found = list[tuple[CheckpointRef, LoadedCheckpoint]]  # an arm's checkpoints
@@ -69,8 +70,10 @@ class EngineCore:
         self._undelivered: list[_Delivery] = []  # used by the engine's thread alone
         self._requests: dict[str, _RunningRequest] = {}
         self._remarked: weakref.WeakSet[LoadedCheckpoint] = weakref.WeakSet()
-        # What reads files has threads of its own: requests that do not need it never wait for it.
+        # What reads files has threads of its own: requests that do not need it never wait for it. What only looks at
+        # them, since they have been read, does not wait for what reads others.
         self._loads = KeyedThreads(LOADING_THREADS, "load")
+        self._looks = KeyedThreads(LOOKING_THREADS, "look")
         self._lists = KeyedThreads(1, "list")
 
     async def submit(self, request: EngineRequest, on_event: OnEvent) -> Submitted:
@@ -133,21 +136,20 @@ class EngineCore:
 
     async def checkpoints(self, name: str | None) -> list[CheckpointEntry]:
         """Of the list of all, one reader at a time."""
-        readers, key = (self._lists, "") if name is None else (self._loads, name)
-        return await result_of(readers.submit(key, lambda: self.registry.entries(name)))
+        if name is None:
+            return await result_of(self._lists.submit("", lambda: self.registry.entries()))
+        return await self._on_folders(name, lambda: self.registry.entries(name))
 
     async def find_checkpoint(self, name: str) -> CheckpointInfo | None:
         found = self.registry.find_loaded(name)
         return found.info if found else None
 
     async def reload(self, name: str, version: str | None, activate: bool) -> CheckpointInfo:
-        loaded = await result_of(
-            self._loads.submit(name, lambda: self.registry.reload(name, version, activate=activate))
-        )
+        loaded = await self._on_folders(name, lambda: self.registry.reload(name, version, activate=activate))
         return loaded.info
 
     async def unload(self, name: str, version: str | None) -> list[str]:
-        return await result_of(self._loads.submit(name, lambda: self.registry.unload(name, version)))
+        return await self._on_folders(name, lambda: self.registry.unload(name, version))
 
     async def snapshot(self) -> EngineSnapshot:
         active, loaded = self.registry.active, self.registry.loaded
@@ -246,13 +248,21 @@ class EngineCore:
         param = ref.named_by or f"{ref.param}checkpoint"
         name = reference.partition("@")[0]
         try:
-            await result_of(self._loads.submit(name, lambda: self.registry.load(reference, param)))
+            await self._on_folders(name, lambda: self.registry.load(reference, param))
         except UnknownCheckpoint:
             if ref.named_by != "model":
                 raise
             raise UnknownModel(
                 f"There is no model {reference!r}; GET /v1/models lists those there are.", param="model"
             ) from None
+
+    async def _on_folders(self, name: str, work: abc.Callable[[], T]) -> T:
+        """`work` with the folders of a name, after what is done with them already."""
+        if not self._loads.busy(name) and await result_of(
+            self._looks.submit(name, lambda: self.registry.has_read(name))
+        ):
+            return await result_of(self._looks.submit(name, work))
+        return await result_of(self._loads.submit(name, work))
 
     def _resolve_arms(
         self, found: abc.Sequence[_Found], positions: PositionsName | None, form: Form | None

@@ -1,6 +1,7 @@
 """Checkpoints: which folders there are, which are loaded into the bank, which is active, which requests use them."""
 
 import logging
+import math
 import threading
 import time
 import weakref
@@ -140,7 +141,8 @@ def fits_model(model: Any, name: str, revision: str | None) -> Callable[[Checkpo
 
 
 def find_folder(root: Path, name: str, version: str | None, param: str | None = None) -> Path:
-    """The folder of a version, or of the newest one. Waits for one that is being written.
+    """The folder of a version, or of the newest one. Waits for one that is being written, not for one that was left
+    unfinished.
 
     Raises UnknownCheckpoint, UnusableCheckpoint.
     """
@@ -151,7 +153,7 @@ def find_folder(root: Path, name: str, version: str | None, param: str | None = 
     try:
         return folders.find(root, name, version)
     except NotFound:
-        if folders.is_being_written(root, name, version):
+        if folders.is_being_written(root, name, version, within=math.inf):
             raise UnusableCheckpoint(
                 f"Checkpoint {reference!r} is being written, or was not written to its end; try again.", param=param
             ) from None
@@ -450,6 +452,13 @@ class Registry:
             config = loaded[key].checkpoint.config
             entries.append(CheckpointEntry(*key, config, FOLDER_GONE, loaded=True, changed=True, active=key == active))
         return entries
+
+    def has_read(self, name: str) -> bool:
+        """Whether every folder of that name is known as it is now: then nothing of it is read to list it, or to load it
+        once more. Looks at the files alone."""
+        of_name = [folder for found, _, folder in folders.list_checkpoints(self._root) if found == name]
+        cached = ((folder, self._read_cache.get(folder)) for folder in of_name)
+        return all(known is not None and known[0] == _state(folder) for folder, known in cached)
 
     def find_loaded(self, reference: str) -> LoadedCheckpoint | None:
         """What NAME or NAME@VERSION means now; None: it is not loaded."""

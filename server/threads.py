@@ -147,6 +147,11 @@ class KeyedThreads:
             self._pool.submit(self._run_next, key)
         return future
 
+    def busy(self, key: str) -> bool:
+        """Whether work with that key is done, or waits."""
+        with self._lock:
+            return key in self._waiting
+
     def _run_next(self, key: str) -> None:
         """One piece; the rest of the key goes behind the other keys."""
         with self._lock:

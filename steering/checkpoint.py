@@ -130,6 +130,10 @@ def save(
         if size > most:
             raise CheckpointError(f"checkpoint {name!r} cannot be saved: {file} would have {size} bytes, over {most}")
     try:
+        parse(text.encode())
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint {name!r} cannot be saved: {CONFIG} {error}") from None
+    try:
         _write(folder, {**(extra_files or {}), TENSORS: data, CARD: card.encode(), CONFIG: text.encode()})
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}") from error

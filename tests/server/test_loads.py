@@ -1,6 +1,7 @@
 """What reads checkpoint folders delays only those who need it."""
 
 import asyncio
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
 
+from server.app import create_app
+from server.config import Settings
+from server.engine_core import LOADING_THREADS
 from server.service import LONG_TEXT
 from steering import checkpoint as folders
 from tests.server.conftest import World
@@ -16,12 +21,12 @@ from tests.server.test_engine import api
 
 
 @contextmanager
-def slow(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[threading.Event]:
-    """Folders of that name take until the event is set to be read."""
+def slow(monkeypatch: pytest.MonkeyPatch, *names: str) -> Iterator[threading.Event]:
+    """Folders of these names take until the event is set to be read."""
     real, go_on = folders.load, threading.Event()
 
     def load(folder: Path) -> Any:
-        if folder.parent.name == name:
+        if folder.parent.name in names:
             assert go_on.wait(20)
         return real(folder)
 
@@ -61,6 +66,41 @@ def test_a_checkpoint_that_loads_slowly_delays_nobody_else(fresh: World, monkeyp
 
     asyncio.run(story())
     assert fresh.service.registry.pins == 0
+
+
+def test_what_has_been_read_waits_for_none_of_those_that_load_slowly(
+    settings: Settings, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"slow-{number}" for number in range(LOADING_THREADS + 1)]
+    shutil.copytree(checkpoints / "demo", tmp_path / "demo")
+    for name in names:
+        shutil.copytree(checkpoints / "other", tmp_path / name)
+    app = create_app(settings.model_copy(update={"checkpoints": tmp_path, "checkpoint": "demo@2"}))
+    app.state.service.registry._read_cache.clear()
+
+    async def story() -> None:
+        async with api(app) as client:
+            assert (await client.get("/checkpoints/demo")).status_code == 200
+            with slow(monkeypatch, *names) as go_on:
+                body = {"prompt": "a", "max_new_tokens": 1}
+                waiting = [
+                    asyncio.create_task(client.post("/generate", json={**body, "checkpoint": name})) for name in names
+                ]
+                await asyncio.sleep(0.05)
+                async with asyncio.timeout(15):
+                    assert (await client.get("/checkpoints/demo")).status_code == 200
+                    assert (await client.get("/checkpoints/none")).status_code == 404
+                    assert (await client.post("/checkpoints/demo/activate", json={"version": "1"})).status_code == 200
+                    assert (await client.delete("/checkpoints/demo", params={"version": "2"})).status_code == 200
+                    named = {"prompt": "a", "model": "demo@2"}
+                    assert (await client.post("/tokenize", json=named)).status_code == 200, "it is looked for"
+                    assert (await client.post("/generate", json={**body, "checkpoint": "demo@2"})).status_code == 200
+                assert not any(task.done() for task in waiting)
+                go_on.set()
+                assert {(await task).status_code for task in waiting} == {200}
+
+    with TestClient(app):
+        asyncio.run(story())
 
 
 def test_long_texts_delay_no_short_ones(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -407,6 +407,25 @@ def test_a_version_that_is_being_overwritten_is_waited_for(
     assert registry.load("mine@1").version == "1"
 
 
+def test_what_a_save_that_was_killed_has_left_is_not_waited_for(
+    registry: Registry, put: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put("1")
+    folder = put("2")
+    left = (folder / "config.json").rename(folder / f".config.json.{os.getpid()}.tmp")
+    os.utime(left, (left.stat().st_mtime - 2 * folders.LONGEST_SAVE,) * 2)
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    with pytest.raises(UnusableCheckpoint, match="was not written to its end"):
+        registry.load("mine@2")
+    assert registry.load("mine").version == "1"
+    assert not slept
+    registry.unload("mine")
+    os.utime(left)
+    assert registry.load("mine").version == "1"
+    assert slept, "it may be complete in a moment"
+
+
 def test_files_that_are_replaced_while_they_are_read_are_read_again(
     registry: Registry, put: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -208,6 +208,7 @@ def test_numbers_that_json_has_not_are_written_as_null_and_other_types_as_plain_
         ({"columns": [column(OUTPUT, 8), column(RESIDUAL, 8, default_multiplier=2.0)]}, "two default multipliers"),
         ({"columns": [column(OUTPUT, 8), column(OUTPUT, 9)]}, "different widths"),
         ({"training": {"model": object()}}, r"training\.model is a object"),
+        ({"training": {"rows": [[]] * 2**17}}, r"config\.json has more than 131072 lists and objects"),
     ],
 )
 def test_what_could_not_be_loaded_is_not_saved(tmp_path, changes, named):
