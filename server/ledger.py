@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar
@@ -131,9 +132,11 @@ class Ledger:
         self._served = Served.of_state(read_state(root, model)) if remember else Served()
         if active:
             self._served.active = None
-        self._changes: list[Change] = []  # number n at n - 1
+        self._number = 0  # of the last change
+        self._changes: deque[Change] = deque()  # the last ones, from the first that a replica has yet to make
         self._done: dict[str, int] = {}  # replica -> the last change that it has made
-        self._problems: dict[str, str] = {}  # of replicas that have to be replaced
+        self._problems: dict[str, str] = {}  # of replicas that have to be replaced, for those that wait for a change
+        self._waiting = 0  # how many do
         self._news = asyncio.Condition()
 
     async def join(self, replica: str, known: list[Change]) -> Joined:
@@ -142,8 +145,8 @@ class Ledger:
         for change in known:
             if empty or (change["what"] == "activate" and self._served.active is None):
                 self._served.add(change)
-        self._done[replica] = len(self._changes)
-        return {"ledger": self._id, "number": len(self._changes), "changes": self._served.changes()}
+        self._done[replica] = self._number
+        return {"ledger": self._id, "number": self._number, "changes": self._served.changes()}
 
     async def changes_after(
         self, ledger: str, replica: str, number: int, problem: str | None
@@ -156,13 +159,18 @@ class Ledger:
             self._done[replica] = number
             self._news.notify_all()
             if problem is not None:
-                self._problems[replica] = problem
-                del self._done[replica]
+                if self._waiting:
+                    self._problems[replica] = problem
+                self._leave(replica)
                 return None
+            self._forget()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(POLL_S):
-                    await self._news.wait_for(lambda: len(self._changes) > number)
-        return list(enumerate(self._changes[number:], number + 1))
+                    await self._news.wait_for(lambda: self._number > number)
+        before = self._number - len(self._changes)
+        if number < before:  # it was taken for dead
+            return None
+        return [(after, self._changes[after - before - 1]) for after in range(number + 1, self._number + 1)]
 
     async def publish(self, change: Change) -> Outcome:
         """Returns when every replica that is alive has made the change, or said why not."""
@@ -172,18 +180,40 @@ class Ledger:
             except CheckpointInUse as error:
                 return {"refused": error.message, "problems": {}, "late": []}
             self._changes.append(change)
-            number = len(self._changes)
+            number = self._number = self._number + 1
             if self._remember:
                 write_state(self._root, self._served.state(self._model))
             self._news.notify_all()
-        asked, loop = list(self._done), asyncio.get_running_loop()
+        asked = list(self._done)
+        self._waiting += 1
+        try:
+            late = await self._until_made(asked, number)
+            problems = {replica: self._problems.pop(replica) for replica in asked if replica in self._problems}
+        finally:
+            self._waiting -= 1
+            if not self._waiting:
+                self._problems.clear()
+        return {"refused": None, "problems": problems, "late": late}
+
+    async def _until_made(self, replicas: list[str], number: int) -> list[str]:
+        """Those that are late, and live."""
+        loop = asyncio.get_running_loop()
         end = loop.time() + FOLLOW_S
-        while waiting := [replica for replica in asked if self._done.get(replica, number) < number]:
+        while waiting := [replica for replica in replicas if self._done.get(replica, number) < number]:
             if loop.time() > end:
                 break
             await self._wait_for(waiting, number)
-        problems = {replica: self._problems.pop(replica) for replica in asked if replica in self._problems}
-        return {"refused": None, "problems": problems, "late": waiting}
+        return waiting
+
+    def _leave(self, replica: str) -> None:
+        self._done.pop(replica, None)
+        self._forget()
+
+    def _forget(self) -> None:
+        """The changes that every replica has made."""
+        made = min(self._done.values(), default=self._number)
+        while self._number - len(self._changes) < made:
+            self._changes.popleft()
 
     async def _wait_for(self, replicas: list[str], number: int) -> None:
         """Until something is new of them; those that have died are forgotten."""
@@ -195,7 +225,7 @@ class Ledger:
         for replica in replicas:
             if not await self._is_alive(replica):
                 log.warning("replica %s has gone", replica)
-                self._done.pop(replica, None)
+                self._leave(replica)
 
 
 class Follower:

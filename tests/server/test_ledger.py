@@ -207,6 +207,60 @@ def test_a_replica_that_stands_still_too_long_is_named(
     run(story)
 
 
+def change(version: str) -> Change:
+    return {"name": "demo", "version": version, "what": "load", "sha256": None}
+
+
+def test_a_change_is_kept_until_all_have_made_it_and_a_problem_until_it_is_told(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FOLLOW_S", 0.05)
+    monkeypatch.setattr(module, "LOOK_S", 0.01)
+    monkeypatch.setattr(module, "POLL_S", 0.01)
+    ledger = ledger_of(root)
+
+    async def story() -> None:
+        identity = (await ledger.join("slow", []))["ledger"]
+        await ledger.join("quick", [])
+        for number, version in enumerate("123"):
+            assert (await ledger.publish(change(version)))["late"] == ["slow", "quick"]
+            assert await ledger.changes_after(identity, "quick", number, None) == [(number + 1, change(version))]
+        assert await ledger.changes_after(identity, "quick", 3, None) == []
+        missed = [(1, change("1")), (2, change("2")), (3, change("3"))]
+        assert await ledger.changes_after(identity, "slow", 0, None) == missed
+        assert await ledger.changes_after(identity, "slow", 2, None) == missed[2:]
+        assert len(ledger._changes) == 1
+        assert await ledger.changes_after(identity, "slow", 2, "it has no such folder") is None
+        assert not ledger._changes
+        assert not ledger._problems, "nobody waits for what it says"
+        await ledger.join(DEAD, [])
+        await ledger.publish(change("4"))
+        assert len(ledger._changes) == 1
+        assert await ledger.changes_after(identity, "quick", 4, None) == []
+        assert not ledger._changes, "who has died is not waited for"
+        await ledger.join("slow", [])
+        ledger._done["quick"] = 2  # as if it had stood still for longer than it was known
+        assert await ledger.changes_after(identity, "quick", 2, None) is None
+
+    run(story)
+
+
+def test_many_changes_leave_nothing_behind(services: Services, root: Path) -> None:
+    first, second = services(), services()
+
+    async def story() -> None:
+        line = Line(ledger_of(root))
+        async with following(line, first, second) as (one, other):
+            for _ in range(5):
+                await one.reload("demo", "1", activate=True)
+                await other.reload("demo", "2", activate=True)
+            assert line.ledger is not None
+            assert not line.ledger._changes
+            assert await active(first) == await active(second) == "demo@2"
+
+    run(story)
+
+
 @pytest.mark.parametrize("difference", ["no folder", "another content"])
 def test_a_replica_that_cannot_follow_is_named_and_is_to_be_replaced(
     services: Services, root: Path, checkpoints: Path, tmp_path: Path, difference: str
