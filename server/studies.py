@@ -29,6 +29,7 @@ CREATE TABLE IF NOT EXISTS votes (
 CREATE INDEX IF NOT EXISTS votes_of_study ON votes (study);
 """
 BUSY_S = 30.0  # how long a vote waits for another process that writes to the file
+PAGE = 20  # votes that are read at once
 Z95 = 1.959964  # of the normal distribution
 
 
@@ -128,19 +129,22 @@ class Studies:
             for name, arms, first, second, ties in counts
         ]
 
-    def votes(self, study: str) -> list[Vote]:
-        """Every vote of a study, oldest first. Raises NotFound."""
+    def votes(self, study: str, after: int = 0, most: int = PAGE) -> list[tuple[int, Vote]]:
+        """Votes of a study with their numbers, oldest first: the first `most` of those after a number. Raises
+        NotFound."""
         with self._file():
             found = self._connection.execute("SELECT arms FROM studies WHERE name = ?", (study,)).fetchone()
             rows = self._connection.execute(
-                "SELECT id, asked, texts, winner, shown_first, at FROM votes WHERE study = ? ORDER BY rowid", (study,)
+                "SELECT rowid, id, asked, texts, winner, shown_first, at FROM votes WHERE study = ? AND rowid > ? "
+                "ORDER BY rowid LIMIT ?",
+                (study, after, most),
             ).fetchall()
         if found is None:
             raise NotFound(f"There is no study {study!r}.", param="study")
         arms = tuple(json.loads(found[0]))
         return [
-            Vote(id, arms, json.loads(asked), tuple(json.loads(texts)), winner, shown_first, at)
-            for id, asked, texts, winner, shown_first, at in rows
+            (number, Vote(id, arms, json.loads(asked), tuple(json.loads(texts)), winner, shown_first, at))
+            for number, id, asked, texts, winner, shown_first, at in rows
         ]
 
     @contextmanager

@@ -3,8 +3,9 @@
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path
@@ -40,29 +41,31 @@ async def vote(name: Name, body: VoteRequest, service: ServiceDep) -> StudyBody:
 @router.get("/{name}/votes.csv", responses=CSV, response_class=StreamingResponse)
 async def votes(name: Name, service: ServiceDep) -> StreamingResponse:
     """Every vote of a study as a row, with what was asked and both texts."""
-    rows = _rows(name, await service.in_studies(lambda studies: studies.votes(name)))
+    first = await service.in_studies(partial(_page, name, 0))  # raises NotFound before the answer begins
+
+    async def table() -> AsyncIterator[str]:
+        rows, last = first
+        yield _line(COLUMNS)
+        while rows:
+            yield rows
+            rows, last = await service.in_studies(partial(_page, name, last))
+
     headers = {"content-disposition": 'attachment; filename="votes.csv"', "x-content-type-options": "nosniff"}
-    return StreamingResponse(rows, media_type="text/csv; charset=utf-8", headers=headers)
+    return StreamingResponse(table(), media_type="text/csv; charset=utf-8", headers=headers)
 
 
-def _rows(name: str, votes: list[Vote]) -> Iterator[str]:
-    yield _line(COLUMNS)
-    for one in votes:
-        names = [str(arm["name"]) for arm in one.arms]
-        winner = "tie" if one.winner is None else names[one.winner]
-        at = datetime.fromtimestamp(one.at, UTC).isoformat()
-        yield _line(
-            (
-                one.id,
-                at,
-                name,
-                *names,
-                names[one.shown_first],
-                winner,
-                json.dumps(one.asked, ensure_ascii=False),
-                *one.texts,
-            )
-        )
+def _page(study: str, after: int, studies: Studies) -> tuple[str, int]:
+    """Rows of the votes after one, and the number of the last."""
+    found = studies.votes(study, after)
+    return "".join(_row(study, vote) for _, vote in found), found[-1][0] if found else after
+
+
+def _row(study: str, vote: Vote) -> str:
+    names = [str(arm["name"]) for arm in vote.arms]
+    winner = "tie" if vote.winner is None else names[vote.winner]
+    at = datetime.fromtimestamp(vote.at, UTC).isoformat()
+    asked = json.dumps(vote.asked, ensure_ascii=False)
+    return _line((vote.id, at, study, *names, names[vote.shown_first], winner, asked, *vote.texts))
 
 
 def _line(cells: tuple[str, ...]) -> str:

@@ -21,7 +21,7 @@ from starlette.testclient import TestClient
 from server.app import create_app
 from server.config import Settings
 from server.errors import InvalidField, NotFound, StartupError
-from server.studies import Studies, Vote, wilson
+from server.studies import PAGE, Studies, Vote, wilson
 
 ROOT = Path(__file__).parents[2]
 VOTE = Vote(
@@ -87,7 +87,7 @@ def test_a_study_is_about_the_same_two_arms_throughout(studies: Studies) -> None
 def test_votes_survive_a_restart_as_they_were(studies: Studies, tmp_path: Path) -> None:
     studies.add("s", VOTE)
     studies.close()
-    (kept,) = Studies(tmp_path / "studies.db").votes("s")
+    ((_, kept),) = Studies(tmp_path / "studies.db").votes("s")
     assert replace(kept, at=0.0) == VOTE
     assert kept.at > 0
 
@@ -117,7 +117,7 @@ def test_no_vote_that_was_taken_is_lost_when_the_process_is_killed(tmp_path: Pat
         taken |= set(voter.stdout.read().split())
         voter.stdout.close()
         voter.wait()
-    kept = {vote.id for vote in Studies(path).votes("s")}
+    kept = {vote.id for _, vote in Studies(path).votes("s", most=2**31)}
     assert len(taken) >= 40
     assert taken <= kept
     assert len(kept - taken) <= 2, "at most the vote that each was answering"
@@ -166,6 +166,25 @@ def test_a_vote_is_posted_listed_and_exported(client: TestClient) -> None:
     assert [row["winner"] for row in rows] == ["kind", "tie"]
     assert client.get("/studies/unknown/votes.csv").status_code == 404
     assert (rows[0]["text_1"], rows[0]["text_2"], rows[0]["shown_first"]) == (*VOTE.texts, "baseline")
+
+
+def test_many_votes_are_exported_a_few_at_a_time(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = [f"many-{count:04}" for count in range(2 * PAGE + 3)]
+    for one in ids:
+        assert client.post("/studies/many/votes", json=body(id=one)).status_code == 200
+        client.post("/studies/beside/votes", json=body(id=f"beside-{one}"))
+    read: list[int] = []
+    real = Studies.votes
+
+    def votes(self: Studies, *asked: Any) -> Any:
+        found = real(self, *asked)
+        read.append(len(found))
+        return found
+
+    monkeypatch.setattr(Studies, "votes", votes)
+    exported = client.get("/studies/many/votes.csv")
+    assert [row["id"] for row in csv.DictReader(io.StringIO(exported.text))] == ids
+    assert read == [PAGE, PAGE, 3, 0]
 
 
 @pytest.mark.parametrize(
