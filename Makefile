@@ -159,9 +159,9 @@ test-release: $(DEV_INSTALLED)  ## dist/: the sdist and the wheel, which is inst
 test-image: $(DEV_INSTALLED)  ## build the CPU image with buildah (Debian's package) and run it; IMAGE_OPTIONS=--docker and others: --help
 	$(BIN)/python -m tests.image.check_image $(IMAGE_OPTIONS)
 
-audit: $(BIN)/python  ## bandit over the code, pip-audit over constraints.txt (which asks PyPI)
+audit: $(BIN)/python  ## bandit over what the wheel has, pip-audit over constraints.txt (which asks PyPI)
 	$(PYTHON) -m venv runs/audit && runs/audit/bin/pip install --quiet bandit pip-audit
-	runs/audit/bin/bandit --quiet --configfile pyproject.toml --severity-level medium --recursive server steering steer_ops training
+	runs/audit/bin/bandit --quiet --configfile pyproject.toml --severity-level medium --recursive server steering steer_ops training demo
 	runs/audit/bin/pip-audit --no-deps --disable-pip --requirement constraints.txt
 
 check-gpu: $(DEV_INSTALLED)  ## tests and speed on a GPU, in one table of at most 8 minutes: benchmarks/results
