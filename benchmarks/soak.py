@@ -441,7 +441,7 @@ def report(soak: Soak) -> dict[str, Any]:
             "every answer is one that was to be expected": not unexpected,
             "greedy texts stay the same": not changed,
             "p99 is at most twice that of the first minute": not rest or rest["p99"] <= 2 * first["p99"],
-            f"memory does not grow by more than {TOLERANCE:g} MiB a minute": all(
+            f"memory does not grow by more than {TOLERANCE:g} MiB a minute, within its interval": all(
                 memory["mib_a_minute"] is None or memory["low"] <= TOLERANCE
                 for memory in (server["rss_mib"] for server in servers)
             ),
