@@ -61,6 +61,10 @@ class FakeEngine:
         self._running: list[tuple[EngineSequence, OnEvent, list[int]]] = []
         self._stepping: asyncio.Task[None] | None = None
 
+    @property
+    def failure(self) -> None:
+        return None
+
     async def submit(self, request: EngineRequest, on_event: OnEvent) -> Submitted:
         sequences = request.sequences([SteeringParams()] * len(request.arms))
         self._running += [(one, on_event, []) for one in sequences]

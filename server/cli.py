@@ -125,17 +125,18 @@ def serve(
 
             scale.serve(settings)
             return
+        from server.ending import end
         from server.sockets import listen
 
         with listen(settings) as bound:  # first: nobody should wait for the model to hear that the port is taken
             from server.process import supervisor
 
             if supervisor.is_wanted(settings):
-                raise typer.Exit(supervisor.serve(settings, bound, _configure_logging))
+                end(supervisor.serve(settings, bound, _configure_logging))
             from server.app import create_app
             from server.listener import run
 
-            run(create_app(settings), bound, drain_s=settings.drain_s)
+            end(run(create_app(settings), bound, drain_s=settings.drain_s))
 
 
 @app.command()

@@ -191,7 +191,9 @@ class Settings(BaseSettings):
     studies: Path | None = Field(
         default=None, description="SQLite file in which blind comparisons are kept; unset: there are none"
     )
-    stall_s: float = Field(default=300.0, gt=0, description="a step longer than this makes /readyz say no")
+    stall_s: float = Field(
+        default=300.0, gt=0, description="a step longer than this is taken for one without end: the server ends"
+    )
     engine_process: Literal["auto", "true", "false"] = Field(
         default="auto",
         description="the engine runs in a process of its own, beside those of front_workers; auto: on CUDA, and for "

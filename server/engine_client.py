@@ -178,6 +178,11 @@ class EngineClient(Protocol):
 
     facts: EngineFacts
 
+    @property
+    def failure(self) -> str | None:
+        """Why no request will be served any more, though nobody has stopped the engine: this process has to end."""
+        ...
+
     async def submit(self, request: EngineRequest, on_event: OnEvent) -> Submitted:
         """Queue the sequences of a request. Its checkpoints stay loaded until `close`. Cancelled, or where it raises,
         nothing has been submitted.

@@ -76,6 +76,10 @@ class EngineCore:
         self._looks = KeyedThreads(LOOKING_THREADS, "look")
         self._lists = KeyedThreads(1, "list")
 
+    @property
+    def failure(self) -> str | None:
+        return self.engine.failure
+
     async def submit(self, request: EngineRequest, on_event: OnEvent) -> Submitted:
         lease = CheckpointLease(self.registry)
         try:

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import math
-import os
 import signal
 import socket
 import sys
@@ -12,15 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import uvicorn
 from fastapi import FastAPI
 
+from server.ending import end
 from server.errors import StartupError
 from server.heap import heap_frozen, heap_trimmed
 from server.protocol import BoundedProtocol, Connections
-from server.sockets import FORCED_S, address_of, claim
+from server.sockets import FORCED_S, LAST_WORDS_S, address_of, claim
 from server.web import home
 
 if TYPE_CHECKING:  # who only listens needs no PyTorch
@@ -30,7 +30,6 @@ if sys.platform != "win32":
     import resource
 
 log = logging.getLogger(__name__)
-LAST_WORDS_S = 0.5  # after the drain: for clients to read that their request has failed
 OTHER_FILES = 128  # that the process has open beside its connections
 
 
@@ -46,9 +45,9 @@ async def where_to_go(service: "Service", address: str) -> str:
     )
 
 
-def run(app: FastAPI, bound: socket.socket, *, drain_s: float, front: "FrontProcess | None" = None) -> None:
-    """Serves until SIGTERM or SIGINT, then drains; a second signal ends it at once. `front`: where this process is one
-    of several."""
+def run(app: FastAPI, bound: socket.socket, *, drain_s: float, front: "FrontProcess | None" = None) -> int:
+    """Serves until SIGTERM or SIGINT, then drains; a second signal ends it at once. Returns the exit status: 1 where
+    the engine has failed. `front`: where this process is one of several."""
     try:
         claim(bound)
     except StartupError:
@@ -56,7 +55,9 @@ def run(app: FastAPI, bound: socket.socket, *, drain_s: float, front: "FrontProc
         service.client.stop()
         raise
     with heap_frozen(), heap_trimmed():
-        DrainingServer(app, drain_s=drain_s, front=front).run(sockets=[bound])
+        server = DrainingServer(app, drain_s=drain_s, front=front)
+        server.run(sockets=[bound])
+    return int(server.failed)
 
 
 @dataclass(frozen=True)
@@ -89,16 +90,28 @@ class DrainingServer(uvicorn.Server):
         self._engine = service.client
         self._drain_s = drain_s
         self._front = front
+        self.failed = False  # the engine has, and ends what is served
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._front and sig == signal.SIGINT:  # a terminal sends it to all processes: the supervisor sees to it
             return
         super().handle_exit(sig, frame)
         self._captured_signals.clear()  # uvicorn would raise the signal again; the exit status of a clean end is 0
-        # Threads that do something long cannot be cancelled, and Python waits for them.
+        self._force_end()
+
+    def _force_end(self) -> None:
+        """Threads that do something long cannot be cancelled, and Python waits for them."""
         forced = threading.Timer(self._drain_s + FORCED_S, _end_by_force)
         forced.daemon = True
         forced.start()
+
+    async def on_tick(self, counter: int) -> bool:
+        if not self.failed and (failure := self._engine.failure) is not None:
+            log.critical("the engine has failed, and the server ends: %s", failure)
+            self.failed = self.should_exit = True
+            self._drain_s = 0.0
+            self._force_end()
+        return await super().on_tick(counter)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         addresses = [address_of(bound) for bound in sockets or ()]
@@ -143,7 +156,6 @@ def _allowed(connections: int) -> int:
     return connections
 
 
-def _end_by_force() -> None:
+def _end_by_force() -> NoReturn:
     log.error("a thread has not ended in time: the process ends without it")
-    logging.shutdown()
-    os._exit(1)
+    end(1)

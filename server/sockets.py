@@ -11,7 +11,9 @@ from server.errors import StartupError
 
 log = logging.getLogger(__name__)
 BACKLOG = 2048  # connections that wait to be taken, as uvicorn has it
-FORCED_S = 1.5  # after the drain: the end of the process
+# After the drain:
+LAST_WORDS_S = 0.5  # for clients to read that their request has failed
+FORCED_S = 1.5  # the end of the process
 
 
 def listen(settings: Settings) -> socket.socket:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from server.engine.gate_stats import AttributeStats
-from server.engine.model_runner import ModelRunner
+from server.engine.model_runner import InFlightStep, ModelRunner
 from server.engine.output_processor import OutputProcessor
 from server.engine.scheduler import Scheduler
 from server.engine.scoring import ComparisonPair, Divergence, ScoreCollector, to_score
@@ -47,6 +47,7 @@ from server.tokenizer import Decode
 from steering.types import Handle
 
 log = logging.getLogger(__name__)
+LAST_STEP_S = 0.2  # `stop` waits so long for a step before it answers in the engine's place
 T = TypeVar("T")
 Chunks = tuple[ScheduledChunk, ...]
 
@@ -75,6 +76,10 @@ class _Wake:
 
 
 Message = _Submit | _Cancel | _Stop | EngineTask | _Wake
+
+
+class _Abandoned(BaseException):
+    """What was computed has ended after `stop` has answered everybody: there is nothing left to do."""
 
 
 class Engine:
@@ -113,11 +118,14 @@ class Engine:
             on_request_end=self._request_ended,
             on_flush=lambda: self.on_flush(),
         )
-        self._lock = threading.Lock()  # guards _queued, _down and _draining
+        self._lock = threading.Lock()  # guards _queued, _down, _draining, _computing and _abandoned
         self._queued = 0  # sequences submitted and not yet admitted
         self._down: str | None = "the engine has not started"
+        self._failure: str | None = None
         self._draining = False
         self._busy_since: float | None = None
+        self._computing = False  # the engine's thread is inside what may take long
+        self._abandoned = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # --- for any thread -------------------------------------------------------------------------
@@ -134,18 +142,34 @@ class Engine:
             self._draining = True
 
     def stop(self) -> None:
-        """Stop after the steps that have been begun; whatever is unfinished fails with a message."""
-        self._close("the server is shutting down")
-        if self._thread.is_alive():
-            self._thread.join()
+        """Stop after the steps that have been begun; whatever is unfinished fails with a message, before such a step
+        has ended where that takes long."""
+        self._close(self._stalled or "the server is shutting down")
+        while self._thread.is_alive():
+            self._thread.join(None if self._abandoned else LAST_STEP_S)
+            with self._lock:
+                abandon = self._computing and not self._abandoned
+                self._abandoned |= abandon
+            if abandon:
+                self._shut()
 
     @property
     def trouble(self) -> str | None:
         """Why no request can be served now; None when the engine is alive."""
+        draining = "the server is draining: it finishes its requests and stops" if self._draining else None
+        return self._down or self._stalled or draining
+
+    @property
+    def failure(self) -> str | None:
+        """Why no request will be served any more, though nobody has stopped the engine: its process has to end."""
+        return self._failure or self._stalled
+
+    @property
+    def _stalled(self) -> str | None:
         busy_since = self._busy_since
-        if self._down is None and busy_since is not None and time.monotonic() - busy_since > self._stall_s:
-            return f"the current step has been running for more than {self._stall_s:g} s"
-        return self._down or ("the server is draining: it finishes its requests and stops" if self._draining else None)
+        if busy_since is None or time.monotonic() - busy_since <= self._stall_s:
+            return None
+        return f"the current step has been running for more than {self._stall_s:g} s (MATSTEER_STALL_S)"
 
     @property
     def open_sequences(self) -> int:
@@ -241,11 +265,11 @@ class Engine:
         self._end_late()
         if self._tasks:
             self._outputs.flush()
-            with self._busy():
+            with self._busy(), self._long():
                 self._tasks.run_next()
         elif self._runner.graphs_due:
             self._outputs.flush()
-            with self._busy():
+            with self._busy(), self._long():
                 self._runner.capture_next_graph()
         if chunks := self._scheduler.schedule():
             self._execute(chunks)
@@ -257,9 +281,11 @@ class Engine:
             use_device(self._runner.device)
             while self._down is None:
                 self.step(wait=True)
+        except _Abandoned:
+            return
         except Exception as error:  # a bug in the loop itself: say so, answer everybody, never hang
             log.exception("the engine's loop broke")
-            self._close(f"its loop broke: {error}")
+            self._fail_for_good(f"the engine's loop broke: {error}")
         self._shut()
 
     def _receive(self, wait: bool) -> None:
@@ -308,17 +334,22 @@ class Engine:
         step = None
         while chunks:
             with self._busy():
-                step = step or self._runner.execute_async(chunks)
+                step = step or self._begin(chunks)
                 ahead = self._schedule_ahead(chunks)
-                following = self._runner.execute_async(ahead, step) if ahead else None
+                following = self._begin(ahead, step) if ahead else None
                 self._outputs.flush()
                 try:
-                    outputs = step.result()
+                    with self._long():
+                        outputs = step.result()
                 except Exception as error:
                     self._fail(chunks, error)
                     return
                 self._process(chunks, outputs)
             chunks, step = ahead, following
+
+    def _begin(self, chunks: Chunks, after: InFlightStep | None = None) -> InFlightStep:
+        with self._long():
+            return self._runner.execute_async(chunks, after)
 
     def _schedule_ahead(self, chunks: Chunks) -> Chunks:
         """The step to begin while these chunks are computed, with whoever has arrived by now: none where something is
@@ -364,6 +395,19 @@ class Engine:
             self._busy_since = None
             self._runner.thread_scaler.ended()
 
+    @contextmanager
+    def _long(self) -> Iterator[None]:
+        """Around what may take long, or never end, and touches no sequence: meanwhile `stop` may answer everybody."""
+        self._computing = True
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._computing = False
+                abandoned = self._abandoned
+            if abandoned:
+                raise _Abandoned
+
     def _fail(self, chunks: Chunks, error: Exception) -> None:
         """A failing step fails the requests in it, and those whose copies were not made, and nobody else, as long as
         the device still answers."""
@@ -378,10 +422,11 @@ class Engine:
         blocks.reset_prefix_cache()
         blocks.pending_copies.clear()
         try:
-            self._runner.recover()
+            with self._long():
+                self._runner.recover()
         except Exception as fatal:
             log.critical("the device does not answer any more", exc_info=fatal)
-            self._close(f"the device failed: {fatal}")
+            self._fail_for_good(f"the device failed: {fatal}")
 
     def _forget(self, touched: list[Sequence], error: ServerError) -> None:
         """The rule for whatever a pass that failed, or was not finite, has touched, be it generated, scored or
@@ -446,13 +491,18 @@ class Engine:
     def _request_ended(self, request_id: str) -> None:
         self._deadlines.pop(request_id, None)
 
+    def _fail_for_good(self, why: str) -> None:
+        self._close(why)
+        self._failure = why
+
     def _close(self, why: str) -> None:
         with self._lock:
             self._down = self._down or why
         self._inbox.put(_Wake())
 
     def _shut(self) -> None:
-        """Answer everything that is left. Nothing new can arrive: who submits looks at _down under the lock."""
+        """Answer everything that is left. Nothing new can arrive: who submits looks at _down under the lock. On the
+        engine's thread, or that of `stop` in its place."""
         while (message := self._poll()) is not None:
             self._take(message)
         why = EngineDown(f"The engine stopped: {self._down}.")

@@ -3,7 +3,8 @@
 import logging
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -46,15 +47,18 @@ class EngineTask:
         """The future's exception is a ServerError whatever the work raises."""
         if not self.future.set_running_or_notify_cancel():
             return
-        try:
-            self.future.set_result(self.work())
-        except ServerError as error:
-            self.future.set_exception(error)
-        except Exception as error:
-            log.error("work between two steps failed", exc_info=error)
-            failure = failure_of(error, "work for this request")
-            failure.__cause__ = error
-            self.future.set_exception(failure)
+        with suppress(InvalidStateError):  # the queue has been closed meanwhile
+            try:
+                result = self.work()
+            except ServerError as error:
+                self.future.set_exception(error)
+            except Exception as error:
+                log.error("work between two steps failed", exc_info=error)
+                failure = failure_of(error, "work for this request")
+                failure.__cause__ = error
+                self.future.set_exception(failure)
+            else:
+                self.future.set_result(result)
 
 
 class TaskQueue:
@@ -62,6 +66,7 @@ class TaskQueue:
 
     def __init__(self) -> None:
         self._waiting: deque[EngineTask] = deque()
+        self._running: EngineTask | None = None
 
     def __bool__(self) -> bool:
         return bool(self._waiting)
@@ -71,9 +76,14 @@ class TaskQueue:
 
     def run_next(self) -> None:
         """Runs one, so that tasks delay nobody for long."""
-        self._waiting.popleft().run()
+        self._running = self._waiting.popleft()
+        self._running.run()
+        self._running = None
 
     def close(self, why: ServerError) -> None:
-        """Nothing more is done: everybody who waits is told why."""
+        """Nothing more is done: everybody who waits is told why, also for what is being done."""
+        if self._running is not None:
+            with suppress(InvalidStateError):
+                self._running.future.set_exception(why)
         while self._waiting:
             self._waiting.popleft().future.settle(why)

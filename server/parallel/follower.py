@@ -12,11 +12,12 @@ from transformers.utils import logging as hf_logging
 
 from server.assembly import open_cached_runner
 from server.config import Settings
+from server.ending import end
 from server.engine.model_runner import ForwardInputs, ModelRunner
 from server.errors import StartupError
 from server.loading import choose_device, load_model
 from server.logs import configure_logging
-from server.parallel.group import Place, end, join
+from server.parallel.group import Place, join
 from server.parallel.messages import (
     AddColumns,
     CopyBlocks,

@@ -1,13 +1,10 @@
 """The processes that hold a model together, as torch.distributed knows them: gloo on a CPU, NCCL on GPUs."""
 
-import logging
 import os
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing.util import _run_finalizers  # type: ignore[attr-defined]
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -48,14 +45,6 @@ def leave() -> None:
     process does it."""
     if dist.is_initialized() and dist.get_backend() == "gloo":
         dist.destroy_process_group()
-
-
-def end(status: int) -> NoReturn:
-    """This process, at once: Python's own way out waits for gloo's threads, which may wait for another process, and for
-    locks that its other threads have (tqdm's)."""
-    logging.shutdown()
-    _run_finalizers(0)  # give back semaphores: multiprocessing complains of those that are left
-    os._exit(status)
 
 
 def least(number: int, device: torch.device) -> int:

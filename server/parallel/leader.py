@@ -15,6 +15,7 @@ from torch import Tensor
 
 from server.attention.layout import BlockCopy
 from server.config import Settings
+from server.ending import end
 from server.engine.model_runner import ForwardInputs, ModelRunner
 from server.parallel import group
 from server.parallel.group import Place
@@ -157,7 +158,7 @@ class Leader:
             log.critical("%s: this process ends", why, exc_info=error)
             self._folder.close()
         finally:
-            group.end(1)
+            end(1)
 
 
 def _follow(*arguments: Any) -> None:

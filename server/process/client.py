@@ -66,13 +66,12 @@ NO_TIMING = Timing(0, 0, 0)
 class ProcessClient:
     """One for each front, on one event loop from `connect` on."""
 
-    def __init__(self, path: Path, facts: EngineFacts, decoders: Decoders, on_lost: Callable[[], None]) -> None:
-        """`path`: the socket at which the engine listens. `on_lost` is called when it has gone, and everybody who waits
-        has been told."""
+    def __init__(self, path: Path, facts: EngineFacts, decoders: Decoders) -> None:
+        """`path`: the socket at which the engine listens."""
         self.facts = facts
+        self.failure: str | None = None  # when the engine has gone, and everybody who waits has been told
         self.decoders = decoders
         self._path = path
-        self._on_lost = on_lost
         self._numbers = itertools.count()
         self._replies: dict[int, asyncio.Future[bytes]] = {}
         self._requests: dict[int, _Request] = {}  # by the number of their call, until `close`
@@ -192,11 +191,11 @@ class ProcessClient:
             while True:
                 self._take(decode(await read_frame(reader), FromEngine))
         except (OSError, asyncio.IncompleteReadError):
-            log.critical("%s", GONE)
+            pass
         except Exception:  # a bug: whoever waits is told
             log.exception("what the engine's process sends cannot be read")
         self._end(GONE)
-        self._on_lost()
+        self.failure = GONE
 
     def _take(self, message: FromEngine) -> None:
         match message:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -44,7 +45,8 @@ async def listen(engine: HostedEngine, path: Path) -> asyncio.Server:
     """Fronts may connect from now on."""
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await _Front(engine, writer).serve(reader)
+        with suppress(asyncio.CancelledError):  # this process ends
+            await _Front(engine, writer).serve(reader)
 
     return await asyncio.start_unix_server(connected, path)
 

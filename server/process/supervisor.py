@@ -17,11 +17,15 @@ from server.config import Settings
 from server.errors import StartupError
 from server.process.counting import count_together
 from server.shared_folder import SharedFolder
-from server.sockets import FORCED_S, bind_again, claim
+from server.sockets import FORCED_S, LAST_WORDS_S, bind_again, claim
 
 log = logging.getLogger(__name__)
 PAUSE_S = 1.0  # before a front that could not take the place of another one is started again
-LATE_S = 10.0  # beyond its own time limit, after which a process is killed
+LATE_S = 10.0  # after which a front is killed that does not end by itself as the engine has
+# All have ended two seconds after the drain: fronts that do not end by themselves (FORCED_S) are killed so much later,
+# the engine after them.
+FRONTS_LATER_S = 0.1
+ENGINE_LATER_S = 0.2
 Configure = Callable[[Settings], None]  # sets logging up, in each process
 Main = Callable[..., None]  # what a process runs; its module is imported there
 _spawn = multiprocessing.get_context("spawn")
@@ -92,7 +96,7 @@ class Supervisor:
         self._configure = configure
         self._path = folder / "engine"
         self._facts: bytes | None = None  # of the engine, as it has encoded them: this process need not know them
-        self._deadline = float("inf")
+        self._drained = self._deadline = float("inf")  # of time.monotonic
         self._ending = False
         self._children: list[_Child] = []
 
@@ -122,11 +126,14 @@ class Supervisor:
                 if self._engine.ended and not self._ending:
                     log.critical("the engine's process has ended (%s): the server ends", self._engine.how_it_ended)
                     self._end_fronts(LATE_S)
-                if time.monotonic() > self._deadline:
+                now = time.monotonic()
+                if now > self._drained + LAST_WORDS_S:
+                    self._engine.pipe.close()  # which asks it to end
+                if now > self._deadline:
                     for front in self._fronts:
                         front.end(self._deadline)
-        self._engine.pipe.close()  # which asks it to end
-        self._engine.end(time.monotonic() + LATE_S)
+        self._engine.pipe.close()
+        self._engine.end(self._deadline + ENGINE_LATER_S)
         return 0 if all(child.process.exitcode == 0 for child in self._children) else 1
 
     def _start_front(self, index: int, bound: socket.socket) -> _Child:
@@ -141,7 +148,7 @@ class Supervisor:
         alive = [child for child in (self._engine, *self._fronts) if not child.ended]
         pipes: dict[Any, _Child] = {child.pipe: child for child in alive if not child.ready}
         sentinels: dict[Any, _Child] = {child.process.sentinel: child for child in alive}
-        for one in wait([*pipes, *sentinels], timeout=1.0):
+        for one in wait([*pipes, *sentinels], timeout=0.1 if self._ending else 1.0):
             if (child := pipes.get(one)) is not None:
                 self._hear_or_log(child)
         for index, front in enumerate(self._fronts):
@@ -190,7 +197,8 @@ class Supervisor:
     def _asked_to_end(self, number: int, frame: FrameType | None) -> None:
         if self._ending or self._facts is None:  # a second signal, or nothing runs yet
             raise SystemExit(128 + number)
-        self._end_fronts(self._settings.drain_s + FORCED_S + LATE_S)
+        self._drained = time.monotonic() + self._settings.drain_s
+        self._end_fronts(self._settings.drain_s + FORCED_S + FRONTS_LATER_S)
 
     def _end_fronts(self, seconds: float) -> None:
         """They drain, and are killed after so long."""

@@ -10,9 +10,10 @@ import torch
 import transformers
 from transformers.utils import logging as hf_logging
 
+from server.ending import end
 from server.engine.sequence import ScheduledChunk, Sequence
 from server.loading import open_runner
-from server.parallel.group import Place, end, join
+from server.parallel.group import Place, join
 from steering.bank import ColumnBank
 from steering.pretrained import _open_weights
 from tests.steering.families import FAMILIES, VOCABULARY

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from server.assembly import open_service
 from server.config import Settings
 from server.engine.model_runner import ModelRunner
-from server.errors import OutOfMemory
+from server.errors import EngineDown, OutOfMemory
 from steer_ops import PAGED_ATTENTION_DECODE
 from tests.server.conftest import World
 
@@ -492,6 +492,38 @@ def test_stopping_answers_everybody(fresh: World, monkeypatch: pytest.MonkeyPatc
     answer = asyncio.run(story())
     assert answer.status_code == 503
     assert fresh.refused(prompt="a")[0] == 503
+
+
+def test_stopping_answers_everybody_before_what_has_no_end(fresh: World) -> None:
+    """Who waits for it, who waits for it to end, and nobody twice."""
+    engine, inside, go_on = fresh.service.engine, threading.Event(), threading.Event()
+
+    def work() -> None:
+        inside.set()
+        assert go_on.wait(20)
+
+    stopping = threading.Thread(target=engine.stop)
+
+    async def story() -> Any:
+        async with api(fresh.app) as client:
+            running = engine.call(work)
+            await asyncio.to_thread(inside.wait, 10)
+            asking = asyncio.create_task(client.post("/generate", json={"prompt": "a"}))
+            loading = asyncio.create_task(client.post("/checkpoints/other/load"))
+            while engine._inbox.qsize() < 2:
+                await asyncio.sleep(0.005)
+            stopping.start()
+            answers = await asyncio.wait_for(asyncio.gather(asking, loading), 10)
+            assert isinstance(await asyncio.to_thread(running.exception, 10), EngineDown)
+            return answers
+
+    assert [answer.status_code for answer in asyncio.run(story())] == [503, 503]
+    assert stopping.is_alive(), "the engine's thread still has the model"
+    go_on.set()
+    stopping.join(10)
+    assert not stopping.is_alive()
+    assert not engine.open_sequences
+    assert fresh.service.registry.pins == 0
 
 
 def test_a_checkpoint_can_be_loaded_while_others_generate(fresh: World) -> None:

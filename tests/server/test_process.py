@@ -39,6 +39,7 @@ from tests.server.conftest import World, event_lines
 from tests.server.test_listener import free_port, wait_until
 
 pytestmark = pytest.mark.timeout(300)  # several processes start, and import all that they need
+SERVE = ("server.cli", "serve")
 FRONTS = 2
 LONG = {"prompt": "a", "max_new_tokens": 90, "ignore_eos": True}
 OWN = ("id", "created", "timing", "request_id")  # fields that differ between two answers to one request
@@ -92,10 +93,12 @@ def is_engine_or_front(process: psutil.Process) -> bool:
 
 
 @contextmanager
-def started(settings: Settings, tmp_path: Path, *options: str, **environment: str) -> Iterator[Processes]:
+def started(
+    settings: Settings, tmp_path: Path, *options: str, module: tuple[str, ...] = SERVE, **environment: str
+) -> Iterator[Processes]:
     """A server, from its readiness to its end."""
     port, said = free_port(), tmp_path / "said"
-    command = [sys.executable, "-m", "server.cli", "serve", "--port", str(port), "--model", str(settings.model)]
+    command = [sys.executable, "-m", *module, "--port", str(port), "--model", str(settings.model)]
     command += ["--checkpoints", str(settings.checkpoints), "--threads", "1", "--engine-process", "true", *options]
     with said.open("w") as stderr:
         process = subprocess.Popen(
@@ -432,7 +435,7 @@ async def connected(world: World, path: Path, decode: Decode) -> AsyncIterator[P
     core = world.service.client
     assert isinstance(core, EngineCore)
     async with await listen(core, path):
-        client = ProcessClient(path, core.facts, Decoders.of(decode), on_lost=lambda: None)
+        client = ProcessClient(path, core.facts, Decoders.of(decode))
         await client.connect()
         yield client
         await client.disconnect()
