@@ -34,7 +34,7 @@ from server.keys import ApiKeys
 from server.metrics import Metrics
 from server.registry import Registry
 from server.request_record import RequestRecord, current_record
-from server.request_stream import RequestStream
+from server.request_stream import Backlog, RequestStream
 from server.studies import Studies
 from server.threads import KeyedThreads, result_of
 from server.tokenizer import Codec, texts_of
@@ -90,6 +90,7 @@ class Service:
         self.codec = codec
         self.client = client
         self.metrics = metrics
+        self._backlog = Backlog()
         # What waits for files, or for the operator's code, has threads of its own: other requests never wait for it.
         self._votes = KeyedThreads(1, "studies")
         self._judging = KeyedThreads(JUDGING_THREADS, "judge")
@@ -240,7 +241,13 @@ class Service:
                 applied = submitted.arms[text.sequence.index % len(submitted.arms)]
                 self.metrics.text(text, applied.checkpoints, record.key_name)
 
-        events = RequestStream(texts, on_settled=on_settled, interval=self.settings.stream_interval)
+        events = RequestStream(
+            texts,
+            on_settled=on_settled,
+            interval=self.settings.stream_interval,
+            backlog=self._backlog,
+            on_given_up=lambda: self.client.cancel(request.id),
+        )
         try:
             submitted = await self.client.submit(request, events.on_event)
         except BaseException:

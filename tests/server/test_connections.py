@@ -4,6 +4,7 @@ import json
 import re
 import socket
 import time
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 
@@ -13,6 +14,7 @@ import pytest
 from server import protocol
 from server.config import Settings
 from server.listener import DrainingServer
+from server.request_stream import Backlog
 from tests.server.test_listener import Slow, serving, wait_until
 
 TIMEOUT = 0.3
@@ -312,6 +314,35 @@ def test_what_a_slow_reader_has_not_read_waits_in_small_pieces(running: Running)
     assert received.endswith(b"0\r\n\r\n")
     assert 0 < max(buffered) < 3 * 2**16
     assert max(int(size, 16) for size in re.findall(rb"\r\n([0-9a-f]+)\r\n", received)) <= 2**16
+
+
+@pytest.mark.parametrize("most", [2**19, 2**29], ids=["bounded", "not reached"])
+def test_what_nobody_reads_has_a_bound_in_memory(settings: Settings, most: int) -> None:
+    """The requests that are farthest behind end with an error, and nobody else."""
+    body = json.dumps({**STREAM, "prompt": ["a"] * 8, "max_new_tokens": 40, "trace": True}).encode()
+    head = POST.replace(b"/tokenize", b"/generate") + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with serving(settings, 1, send=4096) as (server, slow, url), ExitStack() as stack:
+        running, service = Running(server, slow, url), server._service
+        service._backlog = backlog = Backlog(most)
+        stack.callback(tracemalloc.stop)
+        tracemalloc.start()
+        before = tracemalloc.get_traced_memory()[0]
+        clients = [stack.enter_context(running.open(head + body, receive=4096)) for _ in range(4)]
+        wait_until(lambda: len(server.server_state.tasks) == 4 and service.engine.stats.sequences > 0)
+        wait_until(lambda: not service.engine.open_sequences)
+        assert httpx.post(f"{url}/generate", json={"prompt": "a", "stream": True}, trust_env=False).is_success
+        grown = tracemalloc.get_traced_memory()[0] - before
+        unread = sum(stream.unread for stream in backlog._streams)
+        for client in clients:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**20)
+        ends = [rest(client)[-1000:] for client in clients]
+    assert unread < most * 9 / 8
+    if most == 2**19:
+        assert grown < 2**21
+        assert any(b"event: error" in end and b"request_timeout" in end for end in ends)
+    else:
+        assert grown / 2 < unread < 2 * grown, "it is counted as what it is, about"
+        assert not any(b"event: error" in end for end in ends)
 
 
 # --- how many there are ---

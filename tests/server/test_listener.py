@@ -134,10 +134,15 @@ class Slow:
 
 
 @contextmanager
-def serving(settings: Settings, drain_s: float) -> Iterator[tuple[DrainingServer, Slow, str]]:
+def serving(
+    settings: Settings, drain_s: float, *, send: int | None = None
+) -> Iterator[tuple[DrainingServer, Slow, str]]:
+    """`send`: bytes that the system takes of what a client does not read."""
     app = create_app(settings)
     slow = Slow(app.state.service.engine._runner)
     bound = listen(settings.model_copy(update={"port": free_port()}))
+    if send is not None:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send)
     server = DrainingServer(app, drain_s=drain_s)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
