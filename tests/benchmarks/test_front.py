@@ -37,7 +37,7 @@ def test_every_client_gets_the_whole_text_at_the_engines_pace(interval: int, pat
     streams, tokens, rate = 3, len(ids) + 5, 2000
     fake = FakeEngine(rate, ids)
     codec = Codec(tokenizer, vocab=fake.facts.vocab, context=fake.facts.context)
-    client = ProcessClient(path, fake.facts, Decoders.of(codec.decode, codec.decode_all), on_lost=lambda: None)
+    client = ProcessClient(path, fake.facts, Decoders.of(codec.decode, codec.decode_all))
 
     @asynccontextmanager
     async def engine() -> AsyncIterator[None]:
