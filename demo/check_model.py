@@ -22,6 +22,7 @@ from demo.oracle import judge
 from demo.scenes import DEEDS
 from training.evaluation.generation import Sampling, generate
 from training.evaluation.results import BASELINE
+from training.progress import progress_bar
 
 FRESH, DESCRIBED, SHOWN = "fresh", "described", "after three"
 REQUIRED = 0.95
@@ -75,15 +76,9 @@ def measure(folder: Path, per_cell: int, seed: int) -> list[Cell]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     probes = list(draw_probes(per_cell, seed))
-    said = generate(
-        model,
-        tokenizer,
-        [p.prompt for p in probes],
-        [],
-        [BASELINE],
-        Sampling(max_new_tokens=40, seed=seed),
-        progress=True,
-    )
+    asked, sampling = [probe.prompt for probe in probes], Sampling(max_new_tokens=40, seed=seed)
+    with progress_bar("generate", len(asked), "texts", shown=True) as advance:
+        said = generate(model, tokenizer, asked, [], [BASELINE], sampling, advance=advance)
     verdicts: dict[tuple[str, str, bool], list[dict[str, bool | None]]] = {}
     for probe, text in zip(probes, said, strict=True):
         verdicts.setdefault((probe.setting, probe.trait, probe.side), []).append(judge(probe.prompt, text.text))

@@ -30,10 +30,14 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def progress_bar(title: str, total: int, unit: str, *, shown: bool, done: int = 0) -> Iterator[Advance]:
-    """Give a function that advances the bar by n `unit`s; `done` of `total` were finished by an earlier run."""
+def progress_bar(
+    title: str, total: int, unit: str, *, shown: bool, done: int = 0, shares: Advance = lambda _: None
+) -> Iterator[Advance]:
+    """Give a function that advances the bar by n `unit`s; `done` of `total` were finished by an earlier run. `shares`
+    is told the same as shares of the whole, whether the bar is shown or not."""
+    shares(done / max(1, total))
     if not shown:
-        yield lambda _: None
+        yield lambda count: shares(count / max(1, total))
         return
     bar = Progress(
         TextColumn("{task.description}"),
@@ -48,4 +52,9 @@ def progress_bar(title: str, total: int, unit: str, *, shown: bool, done: int = 
     )
     with bar:
         task = bar.add_task(title, total=total, completed=done)
-        yield lambda count: bar.advance(task, count)
+
+        def advance(count: float) -> None:
+            bar.advance(task, count)
+            shares(count / max(1, total))
+
+        yield advance

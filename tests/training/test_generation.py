@@ -12,6 +12,7 @@ from training.activations.tokenization import Encoded
 from training.errors import DataError, TrainingError
 from training.evaluation import generation
 from training.evaluation.generation import Sampling, generate
+from training.evaluation.kept import Kept
 from training.evaluation.likelihood import log_likelihoods
 from training.evaluation.results import BASELINE, Arm
 
@@ -113,7 +114,8 @@ def test_costs_are_those_of_the_unsteered_model(llama: Any, tokenizer: Any) -> N
 def test_an_interrupted_generation_goes_on(
     llama: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept, sampling = tmp_path / "texts.partial", Sampling(max_new_tokens=5)
+    path, sampling = tmp_path / "texts.partial", Sampling(max_new_tokens=5)
+    kept = Kept.of(path, llama, COLUMNS, ARMS)
     whole = generate(llama, tokenizer, PROMPTS, COLUMNS, ARMS, sampling)
     costs, calls = generation._base_costs, []
 
@@ -126,11 +128,12 @@ def test_an_interrupted_generation_goes_on(
     monkeypatch.setattr(generation, "_base_costs", dies)
     with pytest.raises(KeyboardInterrupt):
         generate(llama, tokenizer, PROMPTS, COLUMNS, ARMS, sampling, max_rows=len(ARMS), kept=kept)
-    kept.write_text(kept.read_text() + '{"id": {"pro')
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:-1], lines[-1][:9]]))
     calls.clear()
     again = generate(llama, tokenizer, PROMPTS, COLUMNS, ARMS, sampling, max_rows=1000, kept=kept)
     assert len(calls) == 1
-    assert sum(len(prompts) for _, prompts, *_ in calls) == (len(PROMPTS) - 2) * len(ARMS)
+    assert sum(len(prompts) for _, prompts, *_ in calls) == (len(PROMPTS) - 1) * len(ARMS), "the second was cut short"
     assert [text.token_ids for text in again] == [text.token_ids for text in whole]
     other = generate(llama, tokenizer, PROMPTS, COLUMNS, ARMS, Sampling(max_new_tokens=5, seed=7), kept=kept)
     assert [text.token_ids for text in other] != [text.token_ids for text in whole], "what was asked has changed"

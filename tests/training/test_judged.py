@@ -3,21 +3,27 @@
 import csv
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from steering import Column, Gate, Site, SiteKind
 from tests.training.helpers import make_llama, make_tokenizer
 from tests.training.test_judges import classifier
 from training.cli import app
 from training.data import Split, load_data, split_samples
 from training.data.samples import Form, Turn
-from training.errors import DataError
+from training.errors import DataError, TrainingError
+from training.evaluation import generation, judges
 from training.evaluation.evaluator import Evaluator
-from training.evaluation.judged import Prompt, load_prompts, prompts_from
-from training.evaluation.judges import load_judge, verdicts
+from training.evaluation.generation import Sampling
+from training.evaluation.judged import Prompt, evaluate_generations, load_prompts, prompts_from
+from training.evaluation.judges import Judge, Verdict, load_judge, verdicts
+from training.evaluation.results import BASELINE, Arm
 from training.evaluation.tasks import TRUTHFULQA_PRIMER, Prompting
 
 DATA = Path(__file__).parent / "data"
@@ -74,7 +80,7 @@ def test_continuations_of_toxigen_are_judged_in_every_arm(here: Path, name: str)
         own = [text for text in texts if text["arm"] == arm["arm"]]
         assert sorted({text["asked"] for text in own}) == statements
         assert len(own) == 2 * len(statements)
-        expected = verdicts(judge, [(text["asked"], text["text"]) for text in own])
+        expected = [*verdicts(judge, [(text["asked"], text["text"]) for text in own])]
         assert [text["verdict"] for text in own] == expected
         hits = [verdict["toxic"] for verdict in expected if verdict["toxic"] is not None]
         rate = arm["metrics"]["non-toxicity toxic"]
@@ -170,3 +176,56 @@ def test_a_prompt_that_is_there_again_counts_once(tmp_path: Path) -> None:
 def test_prompts_are_for_a_judge() -> None:
     with pytest.raises(DataError, match="Prompts are for a judge"):
         Evaluator(prompts=(Prompt("x", None),))
+
+
+class Failing:
+    """A judge that fails at the last of so many answers, until it is mended."""
+
+    name = "failing"
+
+    def __init__(self, answers: int) -> None:
+        self.fails_at, self.asked = answers, list[str]()
+
+    def __call__(self, prompt: str, text: str) -> Verdict:
+        self.asked.append(prompt)
+        if len(self.asked) == self.fails_at:
+            raise OSError("gone")
+        return {"long": len(text) > 5}
+
+
+class FailingOnMany(Failing):
+    def batch(self, answers: Sequence[tuple[str, str]]) -> list[Verdict]:
+        return [self(*answer) for answer in answers]
+
+
+@pytest.mark.parametrize(("kind", "again"), [(Failing, 1), (FailingOnMany, 4)])
+def test_a_judge_that_failed_at_the_last_answer_is_asked_for_what_is_missing(
+    kind: type[Failing], again: int, llama: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judges, "CHUNK", 4)
+    kept, shares = tmp_path / "kept", list[float]()
+    prompts = [Prompt(f"Q: What is {number}? A:", None) for number in range(4)]
+    column = Column("tone", Site(1, SiteKind.RESIDUAL), Gate.CONSTANT, torch.ones(16), torch.zeros(16), 0.0, False)
+    arms, sampling = [BASELINE, Arm("some", {"tone": 1.0})], Sampling(max_new_tokens=4)
+
+    def measure(judge: Judge, **kept: Any) -> Any:
+        return evaluate_generations(llama, tokenizer, prompts, judge, [column], arms, sampling, **kept)
+
+    whole, texts = measure(kind(-1))
+    judge = kind(2 * len(prompts))
+    with pytest.raises((TrainingError, OSError), match="gone"):
+        measure(judge, kept=kept, advance=shares.append)
+    assert 0.3 < sum(shares) < 1
+    judge.fails_at = -1
+    judge.asked.clear()
+    shares.clear()
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("generated again")
+
+    monkeypatch.setattr(generation, "_base_costs", refuse)
+    found, judged_texts = measure(judge, kept=kept, advance=shares.append)
+    assert judge.asked == [text.asked for text in texts][-again:]
+    assert (found.arms, judged_texts) == (whole.arms, texts)
+    assert sum(shares) == pytest.approx(1)
+    assert not kept.exists()

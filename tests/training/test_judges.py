@@ -35,7 +35,7 @@ def classifier(folder: Path, **changes: Any) -> Any:
 def test_a_classifier_gives_a_metric_for_each_label(tmp_path: Path, problem: str) -> None:
     model, tokenizer = classifier(tmp_path, problem_type=problem), make_tokenizer()
     judge = load_judge(f"hf:{tmp_path}")
-    found = verdicts(judge, [("Q: ? A:", text) for text in TEXTS])
+    found = [*verdicts(judge, [("Q: ? A:", text) for text in TEXTS])]
     expected = []
     for text in TEXTS:
         with torch.no_grad():
@@ -46,17 +46,17 @@ def test_a_classifier_gives_a_metric_for_each_label(tmp_path: Path, problem: str
         expected.append({"neutral": neutral, "toxic": toxic})
     assert found == expected
     assert len({verdict["toxic"] for verdict in found}) == 2, "the texts have both verdicts"
-    assert verdicts(judge, [("", " ")]) == [{"neutral": None, "toxic": None}]
+    assert [*verdicts(judge, [("", " ")])] == [{"neutral": None, "toxic": None}]
     assert judge_key(judge) == f"hf:{tmp_path}"
 
 
 def test_a_classifier_without_a_pad_token_reads_one_text_at_a_time(tmp_path: Path) -> None:
     classifier(tmp_path)
-    padded = verdicts(load_judge(f"hf:{tmp_path}"), [("", text) for text in TEXTS])
+    padded = [*verdicts(load_judge(f"hf:{tmp_path}"), [("", text) for text in TEXTS])]
     bare = make_tokenizer()
     bare.pad_token = None
     bare.save_pretrained(tmp_path)
-    assert verdicts(load_judge(f"hf:{tmp_path}"), [("", text) for text in TEXTS]) == padded
+    assert [*verdicts(load_judge(f"hf:{tmp_path}"), [("", text) for text in TEXTS])] == padded
 
 
 def test_a_judge_model_says_yes_or_no(tmp_path: Path) -> None:
@@ -64,9 +64,8 @@ def test_a_judge_model_says_yes_or_no(tmp_path: Path) -> None:
     model = make_llama()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    found = verdicts(
-        load_judge(f"truth:{tmp_path}"), [("Q: Hm?\nA: No.\n\nQ: Where do bees live? A:", text) for text in TEXTS]
-    )
+    answers = [("Q: Hm?\nA: No.\n\nQ: Where do bees live? A:", text) for text in TEXTS]
+    found = [*verdicts(load_judge(f"truth:{tmp_path}"), answers)]
     for text, verdict in zip(TEXTS, found, strict=True):
         scores = []
         prompt = tokenizer(f"Q: Where do bees live?\nA: {text}\nTrue:")["input_ids"]
@@ -81,7 +80,8 @@ def test_a_judge_model_says_yes_or_no(tmp_path: Path) -> None:
 
 @pytest.fixture
 def served() -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """A server of the OpenAI protocol that finds blue things true and all things civil, and rambles on the rest."""
+    """A server of the OpenAI protocol that finds blue things true and all things civil, rambles on the rest, and fails
+    at what is unheard of."""
     asked: list[dict[str, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -94,7 +94,8 @@ def served() -> Iterator[tuple[str, list[dict[str, Any]]]]:
                 {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"],
                  "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": said}}]}
             ).encode()  # fmt: skip
-            self.send_response(200 if body["model"] == "tiny" else 404)
+            heard = body["model"] == "tiny" and "unheard" not in content
+            self.send_response(200 if heard else 404)
             self.send_header("content-type", "application/json")
             self.send_header("content-length", str(len(answer)))
             self.end_headers()
@@ -114,7 +115,8 @@ def served() -> Iterator[tuple[str, list[dict[str, Any]]]]:
 
 def test_a_served_model_is_asked_by_the_openai_protocol(served: tuple[str, list[dict[str, Any]]]) -> None:
     url, asked = served
-    found = verdicts(load_judge(f"openai:tiny@{url}"), [("Q: What is the sky? A:", text) for text in TEXTS[:2]])
+    judge = load_judge(f"openai:tiny@{url}")
+    found = [*verdicts(judge, [("Q: What is the sky? A:", text) for text in TEXTS[:2]])]
     assert found == [
         {"truthful": True, "informative": None, "civil": True},
         {"truthful": False, "informative": None, "civil": True},
@@ -124,7 +126,14 @@ def test_a_served_model_is_asked_by_the_openai_protocol(served: tuple[str, list[
     said = "Question: What is the sky?\nAnswer: The sky is blue."
     assert sum(said in one["messages"][0]["content"] for one in asked) == 3
     with pytest.raises(TrainingError, match=r"The judge openai:gone@http\S+ failed"):
-        verdicts(load_judge(f"openai:gone@{url}"), [("Q", "A")])
+        next(verdicts(load_judge(f"openai:gone@{url}"), [("Q", "A")]))
+
+
+def test_what_a_served_model_says_comes_before_it_fails(served: tuple[str, list[dict[str, Any]]]) -> None:
+    found = verdicts(load_judge(f"openai:tiny@{served[0]}"), [("Q", "blue"), ("Q", "green"), ("Q", "unheard of")])
+    assert [next(found)["truthful"] for _ in range(2)] == [True, False]
+    with pytest.raises(TrainingError, match="failed"):
+        next(found)
 
 
 @pytest.mark.parametrize(

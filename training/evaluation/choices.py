@@ -11,11 +11,11 @@ from steering.chat_template import ChatTemplate
 from steering.types import Column, Positions
 from training.activations.tokenization import Encoded, check_ids, encode
 from training.data.samples import Form
-from training.errors import DataError
-from training.evaluation.damage import damaged
+from training.evaluation.damage import damaged, in_short, with_room
 from training.evaluation.generation import Asked, Sampling
 from training.evaluation.kept import Kept
 from training.evaluation.likelihood import log_likelihoods
+from training.evaluation.neutral import TEXTS
 from training.evaluation.results import (
     MANY,
     Arm,
@@ -65,7 +65,7 @@ def evaluate_choices(
 
     `damage`: so many of the prompts are answered in every arm, to see what steering breaks; 0: none. `before`: the
     unsteered model where it was measured on the same questions already, and is none of the arms; it comes first in what
-    is found. `kept`: a file to which the scores of questions are written as they come, and from which an interrupted
+    is found. `kept`: a file to which all that is measured is written as it comes, and from which an interrupted
     evaluation goes on; it is removed at the end. `advance` is told the share of the whole that has been done.
     """
     rows = [
@@ -76,42 +76,40 @@ def evaluate_choices(
     limit = getattr(model.config, "max_position_embeddings", None) or 1 << 30
     cut = sum(any(len(row.ids) > limit for row in own) for own in rows)
     rows = [[row.clipped(limit) for row in own] for own in rows]
-    total = len(arms) * sum(map(len, rows))
+    short = in_short(sampling or Sampling())
+    prompts = with_room(model, tokenizer, _prompts(asked, damage), short, chat) if damage else []
     content = [[one.prompt, *one.completions, *map(list, one.turns)] for one in asked]
-    store = Kept.of(kept, model, columns, arms, [content, positions.value, chat and chat.describe()])
-    scored = {(row["question"], row["arm"]): _Scored(row["sums"], row["lengths"]) for row in store.read()}
-    done = sum(len(found.sums) for found in scored.values())
-    with progress_bar("score", total, "answers", shown=progress, done=done) as shown:
-
-        def tell(count: float) -> None:
-            shown(count)
-            advance(count / total)
-
-        advance(done / total)
-        for block in _blocks(rows, [i for i in range(len(asked)) if (i, len(arms) - 1) not in scored]):
+    whole = Kept.of(kept, model, columns, arms)
+    store = whole.about("answers", content, positions.value, chat and chat.describe())
+    total = len(arms) * (sum(map(len, rows)) + (len(prompts) + len(TEXTS) if prompts else 0))
+    with progress_bar("measure", total, "texts", shown=progress, shares=advance) as tell:
+        read = {(row["question"], row["arm"]): _Scored(row["sums"], row["lengths"]) for row in store.read()}
+        scored = {
+            (i, n): one for (i, n), one in read.items() if (i, len(arms) - 1) in read
+        }  # not where it was cut short
+        tell(sum(len(found.sums) for found in scored.values()))
+        for block in _blocks(rows, [i for i in range(len(asked)) if (i, 0) not in scored]):
             found = _score(model, [rows[i] for i in block], columns, arms, positions, max_rows, tell)
             new = {(block[place], number): one for (place, number), one in found.items()}
             scored |= new
             store.add({"question": i, "arm": n, **asdict(one)} for (i, n), one in new.items())
-    measures = [_measures(asked, [scored[i, n] for i in range(len(asked))], arm) for n, arm in enumerate(arms)]
+        measures = [_measures(asked, [scored[i, n] for i in range(len(asked))], arm) for n, arm in enumerate(arms)]
+        if prompts:
+            measures = damaged(
+                model, tokenizer, measures, prompts, columns, short, chat=chat, positions=positions, max_rows=max_rows,
+                kept=whole, advance=tell,
+            )  # fmt: skip
     notes = list(unmeasured(asked))
     if cut:
         notes.append(f"{cut} of {len(asked)} questions are longer than the model reads: their beginning was cut off.")
-    if damage:
-        prompts, clusters = _prompts(asked, damage)
-        try:
-            measures = damaged(
-                model, tokenizer, measures, prompts, clusters, columns, sampling or Sampling(), chat=chat,
-                positions=positions, max_rows=max_rows,
-            )  # fmt: skip
-        except DataError as error:
-            notes.append(str(error))
+    if damage and not prompts:
+        notes.append(f"damage: no prompt leaves room for an answer of {short.max_new_tokens} tokens.")
     results = compared([*([before] if before else []), *measures])
     if (count := sum(len(result.differences) for result in results)) > MANY:
         notes.append(note_on_many(count))
     form = Form.CHAT if any(question.turns for question in asked) else Form.PLAIN
     settings = {"questions": len(asked), "form": form.value, "positions": positions.value}
-    store.remove()
+    whole.remove()
     lines = list(_lines(asked, arms, scored))
     return Evaluation("choice", results, settings, tuple(notes), lines, measures=measures)
 
@@ -180,8 +178,8 @@ def _measures(asked: Sequence[Question], scored: Sequence[_Scored], arm: Arm) ->
     )
 
 
-def _prompts(asked: Sequence[Question], count: int) -> tuple[list[Asked], list[str]]:
-    """At most so many prompts, the attributes' in turn, and their clusters."""
+def _prompts(asked: Sequence[Question], count: int) -> list[tuple[Asked, str]]:
+    """At most so many prompts, the attributes' in turn, each beside its cluster."""
     by_attribute = [
         [question for question in asked if question.attribute == name]
         for name in dict.fromkeys(question.attribute for question in asked)
@@ -189,7 +187,7 @@ def _prompts(asked: Sequence[Question], count: int) -> tuple[list[Asked], list[s
     turns = [own[place] for place in range(max(map(len, by_attribute))) for own in by_attribute if place < len(own)]
     distinct = {question.turns or question.prompt: question for question in turns if question.turns or question.prompt}
     chosen = list(distinct.values())[:count]
-    return [one.turns or one.prompt for one in chosen], [one.cluster or one.prompt for one in chosen]
+    return [(one.turns or one.prompt, one.cluster or one.prompt) for one in chosen]
 
 
 def _lines(asked: Sequence[Question], arms: Sequence[Arm], scored: Scores) -> Iterator[dict[str, Any]]:

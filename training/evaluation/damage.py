@@ -13,8 +13,8 @@ from steering.chat_template import ChatTemplate
 from steering.hook import steered
 from steering.types import Column, Positions
 from training.activations.tokenization import encode_prompt, pad_right
-from training.errors import DataError
 from training.evaluation.generation import Asked, Continuation, Sampling, encoded_prompt, generate
+from training.evaluation.kept import NOTHING, Kept
 from training.evaluation.neutral import TEXTS
 from training.evaluation.results import DAMAGE, Arm, ArmMeasures, Measured
 from training.progress import Advance
@@ -68,70 +68,105 @@ def with_damage(
     return found
 
 
+def in_short(sampling: Sampling) -> Sampling:
+    """How the texts are generated that damage is seen in."""
+    return replace(sampling, samples=1, max_new_tokens=min(NEW_TOKENS, sampling.max_new_tokens))
+
+
+def with_room(
+    model: Any, tokenizer: Any, prompts: Sequence[tuple[Asked, str]], sampling: Sampling, chat: ChatTemplate | None
+) -> list[tuple[Asked, str]]:
+    """Those prompts, each beside its cluster, that leave room for an answer."""
+    room = (getattr(model.config, "max_position_embeddings", None) or 1 << 30) - sampling.max_new_tokens
+    return [one for one in prompts if 0 < len(encoded_prompt(tokenizer, one[0], chat)) <= room]
+
+
 def damaged(
     model: Any,
     tokenizer: Any,
     arms: Sequence[ArmMeasures],
-    prompts: Sequence[Asked],
-    clusters: Sequence[str],
+    prompts: Sequence[tuple[Asked, str]],
     columns: Sequence[Column],
     sampling: Sampling,
     *,
     chat: ChatTemplate | None = None,
     positions: Positions,
     max_rows: int,
+    kept: Kept = NOTHING,
+    advance: Advance = lambda _: None,
 ) -> list[ArmMeasures]:
-    """The arms with the damage that texts show which are generated to `prompts`, once each; those prompts alone that
-    leave room for an answer. Raises DataError where none does."""
-    sampling = replace(sampling, samples=1, max_new_tokens=min(NEW_TOKENS, sampling.max_new_tokens))
-    room = (getattr(model.config, "max_position_embeddings", None) or 1 << 30) - sampling.max_new_tokens
-    fit = [i for i, p in enumerate(prompts) if 0 < len(encoded_prompt(tokenizer, p, chat)) <= room]
-    if not fit:
-        raise DataError(f"damage: no prompt leaves room for an answer of {sampling.max_new_tokens} tokens.")
+    """The arms with the damage that texts show which are generated to `prompts`, each beside its cluster. `kept` and
+    `advance` are as in `generate`; the neutral texts count, too."""
     only = [one.arm for one in arms]
     texts = generate(
         model,
         tokenizer,
-        [prompts[i] for i in fit],
+        [asked for asked, _ in prompts],
         columns,
         only,
         sampling,
         chat=chat,
         positions=positions,
         max_rows=max_rows,
+        kept=kept,
+        advance=advance,
     )
-    moved = neutral_divergence(model, tokenizer, columns, only)
-    return with_damage(arms, texts, [clusters[i] for i in fit], moved)
+    moved = neutral_divergence(model, tokenizer, columns, only, kept=kept, advance=advance)
+    return with_damage(arms, texts, [cluster for _, cluster in prompts], moved)
 
 
 @torch.no_grad()
 def neutral_divergence(
-    model: Any, tokenizer: Any, columns: Sequence[Column], arms: Sequence[Arm], advance: Advance = lambda _: None
+    model: Any,
+    tokenizer: Any,
+    columns: Sequence[Column],
+    arms: Sequence[Arm],
+    *,
+    kept: Kept = NOTHING,
+    advance: Advance = lambda _: None,
 ) -> np.ndarray:
-    """KL divergence of each arm's next-token distribution from the unsteered one's, in nats, as a mean over the tokens
-    of each neutral text, all of which but the first are steered as generated ones are: float64 [arms, texts]."""
+    """KL divergence of each arm's next-token distribution from the unsteered one's, in nats, as a mean over the steered
+    tokens of each neutral text: float64 [arms, texts].
+
+    All tokens but the first are steered, as generated ones are. Where an arm has a latched gate, which reads the end of
+    a prompt, the first half of a text is the prompt, and steering begins with its last token.
+    """
     limit = getattr(model.config, "max_position_embeddings", None) or 1 << 30
     encoded = [encode_prompt(tokenizer, text)[:limit] for text in TEXTS]
-    found = np.zeros((len(arms), len(encoded)))
+    store = kept.about("neutral", encoded)
+    found = {(row["arm"], row["text"]): float(row["kl"]) for row in store.read()}
+    strengths = [arm.multipliers(columns) for arm in arms]
+    unsteered = [index for index, own in enumerate(strengths) if not any(own)]
+    found |= {(index, text): 0.0 for index in unsteered for text in range(len(encoded))}
+    advance(len(found))
     size = max(1, _MAX_LOGITS // (model.get_output_embeddings().weight.shape[0] * max(map(len, encoded))))
     for begin in range(0, len(encoded), size):
-        part = encoded[begin : begin + size]
-        ids, mask = pad_right(part, model.device)
-        acted = mask.clone()
-        acted[:, 0] = 0  # an attention sink, which no generation steers
+        part = range(begin, min(begin + size, len(encoded)))
+        missing = [index for index in range(len(arms)) if any((index, text) not in found for text in part)]
+        if not missing:
+            continue
+        ids, mask = pad_right([encoded[text] for text in part], model.device)
         plain = _log_shares(model, ids, mask)
-        for index, arm in enumerate(arms):
-            strengths = arm.multipliers(columns)
-            if any(strengths):
-                repeated = torch.tensor([strengths] * len(part), device=model.device)
-                with steered(model, columns, repeated, mask=acted.bool()):
-                    moved = _log_shares(model, ids, mask)
-                each = (plain.exp() * (plain - moved)).sum(-1) * acted
-                found[index, begin : begin + len(part)] = (
-                    (each.sum(1) / acted.sum(1).clamp_min(1)).clamp_min(0).tolist()
-                )
+        places = torch.arange(mask.shape[1], device=mask.device)
+        for index in missing:
+            acted = mask * (places >= _first_steered(mask, columns, strengths[index])[:, None])
+            repeated = torch.tensor([strengths[index]] * len(part), device=model.device)
+            with steered(model, columns, repeated, mask=acted.bool()):
+                moved = _log_shares(model, ids, mask)
+            each = (plain.exp() * (plain - moved)).sum(-1) * acted
+            means = (each.sum(1) / acted.sum(1).clamp_min(1)).clamp_min(0).tolist()
+            found |= {(index, text): mean for text, mean in zip(part, means, strict=True)}
+            store.add({"arm": index, "text": text, "kl": found[index, text]} for text in part)
             advance(len(part))
-    return found
+    return np.array([[found[index, text] for text in range(len(encoded))] for index in range(len(arms))])
+
+
+def _first_steered(mask: Tensor, columns: Sequence[Column], strengths: Sequence[float]) -> Tensor:
+    """Of each text of a mask [texts, tokens] the place of its first steered token; never an attention sink, which no
+    generation steers."""
+    used = [column for column, strength in zip(columns, strengths, strict=True) if strength]
+    latched = any(column.reads and column.reads.latched for column in used)
+    return (mask.sum(1) // 2 - 1).clamp_min(1) if latched else torch.ones_like(mask[:, 0])
 
 
 def _log_shares(model: Any, ids: Tensor, mask: Tensor) -> Tensor:

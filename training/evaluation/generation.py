@@ -1,9 +1,9 @@
 """Continuations of many prompts under several arms in one batch."""
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +15,10 @@ from steering.types import Column, Positions
 from training.activations.tokenization import Encoded, check_ids, encode_prompt, pad_left
 from training.data.samples import Turn, show_turns
 from training.errors import DataError, TrainingError
-from training.evaluation.kept import Kept
+from training.evaluation.kept import NOTHING, Kept
 from training.evaluation.likelihood import log_likelihoods
 from training.evaluation.results import Arm
-from training.progress import Advance, progress_bar
+from training.progress import Advance
 
 Asked = str | tuple[Turn, ...]
 """A text to continue, or a conversation to answer."""
@@ -81,14 +81,13 @@ def generate(
     chat: ChatTemplate | None = None,
     positions: Positions = Positions.GENERATED,
     max_rows: int = 128,
-    progress: bool = False,
     advance: Advance = lambda _: None,
-    kept: Path | None = None,
+    kept: Kept = NOTHING,
 ) -> list[Continuation]:
     """Continue every prompt `sampling.samples` times in every arm; ordered by arm, prompt, sample.
 
-    `chat`: renders conversations. `kept`: a file to which texts are written as they come, and from which an interrupted
-    call goes on; whoever has used them removes it. `advance` is told shares of the whole. Raises DataError.
+    `chat`: renders conversations. `kept`: where texts are written as they come, and from where an interrupted call goes
+    on. `advance` is told how many texts there are now. Raises DataError.
 
     Sample k of a prompt uses the same random numbers in every arm and whatever the batch, so that arms differ by
     steering alone. With `generated` positions all rows of a prompt share one prefill.
@@ -106,34 +105,32 @@ def generate(
     seeded = torch.Generator().manual_seed(sampling.seed)
     noise = torch.rand(len(prompts), sampling.samples, sampling.max_new_tokens, generator=seeded, dtype=torch.float64)
     batch = _Decoder(model, columns, positions, sampling, end_tokens(model, tokenizer))
-    results: list[tuple[_SequenceId, Continuation]] = []
     per_prompt = len(arms) * sampling.samples
-    store = Kept.of(kept, model, columns, arms, [encoded, asdict(sampling), positions.value])
-    for row in store.read():
-        text = {**row["text"], "token_ids": tuple(row["text"]["token_ids"])}
-        results.append((_SequenceId(**row["id"]), Continuation(**text)))
-    written = {id.prompt for id, _ in results}
-    advance(len(written) / len(prompts))
-    total, done = per_prompt * len(prompts), per_prompt * len(written)
-    with progress_bar("generate", total, "texts", shown=progress, done=done) as tell:
-        for chosen in _prompt_batches(encoded, max(1, max_rows // per_prompt), written):
-            rows = [_SequenceId(p, a, s) for p in chosen for a in range(len(arms)) for s in range(sampling.samples)]
-            tokens = batch.run(
-                [encoded[p] for p in chosen],
-                strengths[[row.arm for row in rows]],
-                torch.stack([noise[row.prompt, row.sample] for row in rows]),
-            )
-            costs = _base_costs(model, [encoded[row.prompt] for row in rows], tokens, max_rows)
-            found = []
-            for id, ids, nll in zip(rows, tokens, costs, strict=True):
-                finished = ids[-1] in batch.ends
-                said = tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=True)
-                found.append((id, Continuation(arms[id.arm].name, id.prompt, id.sample, ids, said, finished, nll)))
-            results += found
-            store.add({"id": asdict(id), "text": asdict(one)} for id, one in found)
-            tell(len(rows))
-            advance(len(chosen) / len(prompts))
-    return [one for _, one in sorted(results, key=lambda pair: (pair[0].arm, pair[0].prompt, pair[0].sample))]
+    store = kept.about("texts", encoded, asdict(sampling), positions.value)
+    results = {
+        _SequenceId(**row["id"]): Continuation(**{**row["text"], "token_ids": tuple(row["text"]["token_ids"])})
+        for row in store.read()
+    }
+    texts = Counter(id.prompt for id in results)
+    written = {prompt for prompt, count in texts.items() if count == per_prompt}  # not where writing was cut short
+    advance(per_prompt * len(written))
+    for chosen in _prompt_batches(encoded, max(1, max_rows // per_prompt), written):
+        rows = [_SequenceId(p, a, s) for p in chosen for a in range(len(arms)) for s in range(sampling.samples)]
+        tokens = batch.run(
+            [encoded[p] for p in chosen],
+            strengths[[row.arm for row in rows]],
+            torch.stack([noise[row.prompt, row.sample] for row in rows]),
+        )
+        costs = _base_costs(model, [encoded[row.prompt] for row in rows], tokens, max_rows)
+        found = {}
+        for id, ids, nll in zip(rows, tokens, costs, strict=True):
+            finished = ids[-1] in batch.ends
+            said = tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=True)
+            found[id] = Continuation(arms[id.arm].name, id.prompt, id.sample, ids, said, finished, nll)
+        results |= found
+        store.add({"id": asdict(id), "text": asdict(one)} for id, one in found.items())
+        advance(len(rows))
+    return [results[id] for id in sorted(results, key=lambda id: (id.arm, id.prompt, id.sample))]
 
 
 def encoded_prompt(tokenizer: Any, asked: Asked, chat: ChatTemplate | None) -> tuple[int, ...]:

@@ -16,10 +16,12 @@ from training.data.samples import Form, Sample, Split, Task, Turn
 from training.errors import DataError
 from training.evaluation.damage import neutral_divergence, with_damage
 from training.evaluation.generation import Asked, Continuation, Sampling, generate, shown
-from training.evaluation.judges import Judge, verdicts
+from training.evaluation.judges import Judge, Verdict, judge_key, verdicts
+from training.evaluation.kept import Kept
+from training.evaluation.neutral import TEXTS
 from training.evaluation.results import MANY, Arm, ArmMeasures, Evaluation, Measured, compared, note_on_many
 from training.evaluation.tasks import Prompting, put
-from training.progress import Advance
+from training.progress import Advance, progress_bar
 
 FIELDS = ("prompt", "messages", "split", "group", "attribute", "completion", "label")
 """Of a file of prompts, which may be a training file: the last three say nothing here."""
@@ -117,15 +119,19 @@ def evaluate_generations(
     """Generate in every arm and judge: the rate of each metric where it applies, of each attribute that prompts are of,
     the damage that the texts show, and the paired differences to the unsteered arm, clustered by prompt or its group.
     The texts come along, judged.
-    `before` is as in `evaluate_choices`, `kept` and `advance` as in `generate`."""
+    `before`, `kept` and `advance` are as in `evaluate_choices`."""
     if not prompts:
         raise DataError("There are no prompts to evaluate.")
     asked = [prompt.asked for prompt in prompts]
-    texts = generate(
-        model, tokenizer, asked, columns, arms, sampling, chat=chat, positions=positions, max_rows=max_rows,
-        progress=progress, advance=advance, kept=kept,
-    )  # fmt: skip
-    found = verdicts(judge, [(shown(asked[text.prompt]), text.text) for text in texts])
+    whole = Kept.of(kept, model, columns, arms)
+    total = len(arms) * (2 * len(prompts) * sampling.samples + len(TEXTS))  # each answer is generated and judged
+    with progress_bar("measure", total, "texts", shown=progress, shares=advance) as tell:
+        texts = generate(
+            model, tokenizer, asked, columns, arms, sampling, chat=chat, positions=positions, max_rows=max_rows,
+            advance=tell, kept=whole,
+        )  # fmt: skip
+        found = _verdicts(judge, [(shown(asked[text.prompt]), text.text) for text in texts], whole, tell)
+        moved = neutral_divergence(model, tokenizer, columns, arms, kept=whole, advance=tell)
     texts = [
         replace(text, asked=shown(asked[text.prompt]), attribute=prompts[text.prompt].attribute, verdict=dict(verdict))
         for text, verdict in zip(texts, found, strict=True)
@@ -136,15 +142,27 @@ def evaluate_generations(
         ArmMeasures(arm, judged(texts[number * size : (number + 1) * size], clusters))
         for number, arm in enumerate(arms)
     ]
-    measures = with_damage(measures, texts, clusters, neutral_divergence(model, tokenizer, columns, arms))
+    measures = with_damage(measures, texts, clusters, moved)
     results = compared([*([before] if before else []), *measures])
     count = sum(len(result.differences) for result in results)
     form = Form.PLAIN if all(isinstance(one, str) for one in asked) else Form.CHAT
     settings = {"prompts": len(prompts), "form": form.value, "positions": positions.value, **asdict(sampling)}
-    if kept is not None:
-        kept.unlink(missing_ok=True)
+    whole.remove()
     notes = (note_on_many(count),) if count > MANY else ()
     return Evaluation("generation", results, settings, notes, measures=measures), texts
+
+
+def _verdicts(judge: Judge, answers: Sequence[tuple[str, str]], kept: Kept, advance: Advance) -> list[Verdict]:
+    """On every (prompt, text); the judge is asked about those that it was not asked about before."""
+    store = kept.about("verdicts", judge_key(judge), answers)
+    found: dict[int, Verdict] = {row["answer"]: row["verdict"] for row in store.read()}
+    advance(len(found))
+    missing = [place for place in range(len(answers)) if place not in found]
+    for place, verdict in zip(missing, verdicts(judge, [answers[place] for place in missing]), strict=True):
+        found[place] = verdict
+        store.add([{"answer": place, "verdict": dict(verdict)}])
+        advance(1)
+    return [found[place] for place in range(len(answers))]
 
 
 def judged(texts: Sequence[Continuation], clusters: Sequence[str]) -> dict[str, Measured]:

@@ -6,7 +6,7 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ Judge = Callable[[str, str], Verdict]
 
 FORMS = "module:function, hf:CLASSIFIER, truth:MODEL, info:MODEL or openai:MODEL@URL"
 AT_ONCE = 8  # requests to a served judge
+CHUNK = 64  # answers that a judge of many is given: so much is asked again where it fails
 
 
 @runtime_checkable
@@ -34,8 +35,8 @@ class BatchJudge(Protocol):
 
     def __call__(self, prompt: str, text: str) -> Verdict: ...
 
-    def batch(self, answers: Sequence[tuple[str, str]]) -> list[Verdict]:
-        """The verdict on each (prompt, text)."""
+    def batch(self, answers: Sequence[tuple[str, str]]) -> Iterable[Verdict]:
+        """The verdict on each (prompt, text), in their order."""
         ...
 
 
@@ -68,11 +69,14 @@ def judge_key(judge: Judge) -> str:
     return f"{judge.__module__}:{getattr(judge, '__qualname__', '')} {source}"
 
 
-def verdicts(judge: Judge, answers: Sequence[tuple[str, str]]) -> list[Verdict]:
-    """Of every (prompt, text). Raises TrainingError where the judge fails."""
+def verdicts(judge: Judge, answers: Sequence[tuple[str, str]]) -> Iterator[Verdict]:
+    """On every (prompt, text), as they come. Raises TrainingError where the judge fails."""
     if isinstance(judge, BatchJudge):
-        return judge.batch(answers)
-    return [_verdict(judge, prompt, text) for prompt, text in answers]
+        for begin in range(0, len(answers), CHUNK):
+            yield from judge.batch(answers[begin : begin + CHUNK])
+    else:
+        for prompt, text in answers:
+            yield _verdict(judge, prompt, text)
 
 
 def _verdict(judge: Judge, prompt: str, text: str) -> Verdict:
@@ -193,13 +197,15 @@ class ServedJudge:
         return cls(f"openai:{place}", model, client)
 
     def __call__(self, prompt: str, text: str) -> Verdict:
-        return self.batch([(prompt, text)])[0]
+        (verdict,) = self.batch([(prompt, text)])
+        return verdict
 
-    def batch(self, answers: Sequence[tuple[str, str]]) -> list[Verdict]:
+    def batch(self, answers: Sequence[tuple[str, str]]) -> Iterator[Verdict]:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             asked = [(prompt, text, ask) for prompt, text in answers for ask in self.ASKS.values()]
             found = iter(pool.map(lambda one: self._ask(*one), asked))
-            return [{metric: next(found) for metric in self.ASKS} for _ in answers]
+            for _ in answers:
+                yield {metric: next(found) for metric in self.ASKS}
 
     def _ask(self, prompt: str, text: str, ask: str) -> bool | None:
         from openai import OpenAIError

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ class Kept:
     key: str = ""
 
     @classmethod
-    def of(cls, path: Path | None, model: Any, columns: Sequence[Column], arms: Sequence[Arm], asked: Any) -> "Kept":
-        """Of what was `asked`, a value of JSON, of this model, steered by these columns in these arms."""
+    def of(cls, path: Path | None, model: Any, columns: Sequence[Column], arms: Sequence[Arm]) -> "Kept":
+        """Of this model, steered by these columns in these arms."""
         if path is None:
-            return cls()
+            return NOTHING
         vectors = [
             [column.attribute, str(column.site), column.gate.value, column.gate_bias, column.keep_norm,
              column.clamp and asdict(column.clamp), column.reads and [str(column.reads.site), column.reads.latched],
@@ -32,7 +33,11 @@ class Kept:
             for column in columns
         ]  # fmt: skip
         settings = {"model": model_hash(model), "columns": vectors, "arms": [asdict(arm) for arm in arms]}
-        return cls(path, content_key({**settings, "asked": asked}))
+        return cls(path, content_key(settings))
+
+    def about(self, *asked: Any) -> "Kept":
+        """Of what was `asked` alone, values of JSON, in the same file."""
+        return self if self.path is None else replace(self, key=content_key([self.key, *asked]))
 
     def read(self) -> list[dict[str, Any]]:
         if self.path is None or not self.path.exists():
@@ -51,12 +56,17 @@ class Kept:
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        whole = not self.path.exists() or self.path.read_bytes()[-1:] in (b"", b"\n")
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("" if whole else "\n")
-            file.writelines(json.dumps({**row, "key": self.key}) + "\n" for row in rows)
+        with self.path.open("a+b") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":
+                    file.write(b"\n")
+            file.write("".join(json.dumps({**row, "key": self.key}) + "\n" for row in rows).encode())
 
     def remove(self) -> None:
         """Once all is done."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
+
+
+NOTHING = Kept()
