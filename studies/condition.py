@@ -197,7 +197,7 @@ def _side(side: str, found: Mapping[str, Any]) -> str:
         for line in found["arms"]
     ]  # fmt: skip
     head = ["", *METRICS.values(), "perplexity", "rep-4", "empty", *(["KL"] if neutral else [])]
-    apart = "\n".join(f"- {minus(CAST, arm, own, METRICS)}" for arm, own in found["beside"].items())
+    apart = "\n".join(f"- {minus(arms, own, METRICS)}" for arms, own in found["beside"].items())
     return f"""{SIDES[side]}, {found["questions"]} questions of test:
 
 {table(head, rows)}

@@ -41,6 +41,8 @@ MAT, MEANS, CLAMP, REPS = "MAT-Steer", "difference in means", "clamp", "RePS"
 PREFERS = "any_true_per_token"
 SHOWN = 3  # questions, the first ones, whose answers are shown as they came
 FACTORS = (1.0, 2.0)
+WEAKER = {REPS: (0.25, 0.5, 1.0)}
+"""Of a method whose vector is trained to be strong, and breaks the text at what is 1 to the others."""
 SAMPLING = Sampling(temperature=0, max_new_tokens=32)
 
 
@@ -125,15 +127,20 @@ def once(path: Path, make: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def arms_of(checkpoints: Mapping[str, Checkpoint], attribute: str) -> list[Arm]:
-    """Unsteered, and every checkpoint at `FACTORS` of its default multiplier."""
+    """Unsteered, and every checkpoint at its `factors`."""
     return [
         BASELINE,
         *(
             Arm(arm_name(title, factor), {title: factor * found.attributes[attribute]})
             for title, found in checkpoints.items()
-            for factor in FACTORS
+            for factor in factors(title)
         ),
     ]
+
+
+def factors(title: str) -> tuple[float, ...]:
+    """Of the default multiplier, from weak to strong."""
+    return WEAKER.get(title, FACTORS)
 
 
 def arm_name(title: str, factor: float) -> str:
@@ -143,8 +150,8 @@ def arm_name(title: str, factor: float) -> str:
 def measure(
     style: Style, title: str, model: str, checkpoint: Checkpoint, sampling: Sampling, work: Path, count: int | None
 ) -> dict[str, Any]:
-    """A method's checkpoint at `FACTORS` of its default multiplier beside the unsteered model, on the (first `count`)
-    questions of the test pairs, question by question, in JSON's types."""
+    """A method's checkpoint at its `factors` beside the unsteered model, on the (first `count`) questions of the test
+    pairs, question by question, in JSON's types."""
     samples = [one for one in load_data([f"{style.attribute}={style.pairs}"], chat=True) if one.split is Split.TEST]
     base = loaded(model)
     columns = [replace(one, attribute=title) for one in checkpoint.columns]
@@ -181,7 +188,8 @@ def summary(
         for arm in arms:
             if arm.name not in lines:
                 lines[arm.name] = as_line(arm, ArmResult.from_dict(own["results"][arm.name]), measured)
-                texts += [text for text in own["answers"] if text["arm"] == arm.name and text["prompt"] < SHOWN]
+                if arm.name in (BASELINE.name, arm_name(title, min(factors(title)))):
+                    texts += [text for text in own["answers"] if text["arm"] == arm.name and text["prompt"] < SHOWN]
         measures |= measured
     one = next(iter(found.values()))
     right, of = held_out(style.attribute)
@@ -194,11 +202,7 @@ def summary(
         "places": {title: placed(checkpoint) for title, checkpoint in checkpoints.items()},
         "arms": [*lines.values()],
         "beside": beside(measures, MAT, [title for title in found if title != MAT]),
-        "texts": [
-            {"question": text["asked"], "arm": text["arm"], "text": text["text"]}
-            for text in texts
-            if not text["arm"].endswith(" x2")
-        ],
+        "texts": [{"question": text["asked"], "arm": text["arm"], "text": text["text"]} for text in texts],
     }
 
 
@@ -237,14 +241,15 @@ def as_line(arm: Arm, result: ArmResult, measures: Measures) -> dict[str, Any]:
 
 
 def beside(measures: Measures, title: str, others: Sequence[str]) -> dict[str, Any]:
-    """`title` minus each of the others at the same factor, paired."""
-    return {
-        arm_name(other, factor): {
-            name: asdict(measures[arm_name(title, factor)][name].minus(one))
-            for name, one in measures[arm_name(other, factor)].items()
-        }
+    """`title` minus each of the others, the weakest arms of both and so on: difference -> metric -> paired estimate."""
+    pairs = [
+        (arm_name(title, own), arm_name(other, its))
         for other in others
-        for factor in FACTORS
+        for own, its in zip(factors(title), factors(other), strict=False)
+    ]
+    return {
+        f"{own} minus {other}": {name: asdict(measures[own][name].minus(one)) for name, one in measures[other].items()}
+        for own, other in pairs
     }
 
 
@@ -264,7 +269,7 @@ def _section(style: Style, found: Mapping[str, Any]) -> str:
          *(harm(line, name, *how) for name, how in {"rep-4": (100, 1), "empty": (100, 1), "kl": (1, 2)}.items())]
         for line in found["arms"]
     ]  # fmt: skip
-    apart = "\n".join(f"- {minus(MAT, arm, own, style.named)}" for arm, own in found["beside"].items())
+    apart = "\n".join(f"- {minus(arms, own, style.named)}" for arms, own in found["beside"].items())
     texts = "\n".join(
         _said(found["texts"], question) for question in dict.fromkeys(t["question"] for t in found["texts"])
     )
@@ -304,19 +309,19 @@ def harm(line: Mapping[str, Any], name: str, scale: float, digits: int) -> str:
     return f"{scale * line['damage'][name]['value']:.{digits}f}"
 
 
-def minus(title: str, arm: str, found: Mapping[str, Any], metrics: Mapping[str, str]) -> str:
-    """`title` minus another method at the same factor, in words."""
+def minus(arms: str, found: Mapping[str, Any], metrics: Mapping[str, str]) -> str:
+    """The difference of two arms in words."""
     parts = []
     for how, said_how in (("holds", "more"), ("is reversed", "**less**"), ("is open", "no telling")):
         own = [(said, one) for name, said in metrics.items() if verdict(one := Estimate(**found[name])) == how]
         if own:
             parts.append(f"{said_how}: {', '.join(f'{said} {one.text(signed=True)}' for said, one in own)}")
-    return f"{title} {arm.rpartition(' ')[2]} minus {arm}: {'; '.join(parts)}."
+    return f"{arms}: {'; '.join(parts)}."
 
 
 def _said(texts: Sequence[Mapping[str, str]], question: str) -> str:
     rows = [
-        [text["arm"].removesuffix(" x1"), " ".join(text["text"].split()).replace("|", "\\|") or "(nothing)"]
+        [text["arm"], " ".join(text["text"].split()).replace("|", "\\|") or "(nothing)"]
         for text in texts
         if text["question"] == question
     ]
@@ -339,10 +344,10 @@ def run(model: str, work: Path, sampling: Sampling, count: int | None = None, op
     found = {}
     for style in STYLES:
         checkpoints, measured = {}, {}
-        asked = [asdict(sampling), count, FACTORS, style.pairs.read_text(encoding="utf-8"), judge_key(style.judge)]
+        asked = [asdict(sampling), count, style.pairs.read_text(encoding="utf-8"), judge_key(style.judge)]
         for title in style.methods:
             own = checkpoints[title] = trained(style.command(title, model, str(work)), ("--no-evaluate", *options))
-            path = work / f"{style.folder(title)}-{content_key([own.config.sha256, *asked])}.json"
+            path = work / f"{style.folder(title)}-{content_key([own.config.sha256, factors(title), *asked])}.json"
             measured[title] = once(path, measure, style, title, model, own, sampling, work, count)
         found[style.attribute] = summary(style, checkpoints, measured, sampling)
     return found

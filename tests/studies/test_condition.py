@@ -90,7 +90,7 @@ def test_the_study_measures_every_method_on_both_sides(results: Any) -> None:
             assert lines[f"{MEANS} x{factor:g}"]["metrics"][OPEN]["value"] == 1
             gate, same = (lines[f"{CAST} x{factor:g}"]["metrics"][name]["value"] for name in (OPEN, SAME))
             assert same >= 1 - gate
-            apart = side["beside"][f"{MEANS} x{factor:g}"][OPEN]["value"]
+            apart = side["beside"][f"{CAST} x{factor:g} minus {MEANS} x{factor:g}"][OPEN]["value"]
             assert apart == pytest.approx(gate - 1)
         for alike, of in side["exact"].values():
             assert alike == of

@@ -14,7 +14,19 @@ import server.cli
 import training.cli
 from demo.readme import commands
 from examples.tone.judge import cheerful, formal, held_out
-from studies.style import CHEERFUL, FACTORS, MARKERS, MAT, MEANS, PREFERS, STYLES, own_folder, page, run, write
+from studies.style import (
+    CHEERFUL,
+    MARKERS,
+    MAT,
+    MEANS,
+    PREFERS,
+    STYLES,
+    factors,
+    own_folder,
+    page,
+    run,
+    write,
+)
 from tests.studies.tiny import ROOT, found_twice
 from training.data import Split, load_data
 
@@ -86,7 +98,7 @@ def test_the_study_measures_every_method_on_the_same_questions(results: Any) -> 
         assert all(place.startswith(f"{style.layer}.residual") for place in found["places"].values())
         assert found["questions"] == 3
         lines = {line["arm"]: line for line in found["arms"]}
-        assert len(lines) == 1 + len(FACTORS) * len(style.methods)
+        assert set(lines) == {"unsteered"} | {f"{title} x{x:g}" for title in style.methods for x in factors(title)}
         for name, line in lines.items():
             assert set(line["metrics"]) == set(style.named)
             assert line["metrics"][PREFERS]["count"] == 3
@@ -96,15 +108,19 @@ def test_the_study_measures_every_method_on_the_same_questions(results: Any) -> 
             lines[name]["metrics"][PREFERS]["value"] for name in (f"{MAT} x1", f"{MEANS} x1", "unsteered")
         )
         assert lines[f"{MAT} x1"]["differences"][PREFERS]["value"] == pytest.approx(steered - unsteered)
-        assert found["beside"][f"{MEANS} x1"][PREFERS]["value"] == pytest.approx(steered - means)
+        assert found["beside"][f"{MAT} x1 minus {MEANS} x1"][PREFERS]["value"] == pytest.approx(steered - means)
 
 
 def test_the_page_shows_what_was_measured(results: Any, tmp_path: Path) -> None:
     said = page(results)
-    assert said.count("\n| MAT-Steer x") == len(STYLES) * len(FACTORS)
+    assert said.count("\n| MAT-Steer x2 |") == len(STYLES)
     assert all(f"sounds {style.attribute}" in said for style in STYLES)
-    assert "MAT-Steer x1 minus difference in means x1" in said
+    assert "MAT-Steer x1 minus difference in means x1: " in said
+    assert "MAT-Steer x1 minus RePS x0.25: " in said
+    assert "MAT-Steer x2 minus RePS x0.5: " in said
     assert all(text["question"] in said for found in results.values() for text in found["texts"])
+    weakest = {"unsteered", *(f"{title} x{min(factors(title)):g}" for title in CHEERFUL.methods)}
+    assert {text["arm"] for text in results["cheerful"]["texts"]} == weakest
     (tmp_path / "style.json").write_text(json.dumps(results))
     shutil.copy(PAGE, tmp_path / "style.md")
     write(tmp_path / "style.json", tmp_path / "style.md")
