@@ -112,13 +112,14 @@ def test_an_interrupted_evaluation_goes_on(
         evaluate_choices(llama, tokenizer, asked, [column], arms, kept=kept)
     lines = kept.read_text().splitlines()
     assert len(lines) == 2 * 8
-    kept.write_text("\n".join([*lines, '{"key": "cut sh']))
-    done = []
+    kept.write_text("\n".join([*lines[:-1], '{"key": "cut sh']))
+    done, shares = [], list[float]()
     monkeypatch.setattr(
         choices, "_score", lambda model, rows, *rest: done.append(len(rows)) or score(model, rows, *rest)
     )
-    again = evaluate_choices(llama, tokenizer, asked, [column], arms, kept=kept)
-    assert sum(done) == len(asked) - 8
+    again = evaluate_choices(llama, tokenizer, asked, [column], arms, kept=kept, advance=shares.append)
+    assert sum(done) == len(asked) - 7, "one of eight was cut short"
+    assert sum(shares) == pytest.approx(1)
     assert not kept.exists()
     for one, other in zip(whole.arms, again.arms, strict=True):
         for name, estimate in one.metrics.items():

@@ -84,9 +84,8 @@ def evaluate_choices(
     total = len(arms) * (sum(map(len, rows)) + (len(prompts) + len(TEXTS) if prompts else 0))
     with progress_bar("measure", total, "texts", shown=progress, shares=advance) as tell:
         read = {(row["question"], row["arm"]): _Scored(row["sums"], row["lengths"]) for row in store.read()}
-        scored = {
-            (i, n): one for (i, n), one in read.items() if (i, len(arms) - 1) in read
-        }  # not where it was cut short
+        # Nothing of a question where writing was cut short: its last arm is written last.
+        scored = {(i, n): one for (i, n), one in read.items() if (i, len(arms) - 1) in read}
         tell(sum(len(found.sums) for found in scored.values()))
         for block in _blocks(rows, [i for i in range(len(asked)) if (i, 0) not in scored]):
             found = _score(model, [rows[i] for i in block], columns, arms, positions, max_rows, tell)
