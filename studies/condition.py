@@ -186,7 +186,8 @@ difference in means in {exact["held"][0]} of the {exact["held"][1]} where it doe
 
 Percent with 95 % intervals ({sampled(found["sampling"])}). Gate open: as a mean over the tokens of an answer; for CAST
 the share of answers that are steered. Left as it was: the unsteered answer, token by token. **Bold**: the interval of
-the paired difference to unsteered leaves out zero. Perplexity, rep-4 and KL as in [style.md](style.md#seen)."""
+the paired difference to unsteered leaves out zero. Perplexity, rep-4 and KL as in [style.md](style.md#seen); CAST,
+whose gate is latched, has the first half of each neutral text as its prompt."""
 
 
 def _side(side: str, found: Mapping[str, Any]) -> str:
