@@ -21,7 +21,7 @@ from tests.server.test_listener import wait_until
 from tests.server.test_process import LONG, Processes, started
 
 pytestmark = pytest.mark.timeout(300)  # several processes start, and import all that they need
-BUSY = 3  # seconds that a process may be kept waiting on a machine that has more to do
+BUSY = 1.5  # seconds that a process may be kept waiting on a machine that has more to do
 
 
 @contextmanager
