@@ -27,21 +27,22 @@ from studies.real_results import (
     ITI,
     MAT,
     MEANS,
+    MEANS_THERE,
     METRICS,
     NO_NORM,
     NO_ORTHO,
     PROBE,
     SETS,
+    SIMPLER,
     pairs,
     write,
 )
-from studies.study import Sizes, Study, Variant, line, measured
+from studies.study import GOAL, Sizes, Study, Variant, line, measured
 from training.activations import Pool
 from training.data.samples import Sample, Split, Task
 from training.data.sources import DataSpec, load_data
 from training.data.splits import split_samples
 from training.evaluation.results import ArmResult
-from training.evaluation.sweep_results import Goal
 from training.evaluation.tasks import Question
 from training.files import write_bytes
 from training.methods.caa import CaaConfig
@@ -62,7 +63,6 @@ FILES = {"truthfulqa": "truthfulqa/mc_task.json", "toxigen": "toxigen/*.csv", "b
 SHARES = (0.1, 0.25, 0.5)
 TOKENS_A_TEXT = 10  # about
 DEMONSTRATIONS = 4
-GOAL = Goal(tolerance=0.005, max_empty=0.2)  # of few answers one is more than the usual tenth
 
 
 # What is compared.
@@ -217,7 +217,8 @@ def run(study: Study, config: MatConfig) -> Iterator[dict[str, Any]]:
         tried += try_out(study, "strengths-further", more)
     best = {name: best_of(tried, name) for name in chosen}
     parts_of_mat = ablations(config, place)
-    variants = chosen | parts_of_mat
+    there = {MEANS_THERE: methods(config, place, place)[MEANS]}
+    variants = chosen | parts_of_mat | there
     multipliers = {name: best[name if name in best else MAT]["multiplier"] for name in variants}
 
     def measured_arms(stage: str, asked: Sequence[Question], chosen: Arms, answers: int) -> dict[str, Any]:
@@ -238,7 +239,7 @@ def run(study: Study, config: MatConfig) -> Iterator[dict[str, Any]]:
     }
     alone = {
         f"{name}, {attribute} alone": (name, replace(variants[name], only=attribute))
-        for name in variants
+        for name in (*chosen, *parts_of_mat)
         if name != NO_ORTHO  # of one attribute there is none
         for attribute in study.names
     }
@@ -247,7 +248,7 @@ def run(study: Study, config: MatConfig) -> Iterator[dict[str, Any]]:
     part = range(len(replace(study, sizes=replace(sizes, test=min(sizes.part, sizes.test))).tested()))
     answers = sizes.test_answers
     test = measured_arms("test", asked, {name: (name, variants[name]) for name in (MAT, *parts_of_mat)}, answers)
-    simpler = {name: (name, one) for name, one in chosen.items() if name != MAT}
+    simpler = {name: (name, variants[name]) for name in SIMPLER if name in variants}
     others = measured_arms("test-others", asked, simpler, answers)
     shown = study.asked(Split.TRAIN, 8 * DEMONSTRATIONS)
     prompted = study.measure("in-context", [], in_context(asked, shown), list, answers)

@@ -14,6 +14,7 @@ from training.evaluation.results import DAMAGE, Estimate
 MARKERS = ("<!-- real results: written by make reproduce-real -->", "<!-- end of real results -->")
 MAT, MEANS, ITI, PROBE = "MAT-Steer", "difference in means", "ITI", "probe"
 UNSTEERED, IN_CONTEXT = "unsteered", "in-context prompt"
+MEANS_THERE = "difference in means where MAT-Steer is"
 NO_NORM, NO_ORTHO, ALIGNMENT = "no norm preservation", "no orthogonality", "alignment only"
 METRICS = {
     "truthfulness mc1": "MC1",
@@ -27,7 +28,8 @@ SETS = ("truthfulness mc1", "truthfulness mc2", "fairness accuracy", "non-toxici
 """A metric for each benchmark of the paper, two for TruthfulQA."""
 TRUTHFUL = SETS[:2]
 PARTS = ("dev", "questions", "part")
-SHORT = (UNSTEERED, IN_CONTEXT, ITI, MEANS, PROBE, MAT)
+SIMPLER = (IN_CONTEXT, ITI, MEANS, MEANS_THERE, PROBE)
+SHORT = (UNSTEERED, *SIMPLER, MAT)
 """What the README shows."""
 
 
@@ -121,7 +123,7 @@ def _together(found: Sequence[tuple[Claim, str]]) -> Iterator[str]:
 def rivals(results: Mapping[str, Any]) -> str:
     """MAT-Steer beside each simpler method, in words."""
     lines = []
-    for name in (IN_CONTEXT, ITI, MEANS, PROBE):
+    for name in SIMPLER:
         found = {metric: Estimate(**results["pairs"][f"{MAT} - {name}"][metric]) for metric in SETS}
         words = {
             how: [f"{METRICS[metric]} {one.text(signed=True)}" for metric, one in found.items() if verdict(one) == how]
@@ -179,7 +181,7 @@ def damage_table(lines: Sequence[Mapping[str, Any]]) -> str:
 
 def _damage(line: Mapping[str, Any], *, intervals: bool = False) -> list[str]:
     """A cell for each of `DAMAGE_TITLES`."""
-    texts = [_ratio(line["perplexity_ratio"])]
+    texts = [_ratio(line["perplexity_ratio"], line["perplexity_range"] if intervals else None)]
     for name in DAMAGE:
         one = Estimate(**line["damage"][name])
         scale, digits = (1, 3) if name == "kl" else (100, 1)
@@ -188,8 +190,8 @@ def _damage(line: Mapping[str, Any], *, intervals: bool = False) -> list[str]:
     return texts
 
 
-def _ratio(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}x"
+def _ratio(value: float | None, ends: Sequence[float] | None = None) -> str:
+    return "-" if value is None else f"{value:.2f}x" + (" [{:.2f}, {:.2f}]".format(*ends) if ends else "")
 
 
 def _at(line: Mapping[str, Any]) -> str:
@@ -216,8 +218,23 @@ def summary(results: Mapping[str, Any]) -> str:
         "**Bold** is better and *italic* worse than unsteered: the 95 % interval of the paired difference leaves out "
         "zero.\n\n"
         f"{statement(results)}\n"
-        f"{rivals(results)}"
+        f"{rivals(results)}\n"
+        f"{reserve(results)}"
     )
+
+
+def reserve(results: Mapping[str, Any]) -> str:
+    """What a reader of the table should know besides: attributes that were not trained, limits that were not kept."""
+    lines = []
+    if untrained := results["untrained"].get(MAT):
+        lines.append(
+            f"- MAT-Steer's {' and '.join(untrained)} was not trained: no epoch beat its start on dev, a gate that is "
+            "half open on everything. What MAT-Steer gains there is that, and the other attributes' doing."
+        )
+    broken = [line["method"] for line in results["methods"] if line["shortfall"]]
+    kept = "All keep" if not broken else f"On test {', '.join(broken)} {'do' if len(broken) > 1 else 'does'} not keep"
+    lines.append(f"- {kept} the limits of what may break, by which settings were chosen on dev.")
+    return "\n".join(lines)
 
 
 # Plots.
@@ -268,6 +285,15 @@ def _bars(found: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[list[fl
     return [100 * one["value"] for one in found], [[100 * (one[a] - one[b]) for one in found] for a, b in ends]
 
 
+def _skipped(sizes: Mapping[str, int]) -> str:
+    if not sizes["skipped"]:
+        return ""
+    return (
+        " None of them was read before: those that had been, while this study was made, are left out "
+        "(`--skipped`, questions of\nTruthfulQA; of the others twice as many)."
+    )
+
+
 def _untrained(found: Mapping[str, Sequence[str]]) -> str:
     if not found:
         return ""
@@ -309,7 +335,7 @@ def page(results: Mapping[str, Any]) -> str:
 Written by `make reproduce-real` on {results["model"]}, with the sizes
 `{given}`; the numbers are in `real.json`.
 They are of **test** questions, on which no choice rests, unless they are said to be of dev, on which places and
-strengths were chosen.
+strengths were chosen.{_skipped(sizes)}
 The split is 40/10/50 by question (BBQ: by template, ToxiGen: by text). Questions are put plainly, without examples:
 TruthfulQA as `Q: ... A:`, BBQ with its three options, ToxiGen as the question whether the text is hateful, Yes or No.
 Numbers are percent, intervals 95 %; those of differences are paired, from drawing the same clusters (questions,
@@ -339,9 +365,12 @@ answers; and on neutral text the divergence from the unsteered model.
   is steered, and the perplexity is that after its own prompts.
 - **ITI**: of all layers the 48 heads that tell an attribute's sides apart best, at the last token (the paper's number).
 - **difference in means**, **probe**: at the place that was best for the difference in means.
+- **{MEANS_THERE}**: at the place and multiplier of MAT-Steer, within the limits on dev or not.
 - **MAT-Steer**: `matsteer train`'s defaults, at the place that was best for it. Ablations change one thing of it
   (alignment only: all three penalties), and nothing of its place and strength.
 {untrained}
+
+{reserve(results)}
 
 Chosen on dev: {best}.
 
@@ -362,9 +391,9 @@ MAT-Steer minus the other, in points:
 Places and strengths together, the probe at the place of the difference in means; where the best strength was the
 largest that was tried, larger ones, and where all of them broke the text, smaller ones.
 
-Score: the mean of MC2 and the accuracies of BBQ and ToxiGen. Of the settings within the limits (perplexity at most
-1.5x, at most 10 points more of repeated 4-grams and 20 of empty answers, KL at most 1 nat) the best was taken, the
-weaker of two that are alike.
+Score: the mean of MC2 and the accuracies of BBQ and ToxiGen. Of the settings within the limits (`matsteer sweep`'s: a
+perplexity of at most 1.5x unless its interval has 1 in it, at most 10 points more of repeated 4-grams and of empty
+answers, KL at most 1 nat) the best was taken, the weaker of two that are alike.
 
 {table(["method", "place", "strength", "score", *short, "perplexity", "4-grams", "KL", "within limits"], tried, 2)}
 {"".join(f"- {note}{chr(10)}" for note in results["notes"])}"""

@@ -24,6 +24,7 @@ from training.evaluation.choices import evaluate_choices
 from training.evaluation.evaluator import drawn
 from training.evaluation.results import BASELINE, Arm, ArmResult, Evaluation, Measured
 from training.evaluation.search import Candidates
+from training.evaluation.sweep_results import Goal
 from training.evaluation.tasks import METRICS as TASK_METRICS
 from training.evaluation.tasks import Prompting, Question, questions
 from training.files import content_key, write_json
@@ -32,6 +33,7 @@ from training.methods.mat import MatConfig
 from training.models import Base
 
 PART = 80  # questions that are measured at once
+GOAL = Goal(tolerance=0.005)
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,13 @@ class Sizes:
     """Questions of TruthfulQA that places and strengths are chosen on; of each of the others twice as many."""
     test: int = 128
     """The same, for the comparison on test."""
+    skipped: int = 128
+    """The same, of test, drawn before these and left out: they were read while the study was made."""
     part: int = 40
     """The same, the first of these, for what is beside it: attributes alone, and shares of the data."""
-    answers: int = 24
+    answers: int = 64
     """Questions of dev that are answered in every arm, to see what steering breaks."""
-    test_answers: int = 24
+    test_answers: int = 64
     """The same, of test."""
     epochs: int = 100
 
@@ -143,7 +147,8 @@ class Study:
             own = questions([one for one in self._of(Split.TEST) if one.attribute == name], Prompting.PLAIN)
             Random(0).shuffle(own)
             each = 1 if own[0].task is Task.TRUTHFULQA else 2
-            for place, question in enumerate(own[: each * self.sizes.test]):
+            first, count = each * self.sizes.skipped, each * self.sizes.test
+            for place, question in enumerate(own[first : first + count]):
                 turns[place // each].append(question)
         return [question for turn in turns for question in turn]
 
@@ -336,5 +341,7 @@ def line(
         "metrics": {title: asdict(one.estimate()) for title, one in own.items()},
         "differences": {} if name == UNSTEERED else {title: asdict(own[title].minus(before[title])) for title in own},
         "perplexity_ratio": result.perplexity / usual if result.perplexity and usual else None,
+        "perplexity_range": result.perplexity_range,
+        "shortfall": 0.0 if name == UNSTEERED else GOAL.shortfall(result),
         "damage": {title: asdict(one) for title, one in result.damage.items()},
     }

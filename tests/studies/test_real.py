@@ -13,7 +13,7 @@ import torch
 
 import studies.study as study_module
 from studies.real import best_of, compact, further, in_context, methods, run, sources, try_out
-from studies.real_results import CLAIMS, MARKERS, METRICS, SETS, page, statement, summary, verdict, write
+from studies.real_results import CLAIMS, MARKERS, MEANS_THERE, METRICS, SETS, page, statement, summary, verdict, write
 from studies.study import Sizes, Study, Variant, part_of
 from tests.training.helpers import make_llama, make_tokenizer
 from training.activations.store import Activations
@@ -26,7 +26,7 @@ from training.methods.mat import MatConfig
 from training.models import Base
 
 ROOT = Path(__file__).parents[2]
-SIZES = Sizes(fit=24, dev=1, test=2, part=1, answers=1, epochs=1)
+SIZES = Sizes(fit=24, dev=1, test=2, skipped=1, part=1, answers=1, test_answers=1, epochs=1)
 
 
 def write_data(folder: Path) -> None:
@@ -108,8 +108,7 @@ def test_more_of_test_goes_on_from_less_and_leaves_what_was_chosen_on_dev(
 ) -> None:
     monkeypatch.setattr(study_module, "PART", 10)  # what a turn of two has
     told: list[str] = []
-    sizes = Sizes(fit=24, dev=1, test=3, part=1, answers=1, epochs=1)
-    other = Study(study.base, study.samples, sizes, study.work, told.append)
+    other = Study(study.base, study.samples, replace(SIZES, test=3), study.work, told.append)
     found = whole(other)
     found = json.loads(compact(found))
     assert found["best"] == results["best"]
@@ -118,6 +117,14 @@ def test_more_of_test_goes_on_from_less_and_leaves_what_was_chosen_on_dev(
     assert {line["method"]: line["damage"] for line in found["methods"]} == {
         line["method"]: line["damage"] for line in results["methods"]
     }
+
+
+def test_questions_that_were_read_before_are_left_out(study: Study) -> None:
+    def tested(**sizes: int) -> list[str]:
+        return [one.prompt for one in replace(study, sizes=replace(SIZES, **sizes)).tested()]
+
+    assert tested(skipped=1, test=2) == tested(skipped=0, test=3)[-len(tested(skipped=0, test=2)) :]
+    assert not set(tested(skipped=1, test=2)) & set(tested(skipped=0, test=1))
 
 
 def test_choices_are_made_on_dev_alone(study: Study, results: dict[str, Any]) -> None:
@@ -147,8 +154,8 @@ def test_a_choice_rests_on_all_questions_of_dev(study: Study, monkeypatch: pytes
 def test_every_method_and_ablation_is_measured_on_every_metric(results: dict[str, Any]) -> None:
     names = [line["method"] for line in results["methods"]]
     assert names == [
-        "unsteered", "in-context prompt", "ITI", "difference in means", "probe", "MAT-Steer", "no norm preservation",
-        "no positive preservation", "no sparsity", "no orthogonality", "alignment only",
+        "unsteered", "in-context prompt", "ITI", "difference in means", MEANS_THERE, "probe", "MAT-Steer",
+        "no norm preservation", "no positive preservation", "no sparsity", "no orthogonality", "alignment only",
     ]  # fmt: skip
     assert all(set(SETS) <= set(line["metrics"]) <= set(METRICS) for line in results["methods"])
     assert all(set(line["differences"]) == set(line["metrics"]) for line in results["methods"][1:])
@@ -209,6 +216,18 @@ def test_the_statement_follows_the_figures(results: dict[str, Any]) -> None:
 )
 def test_an_order_holds_where_the_interval_leaves_out_zero(low: float, high: float, how: str) -> None:
     assert verdict(Estimate((low + high) / 2, low, high, 9)) == how
+
+
+def test_what_breaks_on_test_and_what_was_not_trained_is_said_under_the_table(results: dict[str, Any]) -> None:
+    def said(beyond: tuple[str, ...], untrained: dict[str, list[str]]) -> str:
+        lines = [{**line, "shortfall": 0.1 * (line["method"] in beyond)} for line in results["methods"]]
+        return summary({**results, "methods": lines, "untrained": untrained})
+
+    assert "All keep the limits" in said((), {})
+    assert "On test MAT-Steer does not keep the limits" in said(("MAT-Steer",), {})
+    assert "On test ITI, probe do not keep the limits" in said(("ITI", "probe"), {})
+    assert "MAT-Steer's fairness was not trained" in said((), {"MAT-Steer": ["fairness"], "ITI": ["truthfulness"]})
+    assert "was not trained" not in said((), {"no sparsity": ["fairness"]})
 
 
 def test_strengths_are_looked_for_beyond_what_was_tried() -> None:
