@@ -398,6 +398,7 @@ def test_a_version_that_is_being_overwritten_is_waited_for(
     """`save` takes config.json away before it replaces the other files, and puts it back last."""
     folder = put("1")
     staged = (folder / "config.json").rename(folder / f".config.json.{os.getpid()}.tmp")
+    os.utime(staged)  # a save writes it anew; `put` copies it with its time
     for reference in ("mine@1", "mine"):
         monkeypatch.setattr("server.registry.PATIENCE", 0.0)
         with pytest.raises(UnusableCheckpoint, match=r"is being written, or was not written to its end; try again"):
