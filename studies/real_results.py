@@ -8,7 +8,7 @@ from typing import Any
 
 from demo.readme import replace_between, rewrite
 from training.evaluation.report import markdown_table as table
-from training.evaluation.report import marked, save_figure
+from training.evaluation.report import marked, save_figure, with_range
 from training.evaluation.results import DAMAGE, Estimate
 
 MARKERS = ("<!-- real results: written by make reproduce-real -->", "<!-- end of real results -->")
@@ -191,7 +191,7 @@ def _damage(line: Mapping[str, Any], *, intervals: bool = False) -> list[str]:
 
 
 def _ratio(value: float | None, ends: Sequence[float] | None = None) -> str:
-    return "-" if value is None else f"{value:.2f}x" + (" [{:.2f}, {:.2f}]".format(*ends) if ends else "")
+    return "-" if value is None else with_range(f"{value:.2f}x", ends)
 
 
 def _at(line: Mapping[str, Any]) -> str:

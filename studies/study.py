@@ -275,16 +275,7 @@ def part_of(activations: Activations, *, share: float = 1.0, only: str | None = 
         )
         if only in (None, name) and (split is not Split.TRAIN or (name, group) in kept)
     ]
-    at = torch.tensor(chosen)
-    return replace(
-        activations,
-        values={site: values[at] for site, values in activations.values.items()},
-        attributes=tuple(activations.attributes[row] for row in chosen),
-        labels=activations.labels[at],
-        groups=tuple(activations.groups[row] for row in chosen),
-        splits=tuple(activations.splits[row] for row in chosen),
-        samples=activations.samples[at],
-    )
+    return activations.of_rows(torch.tensor(chosen))
 
 
 def plain(evaluation: Evaluation) -> dict[str, Any]:

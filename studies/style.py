@@ -31,6 +31,7 @@ from training.evaluation.generation import Continuation, Sampling
 from training.evaluation.judged import evaluate_generations, judged, prompts_from
 from training.evaluation.judges import Judge, judge_key, load_judge
 from training.evaluation.report import markdown_table as table
+from training.evaluation.report import with_range
 from training.evaluation.results import BASELINE, Arm, ArmResult, Estimate, Measured
 from training.evaluation.tasks import questions
 from training.files import content_key, write_json
@@ -301,8 +302,7 @@ def cell(line: Mapping[str, Any], name: str) -> str:
 
 
 def ratio(line: Mapping[str, Any]) -> str:
-    ends = line["perplexity_range"]
-    return f"{line['perplexity_ratio']:.2f}x" + (" [{:.2f}, {:.2f}]".format(*ends) if ends else "")
+    return with_range(f"{line['perplexity_ratio']:.2f}x", line["perplexity_range"])
 
 
 def harm(line: Mapping[str, Any], name: str, scale: float, digits: int) -> str:

@@ -61,8 +61,7 @@ def _counted(estimate: Estimate | None) -> str:
 
 def _damage(arm: ArmResult, names: Sequence[str]) -> list[str]:
     numbers = ["-" if value is None else f"{value:.2f}" for value in (arm.perplexity, arm.perplexity_ratio)]
-    if arm.perplexity_range is not None:
-        numbers[1] += " [{:.2f}, {:.2f}]".format(*arm.perplexity_range)
+    numbers[1] = with_range(numbers[1], arm.perplexity_range)
     for name in names:
         one = arm.damage.get(name)
         scale, digits = (1, 3) if name == "kl" else (100, 1)
@@ -113,6 +112,11 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], words: 
     """The first `words` columns hold words, the others numbers."""
     lines = [header, ["---"] * words + ["---:"] * (len(header) - words), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def with_range(text: str, ends: Sequence[float] | None) -> str:
+    """A ratio with the ends of its interval, where it has one."""
+    return text + (" [{:.2f}, {:.2f}]".format(*ends) if ends else "")
 
 
 def marked(text: str, difference: Estimate | None) -> str:
