@@ -225,16 +225,20 @@ def summary(results: Mapping[str, Any]) -> str:
 
 def reserve(results: Mapping[str, Any]) -> str:
     """What a reader of the table should know besides: attributes that were not trained, limits that were not kept."""
-    lines = []
+    lines = [_limits(results)]
     if untrained := results["untrained"].get(MAT):
-        lines.append(
+        lines.insert(
+            0,
             f"- MAT-Steer's {' and '.join(untrained)} was not trained: no epoch beat its start on dev, a gate that is "
-            "half open on everything. What MAT-Steer gains there is that, and the other attributes' doing."
+            "half open on everything. What MAT-Steer gains there is that, and the other attributes' doing.",
         )
+    return "\n".join(lines)
+
+
+def _limits(results: Mapping[str, Any]) -> str:
     broken = [line["method"] for line in results["methods"] if line["shortfall"]]
     kept = "All keep" if not broken else f"On test {', '.join(broken)} {'do' if len(broken) > 1 else 'does'} not keep"
-    lines.append(f"- {kept} the limits of what may break, by which settings were chosen on dev.")
-    return "\n".join(lines)
+    return f"- {kept} the limits of what may break, by which settings were chosen on dev."
 
 
 # Plots.
@@ -369,8 +373,7 @@ answers; and on neutral text the divergence from the unsteered model.
 - **MAT-Steer**: `matsteer train`'s defaults, at the place that was best for it. Ablations change one thing of it
   (alignment only: all three penalties), and nothing of its place and strength.
 {untrained}
-
-{reserve(results)}
+{_limits(results)}
 
 Chosen on dev: {best}.
 
