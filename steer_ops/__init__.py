@@ -8,6 +8,7 @@ layers of a Hugging Face model.
 
 from steer_ops.ops import (
     ADD_RMS_NORM,
+    FLASH_ATTENTION,
     GATHER_KV,
     PAGED_ATTENTION_DECODE,
     RMS_NORM,
@@ -34,6 +35,7 @@ from steer_ops.registry import DTYPES, Op
 __all__ = [
     "ADD_RMS_NORM",
     "DTYPES",
+    "FLASH_ATTENTION",
     "GATHER_KV",
     "PAGED_ATTENTION_DECODE",
     "RMS_NORM",

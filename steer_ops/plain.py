@@ -95,6 +95,8 @@ def varlen_attention(
     *,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """See `steer_ops.varlen_attention`. Text after text; waits for the device."""
     out = query.new_empty(*query.shape[:2], values.shape[-1])
@@ -105,9 +107,15 @@ def varlen_attention(
         own, theirs = (part[first : first + length].transpose(0, 1) for part in (keys, values))
         at = torch.arange(length, device=query.device)
         ahead = at - at[length - (hi - lo) :, None]  # [new, keys]: how far after each new token
-        seen = (ahead <= 0) & (ahead > -window) if window else ahead <= 0
+        hidden = (ahead > 0) | (ahead <= -window) if window else ahead > 0
         own, theirs = (part.repeat_interleave(groups, 0) for part in (own, theirs))
-        out[lo:hi] = scaled_dot_product_attention(asked, own, theirs, attn_mask=seen, scale=scale).transpose(0, 1)
+        if softcap is None and sinks is None:
+            found = scaled_dot_product_attention(asked, own, theirs, attn_mask=~hidden, scale=scale)
+        else:  # every head is a key head of its own
+            found = _softmax_attention(
+                asked.transpose(0, 1)[:, :, None], own[None], theirs[None], hidden[:, None, None], scale, softcap, sinks
+            )[:, :, 0].transpose(0, 1)
+        out[lo:hi] = found.transpose(0, 1)
     return out
 
 

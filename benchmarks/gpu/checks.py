@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 # The project's own options of pytest name plugins that need not be here.
 PYTEST = [sys.executable, "-m", "pytest", "-v", "-o", "addopts=", "-o", "filterwarnings=", "--import-mode=importlib"]
 PYTEST += ["-p", "no:cacheprovider", "--tb=short"]
+KERNELS = ("tests/steer_ops/test_triton.py", "tests/steer_ops/test_varlen_attention.py")  # those of Triton's
 NO_TESTS = 5  # pytest's status where it has found none
 
 
@@ -27,7 +28,7 @@ def tests(world: World) -> Iterator[Figure]:
     marked = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
     runs = {
         "pytest -m gpu": [*marked, "-m", "gpu"],
-        "tests/steer_ops/test_triton.py": ["tests/steer_ops/test_triton.py", *world.sizes.test_options],
+        **{file: [file, *world.sizes.test_options] for file in KERNELS},
     }
     environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # none is needed
     logs = {name: world.log.with_name(f"{world.log.stem}-tests-{index}.log") for index, name in enumerate(runs)}

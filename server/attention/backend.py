@@ -53,7 +53,11 @@ class Attention:
     def gathered_tokens(self) -> int:
         """How many tokens' keys and values are gathered at a time, or those of one text, for chunks of many that are
         attended to in one call; 0: each chunk is attended to alone."""
-        sizes = [shape.bytes for layer, shape in self.shapes.items() if self.pools[layer].ops.varlen]
+        sizes = [
+            shape.bytes
+            for layer, shape in self.shapes.items()
+            if self.pools[layer].ops.varlen or self.pools[layer].ops.flash
+        ]
         return self.scratch_bytes // min(sizes) if sizes else 0
 
     def allocate(self, num_blocks: int, block_size: int) -> None:

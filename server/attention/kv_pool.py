@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from server.attention.layout import BlockCopy
-from steer_ops import GATHER_KV, PAGED_ATTENTION_DECODE, VARLEN_ATTENTION, WRITE_KV, plain
-from steer_ops.cuda.flash import takes as varlen_takes
+from steer_ops import FLASH_ATTENTION, GATHER_KV, PAGED_ATTENTION_DECODE, VARLEN_ATTENTION, WRITE_KV, plain
+from steer_ops.cuda import flash
 
 SCRATCH_BYTES = 256 * 2**20  # that attention to prompts takes at a time, beside the keys and values of one text
 
@@ -36,17 +36,19 @@ class KVOps:
     write: Callable[..., None] = plain.write_kv
     gather: Callable[..., tuple[Tensor, Tensor]] = plain.gather_kv
     varlen: Callable[..., Tensor] | None = None  # all chunks of a pass in one call; None: one after the other
+    flash: Callable[..., Tensor] | None = None  # the same, and faster, without caps and sinks
 
     @classmethod
     def of(cls, shape: KVShape) -> "KVOps":
         """Kernels, as far as there are some for such keys and values."""
         here = shape.device, shape.dtype
-        varlen = VARLEN_ATTENTION.has_kernel(*here) and varlen_takes(shape.key, shape.value, shape.dtype)
+        by_flash = flash.takes(shape.key, shape.value, shape.dtype) and FLASH_ATTENTION.has_kernel(*here)
         return cls(
             PAGED_ATTENTION_DECODE.choose(*here),
             WRITE_KV.choose(*here),
             GATHER_KV.choose(*here),
-            VARLEN_ATTENTION.choose(*here) if varlen else None,
+            VARLEN_ATTENTION.choose(*here) if VARLEN_ATTENTION.has_kernel(*here) else None,
+            FLASH_ATTENTION.choose(*here) if by_flash else None,
         )
 
 

@@ -2,8 +2,8 @@
 
 Single tokens of sequences (decode) are attended to in one call over all their blocks, `paged_attention_decode`. Chunks
 of prompts gather the keys and values of their blocks, whole blocks at a time. Where there is a kernel for it all chunks
-go to one call, `varlen_attention`, or to several that gather a bounded number of bytes each; else each goes to
-PyTorch's attention with a mask, in pieces whose scores take so many bytes.
+go to one call, `flash_attention` or `varlen_attention`, or to several that gather a bounded number of bytes each; else
+each goes to PyTorch's attention with a mask, in pieces whose scores take so many bytes.
 
 Where a layer leaves rotary embeddings to its attention, that of single tokens turns what it reads, in every step by the
 same kernel; for chunks, which need theirs turned beforehand, the line is turned after that.
@@ -12,6 +12,7 @@ same kernel; for chunks, which need theirs turned beforehand, the line is turned
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,12 @@ class AttentionParams:
     sinks: Tensor | None = None  # [heads]: attention sinks (GPT-OSS), in the softmax's denominator without a value
     # Cosines and sines, [N, turned] each, that queries and keys are still to be turned by (`steer_ops.rotary`).
     rotary: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def rules(self) -> dict[str, Any]:
+        """What FlashAttention 2 does not take."""
+        rules = {"softcap": self.softcap, "sinks": self.sinks}
+        return {name: rule for name, rule in rules.items() if rule is not None}
 
     def scale_of(self, query: Tensor) -> float:
         return query.shape[-1] ** -0.5 if self.scale is None else self.scale
@@ -205,10 +212,11 @@ class AttentionMetadata:
             key, params = turned.transpose(0, 1), replace(params, rotary=None)
         if pool is not None and self.written is not None:
             pool.write(self.written, key[:, self.prefill_rows], value[:, self.prefill_rows])
-            if pool.ops.varlen and self._is_kept and params.softcap is None and params.sinks is None:
+            attend = pool.ops.varlen if params.rules or not pool.ops.flash else pool.ops.flash
+            if attend and self._is_kept:
                 calls = self._varlen_calls(pool, params.window, query.device)
                 for call in calls:
-                    found = self._varlen(pool.ops.varlen, call, pool, query, key, value, params)
+                    found = self._varlen(attend, call, pool, query, key, value, params)
                     if len(calls) == 1 and not self.decodes:
                         return found
                     out[call.rows] = found
@@ -269,6 +277,7 @@ class AttentionMetadata:
             call.most_keys,
             scale=params.scale_of(query),
             window=params.window,
+            **params.rules,
         )
 
     def _masked(

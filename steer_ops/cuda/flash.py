@@ -9,9 +9,10 @@ from steer_ops.cuda.launch import check, dense_rows
 
 DTYPES = (torch.float16, torch.bfloat16)
 MOST_WIDTH, WIDTH_UNIT = 256, 8
+AMPERE = (8, 0)  # compute capability
 
 
-def varlen_attention(
+def flash_attention(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -27,7 +28,7 @@ def varlen_attention(
     """See `steer_ops.varlen_attention`."""
     width = query.shape[-1]
     right = takes(width, values.shape[-1], query.dtype)
-    check(right, "varlen_attention", "FlashAttention 2 computes no such widths or dtype")
+    check(right, "flash_attention", "FlashAttention 2 computes no such widths or dtype")
     flash: Any = torch.ops.aten._flash_attention_forward
     # `key_starts` says no more than where each text begins: how long it is stands in `key_lens`.
     found: Tensor = flash(
@@ -47,6 +48,12 @@ def varlen_attention(
         seqused_k=key_lens,
     )[0]
     return found
+
+
+def runs_here() -> bool:
+    """Whether all GPUs of this machine are new enough."""
+    devices = range(torch.cuda.device_count())
+    return all(torch.cuda.get_device_capability(device) >= AMPERE for device in devices)
 
 
 def takes(width: int, value_width: int, dtype: torch.dtype) -> bool:

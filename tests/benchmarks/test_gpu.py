@@ -31,7 +31,11 @@ from tests.server.conftest import listening
 ROOT = Path(__file__).parents[2]
 # What each part says at least, and whether something is wanted of it.
 FIGURES = {
-    "rates": {"a large copy, read and written": False, "a large product": False},
+    "rates": {
+        "a large copy, read and written": False,
+        "a large product": False,
+        "attention of 64 tokens, Triton's against Flash": False,
+    },
     "decode": {"1 x 16, of the floor": True, "4 x 48, of the floor": False},
     "prefill": {"32 tokens in one step, of the matrix rate": False, "64 tokens in one step, of the matrix rate": True},
     "steering": {

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.attention import kv_pool
 from server.engine.model_runner import _rows_of
 from server.engine.sequence import Sequence, SteeringParams
-from steer_ops import linears, plain
+from steer_ops import linears
 from steer_ops.cuda import library
 from steer_ops.layers import FusedRMSNorm, GatedMLP, RotaryAttention
 from steering.types import SequenceSteering
@@ -43,14 +42,12 @@ class Calls(Counter[str]):
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    """All kernels are Triton's, FlashAttention's reference stands for it, and products are PyTorch's own."""
+    """All kernels are Triton's, which attend to prompts without FlashAttention, and products are PyTorch's own."""
     mend_interpreter(monkeypatch)
     counts = Calls()
     by_name = {op.name: op for op in [*OPS, *CUDA_OPS]}
-    kernels = {name: kernel for name, (kernel, _) in library.triton_kernels(CPU).items()}
-    for name, kernel in {**kernels, "varlen_attention": plain.varlen_attention}.items():
+    for name, (kernel, _) in library.triton_kernels(CPU).items():
         monkeypatch.setitem(by_name[name]._chosen, (CPU.type, torch.float32), counts.of(name, kernel))
-    monkeypatch.setattr(kv_pool, "varlen_takes", lambda *args: True)
     monkeypatch.setattr(linears, "_packed", lambda weight, bias, native: linears.DenseLinear(weight, bias))
     return counts
 
@@ -104,8 +101,7 @@ def test_texts_and_logits_equal_the_plain_models(name: str, calls: Calls) -> Non
     assert calls["paged_attention_decode"] == (decodes + captures + 1) * layers, "one pass is of both"
     assert calls["steer_and_count"] == new + captures
     assert calls["write_kv"] == chunked * layers
-    # Neither caps nor sinks are FlashAttention's business.
-    assert calls["varlen_attention"] == (0 if name in ("gemma2", "gpt_oss", "granite_swa") else chunked * layers)
+    assert calls["varlen_attention"] == chunked * layers
     assert calls["rotary"] == chunked * count[RotaryAttention], "decoded tokens are turned where they are attended to"
     assert ("silu_mul" in calls) == bool(count[GatedMLP])
     assert ("rms_norm" in calls) == bool(count[FusedRMSNorm])

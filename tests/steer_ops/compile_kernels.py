@@ -7,10 +7,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from steer_ops.cuda import kv_cache, layers, paged_attention, rotary, steer
+from steer_ops.cuda import kv_cache, layers, paged_attention, rotary, steer, varlen_attention
 
 SHARED_MEMORY = 227 * 1024  # of a multiprocessor
-INTEGERS = {"tables": "*i32", "lengths": "*i32", "owners": "*i32", "counts": "*i64", "places": "*i64", "blocks": "*i64"}
+INTEGERS = {
+    **dict.fromkeys(("tables", "lengths", "query_starts", "key_starts", "key_lens"), "*i32"),
+    "owners": "*i32",
+    "counts": "*i64",
+    "places": "*i64",
+    "blocks": "*i64",
+}
 COLUMNS = {
     "kinds": "*i8",
     "keep_norm": "*i1",
@@ -38,12 +44,24 @@ def attention(dtype: str, splits: int, rules: bool, **changes: int) -> Any:
     return compiled(paged_attention._attend, dtype, constants, num_stages=paged_attention.STAGES)
 
 
+def prompts(dtype: str, width: int, rules: bool) -> Any:
+    itemsize = 4 if dtype == "fp32" else 2
+    rows, tile = varlen_attention.tile_sizes(width, width, itemsize, SHARED_MEMORY // 2)
+    sizes = dict.fromkeys(("WIDTH", "WIDTH_PAD", "VALUE_WIDTH", "VALUE_PAD"), width)
+    constants = sizes | {"KV_HEADS": 8, "GROUPS": 3, "ROWS": rows, "TILE": tile}
+    constants |= dict.fromkeys(("HAS_WINDOW", "HAS_SOFTCAP", "HAS_SINKS"), rules)
+    return compiled(varlen_attention._attend, dtype, constants, num_stages=varlen_attention.STAGES, num_warps=8)
+
+
 def main() -> None:
     found = [
         attention("bf16", 32, False),
         attention("fp16", 1, True, BLOCK_SIZE=4, TURNED=0),
         attention("fp32", 2, False, TILE=32, TURNED=32),
         compiled(paged_attention._join, "bf16", {"VALUE_WIDTH": 128, "VALUE_PAD": 128, "SPLITS": 64}, num_warps=2),
+        prompts("bf16", 128, False),
+        prompts("fp16", 256, True),
+        prompts("fp32", 128, True),
         compiled(kv_cache._write, "bf16", HEADS | {"HEADS": 8}),
         compiled(kv_cache._gather, "bf16", HEADS | {"HEADS": 8}),
         compiled(steer._steer, "bf16", ROW, num_warps=8),

@@ -52,6 +52,15 @@ def test_flash_attention_is_asked_for_what_it_computes(
     assert flash.takes(width, value_width, dtype) is expected
 
 
+@pytest.mark.parametrize(("capabilities", "expected"), [([(9, 0), (8, 0)], True), ([(8, 6), (7, 5)], False)])
+def test_flash_attention_needs_ampere(
+    capabilities: list[tuple[int, int]], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device])
+    assert flash.runs_here() is expected
+
+
 def test_pytorch_has_the_flash_attention_that_is_called() -> None:
     arguments = {argument.name for argument in torch.ops.aten._flash_attention_forward.default._schema.arguments}
     assert {"cum_seq_q", "cum_seq_k", "seqused_k", "window_size_left", "window_size_right", "scale"} <= arguments

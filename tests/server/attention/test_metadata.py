@@ -98,9 +98,9 @@ class World:
 
 
 @pytest.mark.parametrize(
-    ("by_length", "varlen"),
-    [(True, None), (False, None), (True, plain.varlen_attention)],
-    ids=["each row to its length", "by blocks", "all chunks in one call"],
+    ("by_length", "kernels"),
+    [(True, ()), (False, ()), (True, ("varlen",)), (True, ("flash",)), (True, ("flash", "varlen"))],
+    ids=["each row to its length", "by blocks", "all chunks in one call", "without rules in one call", "by either"],
 )
 @pytest.mark.parametrize("params", PARAMS, ids=["plain", "window", "softcap", "sinks"])
 @pytest.mark.parametrize(
@@ -115,22 +115,26 @@ class World:
     ids=["a prompt", "prompts and a decode", "decodes", "a chunk beside a decode", "all kinds in any order"],
 )
 def test_every_token_gets_its_own_attention(
-    chunks: list[tuple[int, int]], params: AttentionParams, by_length: bool, varlen: Callable[..., Tensor] | None
+    chunks: list[tuple[int, int]], params: AttentionParams, by_length: bool, kernels: tuple[str, ...]
 ) -> None:
-    calls: list[int] = []
+    calls: list[tuple[str, int]] = []
 
-    def counted(query: Tensor, *rest: Any, **options: Any) -> Tensor:
-        calls.append(len(query))
-        return varlen(query, *rest, **options)  # type: ignore[misc]
+    def counted(kernel: str) -> Callable[..., Tensor]:
+        def attend(query: Tensor, *rest: Any, **options: Any) -> Tensor:
+            calls.append((kernel, len(query)))
+            return plain.varlen_attention(query, *rest, **options)
 
-    world = World(chunks, ops=KVOps(varlen=counted if varlen else None))
+        return attend
+
+    world = World(chunks, ops=KVOps(**{kernel: counted(kernel) for kernel in kernels}))
     metadata = AttentionMetadata.of(world.layouts, CPU, SIZE, by_length=by_length)
     found = metadata.attend(world.pool, world.query, world.key, world.value, params)
     assert torch.allclose(found, world.expected(params), atol=1e-6)
     world.written()
     prompts = sum(stop - start for start, stop in chunks if stop - start > 1)
-    has_call = bool(varlen and prompts and params.softcap is None and params.sinks is None)
-    assert calls == ([prompts] if has_call else [])
+    has_rules = params.softcap is not None or params.sinks is not None
+    able = [kernel for kernel in kernels if kernel == "varlen" or not has_rules]
+    assert calls == [(kernel, prompts) for kernel in able[:1] if prompts]
 
 
 @pytest.mark.parametrize("by_length", [True, False])
