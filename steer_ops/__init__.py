@@ -8,9 +8,9 @@ layers of a Hugging Face model.
 
 from steer_ops.ops import (
     ADD_RMS_NORM,
-    FLASH_ATTENTION,
     GATHER_KV,
     PAGED_ATTENTION_DECODE,
+    PAGED_ATTENTION_PREFILL,
     RMS_NORM,
     ROTARY,
     SILU_MUL,
@@ -21,6 +21,7 @@ from steer_ops.ops import (
     add_rms_norm,
     gather_kv,
     paged_attention_decode,
+    paged_attention_prefill,
     rms_norm,
     rotary,
     silu_mul,
@@ -35,9 +36,9 @@ from steer_ops.registry import DTYPES, Op
 __all__ = [
     "ADD_RMS_NORM",
     "DTYPES",
-    "FLASH_ATTENTION",
     "GATHER_KV",
     "PAGED_ATTENTION_DECODE",
+    "PAGED_ATTENTION_PREFILL",
     "RMS_NORM",
     "ROTARY",
     "SILU_MUL",
@@ -49,6 +50,7 @@ __all__ = [
     "add_rms_norm",
     "gather_kv",
     "paged_attention_decode",
+    "paged_attention_prefill",
     "rms_norm",
     "rotary",
     "silu_mul",

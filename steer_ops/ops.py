@@ -91,6 +91,67 @@ PAGED_ATTENTION_DECODE = Op(
 )
 
 
+def paged_attention_prefill(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    out: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> None:
+    """Attention of chunks of C texts, each over all keys of its own text up to itself, which are in the caches.
+
+    query [N, heads, width]: the tokens of the chunks, one chunk after the other; query_starts [C + 1] int32: where each
+    begins, then where the last one ends. What lies behind that has no chunk, and its answers stay as they are. A chunk
+    may have no tokens. context_lens [C] int32: the tokens of each text up to the last of its chunk. Caches,
+    block_tables [C, blocks], window, softcap and sinks as for `paged_attention_decode`. Writes to out [N, heads,
+    value_width].
+    """
+    PAGED_ATTENTION_PREFILL.for_tensor(query)(
+        query,
+        key_cache,
+        value_cache,
+        block_tables,
+        query_starts,
+        context_lens,
+        out,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+    )
+
+
+def _prefill_examples(dtype: torch.dtype) -> Iterator[Example]:
+    random = torch.Generator().manual_seed(0)
+    tables = torch.tensor([[3, 0, 2, 4], [5, -1, -1, -1], [-1, -1, -1, -1], [1, 3, -1, -1]], dtype=torch.int32)
+    starts = torch.tensor([0, 7, 8, 8, 10], dtype=torch.int32)
+    lengths = torch.tensor([15, 1, 0, 6], dtype=torch.int32)
+    for width, value_width in ((64, 64), (24, 8)):
+        query, key_cache, value_cache = (
+            torch.randn(*shape, generator=random).to(dtype)
+            for shape in ((12, 4, width), (6, 2, 4, width), (6, 2, 4, value_width))
+        )
+        args = query, key_cache, value_cache, tables, starts, lengths, query.new_zeros(12, 4, value_width)
+        yield args, {"scale": 0.2}
+        yield args, {"scale": 0.2, "window": 3, "softcap": 2.0, "sinks": torch.randn(4, generator=random)}
+
+
+PAGED_ATTENTION_PREFILL = Op(
+    "paged_attention_prefill(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables, "
+    "Tensor query_starts, Tensor context_lens, Tensor(a!) out, *, float scale, int? window=None, "
+    "float? softcap=None, Tensor? sinks=None) -> ()",
+    plain.paged_attention_prefill,
+    _prefill_examples,
+)
+
+
 def varlen_attention(
     query: Tensor,
     keys: Tensor,
@@ -103,8 +164,6 @@ def varlen_attention(
     *,
     scale: float,
     window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of several texts of which the last tokens are new, in one call.
 
@@ -112,8 +171,7 @@ def varlen_attention(
     begins, then Q. keys [K, kv_heads, width], values [K, kv_heads, value_width]: those of text i are the `key_lens[i]`
     tokens from `key_starts[i]` on; the rest may be anything. key_starts [S + 1] int32 (the last entry says nothing),
     key_lens [S] int32. most_queries and most_keys: of one text. The last new token of a text sees all its keys, or the
-    last `window` of them; each one before it, one fewer. `softcap` and `sinks` as for `paged_attention_decode`.
-    -> [Q, heads, value_width]
+    last `window` of them; each one before it, one fewer. -> [Q, heads, value_width]
     """
     found: Tensor = VARLEN_ATTENTION.for_tensor(query)(
         query,
@@ -126,55 +184,31 @@ def varlen_attention(
         most_keys,
         scale=scale,
         window=window,
-        softcap=softcap,
-        sinks=sinks,
     )
     return found
 
 
-def _texts(dtype: torch.dtype, width: int, value_width: int) -> tuple[Any, ...]:
-    """Of three texts, all that `varlen_attention` needs."""
+def _varlen_examples(dtype: torch.dtype) -> Iterator[Example]:
     random = torch.Generator().manual_seed(0)
     query_starts, key_starts, key_lens = (
         torch.tensor(numbers, dtype=torch.int32) for numbers in ((0, 5, 6, 9), (20, 0, 40, 60), (17, 6, 3))
     )
-    query, keys, values = (
-        torch.randn(*shape, generator=random).to(dtype)
-        for shape in ((9, 4, width), (60, 2, width), (60, 2, value_width))
-    )
-    for start, stop in ((6, 20), (37, 40), (43, 60)):  # what is no text's is no number
-        keys[start:stop] = values[start:stop] = torch.nan
-    return query, keys, values, query_starts, key_starts, key_lens, 5, 17
-
-
-def _flash_examples(dtype: torch.dtype) -> Iterator[Example]:
     for width in (64, 24):
-        yield _texts(dtype, width, width), {"scale": 0.2}
-        yield _texts(dtype, width, width), {"scale": 0.2, "window": 4}
+        query, keys, values = (
+            torch.randn(n, h, width, generator=random).to(dtype) for n, h in ((9, 4), *[(60, 2)] * 2)
+        )
+        for start, stop in ((6, 20), (37, 40), (43, 60)):  # what is no text's is no number
+            keys[start:stop] = values[start:stop] = torch.nan
+        args = query, keys, values, query_starts, key_starts, key_lens, 5, 17
+        yield args, {"scale": 0.2}
+        yield args, {"scale": 0.2, "window": 4}
 
 
-def _varlen_examples(dtype: torch.dtype) -> Iterator[Example]:
-    yield from _flash_examples(dtype)
-    yield _texts(dtype, 20, 7), {"scale": 0.2, "softcap": 2.0}
-    sinks = torch.randn(4, generator=torch.Generator().manual_seed(1)).to(dtype)
-    yield _texts(dtype, 20, 7), {"scale": 0.2, "window": 4, "sinks": sinks}
-
-
-_TEXTS = (
-    "Tensor query, Tensor keys, Tensor values, Tensor query_starts, Tensor key_starts, Tensor key_lens, "
-    "SymInt most_queries, SymInt most_keys, *, float scale, int? window=None"
-)
 VARLEN_ATTENTION = Op(
-    f"varlen_attention({_TEXTS}, float? softcap=None, Tensor? sinks=None) -> Tensor",
+    "varlen_attention(Tensor query, Tensor keys, Tensor values, Tensor query_starts, Tensor key_starts, "
+    "Tensor key_lens, SymInt most_queries, SymInt most_keys, *, float scale, int? window=None) -> Tensor",
     plain.varlen_attention,
     _varlen_examples,
-    fake=lambda query, keys, values, *rest, **named: query.new_empty(*query.shape[:2], values.shape[-1]),
-)
-# `varlen_attention` by FlashAttention 2: without caps and sinks, of widths that `steer_ops.cuda.flash.takes`.
-FLASH_ATTENTION = Op(
-    f"flash_attention({_TEXTS}) -> Tensor",
-    plain.varlen_attention,
-    _flash_examples,
     fake=lambda query, keys, values, *rest, **named: query.new_empty(*query.shape[:2], values.shape[-1]),
 )
 

@@ -63,9 +63,7 @@ def paged_attention_decode(
         first = max(0, int(last.min()) + 1 - window) // block_size if window else 0
         stop = int(last.max()) // block_size + 1
     positions = torch.arange(first * block_size, stop * block_size, device=last.device)
-    hidden = positions > last[:, None]  # [R, K]
-    if window:
-        hidden = hidden | (positions <= last[:, None] - window)
+    hidden = _hidden(positions, last, window)  # [R, K]
     exists = positions[::block_size] <= last[:, None]
     blocks = torch.where(exists, block_tables[:, first:stop].long(), newest)
     lines = blocks[:, None] * kv_heads + torch.arange(kv_heads, device=last.device)[:, None]  # [R, kv_heads, blocks]
@@ -83,6 +81,43 @@ def paged_attention_decode(
     out.copy_(found.reshape(out.shape))
 
 
+def paged_attention_prefill(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    out: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> None:
+    """See `steer_ops.paged_attention_prefill`. Chunk after chunk; waits for the device."""
+    groups = query.shape[1] // key_cache.shape[1]
+    starts = query_starts.tolist()
+    for lo, hi, length, table in zip(starts, starts[1:], context_lens.tolist(), block_tables, strict=False):
+        if lo == hi:
+            continue
+        blocks = table[: -(-length // key_cache.shape[2])].long()
+        # [1, heads, length, width]
+        keys, values = (
+            cache[blocks].transpose(0, 1).flatten(1, 2)[None, :, :length].repeat_interleave(groups, 1)
+            for cache in (key_cache, value_cache)
+        )
+        at = torch.arange(length, device=query.device)
+        hidden = _hidden(at, at[length - (hi - lo) :], window)
+        if softcap is None and sinks is None:
+            asked = query[lo:hi].transpose(0, 1)[None]
+            found = scaled_dot_product_attention(asked, keys, values, attn_mask=~hidden, scale=scale)[0].transpose(0, 1)
+        else:  # every head is a key head of its own
+            asked = query[lo:hi, :, None]
+            found = _softmax_attention(asked, keys, values, hidden[:, None, None], scale, softcap, sinks)[:, :, 0]
+        out[lo:hi] = found
+
+
 def varlen_attention(
     query: Tensor,
     keys: Tensor,
@@ -95,8 +130,6 @@ def varlen_attention(
     *,
     scale: float,
     window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
 ) -> Tensor:
     """See `steer_ops.varlen_attention`. Text after text; waits for the device."""
     out = query.new_empty(*query.shape[:2], values.shape[-1])
@@ -106,16 +139,9 @@ def varlen_attention(
         asked = query[lo:hi].transpose(0, 1)
         own, theirs = (part[first : first + length].transpose(0, 1) for part in (keys, values))
         at = torch.arange(length, device=query.device)
-        ahead = at - at[length - (hi - lo) :, None]  # [new, keys]: how far after each new token
-        hidden = (ahead > 0) | (ahead <= -window) if window else ahead > 0
+        seen = ~_hidden(at, at[length - (hi - lo) :], window)  # [new, keys]
         own, theirs = (part.repeat_interleave(groups, 0) for part in (own, theirs))
-        if softcap is None and sinks is None:
-            found = scaled_dot_product_attention(asked, own, theirs, attn_mask=~hidden, scale=scale)
-        else:  # every head is a key head of its own
-            found = _softmax_attention(
-                asked.transpose(0, 1)[:, :, None], own[None], theirs[None], hidden[:, None, None], scale, softcap, sinks
-            )[:, :, 0].transpose(0, 1)
-        out[lo:hi] = found.transpose(0, 1)
+        out[lo:hi] = scaled_dot_product_attention(asked, own, theirs, attn_mask=seen, scale=scale).transpose(0, 1)
     return out
 
 
@@ -138,6 +164,12 @@ def gather_kv(key_cache: Tensor, value_cache: Tensor, blocks: Tensor) -> tuple[T
         for cache in (key_cache, value_cache)
     )
     return keys, values
+
+
+def _hidden(keys: Tensor, last: Tensor, window: int | None) -> Tensor:
+    """Positions of keys [K], and of tokens [...] -> [..., K] bool: which keys each token does not see."""
+    hidden = keys > last[..., None]
+    return hidden | (keys <= last[..., None] - window) if window else hidden
 
 
 def _softmax_attention(

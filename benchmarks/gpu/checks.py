@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 # The project's own options of pytest name plugins that need not be here.
 PYTEST = [sys.executable, "-m", "pytest", "-v", "-o", "addopts=", "-o", "filterwarnings=", "--import-mode=importlib"]
 PYTEST += ["-p", "no:cacheprovider", "--tb=short"]
-KERNELS = ("tests/steer_ops/test_triton.py", "tests/steer_ops/test_varlen_attention.py")  # those of Triton's
+KERNELS = ("tests/steer_ops/test_triton.py", "tests/steer_ops/test_paged_prefill.py")  # those of Triton's
 NO_TESTS = 5  # pytest's status where it has found none
 
 

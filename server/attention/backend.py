@@ -16,7 +16,8 @@ from transformers import AttentionInterface
 
 from server.attention.kv_pool import SCRATCH_BYTES, KVOps, KVPool, KVShape
 from server.attention.layout import BlockCopy, ChunkLayout
-from server.attention.metadata import AttentionMetadata, AttentionParams, ForwardMetadata
+from server.attention.metadata import AttentionMetadata, AttentionParams
+from server.attention.static import ForwardMetadata
 from steer_ops import PAGED_ATTENTION_DECODE
 from steer_ops.layers import takes_rotary
 
@@ -50,14 +51,15 @@ class Attention:
         return self.native and all(PAGED_ATTENTION_DECODE.has_kernel(one.device, one.dtype) for one in shapes)
 
     @property
+    def prefills_in_blocks(self) -> bool:
+        """Whether all layers attend to chunks where their keys and values lie, however those are divided."""
+        return all(pool.ops.prefill is not None for pool in self.pools.values())
+
+    @property
     def gathered_tokens(self) -> int:
         """How many tokens' keys and values are gathered at a time, or those of one text, for chunks of many that are
         attended to in one call; 0: each chunk is attended to alone."""
-        sizes = [
-            shape.bytes
-            for layer, shape in self.shapes.items()
-            if self.pools[layer].ops.varlen or self.pools[layer].ops.flash
-        ]
+        sizes = [shape.bytes for layer, shape in self.shapes.items() if self.pools[layer].ops.varlen]
         return self.scratch_bytes // min(sizes) if sizes else 0
 
     def allocate(self, num_blocks: int, block_size: int) -> None:

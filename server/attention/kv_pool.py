@@ -7,8 +7,15 @@ import torch
 from torch import Tensor
 
 from server.attention.layout import BlockCopy
-from steer_ops import FLASH_ATTENTION, GATHER_KV, PAGED_ATTENTION_DECODE, VARLEN_ATTENTION, WRITE_KV, plain
-from steer_ops.cuda import flash
+from steer_ops import (
+    GATHER_KV,
+    PAGED_ATTENTION_DECODE,
+    PAGED_ATTENTION_PREFILL,
+    VARLEN_ATTENTION,
+    WRITE_KV,
+    plain,
+)
+from steer_ops.cuda.flash import takes as varlen_takes
 
 SCRATCH_BYTES = 256 * 2**20  # that attention to prompts takes at a time, beside the keys and values of one text
 
@@ -35,20 +42,22 @@ class KVOps:
     decode: Callable[..., None] = plain.paged_attention_decode  # single tokens
     write: Callable[..., None] = plain.write_kv
     gather: Callable[..., tuple[Tensor, Tensor]] = plain.gather_kv
-    varlen: Callable[..., Tensor] | None = None  # all chunks of a pass in one call; None: one after the other
-    flash: Callable[..., Tensor] | None = None  # the same, and faster, without caps and sinks
+    # All chunks of a pass in one call: over keys side by side, which is faster, without caps and sinks; over blocks, by
+    # all rules. None: one chunk after the other.
+    varlen: Callable[..., Tensor] | None = None
+    prefill: Callable[..., None] | None = None
 
     @classmethod
     def of(cls, shape: KVShape) -> "KVOps":
         """Kernels, as far as there are some for such keys and values."""
         here = shape.device, shape.dtype
-        by_flash = flash.takes(shape.key, shape.value, shape.dtype) and FLASH_ATTENTION.has_kernel(*here)
+        varlen = VARLEN_ATTENTION.has_kernel(*here) and varlen_takes(shape.key, shape.value, shape.dtype)
         return cls(
             PAGED_ATTENTION_DECODE.choose(*here),
             WRITE_KV.choose(*here),
             GATHER_KV.choose(*here),
-            VARLEN_ATTENTION.choose(*here) if VARLEN_ATTENTION.has_kernel(*here) else None,
-            FLASH_ATTENTION.choose(*here) if by_flash else None,
+            VARLEN_ATTENTION.choose(*here) if varlen else None,
+            PAGED_ATTENTION_PREFILL.choose(*here) if PAGED_ATTENTION_PREFILL.has_kernel(*here) else None,
         )
 
 

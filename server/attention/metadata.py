@@ -1,9 +1,10 @@
 """Where the tokens of one forward pass belong, and how one layer attends to them.
 
 Single tokens of sequences (decode) are attended to in one call over all their blocks, `paged_attention_decode`. Chunks
-of prompts gather the keys and values of their blocks, whole blocks at a time. Where there is a kernel for it all chunks
-go to one call, `flash_attention` or `varlen_attention`, or to several that gather a bounded number of bytes each; else
-each goes to PyTorch's attention with a mask, in pieces whose scores take so many bytes.
+of prompts go to FlashAttention, `varlen_attention`, after their keys and values have been gathered, whole blocks at a
+time: all in one call, or in several that gather a bounded number of bytes each. What it does not know goes to one call
+that reads blocks where they lie, `paged_attention_prefill`. Without kernels each chunk goes to PyTorch's attention with
+a mask, in pieces whose scores take so many bytes.
 
 Where a layer leaves rotary embeddings to its attention, that of single tokens turns what it reads, in every step by the
 same kernel; for chunks, which need theirs turned beforehand, the line is turned after that.
@@ -40,7 +41,7 @@ class AttentionParams:
 
     @property
     def rules(self) -> dict[str, Any]:
-        """What FlashAttention 2 does not take."""
+        """What FlashAttention does not know."""
         rules = {"softcap": self.softcap, "sinks": self.sinks}
         return {name: rule for name, rule in rules.items() if rule is not None}
 
@@ -147,6 +148,26 @@ class Varlen:
         return cls(rows, query_starts, key_starts, key_lens, max(counts), max(lens), blocks)
 
 
+@dataclass(frozen=True)
+class Paged:
+    """Chunks of a pass, as `steer_ops.paged_attention_prefill` takes them."""
+
+    rows: slice | Tensor  # which tokens of the line are theirs
+    block_tables: Tensor  # [chunks, blocks] int32
+    query_starts: Tensor  # [chunks + 1] int32, among those tokens
+    context_lens: Tensor  # [chunks] int32
+
+    @classmethod
+    def of(cls, prefills: Sequence[Prefill], rows: slice | Tensor, device: torch.device) -> "Paged":
+        held = [one.block_table or () for one in prefills]
+        tables = np.zeros((len(held), max(map(len, held))), dtype=np.int32)
+        for row, blocks in enumerate(held):
+            tables[row, : len(blocks)] = blocks
+        starts = np.cumsum([0, *(one.count for one in prefills)]).astype(np.int32)
+        lens = np.array([one.context_len for one in prefills], dtype=np.int32)
+        return cls(rows, upload(tables, device), upload(starts, device), upload(lens, device))
+
+
 @dataclass
 class AttentionMetadata:
     """Indices and masks are made once and serve every layer."""
@@ -158,6 +179,7 @@ class AttentionMetadata:
     prefill_rows: Tensor | slice  # which tokens of the line those are
     scratch_bytes: int = SCRATCH_BYTES  # of scores and masks at a time, and of keys and values that are gathered
     _blocks: dict[tuple[int, int | None, int], Tensor] = field(default_factory=dict)
+    _paged: Paged | None = None
     _varlens: dict[tuple[int | None, int, int, torch.device], list[Varlen]] = field(default_factory=dict)
     _masks: dict[tuple[int, int, int | None, int, torch.dtype, torch.device], Tensor] = field(default_factory=dict)
 
@@ -212,14 +234,16 @@ class AttentionMetadata:
             key, params = turned.transpose(0, 1), replace(params, rotary=None)
         if pool is not None and self.written is not None:
             pool.write(self.written, key[:, self.prefill_rows], value[:, self.prefill_rows])
-            attend = pool.ops.varlen if params.rules or not pool.ops.flash else pool.ops.flash
-            if attend and self._is_kept:
+            if pool.ops.varlen and self._is_kept and not params.rules:
                 calls = self._varlen_calls(pool, params.window, query.device)
                 for call in calls:
-                    found = self._varlen(attend, call, pool, query, key, value, params)
+                    found = self._varlen(pool.ops.varlen, call, pool, query, key, value, params)
                     if len(calls) == 1 and not self.decodes:
                         return found
                     out[call.rows] = found
+                return out
+            if pool.ops.prefill and self._is_kept:
+                self._paged_prefill(pool, query, out, params)
                 return out
         for prefill in self.prefills:
             self._masked(prefill, pool, query, key, value, out, params)
@@ -243,6 +267,18 @@ class AttentionMetadata:
         else:
             found = out.new_empty(len(lens), *out.shape[1:])
             decode_attention(query[rows], key[rows], value[rows], pool, tables, lens, found, params.of(rows))
+            out[rows] = found
+
+    def _paged_prefill(self, pool: KVPool, query: Tensor, out: Tensor, params: AttentionParams) -> None:
+        if self._paged is None:
+            self._paged = Paged.of(self.prefills, self.prefill_rows, self.positions.device)
+        paged, rows = self._paged, self._paged.rows
+        places = paged.block_tables, paged.query_starts, paged.context_lens
+        if isinstance(rows, slice):
+            prefill_attention(query[rows], pool, *places, out[rows], params)
+        else:
+            found = out.new_empty(len(rows), *out.shape[1:])
+            prefill_attention(query[rows], pool, *places, found, params)
             out[rows] = found
 
     def _varlen_calls(self, pool: KVPool, window: int | None, device: torch.device) -> list[Varlen]:
@@ -277,7 +313,6 @@ class AttentionMetadata:
             call.most_keys,
             scale=params.scale_of(query),
             window=params.window,
-            **params.rules,
         )
 
     def _masked(
@@ -332,52 +367,6 @@ class AttentionMetadata:
         return mask
 
 
-@dataclass
-class DecodeMetadata:
-    """A pass of single tokens in static shapes, filled anew for every step: what a CUDA graph can replay.
-
-    Rows beyond those that there are have nothing to do, and write to a block of their own.
-    """
-
-    inputs: Tensor  # [3, rows] int64: ids, positions, lengths
-    block_tables: Tensor  # [rows, blocks] int32
-    _shared: dict[str, Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def empty(cls, rows: int, blocks: int, device: torch.device) -> "DecodeMetadata":
-        inputs = torch.zeros(3, rows, dtype=torch.int64, device=device)
-        return cls(inputs, torch.zeros(rows, blocks, dtype=torch.int32, device=device))
-
-    def fill(self, chunks: Sequence[ChunkLayout], ids: Tensor, padding_block: int) -> None:
-        """chunks of one token each, ids [chunks]. Rows that have nothing to do keep the ids that they had: nobody reads
-        what becomes of them."""
-        rows, blocks = self.block_tables.shape
-        places = np.zeros((2, rows), dtype=np.int64)
-        places[1] = 1
-        held = [(chunk.block_table or ())[:blocks] for chunk in chunks]
-        tables = np.full((rows, max(map(len, held), default=1)), padding_block, dtype=np.int32)  # the rest is not read
-        for row, (chunk, table) in enumerate(zip(chunks, held, strict=True)):
-            places[:, row] = chunk.start, chunk.end
-            tables[row, : len(table)] = table
-        self.inputs[0, : len(ids)] = ids
-        self.inputs[1:].copy_(upload(places, self.inputs.device), non_blocking=True)
-        self.block_tables[:, : tables.shape[1]].copy_(upload(tables, self.block_tables.device), non_blocking=True)
-
-    def begin(self) -> None:
-        """Drops derived tensors, so that they are computed inside the captured graph, once a pass."""
-        self._shared.clear()
-
-    def attend(self, pool: KVPool | None, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
-        """See `AttentionMetadata`."""
-        assert pool is not None, "graphs run on a model that has been tried"
-        out = query.new_empty(*query.shape[:2], value.shape[-1])
-        new_key, new_value = (part[0].transpose(0, 1) for part in (key, value))
-        if "lens" not in self._shared:
-            self._shared["lens"] = self.inputs[2].int()
-        decode_attention(query, new_key, new_value, pool, self.block_tables, self._shared["lens"], out, params)
-        return out
-
-
 def decode_attention(
     query: Tensor,
     key: Tensor,
@@ -407,6 +396,23 @@ def decode_attention(
         sinks=params.sinks,
         cos=cos,
         sin=sin,
+    )
+
+
+def prefill_attention(
+    query: Tensor,
+    pool: KVPool,
+    block_tables: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    out: Tensor,
+    params: AttentionParams,
+) -> None:
+    """See `steer_ops.paged_attention_prefill`."""
+    assert pool.ops.prefill is not None, "asked for where there is a kernel"
+    places = (one.to(pool.keys.device) for one in (block_tables, query_starts, context_lens))
+    pool.ops.prefill(
+        query, pool.keys, pool.values, *places, out, scale=params.scale_of(query), window=params.window, **params.rules
     )
 
 
@@ -463,6 +469,3 @@ def _span(places: list[int], device: torch.device) -> slice | Tensor:
     if places == list(range(first, first + len(places))):
         return slice(first, first + len(places))
     return upload(np.array(places, dtype=np.int64), device)
-
-
-ForwardMetadata = AttentionMetadata | DecodeMetadata

@@ -1,9 +1,12 @@
-"""Decoding steps from CUDA graphs: the same kernels without the host's work in between.
+"""Steps from CUDA graphs: the same kernels without the host's work in between.
 
 A graph replays fixed shapes at fixed addresses. So a step of single tokens is put into static buffers of the next
 larger bucket. Where a kernel reads each row to its own length, a bucket is of rows alone, serves texts of any length,
 and all buckets are captured at the start. Where blocks are gathered, a bucket is also of the blocks of the longest
 text, up to a power of two, and is captured after the first step that would have used it. Sampling stays outside.
+
+A step with chunks of prompts among its tokens is put into a bucket of so many tokens together, where a kernel attends
+to any chunks in blocks. With more tokens than the largest of those has, the device takes longer than the host.
 
 Captures happen between steps, one at a time, the largest first: it serves all rows until the others are there. When the
 bank's buffers have moved (`ColumnBank.version`), what was captured before is due again. A step that no graph serves is
@@ -21,7 +24,7 @@ import torch
 from torch import Tensor
 
 from server.attention.layout import ChunkLayout
-from server.attention.metadata import DecodeMetadata
+from server.attention.static import DecodeMetadata, MixedMetadata, StaticMetadata
 from server.engine.sequence import ScheduledChunk
 from server.errors import is_out_of_memory
 from steering.errors import first_line
@@ -29,19 +32,26 @@ from steering.errors import first_line
 log = logging.getLogger(__name__)
 WARMUPS = 2  # passes before a capture, in which libraries set themselves up
 RETRY_S = 300.0  # after which a capture that found no memory is tried again
+MIXED_SIZES = (16, 32, 64, 128, 192, 256, 384, 512)  # tokens of steps with prompts among them
 Chunks = tuple[ScheduledChunk, ...]
 
 
 class Bucket(NamedTuple):
     """What a static step has room for."""
 
-    rows: int
-    blocks: int  # of each row
+    rows: int  # texts
+    blocks: int  # of each
+    tokens: int  # of all together
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether some of its texts may have several."""
+        return self.tokens > self.rows
 
 
 @dataclass(frozen=True)
 class _Captured:
-    metadata: DecodeMetadata
+    metadata: StaticMetadata
     graph: Any  # None: nothing was captured
     version: int  # of the bank
 
@@ -53,25 +63,30 @@ def capture_sizes(most: int) -> list[int]:
 
 
 class CudaGraphs:
-    """Static steps by bucket. `forward`: a pass over ids and positions [1, N] -> logits [N, vocab]."""
+    """Static steps by bucket. `forward`: a pass over ids and positions [1, N] -> logits [N, vocab], or those of the
+    tokens [rows] that are named."""
 
     def __init__(
         self,
-        forward: Callable[[Tensor, Tensor, DecodeMetadata], Tensor],
+        forward: Callable[[Tensor, Tensor, StaticMetadata, Tensor | None], Tensor],
         device: torch.device,
         *,
         block_size: int,
         padding_block: int,
         most_rows: int,
         most_blocks: int | None,
+        most_tokens: int = 0,
     ) -> None:
         """`padding_block`: a block that belongs to no sequence, for the rows of a bucket that have nothing to do.
-        `most_blocks`: of the longest text, where attention reads every row to its own length; None: it does not."""
+        `most_blocks`: of the longest text, where attention reads every row to its own length; None: it does not.
+        `most_tokens`: of a step with prompts, where attention reads chunks in blocks; 0: it does not."""
         self._forward = forward
         self._device = device
         self._block_size = block_size
         self._idle_block = padding_block
         self._sizes = capture_sizes(most_rows)
+        most_tokens = min(most_tokens, MIXED_SIZES[-1])
+        self._mixed_sizes = [*(size for size in MIXED_SIZES if size < most_tokens), most_tokens] if most_tokens else []
         self._most_blocks = most_blocks
         self._wanted: dict[Bucket, None] = {}
         self._captured: dict[Bucket, _Captured] = {}
@@ -82,15 +97,13 @@ class CudaGraphs:
         self._stream: Any = None  # what they are captured on
         self._logits: Tensor | None = None  # [most rows, vocab]: what all graphs write to
 
-    @staticmethod
-    def fits(chunks: Chunks) -> bool:
-        """Whether a step is one of single tokens, each to be sampled from."""
-        return all(len(chunk) == 1 and chunk.is_sampled for chunk in chunks)
-
     def want_all(self) -> None:
-        """From now on the buckets of all rows are due, where they are known beforehand."""
-        if self._most_blocks:
-            self._wanted = {Bucket(rows, self._most_blocks): None for rows in reversed(self._sizes)}
+        """From now on all buckets are due, where they are known beforehand."""
+        if (blocks := self._most_blocks) is None:
+            return
+        buckets = [Bucket(rows, blocks, rows) for rows in self._sizes]
+        buckets += [Bucket(min(self._sizes[-1], size - 1), blocks, size) for size in self._mixed_sizes]
+        self._wanted = dict.fromkeys(sorted(buckets, key=lambda bucket: (bucket.tokens, bucket.rows), reverse=True))
 
     def due(self, version: int) -> list[Bucket]:
         """What is to be captured with the bank at `version`, in this order."""
@@ -108,7 +121,7 @@ class CudaGraphs:
         """Captures a bucket, with the bank at `version`, between two steps. Whoever gets an error from it tells
         `give_up`."""
         before = self._captured.pop(bucket, None)  # its memory is free again
-        metadata = before.metadata if before else DecodeMetadata.empty(*bucket, self._device)
+        metadata = before.metadata if before else self._empty(bucket)
         before = None
         metadata.fill((), torch.empty(0, dtype=torch.int64, device=self._device), self._idle_block)
         self._captured[bucket] = _Captured(metadata, self._record(metadata), version)
@@ -117,29 +130,40 @@ class CudaGraphs:
         """A bucket could not be captured. Where there was no memory for it, larger ones serve its rows, or none, until
         it is due again after `RETRY_S`; else there are no graphs any more."""
         if is_out_of_memory(error):
-            log.warning("there is no memory for the CUDA graph of %d rows", bucket.rows)
+            log.warning("there is no memory for the CUDA graph of %d tokens", bucket.tokens)
             self._no_memory[bucket] = version, time.monotonic()
         else:  # a model whose host code looks at the device's values, a kernel that does not compile
-            log.warning("decoding steps are not captured in CUDA graphs: %s", first_line(error))
+            log.warning("steps are not captured in CUDA graphs: %s", first_line(error))
             self._wanted, self._captured, self._unable = {}, {}, True
 
     def find(self, chunks: Chunks, version: int) -> Bucket | None:
         """The smallest bucket for these chunks that has been captured with the bank at `version`."""
         longest = max(-(-chunk.end // self._block_size) for chunk in chunks)
-        if self._most_blocks is None:
+        tokens = sum(map(len, chunks))
+        singles = all(len(chunk) == 1 and chunk.is_sampled for chunk in chunks)
+        if singles and self._most_blocks is None:
             longest = 1 << (longest - 1).bit_length()
             rows = next((size for size in self._sizes if size >= len(chunks)), None)
             if rows and not self._unable:
-                self._wanted.setdefault(Bucket(rows, longest))
+                self._wanted.setdefault(Bucket(rows, longest, rows))
+        if not singles and any(chunk.num_rows > 1 for chunk in chunks):
+            return None  # logits of several tokens of a text are wanted
         return min(
-            (bucket for bucket in self.captured(version) if bucket.rows >= len(chunks) and bucket.blocks >= longest),
-            key=lambda bucket: (bucket.blocks, bucket.rows),
+            (
+                bucket
+                for bucket in self.captured(version)
+                if bucket.rows >= len(chunks)
+                and bucket.blocks >= longest
+                and bucket.tokens >= tokens
+                and (singles or bucket.is_mixed)
+            ),
+            key=lambda bucket: (bucket.is_mixed, bucket.blocks, bucket.tokens),
             default=None,
         )
 
     def __call__(self, bucket: Bucket, chunks: Sequence[ChunkLayout], ids: Tensor) -> Tensor:
-        """ids [chunks] -> logits [chunks, vocab], which the next static step writes over. The bank has been filled for
-        the bucket's rows."""
+        """ids [N] -> logits [chunks, vocab], each of a chunk's last token, which the next static step writes over. The
+        bank has been filled for the bucket's tokens."""
         captured = self._captured[bucket]
         captured.metadata.fill(chunks, ids, self._idle_block)
         if captured.graph is None:
@@ -156,7 +180,12 @@ class CudaGraphs:
         captured = self._captured.get(bucket)
         return captured is not None and captured.version == version
 
-    def _record(self, metadata: DecodeMetadata) -> Any:
+    def _empty(self, bucket: Bucket) -> StaticMetadata:
+        if not bucket.is_mixed:
+            return DecodeMetadata.empty(bucket.rows, bucket.blocks, self._device)
+        return MixedMetadata.empty(*bucket, self._block_size, self._device)
+
+    def _record(self, metadata: StaticMetadata) -> Any:
         if self._device.type != "cuda":
             self._run(metadata)
             return None
@@ -182,6 +211,6 @@ class CudaGraphs:
         self._pool = pool
         return graph
 
-    def _run(self, metadata: DecodeMetadata) -> Tensor:
+    def _run(self, metadata: StaticMetadata) -> Tensor:
         metadata.begin()
-        return self._forward(metadata.inputs[:1].long(), metadata.inputs[1:2].long(), metadata)
+        return self._forward(metadata.ids, metadata.positions, metadata, metadata.keep)

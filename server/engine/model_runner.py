@@ -19,7 +19,7 @@ from transformers.utils import logging as hf_logging
 
 from server.attention.backend import NAME, Attention
 from server.attention.layout import BlockCopy, ChunkLayout
-from server.attention.metadata import ForwardMetadata
+from server.attention.static import ForwardMetadata
 from server.engine.block_manager import BlockManager
 from server.engine.cuda_graphs import Bucket, CudaGraphs
 from server.engine.gate_stats import GateStats
@@ -246,6 +246,7 @@ class ModelRunner:
                 padding_block=num_blocks,
                 most_rows=graph_rows,
                 most_blocks=longest if self.attention.by_length else None,
+                most_tokens=self.bank.max_tokens if self.attention.prefills_in_blocks else 0,
             )
             if graph_rows
             else None
@@ -283,15 +284,17 @@ class ModelRunner:
         """Captures the CUDA graphs, and computes a step of each kind: the beginning of a text, more of it, one token,
         and another text beside it. What is made at first use on the engine's thread (a team of workers, primitives,
         compiled kernels) is there for the first request. It writes into blocks that nothing may hold yet: the first."""
-        self.capture_graphs()
         end = WARM_UP_TOKENS
         last, half = end - 1, end // 2
         one, other = (Sequence("warm-up", index, (0,) * end, SamplingParams(temperature=1.0)) for index in range(2))
         one.block_table = other.block_table = list(range(self.blocks.blocks_for(end)))
         more = ScheduledChunk(other, half, last)
         token = ScheduledChunk(one, last, end)
-        for chunks in ((ScheduledChunk(one, 0, half),), (more,), (token,), (token, more)):
-            self.execute_async(chunks).result()
+        for capture in (False, True):  # a step of few tokens comes from a graph, the same kinds with more do not
+            if capture:
+                self.capture_graphs()
+            for chunks in ((ScheduledChunk(one, 0, half),), (more,), (token,), (token, more)):
+                self.execute_async(chunks).result()
         self._forget_samples()
 
     def capture_next_graph(self) -> None:
@@ -326,10 +329,10 @@ class ModelRunner:
         logits."""
         inputs = self._inputs(chunks)
         self._reserve(inputs)  # before a graph is looked for: those of smaller buffers are of no use after it
-        graphs = self._graphs if self._graphs and self._graphs.fits(chunks) and not self.steering.traced else None
+        graphs = self._graphs if self._graphs and not self.steering.traced else None
         bucket = graphs.find(chunks, self.bank.version) if graphs else None
         if bucket:
-            inputs = inputs.padded(bucket.rows)
+            inputs = inputs.padded(bucket.tokens)
         if ids is None:
             known = [token for chunk in chunks for token in chunk.token_ids]
             ids = upload(np.array(known, dtype=np.int64), self.device)

@@ -12,7 +12,7 @@ MOST_WIDTH, WIDTH_UNIT = 256, 8
 AMPERE = (8, 0)  # compute capability
 
 
-def flash_attention(
+def varlen_attention(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -28,7 +28,7 @@ def flash_attention(
     """See `steer_ops.varlen_attention`."""
     width = query.shape[-1]
     right = takes(width, values.shape[-1], query.dtype)
-    check(right, "flash_attention", "FlashAttention 2 computes no such widths or dtype")
+    check(right, "varlen_attention", "FlashAttention 2 computes no such widths or dtype")
     flash: Any = torch.ops.aten._flash_attention_forward
     # `key_starts` says no more than where each text begins: how long it is stands in `key_lens`.
     found: Tensor = flash(

@@ -29,7 +29,7 @@ def kernels() -> Kernels:
     """By the names of their ops, with their dtypes."""
     found = triton_kernels(torch.device("cuda"))
     if flash.runs_here():
-        found["flash_attention"] = flash.flash_attention, flash.DTYPES
+        found["varlen_attention"] = flash.varlen_attention, flash.DTYPES
     for name, (kernel, _) in found.items():
         _library.impl(name, kernel)
     return found
@@ -38,7 +38,7 @@ def kernels() -> Kernels:
 def triton_kernels(device: torch.device) -> Kernels:
     """None where Triton is missing, or compiles nothing for this device."""
     try:
-        from steer_ops.cuda import kv_cache, layers, paged_attention, rotary, steer, varlen_attention
+        from steer_ops.cuda import kv_cache, layers, paged_attention, paged_prefill, rotary, steer
 
         layers.rms_norm(torch.ones(1, 16, device=device), torch.ones(16, device=device), 1e-5)
     except Exception as error:
@@ -51,7 +51,7 @@ def triton_kernels(device: torch.device) -> Kernels:
         return {}
     functions = (
         paged_attention.paged_attention_decode,
-        varlen_attention.varlen_attention,
+        paged_prefill.paged_attention_prefill,
         kv_cache.write_kv,
         kv_cache.gather_kv,
         steer.steer_and_count,

@@ -10,6 +10,8 @@ import transformers
 from server.engine.sequence import SamplingParams, Sequence, SteeringParams
 from server.errors import StartupError
 from server.loading import max_model_len, open_runner
+from steer_ops import PAGED_ATTENTION_PREFILL
+from steer_ops import plain as references
 from steering.bank import ColumnBank
 from steering.types import Column, Gate, SequenceSteering, Site
 from tests.server.desk import Desk, sequence
@@ -98,6 +100,15 @@ def greedy_sequence(prompt: tuple[int, ...], new: int, steering: SteeringParams)
     return sequence(prompt, sampling_params=params, steering_params=steering)
 
 
+def prefill_by_its_reference(patch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, steps with prompts among them are static too; what attends to those there stands for a kernel."""
+
+    def prefill(*args: Any, **rules: Any) -> None:
+        references.paged_attention_prefill(*args, **rules)
+
+    patch.setitem(PAGED_ATTENTION_PREFILL._chosen, ("cpu", torch.float32), prefill)
+
+
 def columns(name: str) -> list[Column]:
     site, scale = SITES.get(name, ("1.attn_output", 2.0))
     generator = torch.Generator().manual_seed(3)
@@ -119,11 +130,15 @@ def columns(name: str) -> list[Column]:
 
 @pytest.mark.parametrize("attention", ["native", "torch", "static"])
 @pytest.mark.parametrize("name", [*FAMILIES, *MORE])
-def test_sequences_equal_the_plain_model_whatever_happens_to_them(name: str, attention: str) -> None:
+def test_sequences_equal_the_plain_model_whatever_happens_to_them(
+    name: str, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Mixed lengths and steerings, random arrivals, chunked prompts, shared beginnings, a cache that is too small;
     with the kernel for CPUs, and as on a GPU, where each step is begun before the tokens of the one before are known,
     with PyTorch's attention and with the steps that are captured there."""
     reference = tiny(name)
+    if attention == "static":
+        prefill_by_its_reference(monkeypatch)
     options = {"native": attention == "native", "graphs": attention == "static", "ahead": attention != "native"}
     desk = Desk(tiny(name), num_blocks=16, block_size=4, max_num_seqs=6, max_num_batched_tokens=12, **options)
     handle = desk.bank.add(columns(name))

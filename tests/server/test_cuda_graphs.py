@@ -9,17 +9,18 @@ import pytest
 import torch
 from transformers.utils import logging as hf_logging
 
-from server.attention.metadata import DecodeMetadata
+from server.attention.static import DecodeMetadata
 from server.engine import cuda_graphs
 from server.engine.cuda_graphs import Bucket, CudaGraphs, capture_sizes
 from server.engine.sequence import Sequence, SteeringParams
 from steer_ops import PAGED_ATTENTION_DECODE
 from steering.types import SequenceSteering
-from tests.server.desk import Desk
+from tests.server.desk import Desk, sequence
 from tests.server.reference import greedy, plain
-from tests.server.test_architectures import columns, greedy_sequence, tiny
+from tests.server.test_architectures import columns, greedy_sequence, prefill_by_its_reference, tiny
 
 COMPILED = PAGED_ATTENTION_DECODE.has_kernel(torch.device("cpu"), torch.float32)
+MIX = {"kind": -1.0, "fair": 1.5}
 needs_kernel = pytest.mark.skipif(not COMPILED, reason="nothing can be compiled here")
 
 
@@ -28,6 +29,7 @@ class Log:
 
     def __init__(self, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
         self.lines: list[tuple[str, int]] = []
+        self.rooms: list[int] = []  # tokens of the buckets of those steps
         runner = desk.runner
         forward, capture, static = runner.forward, CudaGraphs.capture, CudaGraphs.__call__
         inside = False
@@ -49,6 +51,7 @@ class Log:
 
         def replayed(graphs: CudaGraphs, bucket: Bucket, *args: Any) -> Any:
             self.lines.append(("step", bucket.rows))
+            self.rooms.append(bucket.tokens)
             return static(graphs, bucket, *args)
 
         runner.forward = step  # type: ignore[method-assign]
@@ -86,12 +89,42 @@ def test_sizes_are_vllms() -> None:
 @needs_kernel
 def test_all_sizes_are_captured_at_the_start_the_largest_first_and_none_later(monkeypatch: pytest.MonkeyPatch) -> None:
     desk = Desk(tiny("llama"), block_size=2, graphs=True)
-    assert buckets(desk) == [(8, 64), (4, 64), (2, 64), (1, 64)]
+    assert buckets(desk) == [(8, 64, 8), (4, 64, 4), (2, 64, 2), (1, 64, 1)]
     log = Log(desk, monkeypatch)
     run(desk, asked(3, 5, 16))
     assert not log.of("capture")
     assert log.of("other step") == [9], "the prompts"
     assert log.of("step") == [4] * 2 + [2] * 2 + [1] * 11
+
+
+@needs_kernel
+def test_steps_with_prompts_come_from_the_smallest_graph_that_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a kernel attends to chunks in blocks; those of whose tokens several have logits do not."""
+    prefill_by_its_reference(monkeypatch)
+    monkeypatch.setattr(cuda_graphs, "MIXED_SIZES", (4, 16, 24))
+    desk = Desk(tiny("llama"), block_size=2, graphs=True, max_num_batched_tokens=24)
+    sizes = [(8, 64, 24), (8, 64, 16), (8, 64, 8), (3, 64, 4), (4, 64, 4), (2, 64, 2), (1, 64, 1)]
+    assert sorted(buckets(desk)) == sorted(sizes)
+    assert [bucket.tokens for bucket in buckets(desk)] == [24, 16, 8, 4, 4, 2, 1]
+    log = Log(desk, monkeypatch)
+    handle = desk.bank.add(columns("llama"))
+    desk.runner.capture_graphs()
+    steering = SteeringParams(SequenceSteering.of([(handle, (-1.0, 1.5))]))
+    prompts = (5, 6, 7, 8), tuple(range(3, 33)), (9, 10)
+    steered = [greedy_sequence(prompt, 8, steering) for prompt in prompts]
+    scored = sequence((5, 6, 7), continuation=(8, 9))
+    desk.add(scored)
+    log.lines.clear()
+    texts = desk.run(steered, arrivals=[0, 2, 4])
+    for one in steered:
+        expected = greedy(tiny("llama"), one.prompt_token_ids, columns("llama"), MIX, new=8, eos=None)
+        assert texts[one] == expected
+        assert desk.steered(one) == 8
+    assert scored.logprobs
+    assert log.lines[0] == ("other step", 4), "two tokens of one text are scored in it"
+    assert log.lines[1] == ("other step", 1), "metrics trace it"
+    assert "other step" not in dict(log.lines[2:])
+    assert log.rooms[:3] == [24, 16, 4], "prompts beside tokens: of 23 and 1, 7 and 1, 2 and 2"
 
 
 @needs_kernel
@@ -109,8 +142,7 @@ def test_columns_that_move_the_bank_are_captured_between_the_steps_of_others(mon
     while steered not in desk.finished or running not in desk.finished:
         desk.step()
     assert list(desk.finished[running].token_ids) == plain(tiny("llama"), running.prompt_token_ids, new=12)
-    multipliers = {"kind": -1.0, "fair": 1.5}
-    expected = greedy(tiny("llama"), steered.prompt_token_ids, columns("llama"), multipliers, new=6, eos=None)
+    expected = greedy(tiny("llama"), steered.prompt_token_ids, columns("llama"), MIX, new=6, eos=None)
     assert list(desk.finished[steered].token_ids) == expected
     assert desk.steered(steered) == 6
     before = log.lines.index(("capture", 8))
@@ -151,7 +183,7 @@ def test_where_blocks_are_gathered_a_size_is_captured_after_the_first_step_that_
     assert not buckets(desk)
     log = Log(desk, monkeypatch)
     run(desk, asked(3, 5, 16))
-    assert set(buckets(desk)) == {(4, 2), (4, 4), (2, 4), (1, 4), (1, 8), (1, 16)}
+    assert {bucket[:2] for bucket in buckets(desk)} == {(4, 2), (4, 4), (2, 4), (1, 4), (1, 8), (1, 16)}
     assert log.lines[:5] == [("other step", 9), ("other step", 3), ("capture", 4), ("other step", 3), ("capture", 4)]
 
 
@@ -227,7 +259,7 @@ def test_a_size_whose_tables_find_no_memory_is_told_as_that(
     monkeypatch.setattr(DecodeMetadata, "empty", empty)
     desk = Desk(tiny("llama"), graphs=True)
     assert [bucket.rows for bucket in buckets(desk)] == [8, 4, 1]
-    assert "no memory for the CUDA graph of 2 rows" in caplog.text
+    assert "no memory for the CUDA graph of 2 tokens" in caplog.text
     assert not desk.runner.steering.recording
     run(desk, asked(3, 3))
 

@@ -45,7 +45,7 @@ def test_captured_steps_equal_the_plain_model(name: str) -> None:
 def test_every_op_has_a_kernel_that_passes_its_trial(dtype: torch.dtype) -> None:
     pytest.importorskip("triton")
     missing = {op.name for op in [*OPS, *CUDA_OPS] if not op.has_kernel(torch.device("cuda"), dtype)}
-    assert missing == {"tiled_linear"} | ({"flash_attention"} if dtype == torch.float32 else set())
+    assert missing == {"tiled_linear"} | ({"varlen_attention"} if dtype == torch.float32 else set())
 
 
 def test_a_prompt_in_chunks_has_the_plain_models_logits_in_bfloat16() -> None:

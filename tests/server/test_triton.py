@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from server.engine import cuda_graphs
 from server.engine.model_runner import _rows_of
 from server.engine.sequence import Sequence, SteeringParams
 from steer_ops import linears
@@ -67,10 +68,18 @@ def recorded_logits(desk: Desk) -> dict[tuple[Sequence, int], Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *MORE])
-def test_texts_and_logits_equal_the_plain_models(name: str, calls: Calls) -> None:
+EAGER = ("llama", "gemma2", "gpt_oss")
+
+
+@pytest.mark.parametrize(
+    ("name", "mixed"), [*((name, True) for name in [*FAMILIES, *MORE]), *((name, False) for name in EAGER)]
+)
+def test_texts_and_logits_equal_the_plain_models(
+    name: str, mixed: bool, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A column comes when static steps exist. A prompt that shares blocks with another is cut in two, and its end is
     read beside a steered text's decoding; then both decode, one steered, one not."""
+    monkeypatch.setattr(cuda_graphs, "MIXED_SIZES", (6,) if mixed else (0,))
     reference, new = tiny(name, layers=2), 3
     model = tiny(name, layers=2)
     desk = Desk(model, num_blocks=16, block_size=4, max_num_seqs=2, max_num_batched_tokens=6, graphs=True)
@@ -80,6 +89,7 @@ def test_texts_and_logits_equal_the_plain_models(name: str, calls: Calls) -> Non
     handle = desk.bank.add(columns(name))
     steering = SteeringParams(SequenceSteering.of([(handle, (-1.0, 1.5))]))
     calls.clear()
+    desk.runner.capture_graphs()
     steered = greedy_sequence((8, 9), new, steering)
     long = greedy_sequence((*stem, 12, 9, 30, 7, 55, 3), new, SteeringParams())
     texts |= desk.run([steered, long])
@@ -97,18 +107,23 @@ def test_texts_and_logits_equal_the_plain_models(name: str, calls: Calls) -> Non
 
     count = Counter(type(module) for module in model.modules())
     layers = reference.config.num_hidden_layers
-    captures, decodes, chunked = 2, 2, 2  # static steps are run again for the column that has come
-    assert calls["paged_attention_decode"] == (decodes + captures + 1) * layers, "one pass is of both"
-    assert calls["steer_and_count"] == new + captures
-    assert calls["write_kv"] == chunked * layers
-    assert calls["varlen_attention"] == chunked * layers
-    assert calls["rotary"] == chunked * count[RotaryAttention], "decoded tokens are turned where they are attended to"
+    # Static steps are run again for the column that has come. One pass is of both: by one kernel where it is static.
+    sizes, decodes, chunked = 2, 2, 2
+    assert calls["paged_attention_decode"] == (sizes + decodes + (not mixed)) * layers
+    assert calls["steer_and_count"] == new + sizes + mixed
+    assert calls["write_kv"] == calls["paged_attention_prefill"] == (chunked + mixed) * layers
+    turned = (chunked + mixed) * count[RotaryAttention]
+    assert calls["rotary"] == turned, "decoded tokens are turned where they are attended to"
     assert ("silu_mul" in calls) == bool(count[GatedMLP])
     assert ("rms_norm" in calls) == bool(count[FusedRMSNorm])
 
 
-def test_no_kernel_is_launched_for_the_first_time_while_a_request_waits(calls: Calls) -> None:
-    """What a request's steps launch, one after the other, a step of the warm-up has launched together."""
+def test_no_kernel_is_launched_for_the_first_time_while_a_request_waits(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a request's steps launch, one after the other, a step of the warm-up has launched together. As with more
+    tokens than static steps have."""
+    monkeypatch.setattr(cuda_graphs, "MIXED_SIZES", (0,))
     desk = Desk(
         tiny("llama", layers=1), num_blocks=16, block_size=4, max_num_seqs=2, max_num_batched_tokens=6, graphs=True
     )
@@ -129,9 +144,8 @@ def test_no_kernel_is_launched_for_the_first_time_while_a_request_waits(calls: C
     long = (*stem, 12, 9, 30, 7, 55, 3)
     texts = greedy_sequence((8, 9), 3, SteeringParams()), greedy_sequence(long, 3, SteeringParams())
     desk.run([*texts])
-    kinds = {"paged_attention_decode", "varlen_attention", "gather_kv"}
-    assert {"varlen_attention"} in [one & kinds for one in passes], "a beginning"
-    assert {"paged_attention_decode"} in [one & kinds for one in passes], "tokens"
-    assert kinds in [one & kinds for one in passes], "a chunk after a prefix, beside a token"
+    kinds = {"paged_attention_decode", "paged_attention_prefill"}
+    for each in ({"paged_attention_prefill"}, {"paged_attention_decode"}, kinds):
+        assert each in [one & kinds for one in passes], "a beginning, tokens, and a chunk beside a token"
     for one in passes:
         assert any(one <= each for each in warm), one

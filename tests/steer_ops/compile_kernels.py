@@ -7,11 +7,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from steer_ops.cuda import kv_cache, layers, paged_attention, rotary, steer, varlen_attention
+from steer_ops.cuda import kv_cache, layers, paged_attention, paged_prefill, rotary, steer
 
 SHARED_MEMORY = 227 * 1024  # of a multiprocessor
 INTEGERS = {
-    **dict.fromkeys(("tables", "lengths", "query_starts", "key_starts", "key_lens"), "*i32"),
+    **dict.fromkeys(("tables", "lengths", "query_starts"), "*i32"),
     "owners": "*i32",
     "counts": "*i64",
     "places": "*i64",
@@ -23,7 +23,16 @@ COLUMNS = {
     **dict.fromkeys(("vectors", "weights", "biases", "clamps", "multipliers", "opened"), "*fp32"),
 }
 FLOATS = {"parts": "*fp32", "logs": "*fp32", **dict.fromkeys(("scale", "softcap", "epsilon"), "fp32")}
-SIZES = ("_row", "_head", "_stride", "window", "first", "columns", "owner")  # how arguments that are int32 end
+SIZES = (
+    "_row",
+    "_head",
+    "_stride",
+    "window",
+    "chunks",
+    "first",
+    "columns",
+    "owner",
+)  # ends of int32 arguments
 HEADS = {"KV_HEADS": 8, "WIDTH": 128, "WIDTH_PAD": 128, "VALUE_WIDTH": 128, "VALUE_PAD": 128, "BLOCK_SIZE": 64}
 ROW = {"WIDTH": 4096, "PAD": 4096}
 
@@ -46,11 +55,11 @@ def attention(dtype: str, splits: int, rules: bool, **changes: int) -> Any:
 
 def prompts(dtype: str, width: int, rules: bool) -> Any:
     itemsize = 4 if dtype == "fp32" else 2
-    rows, tile = varlen_attention.tile_sizes(width, width, itemsize, SHARED_MEMORY // 2)
+    rows, tile = paged_prefill.tile_sizes(width, width, itemsize, SHARED_MEMORY // 2)
     sizes = dict.fromkeys(("WIDTH", "WIDTH_PAD", "VALUE_WIDTH", "VALUE_PAD"), width)
-    constants = sizes | {"KV_HEADS": 8, "GROUPS": 3, "ROWS": rows, "TILE": tile}
+    constants = sizes | {"KV_HEADS": 8, "GROUPS": 3, "BLOCK_SIZE": 64, "ROWS": rows, "TILE": tile}
     constants |= dict.fromkeys(("HAS_WINDOW", "HAS_SOFTCAP", "HAS_SINKS"), rules)
-    return compiled(varlen_attention._attend, dtype, constants, num_stages=varlen_attention.STAGES, num_warps=8)
+    return compiled(paged_prefill._attend, dtype, constants, num_stages=paged_prefill.STAGES, num_warps=8)
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BY_NAME = {op.name: op for op in [*OPS, *CUDA_OPS]}
 TRITON = (
     "paged_attention_decode",
-    "varlen_attention",
+    "paged_attention_prefill",
     "write_kv",
     "gather_kv",
     "steer_and_count",

@@ -13,7 +13,8 @@ from torch import Tensor
 from server.attention import metadata as module
 from server.attention.kv_pool import SCRATCH_BYTES, KVOps, KVPool, KVShape
 from server.attention.layout import ChunkLayout
-from server.attention.metadata import SCORE_BYTES, AttentionMetadata, AttentionParams, DecodeMetadata, Prefill
+from server.attention.metadata import SCORE_BYTES, AttentionMetadata, AttentionParams, Prefill
+from server.attention.static import DecodeMetadata, MixedMetadata, StaticMetadata
 from steer_ops import plain
 
 CPU = torch.device("cpu")
@@ -99,8 +100,8 @@ class World:
 
 @pytest.mark.parametrize(
     ("by_length", "kernels"),
-    [(True, ()), (False, ()), (True, ("varlen",)), (True, ("flash",)), (True, ("flash", "varlen"))],
-    ids=["each row to its length", "by blocks", "all chunks in one call", "without rules in one call", "by either"],
+    [(True, ()), (False, ()), (True, ("varlen",)), (True, ("prefill",)), (True, ("varlen", "prefill"))],
+    ids=["each row to its length", "by blocks", "all chunks in one call", "in blocks in one call", "by either"],
 )
 @pytest.mark.parametrize("params", PARAMS, ids=["plain", "window", "softcap", "sinks"])
 @pytest.mark.parametrize(
@@ -118,11 +119,12 @@ def test_every_token_gets_its_own_attention(
     chunks: list[tuple[int, int]], params: AttentionParams, by_length: bool, kernels: tuple[str, ...]
 ) -> None:
     calls: list[tuple[str, int]] = []
+    references = {"varlen": plain.varlen_attention, "prefill": plain.paged_attention_prefill}
 
-    def counted(kernel: str) -> Callable[..., Tensor]:
-        def attend(query: Tensor, *rest: Any, **options: Any) -> Tensor:
+    def counted(kernel: str) -> Callable[..., Any]:
+        def attend(query: Tensor, *rest: Any, **options: Any) -> Any:
             calls.append((kernel, len(query)))
-            return plain.varlen_attention(query, *rest, **options)
+            return references[kernel](query, *rest, **options)
 
         return attend
 
@@ -132,8 +134,7 @@ def test_every_token_gets_its_own_attention(
     assert torch.allclose(found, world.expected(params), atol=1e-6)
     world.written()
     prompts = sum(stop - start for start, stop in chunks if stop - start > 1)
-    has_rules = params.softcap is not None or params.sinks is not None
-    able = [kernel for kernel in kernels if kernel == "varlen" or not has_rules]
+    able = [kernel for kernel in kernels if kernel == "prefill" or not params.rules]
     assert calls == [(kernel, prompts) for kernel in able[:1] if prompts]
 
 
@@ -145,7 +146,10 @@ def test_any_chunks_get_their_attention_turned_or_not(seed: int, by_length: bool
     for _ in range(number.randint(1, 5)):
         start = number.choice((0, number.randint(0, 3 * SIZE)))
         chunks.append((start, start + number.choice((1, 1, number.randint(1, 3 * SIZE)))))
-    ops = KVOps(varlen=number.choice((None, plain.varlen_attention)))
+    ops = KVOps(
+        varlen=number.choice((None, plain.varlen_attention)),
+        prefill=number.choice((None, plain.paged_attention_prefill)),
+    )
     world = World(chunks, seed, ops=ops, turned=number.choice((WIDTH, WIDTH // 2, 0)))
     params = replace(number.choice(PARAMS), rotary=world.rotary)
     scratch_bytes = number.choice((SCRATCH_BYTES, 3000, 1))
@@ -268,17 +272,30 @@ def test_single_tokens_are_turned_where_they_are_attended_to(
 
 @pytest.mark.parametrize("turned", [0, WIDTH])
 @pytest.mark.parametrize("params", PARAMS, ids=["plain", "window", "softcap", "sinks"])
-def test_decodes_in_static_shapes_get_the_same_and_idle_rows_write_where_nobody_reads(
-    params: AttentionParams, turned: int
+@pytest.mark.parametrize(
+    ("chunks", "metadata"),
+    [
+        ([(6, 7), (0, 1), (12, 13)], DecodeMetadata.empty(8, 4, CPU)),
+        ([(6, 7), (0, 1), (12, 13)], MixedMetadata.empty(5, 4, 8, SIZE, CPU)),
+        ([(6, 7), (0, 7), (3, 13), (9, 10)], MixedMetadata.empty(5, 4, 24, SIZE, CPU)),
+        ([(2, 5), (0, 5)], MixedMetadata.empty(2, 3, 8, SIZE, CPU)),
+    ],
+    ids=["decodes", "decodes among chunks", "decodes and chunks", "no room is left"],
+)
+def test_in_static_shapes_tokens_get_the_same_and_idle_ones_write_where_nobody_reads(
+    chunks: list[tuple[int, int]], metadata: StaticMetadata, params: AttentionParams, turned: int
 ) -> None:
-    world = World([(6, 7), (0, 1), (12, 13)], turned=turned)
+    world = World(chunks, turned=turned, ops=KVOps(prefill=plain.paged_attention_prefill))
     free = set(range(BLOCKS)).difference(*(layout.block_table or () for layout in world.layouts))
-    idle, rows = free.pop(), 8
-    metadata = DecodeMetadata.empty(rows, 4, CPU)
-    metadata.fill(world.layouts, torch.arange(3), idle)
-    assert metadata.inputs[0, :3].tolist() == [0, 1, 2]
-    assert metadata.inputs[1, :3].tolist() == [6, 0, 12]
-    more = rows - len(world.query)
+    idle, count = free.pop(), len(world.query)
+    metadata.fill(world.layouts, torch.arange(count), idle)
+    assert metadata.ids[0, :count].tolist() == list(range(count))
+    assert metadata.positions[0, :count].tolist() == [at for start, stop in chunks for at in range(start, stop)]
+    if metadata.keep is not None:
+        assert metadata.keep[: len(chunks)].tolist() == [
+            sum(b - a for a, b in chunks[: i + 1]) - 1 for i in range(len(chunks))
+        ]
+    more = metadata.ids.shape[1] - count
     query = torch.cat([world.query, torch.randn(more, HEADS, WIDTH, dtype=torch.float64)])
     key, value = (
         torch.cat([part, torch.randn(1, KEY_HEADS, more, part.shape[-1], dtype=torch.float64)], dim=2)
@@ -289,7 +306,7 @@ def test_decodes_in_static_shapes_get_the_same_and_idle_rows_write_where_nobody_
         params = replace(params, rotary=(cos, sin))
     metadata.begin()
     found = metadata.attend(world.pool, query, key, value, params)
-    assert torch.allclose(found[:3], world.expected(params), atol=1e-6)
+    assert torch.allclose(found[:count], world.expected(params), atol=1e-6)
     assert found.isfinite().all()
     world.written()
     written = [block for block in free if not world.pool.keys[block].isnan().all()]

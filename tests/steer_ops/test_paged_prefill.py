@@ -1,5 +1,5 @@
-"""Attention of new tokens of several texts: Triton's kernel, interpreted where there is no CUDA device, and its
-reference beside the same in float64, token by token."""
+"""Attention of chunks over block tables: Triton's kernel, interpreted where there is no CUDA device, and its reference
+beside the same in float64, token by token."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +16,7 @@ from tests.steer_ops.interpreted import mend_interpreter
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning:triton")
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-Way = Callable[..., Tensor]
+Way = Callable[..., None]
 
 
 @pytest.fixture(scope="module")
@@ -24,23 +24,24 @@ def module() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE.type == "cpu":
             mend_interpreter(patch)
-        yield pytest.importorskip("steer_ops.cuda.varlen_attention", reason="no triton", exc_type=ImportError)
+        yield pytest.importorskip("steer_ops.cuda.paged_prefill", reason="no triton", exc_type=ImportError)
 
 
 @pytest.fixture
 def kernel(module: Any, monkeypatch: pytest.MonkeyPatch) -> Way:
     """With small tiles, so that texts of tens of tokens have some that are seen whole, in part and not at all."""
     monkeypatch.setattr(module, "tile_sizes", lambda *args: (16, 16))
-    return module.varlen_attention  # type: ignore[no-any-return]
+    return module.paged_attention_prefill  # type: ignore[no-any-return]
 
 
 @pytest.fixture(params=["kernel", "plain"])
 def way(request: pytest.FixtureRequest) -> Way:
-    return request.getfixturevalue("kernel") if request.param == "kernel" else plain.varlen_attention  # type: ignore[no-any-return]
+    return request.getfixturevalue("kernel") if request.param == "kernel" else plain.paged_attention_prefill  # type: ignore[no-any-return]
 
 
 class Texts:
-    """Texts of so many new tokens and so many keys each; where no text has its keys is what is no number."""
+    """Texts of so many new tokens and so many keys each, in blocks in no order; where no text has its keys is what is
+    no number. Behind the tokens of the chunks are some of no chunk."""
 
     def __init__(
         self,
@@ -50,52 +51,64 @@ class Texts:
         width: int = 16,
         value_width: int = 16,
         dtype: torch.dtype = torch.float32,
+        block_size: int = 8,
         seed: int = 0,
     ) -> None:
-        number = random.Random(seed)
         generator = torch.Generator().manual_seed(seed)
-        counts, lens = zip(*texts, strict=True)
-        whole = torch.randn(sum(counts), heads + 1, width, generator=generator).to(dtype)
+        self.counts, self.lens = zip(*texts, strict=True)
+        whole = torch.randn(sum(self.counts) + 3, heads + 1, width, generator=generator).to(dtype)
         self.query = whole[:, :heads]  # a view of what a linear layer puts out
-        starts, at = [], 0
-        for i in number.sample(range(len(texts)), len(texts)):
-            starts.append((i, at := at + number.randint(0, 9)))
-            at += lens[i]
-        self.starts = [start for _, start in sorted(starts)]
         self.keys, self.values = (
-            torch.full((at + 5, kv_heads, wide), torch.nan, dtype=dtype) for wide in (width, value_width)
+            [torch.randn(length, kv_heads, wide, generator=generator).to(dtype) for length in self.lens]
+            for wide in (width, value_width)
         )
-        for start, length in zip(self.starts, lens, strict=True):
-            for part in (self.keys, self.values):
-                part[start : start + length] = torch.randn(length, kv_heads, part.shape[2], generator=generator)
-        self.counts, self.lens = counts, lens
+        used = [-(-length // block_size) for length in self.lens]
+        free = torch.randperm(sum(used) + 1, generator=generator).tolist()
+        self.caches = [
+            torch.full((sum(used) + 1, kv_heads, block_size, wide), torch.nan).to(dtype)
+            for wide in (width, value_width)
+        ]
+        self.tables = torch.full((len(texts), max(used) + 2), -(10**9), dtype=torch.int32)
+        for row, count in enumerate(used):
+            for i in range(count):
+                self.tables[row, i] = block = free.pop()
+                for cache, own in zip(self.caches, (self.keys[row], self.values[row]), strict=True):
+                    part = own[i * block_size : (i + 1) * block_size].transpose(0, 1)
+                    cache[block, :, : part.shape[1]] = part
 
     def attend(self, way: Way, **rules: Any) -> Tensor:
-        ends = [sum(self.counts[:i]) for i in range(len(self.counts) + 1)]
-        places = (torch.tensor(one, dtype=torch.int32) for one in (ends, [*self.starts, 0], self.lens))
-        args = (part.to(DEVICE) for part in (self.query, self.keys, self.values, *places))
+        """[tokens of the chunks, heads, value_width]"""
+        ends = torch.tensor([sum(self.counts[:i]) for i in range(len(self.counts) + 1)], dtype=torch.int32)
+        lens = torch.tensor(self.lens, dtype=torch.int32)
+        out = self.query.new_full((*self.query.shape[:2], self.caches[1].shape[3]), -77.0).to(DEVICE)
+        args = (part.to(DEVICE) for part in (self.query, *self.caches, self.tables, ends, lens))
         there = {name: rule.to(DEVICE) if isinstance(rule, Tensor) else rule for name, rule in rules.items()}
-        return way(*args, max(self.counts), max(self.lens), **{"scale": 0.2, **there}).cpu()
+        way(*args, out, **{"scale": 0.2, **there})
+        assert (out[ends[-1] :] == -77.0).all(), "what belongs to no chunk stays as it was"
+        return out[: ends[-1]].cpu()
 
     def expected(
         self, scale: float = 0.2, window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None
     ) -> Tensor:
-        heads, kv_heads = self.query.shape[1], self.keys.shape[1]
+        heads = self.query.shape[1]
         line = iter(self.query.double())
         answers = []
-        for start, count, length in zip(self.starts, self.counts, self.lens, strict=True):
-            for end in range(start + length - count + 1, start + length + 1):
+        for row, (count, length) in enumerate(zip(self.counts, self.lens, strict=True)):
+            for end in range(length - count + 1, length + 1):
                 query = next(line)
                 for head in range(heads):
-                    seen = slice(max(start, end - window) if window else start, end)
-                    keys, values = (part[seen, head * kv_heads // heads].double() for part in (self.keys, self.values))
+                    seen = slice(max(0, end - window) if window else 0, end)
+                    keys, values = (
+                        part[row][seen, head * part[row].shape[1] // heads].double()
+                        for part in (self.keys, self.values)
+                    )
                     scores = keys @ query[head] * scale
                     if softcap:
                         scores = softcap * torch.tanh(scores / softcap)
                     if sinks is not None:
                         scores = torch.cat([scores, sinks[head, None].double()])
                     answers.append(torch.softmax(scores, 0)[: len(keys)] @ values)
-        return torch.stack(answers).view(len(self.query), heads, -1)
+        return torch.stack(answers).view(sum(self.counts), heads, -1)
 
 
 def away(found: Tensor, expected: Tensor) -> float:
@@ -117,9 +130,9 @@ RULES: dict[str, dict[str, Any]] = {
     "shape",
     [
         {},
-        {"kv_heads": 4, "dtype": torch.bfloat16, "width": 20, "value_width": 7},
-        {"heads": 6, "width": 5, "value_width": 24, "dtype": torch.float16},
-        {"kv_heads": 1, "width": 80, "value_width": 80},
+        {"kv_heads": 4, "dtype": torch.bfloat16, "width": 20, "value_width": 7, "block_size": 16},
+        {"heads": 6, "width": 5, "value_width": 24, "dtype": torch.float16, "block_size": 1},
+        {"kv_heads": 1, "width": 80, "value_width": 80, "block_size": 32},
     ],
     ids=["grouped", "odd widths", "three to a key head", "one key head"],
 )
@@ -136,13 +149,16 @@ def test_every_token_gets_its_own_attention(way: Way, shape: dict[str, Any], rul
 def test_any_texts_get_their_attention_and_what_is_no_number_spreads_nowhere(way: Way, seed: int) -> None:
     number = random.Random(seed)
     kv_heads, groups = number.choice((1, 2, 3)), number.choice((1, 2, 5))
-    lens = [number.randint(1, number.choice((4, 90))) for _ in range(number.randint(1, 4))]
+    lens = [number.randint(0, number.choice((4, 90))) for _ in range(number.randint(1, 5))]
+    lens += [number.randint(1, 9)]
     texts = Texts(
-        [(number.choice((length, number.randint(1, length))), length) for length in lens],
+        [(number.choice((length, number.randint(0, length), min(length, 1))), length) for length in lens[:-1]]
+        + [(lens[-1], lens[-1])],
         groups * kv_heads,
         kv_heads,
         number.choice((16, 24)),
         number.choice((16, 8)),
+        block_size=number.choice((1, 8, 16, 64)),
         seed=seed,
     )
     rules = {
@@ -163,9 +179,10 @@ def test_tiles_of_any_size_do(
         assert away(texts.attend(kernel, **rules), texts.expected(**rules)) < TOLERANCES[torch.float32]
 
 
-def test_texts_share_keys(way: Way) -> None:
+def test_texts_share_blocks(way: Way) -> None:
     texts = Texts([(5, 30), (9, 30)])
-    texts.starts[1] = texts.starts[0]
+    texts.tables[1] = texts.tables[0]
+    texts.keys[1], texts.values[1] = texts.keys[0], texts.values[0]
     assert away(texts.attend(way), texts.expected()) < TOLERANCES[torch.float32]
 
 
@@ -183,35 +200,35 @@ def test_scores_of_any_size_have_shares(way: Way) -> None:
         assert torch.allclose(texts.attend(way, scale=1e4, **rules).double(), texts.expected(1e4, **rules), atol=1e-4)
 
 
-def test_no_texts_have_no_answers(way: Way) -> None:
-    none = torch.zeros(1, dtype=torch.int32)
-    found = way(torch.ones(0, 4, 16), *[torch.ones(0, 2, 16)] * 2, none, none, none[:0], 0, 0, scale=1.0)
-    assert found.shape == (0, 4, 16)
+def test_no_chunks_have_no_answers(way: Way) -> None:
+    texts = Texts([(0, 0), (0, 5), (0, 0)])
+    assert texts.attend(way).shape == (0, 4, 16)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"values": torch.ones(9, 2, 16).half()}, "one dtype"),
-        ({"keys": torch.ones(9, 3, 16)}, "shapes"),
-        ({"keys": torch.ones(9, 2, 8)}, "shapes"),
-        ({"key_lens": torch.ones(2, dtype=torch.int32)}, "shapes"),
-        ({"key_starts": torch.zeros(2, dtype=torch.int64)}, "int32"),
+        ({"value_cache": torch.ones(3, 2, 8, 16).half()}, "one dtype"),
+        ({"key_cache": torch.ones(3, 3, 8, 16)}, "shapes"),
+        ({"key_cache": torch.ones(3, 2, 8, 8)}, "shapes"),
+        ({"context_lens": torch.ones(2, dtype=torch.int32)}, "shapes"),
+        ({"out": torch.ones(2, 4, 8)}, "shapes"),
+        ({"query_starts": torch.tensor([0, 2])}, "int32"),
+        ({"key_cache": torch.ones(3, 8, 2, 16).transpose(1, 2)}, "contiguous"),
         ({"window": 0}, "at least 1"),
         ({"sinks": torch.ones(2)}, "one number for each head"),
     ],
-    ids=["dtype", "key heads", "width", "lengths", "long starts", "window", "sinks"],
+    ids=["dtype", "key heads", "width", "lengths", "out", "long starts", "layout", "window", "sinks"],
 )
 def test_what_does_not_fit_is_refused(kernel: Way, change: dict[str, Any], message: str) -> None:
     named = {
         "query": torch.ones(2, 4, 16),
-        "keys": torch.ones(9, 2, 16),
-        "values": torch.ones(9, 2, 16),
+        "key_cache": torch.ones(3, 2, 8, 16),
+        "value_cache": torch.ones(3, 2, 8, 16),
+        "block_tables": torch.tensor([[2, 0]], dtype=torch.int32),
         "query_starts": torch.tensor([0, 2], dtype=torch.int32),
-        "key_starts": torch.zeros(2, dtype=torch.int32),
-        "key_lens": torch.tensor([9], dtype=torch.int32),
-        "most_queries": 2,
-        "most_keys": 9,
+        "context_lens": torch.tensor([9], dtype=torch.int32),
+        "out": torch.empty(2, 4, 16),
         "scale": 1.0,
     }
     kernel(**named)
