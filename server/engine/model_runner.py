@@ -284,18 +284,21 @@ class ModelRunner:
         """Captures the CUDA graphs, and computes a step of each kind: the beginning of a text, more of it, one token,
         and another text beside it. What is made at first use on the engine's thread (a team of workers, primitives,
         compiled kernels) is there for the first request. It writes into blocks that nothing may hold yet: the first."""
+        self._warm_up_steps()  # also of more tokens than graphs have
+        if self._graphs is not None:
+            self.capture_graphs()
+            self._warm_up_steps()
+        self._forget_samples()
+
+    def _warm_up_steps(self) -> None:
         end = WARM_UP_TOKENS
         last, half = end - 1, end // 2
         one, other = (Sequence("warm-up", index, (0,) * end, SamplingParams(temperature=1.0)) for index in range(2))
         one.block_table = other.block_table = list(range(self.blocks.blocks_for(end)))
         more = ScheduledChunk(other, half, last)
         token = ScheduledChunk(one, last, end)
-        for capture in (False, True):  # a step of few tokens comes from a graph, the same kinds with more do not
-            if capture:
-                self.capture_graphs()
-            for chunks in ((ScheduledChunk(one, 0, half),), (more,), (token,), (token, more)):
-                self.execute_async(chunks).result()
-        self._forget_samples()
+        for chunks in ((ScheduledChunk(one, 0, half),), (more,), (token,), (token, more)):
+            self.execute_async(chunks).result()
 
     def capture_next_graph(self) -> None:
         """Captures one of those that are due, between two steps. Never raises."""
