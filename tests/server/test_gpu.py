@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import dispatch_model
 
+from server.engine import cuda_graphs
 from server.engine.sequence import SamplingParams, ScheduledChunk, SteeringParams
 from steering.types import SequenceSteering
 from tests.server.desk import Desk, sequence
@@ -90,18 +91,28 @@ def test_steps_on_the_last_device_are_captured_and_replayed_there() -> None:
             torch.cuda.set_device(0)
 
 
+@pytest.mark.parametrize("beside", ["", "a prompt", "a prompt, eager"])
 @pytest.mark.parametrize("top_k", [0, 20])
-def test_nothing_waits_for_the_device_until_two_steps_have_been_begun(top_k: int) -> None:
+def test_nothing_waits_for_the_device_until_two_steps_have_been_begun(
+    top_k: int, beside: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "eager" in beside:
+        monkeypatch.setattr(cuda_graphs, "MIXED_SIZES", (0,))
     desk = Desk(tiny("llama").to("cuda"), graphs=True)
     rules: dict[str, Any] = {"top_p": 0.9, "min_p": 0.01, "seed": 3, "logit_bias": ((9, 1.0),), "logprobs": 2}
     rules |= {"repetition_penalty": 1.2, "frequency_penalty": 0.3}
     params = SamplingParams(
         max_new_tokens=30, temperature=1.0, top_k=top_k, min_tokens=30, stop_token_ids=(4,), **rules
     )
-    desk.add(*(sequence((5, 6, 7 + index), sampling_params=params) for index in range(3)))
+    texts = [sequence((5, 6, 7 + index), sampling_params=params, trace=index == 0) for index in range(3)]
+    desk.add(*texts)
     for _ in range(5):
         desk.step()
+    if beside:
+        desk.add(sequence(tuple(range(3, 53)) * 3))
+        desk.engine._receive(wait=False)
     chunks = desk.scheduler.schedule()
+    assert max(map(len, chunks)) == (61 if beside else 1)
     torch.cuda.set_sync_debug_mode("error")
     try:
         step = desk.runner.execute_async(chunks)
@@ -111,9 +122,10 @@ def test_nothing_waits_for_the_device_until_two_steps_have_been_begun(top_k: int
     for begun in (step, following):
         for chunk, output in zip(begun.chunks, begun.result(), strict=True):
             desk.scheduler.postprocess(chunk, output.steered)
-            assert output.sampled
-            chunk.sequence.token_ids.append(output.sampled.token_id)
-    assert all(chunk.sequence.num_uncomputed == 1 for chunk in chunks)
+            assert output.sampled or chunk.sequence not in texts
+            if output.sampled:
+                chunk.sequence.token_ids.append(output.sampled.token_id)
+    assert all(one.num_uncomputed == 1 for one in texts)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two CUDA devices")
