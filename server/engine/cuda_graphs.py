@@ -14,9 +14,11 @@ computed like any other. On a CPU, where nothing is captured, `CudaGraphs` runs 
 is how tests reach them.
 """
 
+import ctypes
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -93,8 +95,10 @@ class CudaGraphs:
         # Where a bucket could not be captured for want of memory: for which version of the bank, and when.
         self._no_memory: dict[Bucket, tuple[int, float]] = {}
         self._unable = False
-        self._pool: Any = None  # memory that all graphs share
-        self._stream: Any = None  # what they are captured on
+        self._broken: set[Any] = set()  # memory pools of captures that could not even be ended
+        self._round: int | None = None  # the version of the bank that was captured last
+        self._flushed = False  # since then
+        self._stream: Any = None  # what graphs are captured on
         self._logits: Tensor | None = None  # [most rows, vocab]: what all graphs write to
 
     def want_all(self) -> None:
@@ -120,6 +124,8 @@ class CudaGraphs:
     def capture(self, bucket: Bucket, version: int) -> None:
         """Captures a bucket, with the bank at `version`, between two steps. Whoever gets an error from it tells
         `give_up`."""
+        if version != self._round:
+            self._round, self._flushed = version, False
         before = self._captured.pop(bucket, None)  # its memory is free again
         metadata = before.metadata if before else self._empty(bucket)
         before = None
@@ -200,16 +206,44 @@ class CudaGraphs:
         if self._logits is None:
             self._logits = logits.new_empty(self._sizes[-1], logits.shape[-1])
         del logits
-        graph = torch.cuda.CUDAGraph()
-        # A capture that is broken off may leave its pool to nobody else: then the next one gets another.
-        pool, self._pool = self._pool or torch.cuda.graph_pool_handle(), None
-        # Other threads may load a checkpoint meanwhile: what they ask of CUDA is none of this capture's business.
-        with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
-            logits = self._run(metadata)
-            self._logits[: len(logits)].copy_(logits)
-            del logits
-        self._pool = pool
+        if not self._flushed:  # a capture can take nothing of what PyTorch keeps for later
+            torch.cuda.synchronize(self._device)
+            torch.cuda.empty_cache()
+            self._flushed = True
+        graph, pool, ended = torch.cuda.CUDAGraph(), self._memory_pool(), False
+        try:
+            # Not `torch.cuda.graph`, which flushes before each capture, and leaves its stream to the thread where the
+            # end of one fails. What other threads, which may load a checkpoint, ask of CUDA is none of its business.
+            with torch.cuda.stream(self._stream):
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    logits = self._run(metadata)
+                    self._logits[: len(logits)].copy_(logits)
+                    del logits
+                finally:
+                    graph.capture_end()
+                    ended = True
+        except Exception:
+            self._flushed = False
+            if not ended:
+                self._abandon(graph, pool)
+            raise
         return graph
+
+    def _memory_pool(self) -> Any:
+        """That of a graph that is there, so that all share one: PyTorch gives up a pool with its last graph."""
+        pools = (captured.graph.pool() for captured in self._captured.values() if captured.graph is not None)
+        return next((pool for pool in pools if pool not in self._broken), None) or torch.cuda.graph_pool_handle()
+
+    def _abandon(self, graph: Any, pool: Any) -> None:
+        """After a capture whose end has failed. PyTorch before 2.13 goes on as if it were under way, and none up to
+        2.13 gives its share of the pool back."""
+        self._broken.add(pool)  # PyTorch's pool of pinned memory goes by the same name, and cannot be mended
+        for mend in torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool:
+            with suppress(RuntimeError):  # it has been ended
+                mend(self._stream.device.index, pool)
+        # Never destroyed: what PyTorch keeps of the capture points to it, and a later PyTorch would release once more.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(graph))
 
     def _run(self, metadata: StaticMetadata) -> Tensor:
         metadata.begin()

@@ -1,8 +1,11 @@
 """Static steps, which CUDA graphs replay: when they are captured, and what serves whom. Here they run uncaptured."""
 
+import gc
+import itertools
 import logging
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -313,39 +316,152 @@ class Stream:
         pass
 
 
-def test_all_sizes_are_captured_on_one_stream_of_the_models_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever this thread's device is; and a capture that was broken off leaves its memory pool to nobody else. (What
-    a GPU makes of it: tests/server/test_gpu.py.)"""
-    device, captures, warm_ups = torch.device("cuda", 1), [], []
-    pools = iter((0, number) for number in range(1, 9))
-    fails = False
+class Cuda:
+    """What PyTorch does for captures, as its allocator counts: where there is no GPU."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current = self.steps = Stream(torch.device("cuda", 1))
+        self.captures: list[tuple[int, Stream]] = []  # their pools and streams
+        self.warm_ups: list[Stream] = []
+        self.flushes = 0
+        self.users: Counter[int] = Counter()  # graphs of each pool
+        self.recording: list[int] = []
+        self.body_fails = self.end_fails = self.tells_allocator = False
+        numbers = itertools.count(1)
+        cuda = self
+
+        class Graph:
+            kept = False
+
+            def capture_begin(self, pool: int, capture_error_mode: str) -> None:
+                assert capture_error_mode == "thread_local"
+                assert cuda.current is not cuda.steps
+                assert pool not in cuda.recording
+                assert cuda.users.get(pool) != 0, "a pool that nobody has, and that has not been flushed"
+                cuda.users[pool] += 1
+                cuda.recording.append(pool)
+                cuda.captures.append((pool, cuda.current))
+                self.number, self.ended = pool, False
+
+            def capture_end(self) -> None:
+                if not cuda.end_fails or cuda.tells_allocator:
+                    cuda.recording.remove(self.number)
+                if cuda.end_fails:
+                    raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+                self.ended = True
+
+            def pool(self) -> int:
+                assert self.ended
+                return self.number
+
+            def __del__(self) -> None:
+                assert self.ended, "what the allocator points to"
+                cuda.users[self.number] -= 1
+
+        for name, fake in {
+            "Stream": Stream, "current_stream": lambda device: self.current, "stream": self.stream,
+            "CUDAGraph": Graph, "graph_pool_handle": lambda: next(numbers),
+            "synchronize": lambda device: None, "empty_cache": self.empty_cache,
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.end)
+        monkeypatch.setattr(torch._C, "_cuda_releasePool", self.release)
+        for owner, name in ((torch, "empty"), (torch, "zeros")):  # on the CPU
+            real = getattr(owner, name)
+            monkeypatch.setattr(owner, name, lambda *shape, real=real, device=None, **more: real(*shape, **more))
+        self.graphs = CudaGraphs(
+            self.forward, self.steps.device, block_size=4, padding_block=0, most_rows=4, most_blocks=3
+        )
+
+    def forward(self, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if not self.recording:
+            self.warm_ups.append(self.current)
+        elif self.body_fails:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return torch.zeros(ids.numel(), 5)
 
     @contextmanager
-    def graph(graph: object, *, pool: object, stream: Stream, capture_error_mode: str) -> Iterator[None]:
-        captures.append((pool, stream))
-        yield
-        if fails:
-            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+    def stream(self, stream: Stream) -> Iterator[None]:
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
 
-    def stream(stream: Stream) -> AbstractContextManager[None]:
-        warm_ups.append(stream)
-        return nullcontext()
+    def empty_cache(self) -> None:
+        self.flushes += 1
+        self.users = +self.users
 
-    fakes = {"Stream": Stream, "current_stream": Stream, "stream": stream, "graph": graph, "CUDAGraph": object}
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
-    graphs = CudaGraphs(
-        lambda ids, *rest: torch.zeros(ids.numel(), 5), device,
-        block_size=4, padding_block=0, most_rows=4, most_blocks=3,
-    )  # fmt: skip
-    for fails in (False, False, True, False):
-        with pytest.raises(RuntimeError) if fails else nullcontext():
-            graphs._record(DecodeMetadata.empty(2, 3, torch.device("cpu")))
-    [used] = {one for _, one in captures}
-    assert used.device == device
-    assert warm_ups == [used] * 4
-    assert [pool for pool, _ in captures] == [(0, 1), (0, 1), (0, 1), (0, 2)]
+    def end(self, device: int, pool: int) -> None:
+        assert device == 1
+        if pool not in self.recording:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.recording.remove(pool)
+
+    def release(self, device: int, pool: int) -> None:
+        assert device == 1
+        self.users[pool] -= 1
+
+    def capture(self, version: int, *sizes: int) -> list[int]:
+        """Pools of the graphs that were captured, or that were to be."""
+        start = len(self.captures)
+        for rows in sizes:
+            try:
+                self.graphs.capture(Bucket(rows, 3, rows), version)
+            except RuntimeError as error:
+                self.graphs.give_up(
+                    Bucket(rows, 3, rows), version, hidden_behind(error, torch.OutOfMemoryError("CUDA"))
+                )
+        assert self.current is self.steps
+        assert not self.recording
+        return [pool for pool, _ in self.captures[start:]]
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    return Cuda(monkeypatch)
+
+
+def test_a_round_of_captures_has_one_stream_one_pool_and_one_flush(cuda: Cuda) -> None:
+    """Of the model's device, whatever this thread's is. (What a GPU makes of it: tests/server/test_gpu.py.)"""
+    assert cuda.capture(0, 4, 2, 1) == [1, 1, 1]
+    assert cuda.flushes == 1
+    assert cuda.capture(1, 4, 2, 1) == [1, 1, 1]
+    assert cuda.flushes == 2
+    [used] = {stream for _, stream in cuda.captures}
+    assert used.device == cuda.steps.device
+    assert cuda.warm_ups == [used] * 12
+    assert cuda.users == {1: 3}
+
+
+def test_a_pool_whose_last_graph_is_gone_is_not_captured_to(cuda: Cuda) -> None:
+    assert cuda.capture(0, 4) == [1]
+    assert cuda.capture(0, 4) == [2]
+
+
+def test_a_capture_that_finds_no_memory_is_followed_by_a_flush(cuda: Cuda) -> None:
+    assert cuda.capture(0, 4) == [1]
+    cuda.body_fails = True
+    assert cuda.capture(0, 2) == [1]
+    cuda.body_fails = False
+    assert cuda.users == {1: 1}
+    assert cuda.capture(0, 1, 2) == [1, 1], "the others go on in the same memory"
+    assert cuda.flushes == 2
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_a_capture_whose_end_fails_leaves_thread_and_allocator_as_they_were(cuda: Cuda, tells: bool) -> None:
+    """Where PyTorch itself tells its allocator of the end, as from 2.13 on, and where it does not."""
+    assert cuda.capture(0, 4) == [1]
+    cuda.body_fails = cuda.end_fails = True
+    cuda.tells_allocator = tells
+    assert cuda.capture(0, 2) == [1]
+    cuda.body_fails = cuda.end_fails = False
+    gc.collect()
+    assert cuda.users == {1: 1}, "the graph that is there"
+    assert cuda.capture(0, 1) == [2]
+    assert cuda.capture(1, 4, 2, 1) == [2, 2, 2]
+    assert cuda.users == {2: 3}
 
 
 @needs_kernel

@@ -91,6 +91,25 @@ def test_steps_on_the_last_device_are_captured_and_replayed_there() -> None:
             torch.cuda.set_device(0)
 
 
+def test_a_capture_that_is_broken_off_leaves_thread_and_allocator_as_they_were() -> None:
+    """By a layer that looks at the device's values."""
+
+    def look(layer: Any, given: Any, found: Any) -> None:
+        given[0].sum().item()
+
+    prompt, new, stream = (5, 6, 7, 8), 12, torch.cuda.current_stream()
+    for looks in (True, False):
+        model = tiny("llama").to("cuda")
+        if looks:
+            model.model.layers[1].register_forward_hook(look)
+        desk = Desk(model, graphs=True)
+        assert bool(desk.runner._graphs and desk.runner._graphs._captured) != looks
+        assert torch.cuda.current_stream() == stream
+        torch.cuda.empty_cache()
+        asked = greedy_sequence(prompt, new, SteeringParams())
+        assert desk.run([asked])[asked] == plain(tiny("llama"), prompt, new=new)
+
+
 @pytest.mark.parametrize("beside", ["", "a prompt", "a prompt, eager"])
 @pytest.mark.parametrize("top_k", [0, 20])
 def test_nothing_waits_for_the_device_until_two_steps_have_been_begun(
