@@ -15,7 +15,7 @@ from server.engine.scheduler import Scheduler
 from server.engine.scoring import max_num_logits
 from server.engine_client import EngineClient, EngineFacts
 from server.engine_core import EngineCore
-from server.errors import ServerError, StartupError
+from server.errors import ServerError, StartupError, is_out_of_memory
 from server.judge import Judge, load_judge
 from server.keys import ApiKeys
 from server.loading import LoadedModel, check_tensor_parallel, choose_device, load_model, open_runner
@@ -30,7 +30,7 @@ from server.threads import run_in_disposable_thread
 from server.tokenizer import Codec
 from steering.bank import ColumnBank
 from steering.chat_template import ChatTemplate, read_chat_template
-from steering.errors import ChatTemplateError, UnsupportedArchitecture
+from steering.errors import ChatTemplateError, UnsupportedArchitecture, first_line
 
 log = logging.getLogger(__name__)
 
@@ -160,6 +160,18 @@ def _build(
 def open_cached_runner(settings: Settings, loaded: LoadedModel) -> ModelRunner:
     """What runs the model, with its KV cache: in each process of a model that is in several, where all have to come by
     here together. Raises StartupError."""
+    try:
+        return _open_cached_runner(settings, loaded)
+    except Exception as error:
+        if isinstance(error, ServerError) or not is_out_of_memory(error):
+            raise
+        raise StartupError(
+            f"There is no memory on {loaded.device} to serve the model {settings.served_name!r}: {first_line(error)}. "
+            "Free some, or choose a smaller model, MATSTEER_DTYPE or MATSTEER_KV_CACHE_MIB."
+        ) from error
+
+
+def _open_cached_runner(settings: Settings, loaded: LoadedModel) -> ModelRunner:
     limits = settings.step_limits(loaded.device.type)
     bank = ColumnBank(device=loaded.device, max_tokens=limits.max_num_batched_tokens)
     runner = open_runner(loaded.model, bank, settings.served_name, native=settings.native)

@@ -12,7 +12,7 @@ from transformers.utils import logging as hf_logging
 from server.attention.backend import NAME
 from server.engine.model_runner import ModelRunner
 from server.engine.sequence import ScheduledChunk, Sequence
-from server.errors import StartupError
+from server.errors import StartupError, is_out_of_memory
 from server.threads import usable_cores, use_device
 from steer_ops.layers import exchange_layers
 from steering.bank import ColumnBank
@@ -199,6 +199,8 @@ def open_runner(model: Any, bank: ColumnBank, name: str, *, native: bool = True)
         ]
         logits, _ = runner.forward(tuple(ScheduledChunk(one, 0, len(one.token_ids)) for one in given))
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         log.debug("the engine's attention fails", exc_info=error)
         raise StartupError(_refusal(name, model, f"its attention cannot be replaced ({error})")) from error
     if not runner.attention.shapes:

@@ -97,7 +97,7 @@ def profile_run(runner: ModelRunner, block_size: int, limits: "StepLimits", long
             f"fails: {first_line(error)}. Set MATSTEER_MAX_NUM_BATCHED_TOKENS or MATSTEER_MAX_NUM_SEQS lower."
         ) from error
     finally:
-        _release(runner)
+        runner.release()
     log.info("the largest step, of %d tokens, takes %d MiB beside the weights", tokens, max(peaks.values()) // 2**20)
     return peaks
 
@@ -115,7 +115,7 @@ def profile_graphs(runner: ModelRunner, block_size: int, rows: int) -> int:
             runner.capture_next_graph()
             taken.append(max(0, free - _free_bytes(runner.device)))
     finally:
-        _release(runner)
+        runner.release()
     bytes_ = sum(taken[:1]) + sum(taken[1:]) * (len(wanted) - 1)
     log.info("CUDA graphs of %d sizes will take about %d MiB", len(wanted), bytes_ // 2**20)
     return bytes_
@@ -141,13 +141,6 @@ def _largest_step(runner: ModelRunner, limits: "StepLimits", longest: int) -> tu
     return tuple(chunks)
 
 
-def _release(runner: ModelRunner) -> None:
-    """Whatever was made room for."""
-    runner.release()
-    if runner.device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 # --- what is free, and what was taken -------------------------------------------------------------
 
 
@@ -171,8 +164,9 @@ def _cache_bytes(device: torch.device, settings: "Settings", peak: int) -> int:
 
 
 def _free_bytes(device: torch.device) -> int:
-    """Of a GPU."""
+    """Of a GPU, with what PyTorch keeps for later."""
     torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device)[0]
 
 

@@ -175,19 +175,26 @@ def pack_linears(model: Any, *, native: bool = True) -> int:
     CUDA those that become one product; says how many. Weights that nobody else holds are freed. `native`: by kernels of
     ours, where they can be had; on CUDA nothing is replaced without. Layers stay whose outputs for a token drawn at
     random come out otherwise."""
-    packed, refused = 0, Counter[str]()
+    refused = Counter[str]()
+    # Of leaves no list: it would hold every weight that is replaced until all are.
+    parents = [module for module in model.modules() if next(module.children(), None) is not None]
     with torch.no_grad():
-        for parent in list(model.modules()):
-            plain = {name: child for name, child in parent.named_children() if _can_pack(child, native)}
-            for names in TOGETHER:
-                if set(names) <= plain.keys() and len({plain[name].bias is None for name in names}) == 1:
-                    own = {name: plain.pop(name) for name in names}
-                    packed += _exchange(parent, own, _joined(own, native), refused)
-            for name, child in plain.items():
-                if child.weight.device == CPU:
-                    found = _packed(_weight(child), child.bias, native)
-                    packed += _exchange(parent, {name: child}, {name: found}, refused)
+        packed = sum(_pack_children(parent, native, refused) for parent in parents)
     tell_refused(refused, "the packed product")
+    return packed
+
+
+def _pack_children(parent: nn.Module, native: bool, refused: Counter[str]) -> int:
+    packed = 0
+    plain: dict[str, Any] = {name: child for name, child in parent.named_children() if _can_pack(child, native)}
+    for names in TOGETHER:
+        if set(names) <= plain.keys() and len({plain[name].bias is None for name in names}) == 1:
+            own = {name: plain.pop(name) for name in names}
+            packed += _exchange(parent, own, _joined(own, native), refused)
+    for name, child in plain.items():
+        if child.weight.device == CPU:
+            found = _packed(_weight(child), child.bias, native)
+            packed += _exchange(parent, {name: child}, {name: found}, refused)
     return packed
 
 

@@ -3,11 +3,14 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from server.assembly import open_cached_runner
 from server.config import Settings, load_settings
 from server.errors import StartupError
-from server.loading import load_model
+from server.loading import LoadedModel, load_model
 from tests.broken_models import RAN
+from tests.server.test_architectures import tiny
 
 
 def test_what_is_no_usable_model_ends_the_start_with_one_sentence(broken_model: tuple[str, str]) -> None:
@@ -26,3 +29,17 @@ def test_code_of_a_folder_runs_where_it_is_trusted_alone(
     assert not Path(RAN).exists()
     monkeypatch.setenv("MATSTEER_TRUST_REMOTE_CODE", "true")
     assert type(load_model(load_settings(**options)).model).__name__ == "MysteryModel"
+
+
+@pytest.mark.parametrize("where", ["server.loading.exchange_layers", "server.engine.model_runner.ModelRunner.forward"])
+def test_a_model_for_which_there_is_no_memory_ends_the_start_with_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried a lot.\nMore.")
+
+    monkeypatch.setattr(where, fail)
+    loaded = LoadedModel(tiny("llama"), None, torch.device("cpu"), frozenset(), 96, 61)
+    with pytest.raises(StartupError, match=r"no memory on cpu to serve the model 'm': CUDA out of memory\.") as caught:
+        open_cached_runner(Settings(model="m", device="cpu", threads=1), loaded)
+    assert "\n" not in caught.value.message

@@ -167,6 +167,15 @@ def test_a_step_that_fails_ends_the_start_with_one_sentence(
         num_kv_cache_blocks(runner, 32, settings(), max_model_len=96)
 
 
+def test_what_pytorch_keeps_for_later_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after layers have been exchanged."""
+    free, device = [100], torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: free.insert(0, 10_000))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 20_000))
+    assert memory._cache_bytes(device, settings(gpu_memory_utilization=0.75), 500) == 10_000 - 500 - 5_000
+
+
 def test_no_memory_at_all_is_a_sentence(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_cache_bytes", lambda *args: 5000)
     with pytest.raises(StartupError, match="There is no memory for keys and values: a token takes 384 bytes"):

@@ -1,10 +1,14 @@
 """Packed layers compute what the plain ones do."""
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from steer_ops import linears
 from steer_ops.linears import JoinedLinear, PackedLinear, TiledLinear, pack_linears
 from steering.sites import site_width
 from steering.types import SiteKind
@@ -147,3 +151,24 @@ def test_layers_of_which_only_some_have_a_bias_stay_apart() -> None:
     holder.k_proj = nn.Linear(48, 16, bias=False)
     assert pack_linears(holder) == 3
     assert isinstance(holder.k_proj, PackedLinear | TiledLinear)
+
+
+def test_weights_that_have_been_replaced_are_freed_before_the_next_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a model takes twice its memory while it is opened."""
+    model, real = tiny("llama"), linears._joined
+    waiting = [(weakref.ref(one.q_proj.weight), weakref.ref(one.o_proj.weight)) for one in attention_layers(model)]
+    begun: list[Any] = []
+
+    def joined(layers: dict[str, Any], native: bool) -> dict[str, JoinedLinear]:
+        if "q_proj" in layers:
+            assert not any(weight() for pair in waiting[: len(begun)] for weight in pair)
+            begun.append(layers["q_proj"].in_features)
+        return real(layers, native)
+
+    monkeypatch.setattr(linears, "_joined", joined)
+    pack_linears(model)
+    assert len(begun) == len(waiting) > 1
+
+
+def attention_layers(model: Any) -> list[Any]:
+    return [layer.self_attn for layer in model.model.layers]
