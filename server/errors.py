@@ -252,7 +252,13 @@ class DeadlineExceeded(ServerError):
     type = "deadline_exceeded"
 
 
-OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+OUT_OF_MEMORY = (
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "Triton Error [CUDA]: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "can't allocate memory",
+)
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

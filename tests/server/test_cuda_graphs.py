@@ -217,6 +217,7 @@ def hidden_behind(error: Exception, cause: Exception) -> Exception:
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried a lot."),
         RuntimeError("CUDA error: out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
         hidden_behind(
             RuntimeError("CUDA error: operation failed due to a previous error during capture"),
             torch.OutOfMemoryError("CUDA out of memory. Tried a lot."),

@@ -120,6 +120,7 @@ def test_a_failing_step_fails_only_the_requests_in_it(fresh: World, monkeypatch:
 @pytest.mark.parametrize(
     "error",
     [torch.OutOfMemoryError("CUDA out of memory. Tried a lot."), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when"),
+     RuntimeError("Triton Error [CUDA]: out of memory"), RuntimeError("CUDA driver error: out of memory"),
      RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), MemoryError()],
 )  # fmt: skip
 def test_a_step_without_memory_is_told_as_one_and_may_be_asked_again(
