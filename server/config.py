@@ -87,7 +87,8 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=1, le=65535, description="port to listen on")
     device: Device = Field(default="auto", description="auto, cpu, cuda or cuda:N; auto: CUDA where there is one")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="of weights and activations; auto: bfloat16 on a GPU, float32 on a CPU"
+        default="auto",
+        description="of weights and activations; auto: bfloat16 on a GPU (float16 before Ampere), float32 on a CPU",
     )
     threads: int = Field(default=0, ge=0, le=1024, description="CPU threads of the model, at most; 0: all cores")
     tensor_parallel_size: int = Field(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # an engine without a server needs no pydantic
 log = logging.getLogger(__name__)
 WEIGHTS_SHARE = 0.8  # of a device's free memory, at most, where there are several devices
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+AMPERE = 8, 0  # the compute capability from which on GPUs compute in bfloat16
 # How far the logits may be from the model's own, as a share of their norm.
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 CHECKED = (24, 9)  # tokens of the texts that a model is checked on, packed into one pass
@@ -146,9 +147,14 @@ def _placement(settings: "Settings", device: torch.device) -> dict[str, Any]:
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return DTYPES[name]
+    if name != "auto":
+        return DTYPES[name]
+    if device.type != "cuda":
+        return torch.float32
+    if torch.cuda.get_device_capability(device) >= AMPERE:
+        return torch.bfloat16
+    log.info("%s computes in float16: it has no bfloat16", torch.cuda.get_device_name(device))
+    return torch.float16
 
 
 def _set_threads(settings: "Settings", device: torch.device) -> None:

@@ -8,7 +8,7 @@ import torch
 from server.assembly import open_cached_runner
 from server.config import Settings, load_settings
 from server.errors import StartupError
-from server.loading import LoadedModel, load_model
+from server.loading import LoadedModel, _dtype, load_model
 from tests.broken_models import RAN
 from tests.server.test_architectures import tiny
 
@@ -29,6 +29,20 @@ def test_code_of_a_folder_runs_where_it_is_trusted_alone(
     assert not Path(RAN).exists()
     monkeypatch.setenv("MATSTEER_TRUST_REMOTE_CODE", "true")
     assert type(load_model(load_settings(**options)).model).__name__ == "MysteryModel"
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((12, 0), torch.bfloat16)]
+)
+def test_a_gpu_without_bfloat16_computes_in_float16(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capability: tuple[int, int], dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with caplog.at_level("INFO"):
+        assert _dtype("auto", torch.device("cuda")) is dtype
+    assert ("Tesla T4 computes in float16" in caplog.text) == (dtype is torch.float16)
+    assert _dtype("float32", torch.device("cuda")) is torch.float32
 
 
 @pytest.mark.parametrize("where", ["server.loading.exchange_layers", "server.engine.model_runner.ModelRunner.forward"])
