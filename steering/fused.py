@@ -34,8 +34,3 @@ def fused_steer(at: SiteBuffers, activations: Tensor, owners: Tensor, counts: Te
     )
     moved: Tensor = kernel(activations, *parts, at.owner)
     return moved
-
-
-def can_fuse(device: torch.device) -> bool:
-    """Whether there is a kernel for this device; the first time it is compiled, which may take seconds."""
-    return STEER_AND_COUNT.has_kernel(device, torch.float32)

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from steering.bank import ColumnBank
 from steering.errors import HookError
-from steering.fused import can_fuse, fused_steer
+from steering.fused import fused_steer
 from steering.operators import Trace, steer, trace
 from steering.plain_batch import PlainBatch
 from steering.sharding import RowwiseLinear
@@ -35,7 +35,7 @@ class Steering:
         self.model = model
         self.bank = bank
         self.traced = traced
-        self.native = native and can_fuse(bank.device)
+        self.native = native
         self.recording = False  # passes are recorded for batches to come: what this one asks for must not matter
         self.traces: dict[Site, Tensor] = {}
         self.batch: PlainBatch | None = None  # of a `steered` block

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import steer_ops
-from steer_ops import plain
+from steer_ops import plain, registry
 from steer_ops.ops import (
     ADD_RMS_NORM,
     GATHER_KV,
@@ -84,6 +84,20 @@ def test_a_kernel_that_fails_is_not_used(monkeypatch: pytest.MonkeyPatch, caplog
 @pytest.mark.parametrize("op", CUDA_OPS, ids=lambda op: op.name)
 def test_what_has_a_kernel_for_cuda_alone_the_twin_computes_on_a_cpu(op: Op) -> None:
     assert op.choose(CPU, torch.float32) is op.reference
+
+
+def test_a_kernel_is_tried_beside_its_twin_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a GPU computes products of float32 in TF32, its twin there would be the one that is wrong."""
+    seen: list[tuple[bool, str]] = []
+
+    def run(implementation: Any, args: Any, named: Any, device: torch.device) -> list[torch.Tensor]:
+        seen.append((implementation is RMS_NORM.reference, device.type))
+        coarse = 1 + 1e-4 * (device.type == "cuda" and implementation is RMS_NORM.reference)
+        return [part * coarse for part in _run(RMS_NORM.reference, args, named, CPU)]
+
+    monkeypatch.setattr(registry, "_run", run)
+    assert RMS_NORM._passes_trial(torch.device("cuda"), torch.float32)
+    assert seen == [(False, "cuda"), (True, "cpu")]
 
 
 def test_a_kernel_is_tried_on_its_own_device() -> None:

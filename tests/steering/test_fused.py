@@ -6,13 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from steer_ops import STEER_AND_COUNT
 from steering import Clamp, Column, ColumnBank, Gate, Reading, SequenceSteering, Site, steer
 from steering.bank import SiteBuffers
-from steering.fused import can_fuse, fused_steer
+from steering.fused import fused_steer
+from steering.hook import Steering
+from tests.server.test_architectures import columns, tiny
 
 SITE = Site.parse("1.residual")
 WIDTH = 67
-pytestmark = pytest.mark.skipif(not can_fuse(torch.device("cpu")), reason="nothing can be compiled here")
+COMPILED = STEER_AND_COUNT.has_kernel(torch.device("cpu"), torch.float32)
+pytestmark = pytest.mark.skipif(not COMPILED, reason="nothing can be compiled here")
 
 
 def column(seed: int, gate: Gate, keep_norm: bool, width: int = WIDTH, **changes: Any) -> Column:
@@ -140,6 +144,18 @@ def test_tokens_are_counted_where_the_site_owns_them() -> None:
     for _ in range(2):
         fused(bank, torch.randn(len(TOKENS), WIDTH))
     assert bank.take_counts().tolist() == [2, 2, 2, 0, 0, 2]
+
+
+def test_a_model_is_steered_by_the_kernel_of_its_own_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though that for float32 has been refused."""
+    monkeypatch.setattr(STEER_AND_COUNT, "_chosen", {("cpu", torch.float32): STEER_AND_COUNT.reference})
+    monkeypatch.setattr("steering.hook.steer", lambda *args, **named: pytest.fail("by PyTorch"))
+    model, bank = tiny("llama").bfloat16(), ColumnBank(device="cpu", max_tokens=4)
+    handle = bank.add(columns("llama"))
+    bank.fill([SequenceSteering.of([(handle, (1.0, 1.0))])], [0, 0, -1])
+    with Steering(model, bank), torch.inference_mode():
+        model(torch.tensor([[5, 6, 7]]), use_cache=False)
+    assert bank.take_counts().tolist() == [1, 1, 0, 0]
 
 
 def test_where_pytorch_has_to_steer_nothing_happens() -> None:
