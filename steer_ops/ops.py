@@ -1,15 +1,32 @@
 """The ops: what each computes, its schema, and the numbers that its kernels are tried on."""
 
+import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from steer_ops import plain
-from steer_ops.registry import Op
+from steer_ops.registry import Example, Op
 
-Example = tuple[tuple[Any, ...], dict[str, Any]]
+
+class Heads(NamedTuple):
+    """Of attention: what its kernels are compiled for."""
+
+    key_heads: int = 2
+    groups: int = 2  # query heads that share a key head
+    width: int = 64
+    value_width: int = 64
+    block_size: int = 4  # tokens
+
+    @property
+    def scale(self) -> float:
+        """With which scores of random numbers are as far apart at any width."""
+        return 1.6 / math.sqrt(self.width)
+
+
+USUAL, ODD = Heads(), Heads(width=24, value_width=8)
 
 
 def paged_attention_decode(
@@ -65,21 +82,32 @@ def paged_attention_decode(
     )
 
 
-def _paged_attention_examples(dtype: torch.dtype) -> Iterator[Example]:
+def _paged_attention_examples(dtype: torch.dtype, heads: Heads | None = None) -> Iterator[Example]:
     random = torch.Generator().manual_seed(0)
-    lengths = torch.tensor([9, 1, 4], dtype=torch.int32)
-    tables = torch.tensor([[3, 0, 2], [5, -1, -1], [1, -1, -1]], dtype=torch.int32)
-    for width, value_width in ((64, 64), (24, 8)):
-        query, key, value, key_cache, value_cache = (
-            torch.randn(*shape, generator=random).to(dtype)
-            for shape in ((3, 4, width), (3, 2, width), (3, 2, value_width), (6, 2, 4, width), (6, 2, 4, value_width))
+    for sizes in (heads,) if heads else (USUAL, ODD):
+        key_heads, groups, width, value_width, block = sizes
+        lengths = torch.tensor([2 * block + 1, 1, block], dtype=torch.int32)
+        tables = torch.tensor([[3, 0, 2], [5, -1, -1], [1, -1, -1]], dtype=torch.int32)
+        shapes = (
+            (3, key_heads * groups, width), (3, key_heads, width), (3, key_heads, value_width),
+            (6, key_heads, block, width), (6, key_heads, block, value_width),
+        )  # fmt: skip
+        tensors = [torch.randn(*shape, generator=random).to(dtype) for shape in shapes]
+        args = *tensors, tables, lengths, tensors[0].new_zeros(3, key_heads * groups, value_width)
+        some, whole = (
+            dict(zip(("cos", "sin"), torch.randn(2, 3, turned, generator=random).to(dtype), strict=True))
+            for turned in (width // 4 * 2, width // 2 * 2)
         )
-        args = query, key, value, key_cache, value_cache, tables, lengths, query.new_zeros(3, 4, value_width)
-        turns = dict(zip(("cos", "sin"), torch.randn(2, 3, width // 4 * 2, generator=random).to(dtype), strict=True))
-        whole = dict(zip(("cos", "sin"), torch.randn(2, 3, width, generator=random).to(dtype), strict=True))
-        yield args, {"scale": 0.2}
-        yield args, {"scale": 0.2, **whole}
-        yield args, {"scale": 0.2, "window": 3, "softcap": 2.0, "sinks": torch.randn(4, generator=random), **turns}
+        rules = _rules(sizes, random)
+        if heads is None:
+            yield args, {"scale": sizes.scale}
+            yield args, {"scale": sizes.scale, **whole}
+        yield args, {"scale": sizes.scale, **rules, **(some if heads is None else whole)}
+
+
+def _rules(heads: Heads, random: torch.Generator) -> dict[str, Any]:
+    sinks = torch.randn(heads.key_heads * heads.groups, generator=random)
+    return {"window": max(1, heads.block_size - 1), "softcap": 2.0, "sinks": sinks}
 
 
 PAGED_ATTENTION_DECODE = Op(
@@ -128,19 +156,23 @@ def paged_attention_prefill(
     )
 
 
-def _prefill_examples(dtype: torch.dtype) -> Iterator[Example]:
+def _prefill_examples(dtype: torch.dtype, heads: Heads | None = None) -> Iterator[Example]:
     random = torch.Generator().manual_seed(0)
     tables = torch.tensor([[3, 0, 2, 4], [5, -1, -1, -1], [-1, -1, -1, -1], [1, 3, -1, -1]], dtype=torch.int32)
-    starts = torch.tensor([0, 7, 8, 8, 10], dtype=torch.int32)
-    lengths = torch.tensor([15, 1, 0, 6], dtype=torch.int32)
-    for width, value_width in ((64, 64), (24, 8)):
-        query, key_cache, value_cache = (
-            torch.randn(*shape, generator=random).to(dtype)
-            for shape in ((12, 4, width), (6, 2, 4, width), (6, 2, 4, value_width))
-        )
-        args = query, key_cache, value_cache, tables, starts, lengths, query.new_zeros(12, 4, value_width)
-        yield args, {"scale": 0.2}
-        yield args, {"scale": 0.2, "window": 3, "softcap": 2.0, "sinks": torch.randn(4, generator=random)}
+    for sizes in (heads,) if heads else (USUAL, ODD):
+        key_heads, groups, width, value_width, block = sizes
+        lengths = torch.tensor([4 * block - 1, 1, 0, min(block + 2, 2 * block)], dtype=torch.int32)
+        starts = torch.tensor([0, min(7, 4 * block - 1), 1, 0, 2]).cumsum(0).int()
+        shapes = (
+            (int(starts[-1]) + 2, key_heads * groups, width),
+            (6, key_heads, block, width), (6, key_heads, block, value_width),
+        )  # fmt: skip
+        query, key_cache, value_cache = (torch.randn(*shape, generator=random).to(dtype) for shape in shapes)
+        out = query.new_zeros(*query.shape[:2], value_width)
+        args = query, key_cache, value_cache, tables, starts, lengths, out
+        if heads is None:
+            yield args, {"scale": sizes.scale}
+        yield args, {"scale": sizes.scale, **_rules(sizes, random)}
 
 
 PAGED_ATTENTION_PREFILL = Op(
@@ -188,20 +220,21 @@ def varlen_attention(
     return found
 
 
-def _varlen_examples(dtype: torch.dtype) -> Iterator[Example]:
+def _varlen_examples(dtype: torch.dtype, heads: Heads | None = None) -> Iterator[Example]:
     random = torch.Generator().manual_seed(0)
     query_starts, key_starts, key_lens = (
         torch.tensor(numbers, dtype=torch.int32) for numbers in ((0, 5, 6, 9), (20, 0, 40, 60), (17, 6, 3))
     )
-    for width in (64, 24):
+    for sizes in (heads,) if heads else (USUAL, Heads(width=24)):
         query, keys, values = (
-            torch.randn(n, h, width, generator=random).to(dtype) for n, h in ((9, 4), *[(60, 2)] * 2)
+            torch.randn(n, h, sizes.width, generator=random).to(dtype)
+            for n, h in ((9, sizes.key_heads * sizes.groups), *[(60, sizes.key_heads)] * 2)
         )
         for start, stop in ((6, 20), (37, 40), (43, 60)):  # what is no text's is no number
             keys[start:stop] = values[start:stop] = torch.nan
         args = query, keys, values, query_starts, key_starts, key_lens, 5, 17
-        yield args, {"scale": 0.2}
-        yield args, {"scale": 0.2, "window": 4}
+        yield args, {"scale": sizes.scale}
+        yield args, {"scale": sizes.scale, "window": 4}
 
 
 VARLEN_ATTENTION = Op(
@@ -225,19 +258,23 @@ def gather_kv(key_cache: Tensor, value_cache: Tensor, blocks: Tensor) -> tuple[T
     return gathered
 
 
-def _caches(dtype: torch.dtype) -> list[Tensor]:
-    random = torch.Generator().manual_seed(0)
-    return [torch.randn(5, 3, 4, width, generator=random).to(dtype) for width in (24, 8)]
+def _caches(dtype: torch.dtype, heads: Heads) -> list[Tensor]:
+    random, (key_heads, _, width, value_width, block) = torch.Generator().manual_seed(0), heads
+    return [torch.randn(5, key_heads, block, wide, generator=random).to(dtype) for wide in (width, value_width)]
 
 
-def _write_kv_examples(dtype: torch.dtype) -> Iterator[Example]:
-    random = torch.Generator().manual_seed(1)
-    key, value = (torch.randn(3, 4, width, generator=random).to(dtype).transpose(0, 1) for width in (24, 8))
-    yield (key, value, *_caches(dtype), torch.tensor([[4, 3], [0, 0], [0, 1], [2, 2]])), {}
+def _write_kv_examples(dtype: torch.dtype, heads: Heads | None = None) -> Iterator[Example]:
+    sizes, random = heads or ODD._replace(key_heads=3), torch.Generator().manual_seed(1)
+    key, value = (
+        torch.randn(sizes.key_heads, 4, width, generator=random).to(dtype).transpose(0, 1)
+        for width in (sizes.width, sizes.value_width)
+    )
+    last = sizes.block_size - 1
+    yield (key, value, *_caches(dtype, sizes), torch.tensor([[4, last], [0, 0], [1, last // 2], [2, last]])), {}
 
 
-def _gather_kv_examples(dtype: torch.dtype) -> Iterator[Example]:
-    yield (*_caches(dtype), torch.tensor([3, 0, 4])), {}
+def _gather_kv_examples(dtype: torch.dtype, heads: Heads | None = None) -> Iterator[Example]:
+    yield (*_caches(dtype, heads or ODD._replace(key_heads=3)), torch.tensor([3, 0, 4])), {}
 
 
 WRITE_KV = Op(

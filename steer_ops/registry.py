@@ -7,7 +7,7 @@ device and dtype.
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from threading import RLock
 from typing import Any
 
@@ -23,6 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16)  # that kernels for CPUs compute
 # How far a kernel's numbers may be from the reference's, as a share of the largest of them.
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 Implementation = Callable[..., Any]
+Example = tuple[tuple[Any, ...], dict[str, Any]]
 _definitions: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]  # registrations last as long as this object
 _lock = RLock()
 
@@ -34,16 +35,18 @@ class Op:
         self,
         schema: str,
         reference: Implementation,
-        examples: Callable[[torch.dtype], Iterable[tuple[tuple[Any, ...], dict[str, Any]]]],
+        examples: Callable[..., Iterable[Example]],
         *,
         fake: Implementation | None = None,
     ) -> None:
         """schema: as `torch.library.define` takes it, with the name. examples: arguments of a dtype on the CPU that the
-        kernels are tried on. fake: what the op returns for fake tensors; None: nothing, it writes to its arguments."""
+        kernels are tried on; of an op that is chosen for sizes (`choose_for`) also of those. fake: what the op returns
+        for fake tensors; None: nothing, it writes to its arguments."""
         self.name = schema.partition("(")[0]
         self.reference = reference
         self._examples = examples
         self._chosen: dict[tuple[str, torch.dtype], Implementation] = {}
+        self._fits: dict[tuple[Implementation, str, torch.dtype, Hashable], bool] = {}
         _definitions.define(schema)
         _definitions.impl(self.name, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake or _returns_nothing, lib=_definitions)
@@ -59,9 +62,20 @@ class Op:
         key = device.type, dtype
         with _lock:
             if key not in self._chosen:
-                use = has_kernel(self.name, *key) and self._passes_trial(device, dtype)
+                use = has_kernel(self.name, *key) and self._passes_trial(self.overload, device, dtype)
                 self._chosen[key] = self.overload if use else self.reference
             return self._chosen[key]
+
+    def choose_for(self, device: torch.device, dtype: torch.dtype, sizes: Hashable) -> Implementation:
+        """As `choose`, of what will be computed in these sizes: a kernel may not fit a device in all of them."""
+        kernel = self.choose(device, dtype)
+        if kernel is self.reference:
+            return kernel
+        key = kernel, device.type, dtype, sizes
+        with _lock:
+            if key not in self._fits:
+                self._fits[key] = self._passes_trial(kernel, device, dtype, sizes)
+            return kernel if self._fits[key] else self.reference
 
     def has_kernel(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether a kernel serves this device and dtype, rather than the reference."""
@@ -70,20 +84,22 @@ class Op:
     def forget(self) -> None:
         """Implementations are chosen anew. For tests."""
         self._chosen.clear()
+        self._fits.clear()
 
-    def _passes_trial(self, device: torch.device, dtype: torch.dtype) -> bool:
+    def _passes_trial(self, kernel: Implementation, device: torch.device, dtype: torch.dtype, *sizes: Hashable) -> bool:
+        of = " ".join(map(str, (dtype, *sizes)))
         exact = torch.device("cpu")  # on a GPU products of float32 may be TF32
         try:
             with torch.no_grad():
                 same = all(
-                    _same(_run(self.overload, args, named, device), _run(self.reference, args, named, exact), dtype)
-                    for args, named in self._examples(dtype)
+                    _same(_run(kernel, args, named, device), _run(self.reference, args, named, exact), dtype)
+                    for args, named in self._examples(dtype, *sizes)
                 )
         except Exception as error:
-            log.warning("the kernel of %s for %s fails (%s): PyTorch computes that", self.name, dtype, error)
+            log.warning("the kernel of %s for %s fails (%s): PyTorch computes that", self.name, of, error)
             return False
         if not same:
-            log.warning("the kernel of %s for %s computes something else: PyTorch computes that", self.name, dtype)
+            log.warning("the kernel of %s for %s computes something else: PyTorch computes that", self.name, of)
         return same
 
 

@@ -65,11 +65,11 @@ class Attention:
     def allocate(self, num_blocks: int, block_size: int) -> None:
         """Makes room for so many blocks in every layer that a pass has shown."""
         self.block_size = block_size
-        self.by_length = self.can_read_blocks
         self.pools = {}
         for layer, shape in self.shapes.items():
-            ops = KVOps.of(shape) if self.native else KVOps()
+            ops = KVOps.of(shape, block_size) if self.native else KVOps()
             self.pools[layer] = KVPool.of(shape, num_blocks, block_size, ops)
+        self.by_length = all(pool.ops.by_length for pool in self.pools.values())
 
     def metadata(self, chunks: Sequence[ChunkLayout]) -> AttentionMetadata:
         """Of a pass of these chunks, in the order of their tokens."""
@@ -98,7 +98,8 @@ class Attention:
         metadata, pool = self._metadata, self.pools.get(layer)
         assert metadata is not None, "a pass has its metadata"
         if pool is None:
-            self.shapes[layer] = KVShape(key.shape[1], key.shape[-1], value.shape[-1], key.dtype, key.device)
+            heads, groups = key.shape[1], query.shape[1] // key.shape[1]
+            self.shapes[layer] = KVShape(heads, key.shape[-1], value.shape[-1], key.dtype, key.device, groups)
             if params.window:
                 self.windowed.add(layer)
         return metadata.attend(pool, query[0].transpose(0, 1), key, value, params)[None]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from steer_ops import (
     PAGED_ATTENTION_PREFILL,
     VARLEN_ATTENTION,
     WRITE_KV,
+    Heads,
+    Op,
     plain,
 )
 from steer_ops.cuda.flash import takes as varlen_takes
@@ -29,6 +32,7 @@ class KVShape:
     value: int
     dtype: torch.dtype
     device: torch.device
+    groups: int = 1  # query heads that share a head
 
     @property
     def bytes(self) -> int:
@@ -48,17 +52,26 @@ class KVOps:
     prefill: Callable[..., None] | None = None
 
     @classmethod
-    def of(cls, shape: KVShape) -> "KVOps":
-        """Kernels, as far as there are some for such keys and values."""
-        here = shape.device, shape.dtype
-        varlen = VARLEN_ATTENTION.has_kernel(*here) and varlen_takes(shape.key, shape.value, shape.dtype)
+    def of(cls, shape: KVShape, block_size: int) -> "KVOps":
+        """Kernels, as far as there are some that have been tried on such keys and values."""
+        heads = Heads(shape.heads, shape.groups, shape.key, shape.value, block_size)
+
+        def kernel(op: Op) -> Callable[..., Any] | None:
+            found = op.choose_for(shape.device, shape.dtype, heads)
+            return None if found is op.reference else found
+
         return cls(
-            PAGED_ATTENTION_DECODE.choose(*here),
-            WRITE_KV.choose(*here),
-            GATHER_KV.choose(*here),
-            VARLEN_ATTENTION.choose(*here) if varlen else None,
-            PAGED_ATTENTION_PREFILL.choose(*here) if PAGED_ATTENTION_PREFILL.has_kernel(*here) else None,
+            kernel(PAGED_ATTENTION_DECODE) or cls.decode,
+            kernel(WRITE_KV) or cls.write,
+            kernel(GATHER_KV) or cls.gather,
+            kernel(VARLEN_ATTENTION) if varlen_takes(shape.key, shape.value, shape.dtype) else None,
+            kernel(PAGED_ATTENTION_PREFILL),
         )
+
+    @property
+    def by_length(self) -> bool:
+        """Whether single tokens are attended to each to its own length."""
+        return self.decode is not plain.paged_attention_decode
 
 
 @dataclass(frozen=True)

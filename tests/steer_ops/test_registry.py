@@ -96,7 +96,7 @@ def test_a_kernel_is_tried_beside_its_twin_on_the_cpu(monkeypatch: pytest.Monkey
         return [part * coarse for part in _run(RMS_NORM.reference, args, named, CPU)]
 
     monkeypatch.setattr(registry, "_run", run)
-    assert RMS_NORM._passes_trial(torch.device("cuda"), torch.float32)
+    assert RMS_NORM._passes_trial(RMS_NORM.overload, torch.device("cuda"), torch.float32)
     assert seen == [(False, "cuda"), (True, "cpu")]
 
 
