@@ -1,7 +1,7 @@
 """Steering a Hugging Face model: one forward hook per live site, reading the bank's static buffers."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from functools import partial
 from types import TracebackType
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from steering.bank import ColumnBank
-from steering.errors import HookError
+from steering.bank import ColumnBank, SiteBuffers
+from steering.errors import HookError, UnsupportedArchitecture
 from steering.fused import fused_steer
 from steering.operators import Trace, steer, trace
 from steering.plain_batch import PlainBatch
 from steering.sharding import RowwiseLinear
 from steering.sites import site_module, site_width
-from steering.types import Column, Positions, Site
+from steering.types import Column, Positions, Site, SiteKind
 
 
 class Steering:
@@ -74,6 +74,29 @@ class Steering:
         for site in list(self._hooks):
             self._hooks.pop(site).remove()
         self.traces.clear()
+
+    def warm_up(self) -> None:
+        """What is compiled at first use is compiled now, for every width that a site of the model can have: no pass
+        waits for it when columns come."""
+        if not self.native:
+            return
+        dtype: torch.dtype = self.model.dtype  # type: ignore[assignment]
+        for width in self._site_widths():
+            bank = ColumnBank(device=self.bank.device, max_tokens=1)
+            at = SiteBuffers(width, bank.device)
+            at.resize(1)
+            at.attach(bank.multipliers.new_zeros(1, 1), bank.opened.new_zeros(1, 2), 0)
+            with torch.inference_mode():
+                fused_steer(
+                    at, torch.zeros(1, width, dtype=dtype, device=bank.device), bank.owners, bank.steered_tokens
+                )
+
+    def _site_widths(self) -> set[int]:
+        widths = set()
+        for kind in SiteKind:
+            with suppress(UnsupportedArchitecture):
+                widths.add(site_width(self.model, kind))
+        return widths
 
     def keep(self, rows: Sequence[int]) -> None:
         """Of a `steered` block: from now on its batch is of these rows, in their order."""

@@ -283,7 +283,9 @@ class ModelRunner:
     def warm_up(self) -> None:
         """Captures the CUDA graphs, and computes a step of each kind: the beginning of a text, more of it, one token,
         and another text beside it. What is made at first use on the engine's thread (a team of workers, primitives,
-        compiled kernels) is there for the first request. It writes into blocks that nothing may hold yet: the first."""
+        compiled kernels) is there for the first request, also for one that brings the first checkpoint. It writes into
+        blocks that nothing may hold yet: the first."""
+        self.steering.warm_up()
         self._warm_up_steps()  # also of more tokens than graphs have
         if self._graphs is not None:
             self.capture_graphs()

@@ -57,6 +57,7 @@ def follow(leader: Connection, settings: Settings, place: Place) -> None:
 class _Follower:
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
+        runner.steering.warm_up()
         self._handles: dict[int, Handle] = {}  # of this process, by the serial of the one that leads
         self._rows: dict[Row, SequenceSteering] = {}  # of the pass before: the same object says that nothing is new
 

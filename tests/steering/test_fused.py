@@ -1,17 +1,20 @@
 """The kernel for CPUs steers as `operators.steer` does, which is beside it in float64."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from server.engine.sequence import SteeringParams
 from steer_ops import STEER_AND_COUNT
 from steering import Clamp, Column, ColumnBank, Gate, Reading, SequenceSteering, Site, steer
 from steering.bank import SiteBuffers
 from steering.fused import fused_steer
 from steering.hook import Steering
-from tests.server.test_architectures import columns, tiny
+from tests.server.desk import Desk
+from tests.server.test_architectures import columns, greedy_sequence, tiny
 
 SITE = Site.parse("1.residual")
 WIDTH = 67
@@ -156,6 +159,27 @@ def test_a_model_is_steered_by_the_kernel_of_its_own_dtype(monkeypatch: pytest.M
     with Steering(model, bank), torch.inference_mode():
         model(torch.tensor([[5, 6, 7]]), use_cache=False)
     assert bank.take_counts().tolist() == [1, 1, 0, 0]
+
+
+def test_what_steers_is_compiled_before_the_first_checkpoint_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For sites of any width."""
+    kernel, launched = STEER_AND_COUNT.for_tensor(torch.zeros(1)), set[tuple[Any, ...]]()
+
+    def recording(activations: Tensor, *rest: Any) -> Any:
+        launched.add((activations.shape[1], activations.dtype, activations.stride(0) % 16))
+        return kernel(activations, *rest)
+
+    monkeypatch.setattr(STEER_AND_COUNT, "_chosen", {("cpu", torch.float32): recording})
+    desk = Desk(tiny("gemma"))
+    desk.runner.warm_up()
+    warm = launched.copy()
+    launched.clear()
+    [one, *_] = columns("gemma")
+    heads = replace(one, site=Site.parse("0.attn_heads"), vector=torch.ones(48), gate_weight=torch.ones(48))
+    handle = desk.bank.add([one, heads])
+    desk.run([greedy_sequence((8, 9), 2, SteeringParams(SequenceSteering.of([(handle, (1.0, 1.0))])))])
+    assert {width for width, *_ in launched} == {32, 48}
+    assert launched <= warm
 
 
 def test_where_pytorch_has_to_steer_nothing_happens() -> None:
