@@ -23,10 +23,9 @@ COLUMNS = {
     **dict.fromkeys(("vectors", "weights", "biases", "clamps", "multipliers", "opened"), "*fp32"),
 }
 FLOATS = {"parts": "*fp32", "logs": "*fp32", **dict.fromkeys(("scale", "softcap", "epsilon"), "fp32")}
+STRIDES = "_row", "_head", "_stride"
 SIZES = (
-    "_row",
-    "_head",
-    "_stride",
+    *STRIDES,
     "window",
     "chunks",
     "first",
@@ -43,7 +42,14 @@ def compiled(kernel: Any, dtype: str, constants: dict[str, Any], **options: int)
         name: "constexpr" if name in constants else types.get(name, "i32" if name.endswith(SIZES) else f"*{dtype}")
         for name in kernel.arg_names
     }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    # As in a launch: where nothing is known of alignment, loads of half precision are not on their way beforehand.
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, parameter in enumerate(kernel.params)
+        if (signature[parameter.name].startswith("*") and not parameter.do_not_specialize_on_alignment)
+        or (parameter.name.endswith(STRIDES) and not parameter.do_not_specialize)
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
