@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from server.engine.sequence import SamplingParams, ScheduledChunk, Sequence, SteeringParams
 from steering.types import SequenceSteering, Site
 from tests.server.desk import Desk, sequence
-from tests.server.test_architectures import VOCABULARY, columns, tiny
+from tests.server.test_architectures import VOCABULARY, columns, prefill_by_its_reference, tiny
 
 STEM = tuple(range(3, 33))
 RULES: list[dict[str, Any]] = [
@@ -94,18 +94,23 @@ def clean() -> Bench:
     return Bench()
 
 
-@pytest.mark.parametrize("graphs", [False, True], ids=["packed", "static"])
+@pytest.mark.parametrize("steps", ["packed", "static", "static, with prompts"])
 @settings(
     deadline=None,
     max_examples=3,
     phases=(Phase.explicit, Phase.reuse, Phase.generate),
-    suppress_health_check=[HealthCheck.too_slow],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 @given(seed=st.integers(0, 10**6), num_blocks=st.sampled_from([16, 30, 100]))
-def test_texts_logprobs_and_traces_are_those_of_each_alone(graphs: bool, seed: int, num_blocks: int) -> None:
+def test_texts_logprobs_and_traces_are_those_of_each_alone(
+    steps: str, seed: int, num_blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Random arrivals, prompts in chunks beside texts, penalties, log-probabilities, traces, ends that come early,
     shared beginnings, scores in between, in a cache that is sometimes too small."""
     number = random.Random(seed)
+    if "prompts" in steps:
+        prefill_by_its_reference(monkeypatch)
+    graphs = "static" in steps
     bench = Bench(
         num_blocks=num_blocks, block_size=4, max_num_seqs=4, max_num_batched_tokens=16, graphs=graphs, ahead=True
     )
