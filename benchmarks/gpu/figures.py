@@ -42,10 +42,12 @@ class Figure:
 
 @dataclass
 class Report:
-    """What has been measured so far. `judged`: the device and the shape are those that something is wanted of."""
+    """What has been measured so far. `judged`: the device and the shape are those that something is wanted of.
+    `optional`: parts that may be skipped all the same."""
 
     out: Path  # without its ending
     judged: bool
+    optional: frozenset[str] = frozenset()
     machine: dict[str, Any] = field(default_factory=dict)
     figures: list[tuple[str, Figure]] = field(default_factory=list)  # with their parts
     troubles: dict[str, str] = field(default_factory=dict)  # parts that failed, or did not come to an end, and why
@@ -61,6 +63,11 @@ class Report:
         """Names of the figures that are not what is wanted."""
         return [f"{part}: {one.name}" for part, one in self.figures if self.judged and one.missed]
 
+    @property
+    def missing(self) -> list[str]:
+        """Parts that were skipped though something is wanted of them."""
+        return [part for part in self.skipped if self.judged and part not in self.optional]
+
     def row(self, part: str, figure: Figure) -> tuple[str, ...]:
         verdict = ("missed" if figure.missed else "ok") if self.judged and figure.wanted else ""
         return part, figure.name, figure.measured, figure.wanted, verdict, figure.note
@@ -68,7 +75,8 @@ class Report:
     def rows(self) -> list[tuple[str, ...]]:
         found = [self.row(part, figure) for part, figure in self.figures]
         found += [(part, "", "", "", "failed", why) for part, why in self.troubles.items()]
-        return found + [(part, "", "", "", "skipped", why) for part, why in self.skipped.items()]
+        verdicts = {part: "missing" if part in self.missing else "skipped" for part in self.skipped}
+        return found + [(part, "", "", "", verdicts[part], why) for part, why in self.skipped.items()]
 
     def table(self) -> str:
         """For a terminal."""

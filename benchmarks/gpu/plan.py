@@ -5,11 +5,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Part:
-    """`function`: module:name, from a `World` to figures. `limit`: seconds after which it is given up."""
+    """`function`: module:name, from a `World` to figures. `limit`: seconds after which it is given up. `optional`: the
+    machine that figures are wanted of may lack what it needs."""
 
     function: str
     limit: float
     about: str
+    optional: bool = False
 
 
 # Not longer than 480 s together, as they are expected to take; each may take its limit where others leave time.
@@ -27,8 +29,13 @@ PARTS = {
     "extraction": Part("benchmarks.gpu.fitting:extraction", 60, "activations of as many texts as TruthfulQA has"),
     "fit": Part("benchmarks.gpu.fitting:fit", 40, "a fit of MAT-Steer"),
     "http": Part("benchmarks.gpu.over_http:http", 200, "clients over HTTP against the engine alone"),
-    "parallel": Part("benchmarks.gpu.parallel:parallel", 240, "the server on two GPUs (tensor parallel) against one"),
-    "pyvene": Part("benchmarks.gpu.others:by_pyvene", 60, "pyvene, where it is installed"),
+    "parallel": Part(
+        "benchmarks.gpu.parallel:parallel",
+        240,
+        "the server on two GPUs (tensor parallel) against one",
+        optional=True,
+    ),
+    "pyvene": Part("benchmarks.gpu.others:by_pyvene", 60, "pyvene, where it is installed", optional=True),
 }
 
 

@@ -4,13 +4,14 @@ itself along, for the next one gets a new process."""
 import contextlib
 import faulthandler
 import importlib
+import importlib.util
 import multiprocessing
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -73,26 +74,43 @@ class Worker:
             self._process.join(CLOSING_S)
         self._kill()
 
-    def figures(self, function: str, limit: float) -> Iterator[Figure]:
+    def look(self, limit: float) -> None:
+        """What machine this is. Raises PartFailed where nothing can be measured on it."""
+        for _ in self.figures("benchmarks.gpu.worker:nothing", limit):
+            pass
+
+    def figures(self, function: str, limit: float) -> Generator[Figure, None, None]:
         """What a part measures, as it comes, for `limit` seconds. Raises PartFailed, Skipped."""
         end = time.monotonic() + limit
-        if self._process is None:
-            self._start()
+        self._ask(function)
+        well = False
+        try:
+            while not well:
+                message = self._receive(end, limit)
+                well = isinstance(message, _Done | _Skipped)
+                match message:
+                    case Figure():
+                        yield message
+                    case dict():
+                        self.machine = message
+                    case _Skipped(why):
+                        raise Skipped(why)
+                    case _Failed(why):
+                        raise PartFailed(why)
+        finally:
+            if not well:  # what it still says is no other part's, and its device may fail everything that comes after
+                self._kill()
+
+    def _ask(self, function: str) -> None:
+        """Of a new process, where the last one has died since its part ended."""
+        if self._process is not None:
+            try:
+                self._pipe.send(function)
+                return
+            except OSError:
+                self._kill()
+        self._start()
         self._pipe.send(function)
-        while True:
-            message = self._receive(end, limit)
-            match message:
-                case Figure():
-                    yield message
-                case dict():
-                    self.machine = message
-                case _Skipped(why):
-                    raise Skipped(why)
-                case _Failed(why):
-                    self._kill()  # a device that has failed may fail everything that comes after
-                    raise PartFailed(why)
-                case _Done():
-                    return
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -157,14 +175,24 @@ def serve(pipe: "Connection[Any, Any]", options: Options) -> None:
             sys.stdout.flush()
 
 
+def nothing(world: Any) -> Iterator[Figure]:
+    """The part that measures nothing: for its process to begin."""
+    yield from ()
+
+
 def _run(function: str, world: Any, pipe: "Connection[Any, Any]") -> None:
-    """Raises what the part raises, and Skipped where a package that it needs is missing."""
+    """Raises what the part raises, and Skipped where it begins with a package that is missing as a whole."""
+    begun = False
     try:
         for figure in named(function)(world):
+            begun = True
             pipe.send(figure)
     except ModuleNotFoundError as missing:
+        package = (missing.name or "").partition(".")[0]
+        if begun or not package or importlib.util.find_spec(package) is not None:
+            raise
         traceback.print_exc()
-        raise Skipped(f"{missing.name} is not installed") from missing
+        raise Skipped(f"{package} is not installed") from missing
 
 
 def named(name: str) -> Any:

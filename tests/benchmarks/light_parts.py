@@ -1,6 +1,8 @@
 """Parts for the process that runs parts: what can become of one."""
 
 import os
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -55,3 +57,46 @@ def lacking(world: World) -> Iterator[Figure]:
     import no_such_package  # type: ignore[import-not-found]
 
     yield no_such_package
+
+
+def lacking_late(world: World) -> Iterator[Figure]:
+    yield Figure("before", 1)
+    yield from lacking(world)
+
+
+def lacking_ours(world: World) -> Iterator[Figure]:
+    import benchmarks.no_such_module  # type: ignore[import-not-found]
+
+    yield benchmarks.no_such_module
+
+
+def lacking_inside(world: World) -> Iterator[Figure]:
+    import httpx.no_such_module  # type: ignore[import-not-found]
+
+    yield httpx.no_such_module
+
+
+def leave(world: World) -> Iterator[Figure]:
+    """Its process ends a moment after it."""
+    yield Figure("before", 1)
+    threading.Timer(0.2, os._exit, [0]).start()
+
+
+def broken(world: World) -> Iterator[Figure]:
+    """What cannot be read at the other end, and a figure behind it."""
+
+    class Unreadable(Figure):
+        def __reduce__(self) -> tuple[Any, ...]:
+            return _unreadable, ()
+
+    yield Unreadable("bad", 1)
+    yield Figure("behind it", 1)
+
+
+def _unreadable() -> None:
+    raise ValueError("nobody can read this")
+
+
+def loaded() -> list[str]:
+    """In a process of clients: modules."""
+    return sorted(sys.modules)

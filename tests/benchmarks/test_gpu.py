@@ -26,6 +26,7 @@ from benchmarks.gpu.world import World
 from benchmarks.processes import Running
 from server.app import create_app
 from server.config import PREFIX, Settings
+from tests.benchmarks import light_parts
 from tests.server.conftest import listening
 
 ROOT = Path(__file__).parents[2]
@@ -189,6 +190,31 @@ def test_a_part_that_cannot_be_measured_leaves_its_process_alone(options: Option
         assert run(worker, "count") == ([2], "")
 
 
+@pytest.mark.parametrize("name", ["lacking_late", "lacking_ours", "lacking_inside"])
+def test_a_part_that_lacks_something_else_than_a_package_fails(options: Options, name: str) -> None:
+    with Worker(options) as worker:
+        assert "No module named" in run(worker, name)[1]
+
+
+def test_a_process_that_dies_between_two_parts_is_replaced(options: Options) -> None:
+    with Worker(options) as worker:
+        assert run(worker, "leave") == ([1], "")
+        assert worker._process is not None
+        worker._process.join()
+        assert run(worker, "count") == ([1], "")
+
+
+def test_whatever_one_part_does_the_next_one_is_measured(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("broken", "count"):
+        monkeypatch.setitem(PARTS, name, Part(f"tests.benchmarks.light_parts:{name}", 60, ""))
+    report = Report(options.scratch / "out", judged=True)
+    with Worker(options) as worker:
+        for name in ("broken", "count"):
+            measure(name, worker, report, end=math.inf)
+    assert report.troubles == {"broken": "ValueError: nobody can read this"}
+    assert [(part, one.name) for part, one in report.figures] == [("count", "asked")]
+
+
 def test_nothing_is_skipped_because_nothing_can_be_measured(options: Options) -> None:
     with Worker(replace(options, world="tests.benchmarks.light_parts:Lacking")) as worker:
         assert run(worker, "count") == ([], "ModuleNotFoundError: No module named 'no_such_package'")
@@ -211,13 +237,14 @@ def test_what_came_before_a_failure_is_written(options: Options, monkeypatch: py
 
 
 def test_figures_are_judged_where_something_is_wanted(tmp_path: Path) -> None:
-    report = Report(tmp_path / "gpu", judged=True, machine={"device": "a card"})
+    report = Report(tmp_path / "gpu", True, frozenset({"pyvene"}), machine={"device": "a card"})
     report.add("decode", Figure("a", 81.23, "%", at_least=80))
     report.add("decode", Figure("b", 79.9, "%", at_least=80))
     report.add("steering", Figure("c", -0.4, "%", "a | b", at_most=2))
     report.add("steering", Figure("d", math.nan, "%", at_most=2))
     report.add("rates", Figure("e", 4123.4, "GB/s"))
-    report.skipped["pyvene"] = "it is not installed"
+    report.skipped |= {"pyvene": "it is not installed", "http": "nor is this"}
+    assert report.missing == ["http"]
     assert report.missed == ["decode: b", "steering: d"]
     report.write()
     assert (tmp_path / "gpu.md").read_text().splitlines()[2:] == [
@@ -231,9 +258,10 @@ def test_figures_are_judged_where_something_is_wanted(tmp_path: Path) -> None:
         "| steering | d | nan % | <= 2 % | missed |  |",
         "| rates | e | 4,123 GB/s |  |  |  |",
         "| pyvene |  |  |  | skipped | it is not installed |",
+        "| http |  |  |  | missing | nor is this |",
     ]
     report.judged = False
-    assert report.missed == []
+    assert report.missed == report.missing == []
     assert {row[4] for row in report.rows()} == {"", "skipped"}
 
 
@@ -270,6 +298,40 @@ def test_the_command_writes_a_table_and_fails_where_a_part_does(
     with pytest.raises(SystemExit):
         main([*given, "--parts", "counts"])
     assert "there is no part 'counts'" in capsys.readouterr().err
+
+
+def test_what_is_wanted_and_skipped_fails_a_check(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, optional in (("skip", False), ("may_skip", True)):
+        monkeypatch.setitem(PARTS, name, Part("tests.benchmarks.light_parts:skip", 60, "", optional))
+    monkeypatch.setattr("benchmarks.gpu.__main__.Options", partial(Options, world=options.world))
+    monkeypatch.chdir(options.scratch)
+    assert main(["--check", "--parts", "may_skip"]) == 0
+    assert main(["--check", "--parts", "skip"]) == 1
+    assert main(["--parts", "skip"]) == 0
+    assert main(["--check", "--parts", "skip,may_skip", "--shape", "tiny"]) == 0
+    written = {str(path) for path in Path().rglob("*.json")}
+    assert written == {"runs/gpu-may_skip.json", "runs/gpu-skip.json", "runs/gpu-tiny-skip-may_skip.json"}
+
+
+def test_the_committed_table_is_of_all_parts(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.gpu.__main__.PARTS", {"count": Part("tests.benchmarks.light_parts:count", 60, "")})
+    monkeypatch.setattr("benchmarks.gpu.__main__.Options", partial(Options, world=options.world))
+    monkeypatch.chdir(options.scratch)
+    assert main([]) == 0
+    assert main(["--device", "cpu"]) == 0
+    written = {str(path) for path in Path().rglob("*.json")}
+    assert written == {"benchmarks/results/gpu.json", "runs/gpu-8B.json"}
+
+
+def test_where_nothing_can_be_measured_one_sentence_is_said_and_no_table_is_written(
+    options: Options, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("benchmarks.gpu.__main__.Options", partial(Options, world=f"{light_parts.__name__}:Lacking"))
+    monkeypatch.chdir(options.scratch)
+    assert main([]) == 1
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.startswith("nothing can be measured here: ModuleNotFoundError: No module named 'no_such_package' (")
+    assert [path.name for path in options.scratch.rglob("gpu*")] == ["gpu.log"]
 
 
 # --- what it needs ----------------------------------------------------------------------------------
