@@ -77,6 +77,7 @@ class Ours:
         graph_rows = rows if self.bank.device.type == "cuda" else 0
         self.blocks = runner.allocate(num_blocks, size, graph_rows=graph_rows, max_model_len=context)
         self.cache_bytes = sum(pool.keys.nbytes + pool.values.nbytes for pool in runner.attention.pools.values())
+        self.runner, self.model = runner, model
         self.unsteered = [SteeringParams()]
         self._handle = self.bank.add(columns(shape)) if loaded else None
         self.steering = self.steered_by(mixes) if loaded and mixes else self.unsteered
@@ -89,7 +90,9 @@ class Ours:
         )
         self._names = itertools.count()
         self.engine.start()
+        start = time.perf_counter()
         self.engine.warm_up().result()
+        self.warm_up_seconds = time.perf_counter() - start  # that the captures of the graphs took, and the first steps
 
     def __call__(self, requests: abc.Sequence[Request]) -> None:
         self.answers(requests)

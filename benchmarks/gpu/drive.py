@@ -15,9 +15,10 @@ from server.engine.sequence import Event, Finished, TokenEvent
 
 @dataclass(frozen=True)
 class Streamed:
-    """Seconds: of the whole run, from each request to its first token, and between its tokens."""
+    """Seconds: of the whole run, when each request was sent, from there to its first token, and between its tokens."""
 
     seconds: float
+    asked: list[float]
     first: list[float]
     gaps: list[float]
     tokens: int
@@ -32,10 +33,36 @@ def prompts(shape: str, count: int, length: int, new: int, seed: int = 0) -> lis
 def step_seconds(ours: Ours, work: Sequence[Request]) -> float:
     """Of a step that decodes all of the requests, which have equally many new tokens. Their prompts have been read
     before, by a call of this function: so all of them begin in one step."""
-    answers = ours.answers(work, keep=True)
+    return _step_seconds(ours.answers(work, keep=True), work[0].new)
+
+
+def _step_seconds(answers: Sequence[Finished], new: int) -> float:
     begun = max(one.timing.ttft_ms for one in answers)
     ended = max(one.timing.total_ms for one in answers)
-    return (ended - begun) / 1000 / (work[0].new - 1)
+    return (ended - begun) / 1000 / (new - 1)
+
+
+def step_beside(ours: Ours, work: Sequence[Request], chunks: Sequence[Request]) -> tuple[float, float]:
+    """The same while the `chunks` are read one after the other, as many prompts of one new token as `work` has steps;
+    and the share of the steps that read one."""
+    left = iter(chunks)
+    told: list[Event] = []
+    over: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def read_next(event: Event | None = None) -> None:
+        """On the engine's thread: no step waits for another one."""
+        if len(told) < len(work):
+            ours.engine.submit([ours.sequence(len(work), next(left))], read_next)
+        else:
+            over.put(None)
+
+    ours.engine.submit([ours.sequence(index, one) for index, one in enumerate(work)], told.append)
+    read_next()
+    over.get()
+    answers = [event for event in told if isinstance(event, Finished)]
+    assert len(answers) == len(work), told
+    read = len(chunks) - len([*left]) - 1  # the first and the last one may be read before and after
+    return _step_seconds(answers, work[0].new), read / (work[0].new - 1)
 
 
 def median_step(ours: Ours, work: Sequence[Request], rounds: int) -> float:
@@ -89,6 +116,7 @@ def streamed(
             ask(following)
     return Streamed(
         time.perf_counter() - start,
+        [at - start for at in asked],
         [came[0] - asked[index] for index, came in enumerate(times)],
         [after - before for came in times for before, after in itertools.pairwise(came)],
         sum(map(len, times)),

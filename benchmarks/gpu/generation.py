@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 
-from benchmarks.gpu.drive import in_turn, median_step, prompts, step_seconds, streamed
+from benchmarks.gpu.drive import in_turn, median_step, prompts, step_beside, step_seconds, streamed
 from benchmarks.gpu.figures import Figure
 from benchmarks.gpu.world import World
 from benchmarks.workload import SHAPES, Request, requests
@@ -14,6 +14,11 @@ from server.bench import percentiles
 SHARE = 0.8  # of the requests a second that the engine can answer
 LEAD_S = 0.02  # of a long prompt before the short ones: its first step has begun
 STEERING_COSTS, CONFIGURATIONS_COST = 2, 3  # per cent, at most
+# Per cent, at most: what the operations of a prompt of 64 tokens take of a step of 32 rows, were they to come after its
+# reading of the weights. A step at the host's pace takes several times as long.
+PROMPT_COSTS = 50
+GAPS = 4  # times a decoding step, at most: one step in a hundred reads four or five of the prompts
+GENERATIONS = 4  # requests of each client
 
 
 def decode(world: World) -> Iterator[Figure]:
@@ -113,15 +118,30 @@ def waiting(world: World) -> Iterator[Figure]:
     yield Figure(f"first token behind {sizes.long} tokens, p50", told["p50"], "ms", note)
 
 
-def arrivals(world: World) -> Iterator[Figure]:
-    """Steps that read prompts and decode beside each other."""
+def mixed(world: World) -> Iterator[Figure]:
+    """Steps of as many rows without and with a prompt beside them, round by round. The first round warms up."""
     sizes, ours = world.sizes, world.steered
-    longest = min(512, sizes.context // 4)
-    asked = requests(sizes.arrivals, SHAPES[sizes.shape]["vocab_size"], shortest=longest // 8, longest=longest)
-    work = [Request(one.prompt, max(2, one.new // 4)) for one in asked]
-    streamed(ours, work[: len(work) // 4])  # warms up
+    rows, tokens = sizes.beside_rows, sizes.beside_prompt
+    work = prompts(sizes.shape, rows, 128 - sizes.new // 2, sizes.new)
+    costs = []
+    for number in range(1 + sizes.rounds):
+        alone = step_seconds(ours, work)
+        with_some, share = step_beside(ours, work, prompts(sizes.shape, sizes.new, tokens, 1, seed=1 + number))
+        costs.append((with_some / alone - 1) / share)
+    note = f"{1000 * alone:.2f} ms a step of {rows} rows; {share:.0%} of the steps read a prompt"
+    name = f"{rows} rows beside a prompt of {tokens} tokens, against alone"
+    yield Figure(name, 100 * statistics.median(costs[1:]), "%", note, at_most=PROMPT_COSTS)
+
+
+def arrivals(world: World) -> Iterator[Figure]:
+    """Steps that read prompts and decode beside each other. What the engine can do is told by the second half of the
+    requests of a closed loop: by then they begin at different times, and all clients still have one."""
+    sizes, ours = world.sizes, world.steered
+    count, longest = GENERATIONS * sizes.rows, sizes.longest
+    work = requests(count, SHAPES[sizes.shape]["vocab_size"], shortest=longest // 8, longest=longest)
+    streamed(ours, work[: sizes.rows])  # warms up
     most = streamed(ours, work, clients=sizes.rows)
-    can = len(work) / most.seconds
+    can = (count - count // 2) / (most.asked[-1] - most.asked[count // 2 - 1])
     yield Figure("requests at once", most.tokens / most.seconds, "tokens/s", f"{can:.1f} requests/s")
     seen = streamed(ours, work, rate=SHARE * can)
     first, gaps = percentiles(seen.first), percentiles(seen.gaps)
@@ -131,6 +151,10 @@ def arrivals(world: World) -> Iterator[Figure]:
     yield Figure(f"{name}, first token, p99", first["p99"], "ms")
     yield Figure(f"{name}, between tokens, p50", gaps["p50"], "ms")
     yield Figure(f"{name}, between tokens, p99", gaps["p99"], "ms")
+    rows = max(1, round(sum(seen.gaps) / seen.seconds))  # that ran at a time
+    step = 1000 * median_step(ours, prompts(sizes.shape, rows, 128 - sizes.new // 2, sizes.new), sizes.rounds)
+    note = f"{step:.2f} ms a step of {rows} rows, as many as ran at a time"
+    yield Figure(f"{name}, between tokens, p99 against a step", gaps["p99"] / step, "x", note, at_most=GAPS)
 
 
 def memory(world: World) -> Iterator[Figure]:

@@ -1,6 +1,5 @@
 """The server with the model in one process, then in two that have a shard of it on a GPU each (tensor parallel)."""
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -8,15 +7,11 @@ from typing import Any
 import httpx
 import torch
 
-from benchmarks.gpu.clients import Clients
 from benchmarks.gpu.figures import Figure
-from benchmarks.gpu.over_http import START_S, served_folder, settings
+from benchmarks.gpu.over_http import WARM_UP, need_server, served_folder, serving, settings, work
 from benchmarks.gpu.worker import Skipped
 from benchmarks.gpu.world import World
-from benchmarks.processes import running
-from benchmarks.workload import SHAPES
-from server.bench import Summary, Workload
-from server.config import PREFIX
+from server.bench import Summary
 from training.evaluation.answer_tree import shared_length
 
 PROCESSES = 2
@@ -33,6 +28,7 @@ def parallel(world: World) -> Iterator[Figure]:
     """Tokens a second of the same requests, and whether greedy texts are the same. Raises Skipped."""
     if world.cuda and torch.cuda.device_count() < PROCESSES:
         raise Skipped(f"there are fewer than {PROCESSES} GPUs")
+    need_server()
     given = settings(world, served_folder(world))
     world.release("steered", "plain", "model")  # both servers use the first GPU, too
     alone, together = (_served(world, {**given, "tensor_parallel_size": size}) for size in (1, PROCESSES))
@@ -50,49 +46,26 @@ def parallel(world: World) -> Iterator[Figure]:
 
 
 def _served(world: World, given: dict[str, Any]) -> _Seen:
-    sizes = world.sizes
     each = {**given, "kv_cache_mib": -(-given["kv_cache_mib"] // given["tensor_parallel_size"])}
-    environment = {f"{PREFIX}{name.upper()}": str(value) for name, value in each.items()}
-    command = [sys.executable, "-m", "server.cli", "serve"]
-    most = max(count for count, _ in _clients(world))
+    longest = world.sizes.longest
+    spans = (longest // 8, longest), (longest // 2, longest)
     runs = []
-    with (
-        running(command, timeout=START_S, environment=environment) as server,
-        Clients(server.url, most) as clients,
-    ):
+    with serving(each, max(count for count, _ in _clients(world))) as clients:
         for count, _ in _clients(world):
-            bodies = _work(world, max(8, sizes.requests * count), seed=count)
-            clients.closed_loop(bodies[: 2 * count], count)  # warms up
-            runs.append(clients.closed_loop(bodies, count))
-        return _Seen(runs, _texts(world, server.url))
+            clients.closed_loop(work(world, 2 * count, *spans, seed=WARM_UP + count), count)  # warms up
+            asked = work(world, world.sizes.requests * max(2, count), *spans, seed=count)
+            runs.append(clients.closed_loop(asked, count))
+        return _Seen(runs, _texts(world, clients.url))
 
 
 def _clients(world: World) -> tuple[tuple[int, float | None], ...]:
     return world.sizes.clients[:2]
 
 
-def _longest(world: World) -> int:
-    """Of prompts and of answers, in tokens."""
-    return min(128, world.sizes.context // 4)
-
-
-def _work(world: World, count: int, seed: int) -> list[dict[str, Any]]:
-    longest = _longest(world)
-    return Workload(
-        "steered",
-        count,
-        prompt=(longest // 8, longest),
-        new=(longest // 2, longest),
-        vocab=SHAPES[world.sizes.shape]["vocab_size"],
-        extra={"ignore_eos": True},
-        seed=seed,
-    ).bodies()
-
-
 def _texts(world: World, url: str) -> list[list[int]]:
     """Greedy ones, all in one batch."""
     prompts = [f"Question {number}:" for number in range(TEXTS)]
-    body = {"prompt": prompts, "temperature": 0, "max_new_tokens": _longest(world), "ignore_eos": True}
+    body = {"prompt": prompts, "temperature": 0, "max_new_tokens": world.sizes.longest, "ignore_eos": True}
     answer = httpx.post(f"{url}/generate", json=body, timeout=600)
     answer.raise_for_status()
     return [result["token_ids"] for result in answer.json()["results"]]

@@ -2,9 +2,11 @@
 
 import gc
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +17,18 @@ from benchmarks.gpu.plan import SIZES, Sizes
 from benchmarks.gpu.worker import Options
 from benchmarks.machine import described
 from benchmarks.workload import llama
-from steer_ops.cuda import library
 
-TIMED, WARM = 10, 3  # copies and products
+TIMED, AT_ONCE = 5, 10  # what is timed so often is called so many times in a row: launching and waiting take time, too
 
 
 class World:
     """Its properties are made when they are first asked for, and kept until `release`."""
 
     def __init__(self, options: Options) -> None:
+        """Raises RuntimeError where there is no such device."""
         self.device = torch.device(options.device)
+        if self.cuda and not torch.cuda.is_available():
+            raise RuntimeError(f"torch {torch.__version__} finds no GPU; --device cpu --shape tiny needs none")
         self.sizes: Sizes = SIZES[options.shape]
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.scratch: Path = options.scratch
@@ -38,14 +42,13 @@ class World:
         """The machine, versions and command."""
         found: dict[str, Any] = {"device": "cpu"}
         if self.cuda:
-            torch.cuda.get_device_properties(self.device)  # raises where there is none
             found = {
                 "device": torch.cuda.get_device_name(self.device),
                 "CUDA": torch.version.cuda,
-                "kernels": ", ".join(sorted(library.kernels())),
+                "driver": _driver(),
             }
         shape = f"a random Llama of the {self.sizes.shape} shape, {str(self.dtype)[6:]}"
-        return {**found, "model": shape, **described()}
+        return {**found, "model": shape, **described(), **{name: _version(name) for name in ("accelerate", "triton")}}
 
     @cached_property
     def copy_rate(self) -> float:
@@ -94,15 +97,16 @@ class World:
             torch.cuda.synchronize(self.device)
 
     def seconds(self, work: Callable[[], object]) -> float:
-        """What a piece of work takes on the device, a median."""
+        """What a piece of work takes on the device when it follows itself, a median."""
         times = []
-        for _ in range(WARM + TIMED):
+        for _ in range(1 + TIMED):  # the first one warms up
             self.wait()
             start = time.perf_counter()
-            work()
+            for _ in range(AT_ONCE):
+                work()
             self.wait()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times[WARM:])
+            times.append((time.perf_counter() - start) / AT_ONCE)
+        return statistics.median(times[1:])
 
     def _engine(self, *, loaded: bool) -> Ours:
         sizes = self.sizes
@@ -116,3 +120,18 @@ class World:
             loaded=loaded,
             device=self.device,
         )
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"

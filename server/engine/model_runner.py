@@ -264,6 +264,11 @@ class ModelRunner:
         """The buckets that a graph is to be captured for: those of a start, and after the bank has moved."""
         return self._graphs.due(self.bank.version) if self._graphs else []
 
+    @property
+    def num_graphs(self) -> int:
+        """How many have been captured, and serve steps now."""
+        return len(self._graphs.captured(self.bank.version)) if self._graphs else 0
+
     def want_graphs(self) -> list[Bucket]:
         """From now on all graphs that can be known beforehand are due: these."""
         if self._graphs:

@@ -4,6 +4,7 @@ import ast
 import asyncio
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,29 +14,46 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-from fastapi import FastAPI
+import torch
+from fastapi import FastAPI, Request, Response
 
-from benchmarks.gpu import over_http, parallel
+from benchmarks.contenders import Ours
+from benchmarks.gpu import over_http
 from benchmarks.gpu.__main__ import main, measure
-from benchmarks.gpu.checks import told
+from benchmarks.gpu.checks import engine, kept, told
+from benchmarks.gpu.clients import Clients
+from benchmarks.gpu.drive import prompts, step_beside, step_seconds, streamed
 from benchmarks.gpu.figures import Figure, Report
 from benchmarks.gpu.plan import FULL, PARTS, Part
 from benchmarks.gpu.worker import Options, PartFailed, Skipped, Worker, named
 from benchmarks.gpu.world import World
 from benchmarks.processes import Running
+from benchmarks.workload import llama
 from server.app import create_app
 from server.config import PREFIX, Settings
+from server.engine.cuda_graphs import CudaGraphs, capture_sizes
+from steer_ops import PAGED_ATTENTION_DECODE
 from tests.benchmarks import light_parts
 from tests.server.conftest import listening
 
 ROOT = Path(__file__).parents[2]
+COMPILED = PAGED_ATTENTION_DECODE.has_kernel(torch.device("cpu"), torch.float32)
+needs_kernel = pytest.mark.skipif(not COMPILED, reason="nothing can be compiled here")
 # What each part says at least, and whether something is wanted of it.
 FIGURES = {
     "rates": {
         "a large copy, read and written": False,
         "a large product": False,
         "attention of 64 tokens, Triton's against Flash": False,
+    },
+    "engine": {
+        "operations with a kernel": True,
+        "of the attention, in the model's own sizes": True,
+        "layers left as they were": True,
+        "CUDA graphs": True,
+        "captures and first steps": False,
     },
     "decode": {"1 x 16, of the floor": True, "4 x 48, of the floor": False},
     "prefill": {"32 tokens in one step, of the matrix rate": False, "64 tokens in one step, of the matrix rate": True},
@@ -50,6 +68,7 @@ FIGURES = {
         "3 arms over 100 tokens, against one": False,
         "3 arms over 100 tokens, the last one's first token": False,
     },
+    "mixed": {"4 rows beside a prompt of 8 tokens, against alone": True},
     "waiting": {"first token behind 200 tokens, p50": False},
     "arrivals": {
         "requests at once": False,
@@ -57,6 +76,7 @@ FIGURES = {
         "at 80% of that, first token, p99": False,
         "at 80% of that, between tokens, p50": False,
         "at 80% of that, between tokens, p99": False,
+        "at 80% of that, between tokens, p99 against a step": True,
     },
     "memory": {"a token held in the cache": False},
     "generate": {
@@ -66,9 +86,10 @@ FIGURES = {
     "extraction": {"activations of TruthfulQA-sized data": False},
     "fit": {"a fit of MAT-Steer, an epoch": False},
     "http": {
-        "the first request against the tenth": True,
+        "the first request against the next nine": True,
         "1 clients, of the engine alone": False,
         "2 clients, of the engine alone": True,
+        "2 clients, 2 fronts, of the engine alone": False,
     },
     "parallel": {
         "1 clients, 2 processes against 1": False,
@@ -91,6 +112,9 @@ async def stop(app: FastAPI) -> None:
         pass
 
 
+cached: list[float] = []  # of each server that has ended: tokens of prompts that it did not have to read
+
+
 @contextmanager
 def served_here(command: Sequence[str], *, environment: Mapping[str, str], timeout: float) -> Iterator[Running]:
     """The same server, in this process."""
@@ -100,6 +124,8 @@ def served_here(command: Sequence[str], *, environment: Mapping[str, str], timeo
     try:
         with listening(app) as url:
             yield Running(url, 0)
+            told = httpx.get(f"{url}/metrics").text
+            cached.append(float(re.findall(r"^\S*prefix_cache_hits\S* (\S+)$", told, re.MULTILINE)[0]))
     finally:
         asyncio.run(stop(app))
 
@@ -107,13 +133,15 @@ def served_here(command: Sequence[str], *, environment: Mapping[str, str], timeo
 @pytest.mark.timeout(300)  # servers start, of several processes
 @pytest.mark.parametrize("part", FIGURES)
 def test_a_part_measures_what_the_plan_says(part: str, tiny: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (over_http, parallel):
-        monkeypatch.setattr(module, "running", served_here)
+    monkeypatch.setattr(over_http, "running", served_here)
     monkeypatch.setattr("os.cpu_count", lambda: 4)  # clients in two processes
+    cached.clear()
     found = list(named(PARTS[part].function)(tiny))
     assert {one.name: bool(one.wanted) for one in found} == FIGURES[part]
     assert all(math.isfinite(one.value) for one in found), found
-    assert all(one.value > 0 for one in found if part not in ("steering", "arms")), found
+    assert all(one.value > 0 for one in found if part not in ("engine", "steering", "arms", "mixed")), found
+    if part == "http":
+        assert cached == [0, 0], "the engine alone reads every prompt, too"
     if part == "parallel":
         assert found[-1].value == 100, "in float32 no token is decided by rounding"
 
@@ -131,6 +159,34 @@ def test_pyvene_is_skipped_where_it_is_not_installed(tiny: World) -> None:
 
 def test_the_machine_is_described(tiny: World) -> None:
     assert {"device", "model", "torch", "transformers", "processor", "command"} <= set(tiny.described())
+
+
+def test_what_is_wanted_does_not_wait_for_what_is_only_told() -> None:
+    wanted = [part for part in PARTS if part in ("tests", "pyvene") or any(FIGURES[part].values())]
+    told = [part for part in PARTS if part not in wanted]
+    assert [*PARTS] == ["tests", "rates", *wanted[1:], *(part for part in told if part != "rates")]
+
+
+@needs_kernel
+def test_kernels_and_layers_that_are_not_used_are_seen(tiny: World) -> None:
+    found = {one.name: one for one in engine(tiny)}
+    assert found["of the attention, in the model's own sizes"].note == "without: write, gather, varlen, prefill"
+    assert found["layers left as they were"].note == "2 LlamaDecoderLayer", "CPUs have no kernel for the addition"
+    model = llama("tiny", tiny.dtype)
+    assert kept(model) == {"LlamaDecoderLayer": 2, "LlamaAttention": 2, "LlamaMLP": 2, "LlamaRMSNorm": 5}
+
+
+@needs_kernel
+def test_graphs_that_are_given_up_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = Ours("tiny", torch.float32, 2)
+    ours.close()
+    runner = ours.runner
+    for gives_up in (False, True):
+        if gives_up:
+            monkeypatch.setattr(CudaGraphs, "_record", lambda graphs, metadata: 1 / 0)
+        runner.allocate(16, 16, graph_rows=8)
+        runner.capture_graphs()
+        assert runner.num_graphs == (0 if gives_up else len(capture_sizes(8)))
 
 
 def test_the_full_sizes_fit_into_the_cache_and_the_context() -> None:
@@ -334,6 +390,66 @@ def test_where_nothing_can_be_measured_one_sentence_is_said_and_no_table_is_writ
     assert [path.name for path in options.scratch.rglob("gpu*")] == ["gpu.log"]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_told(options: Options) -> None:
+    with pytest.raises(RuntimeError, match=r"torch \S+ finds no GPU; --device cpu"):
+        World(replace(options, device="cuda"))
+
+
+# --- what is compared -------------------------------------------------------------------------------
+
+
+@contextmanager
+def answering(count: int) -> Iterator[tuple[str, list[int], set[Any]]]:
+    """A server that answers its request 0 when `count` have come; which came in turn, and from which addresses."""
+    came: list[int] = []
+    addresses: set[Any] = set()
+    all_here = asyncio.Event()
+    app = FastAPI()
+
+    @app.post("/v1/completions")
+    async def answer(body: dict[str, int], request: Request) -> Response:
+        came.append(body["number"])
+        addresses.add(request.client)
+        if len(came) == count:
+            all_here.set()
+        if body["number"] == 0:
+            await asyncio.wait_for(all_here.wait(), 20)
+        return Response('data: {"choices": [{"text": "a"}]}\n\ndata: [DONE]\n\n', media_type="text/event-stream")
+
+    with listening(app) as url:
+        yield url, came, addresses
+
+
+def test_clients_take_the_requests_in_turn_whoever_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    with answering(6) as (url, came, _), Clients(url, 2) as clients:
+        assert clients.closed_loop([{"number": number} for number in range(6)], 2).requests == 6
+    assert {*came[:2]} == {0, 1}
+    assert came[2:] == [2, 3, 4, 5], "the client of request 0 has none of them"
+
+
+def test_a_first_request_loads_nothing_and_each_has_a_connection_of_its_own() -> None:
+    with answering(0) as (url, came, addresses), Clients(url, 1) as clients:
+        before = clients._pool.submit(light_parts.loaded).result()
+        assert len(clients.one_by_one([{"number": number} for number in range(1, 4)])) == 3
+        assert clients._pool.submit(light_parts.loaded).result() == before
+    assert (came, len(addresses)) == ([1, 2, 3], 3)
+
+
+def test_a_closed_loop_asks_in_turn_and_the_engine_is_told_how_often_it_read_beside_decoding(tiny: World) -> None:
+    ours = tiny.steered
+    seen = streamed(ours, prompts("tiny", 6, 8, 4), clients=2)
+    assert seen.asked == sorted(seen.asked)
+    work = prompts("tiny", 2, 8, 12)
+    step_seconds(ours, work)
+    before = ours.engine.stats.computed_tokens
+    seconds, share = step_beside(ours, work, prompts("tiny", 12, 5, 1, seed=1))
+    read, rest = divmod(ours.engine.stats.computed_tokens - before - 2 * 12, 5)
+    assert (round(11 * share), rest) == (read - 1, 0)
+    assert seconds > 0
+
+
 # --- what it needs ----------------------------------------------------------------------------------
 
 # PyTorch brings jinja2, typer brings rich.
@@ -369,11 +485,11 @@ def imports(path: Path) -> Iterator[str]:
             waiting += ast.iter_child_nodes(node)
 
 
-def test_the_engine_is_measured_without_the_servers_packages() -> None:
-    waiting = ["benchmarks.gpu.__main__", "benchmarks.gpu.world"]
-    waiting += [f"benchmarks.gpu.{name}" for name in ("rates", "generation", "others", "fitting", "checks", "clients")]
+def foreign(*roots: str) -> set[str]:
+    """Packages that are imported when these modules of ours are."""
+    waiting = [*roots]
     read: set[Path] = set()
-    foreign: set[str] = set()
+    found: set[str] = set()
     while waiting:
         parts = waiting.pop().split(".")
         for place in [ROOT.joinpath(*parts[:end]) for end in range(1, len(parts) + 1)]:
@@ -385,6 +501,25 @@ def test_the_engine_is_measured_without_the_servers_packages() -> None:
                 if name.split(".")[0] in OURS:
                     waiting.append(name)
                 else:
-                    foreign.add(name.split(".")[0])
-    assert "torch" in foreign
-    assert foreign - set(sys.stdlib_module_names) <= NEEDED
+                    found.add(name.split(".")[0])
+    return found - set(sys.stdlib_module_names)
+
+
+def test_the_engine_is_measured_without_the_servers_packages() -> None:
+    parts = ("rates", "generation", "others", "fitting", "checks", "clients")
+    found = foreign("benchmarks.gpu.__main__", "benchmarks.gpu.world", *(f"benchmarks.gpu.{name}" for name in parts))
+    assert "torch" in found
+    assert found <= NEEDED
+
+
+def test_http_is_skipped_before_a_model_is_written_where_the_server_lacks_a_package(
+    tiny: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = foreign("server.cli", "server.app", "server.process.supervisor", "server.process.workers")
+    found -= {"anyio", "pydantic", "pydantic_core", "starlette"}  # FastAPI brings these
+    assert found - NEEDED | {"httptools"} == {*over_http.PACKAGES}, "uvicorn imports httptools"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "fastapi_offline" else find_spec(name))
+    monkeypatch.setattr(over_http, "write_folder", lambda *args: pytest.fail("a model is written"))
+    for part in ("http", "parallel"):
+        with pytest.raises(Skipped, match="fastapi-offline is not installed"):
+            list(named(PARTS[part].function)(World(Options("cpu", "tiny", tiny.scratch / part, tiny.log))))
