@@ -7,8 +7,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from demo.results import summary as demo_summary
 from server.config import OLD_NAMES, Settings
 from studies.real_results import MARKERS as REAL_RESULTS
 from studies.real_results import page, summary
+from tests.image.check_image import COMPILES
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -69,6 +72,29 @@ def test_the_compose_file_serves_a_gpu_by_default_and_the_demo_on_a_cpu() -> Non
     assert {name.partition("/")[0] for names in copied for name in names.split()} == kept
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert {*packages["packages"], *packages["force-include"]} <= {name for names in copied for name in names.split()}
+
+
+def test_the_image_has_what_kernels_are_compiled_with_where_they_run() -> None:
+    stage = (ROOT / "Dockerfile").read_text().split("\nFROM ")[-1].replace("\\\n", " ")
+    installs = r'if \[ "\$\{TORCH\}" = cpu \]; then apt-get (install .*?); +else apt-get (install .*?); fi'
+    choice = re.search(installs, stage)
+    assert choice, "the last stage chooses by TORCH"
+    cpu, cuda = ({word for word in part.split() if word[0] != "-"} for part in choice.groups())
+    assert "g++" in cpu
+    assert {"gcc", "libc6-dev", "python3-dev"} <= cuda, "Triton's"
+    assert re.search(r"^ARG TORCH=cu\d+$", stage.split("RUN ")[0], re.MULTILINE), "it is empty without"
+    (folder,) = re.findall(r"TRITON_CACHE_DIR=(\S+)/triton", stage)
+    assert re.search(rf"install --directory --owner 10001 .*{folder}\b", stage), "the user may write there"
+
+
+@pytest.mark.skipif(
+    not (shutil.which("gcc") and find_spec("triton") and Path(sysconfig.get_path("include"), "Python.h").exists()),
+    reason="there is no Triton, C compiler, or Python.h",
+)
+def test_the_check_of_an_image_compiles_as_triton_does(tmp_path: Path) -> None:
+    assert subprocess.run([sys.executable, "-c", COMPILES]).returncode == 0
+    run = subprocess.run([sys.executable, "-c", COMPILES], env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert "there is no gcc" in run.stderr
 
 
 def test_make_serve_makes_the_environment_installs_and_serves() -> None:

@@ -5,7 +5,8 @@ needs neither namespaces nor a daemon. What is built is the Dockerfile's image, 
 in its files, with the host's network. Where the base cannot be pulled, `--debootstrap SUITE` makes one from Debian's
 packages. `--volume` and `--pip-conf` lend the build what it needs to reach packages.
 
-With --docker a container engine does both; `--torch cu130` is the image for GPUs, which has to serve on a CPU as well.
+With --docker a container engine does both; `--torch cu130` is the image for GPUs, which has to serve on a CPU as well,
+and to have what Triton compiles its kernels with.
 As root: whose process listens, and what it has mapped, is for root to see.
 """
 
@@ -37,6 +38,25 @@ QUESTION = {
     "baseline": True,
     "seed": 1,
 }
+# As Triton does for each kernel, whose launcher is a module in C.
+COMPILES = """
+import importlib.util, shutil, subprocess, sysconfig, tempfile, triton
+SOURCE = r'''
+#include <Python.h>
+static struct PyModuleDef tried = {PyModuleDef_HEAD_INIT, "tried", 0, -1, 0};
+PyMODINIT_FUNC PyInit_tried(void) { return PyModule_Create(&tried); }
+'''
+compiler = shutil.which("gcc")
+assert compiler, "there is no gcc"
+with tempfile.TemporaryDirectory() as folder:
+    source, module = folder + "/tried.c", folder + "/tried.so"
+    with open(source, "w") as file:
+        file.write(SOURCE)
+    headers = "-I" + sysconfig.get_path("include")
+    subprocess.run([compiler, source, headers, "-shared", "-fPIC", "-o", module], check=True)
+    spec = importlib.util.spec_from_file_location("tried", module)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+"""
 
 
 class Image(Protocol):
@@ -184,7 +204,7 @@ def main() -> None:
             build(image, base, args)
         facts(image.config())
         try:
-            check(image, compiled=args.torch == "cpu")
+            check(image, args.torch)
         finally:
             image.close()
 
@@ -208,8 +228,8 @@ def facts(config: Mapping[str, Any]) -> None:
     expect("serves by default", (config["Entrypoint"], config["Cmd"]) == (["matsteer"], ["serve"]))
 
 
-def check(image: Image, *, compiled: bool) -> None:
-    """`compiled`: the image has a compiler for the kernels of CPUs."""
+def check(image: Image, torch: str) -> None:
+    """`torch`: which of PyTorch's builds it has, and so what it compiles kernels with."""
     log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed with the process
     began = time.monotonic()
     server = image.serve(SETTINGS, log)
@@ -229,8 +249,11 @@ def check(image: Image, *, compiled: bool) -> None:
         expect(
             "two arms, one steered", steered["steering"]["steered_tokens"] > 0 and steered["text"] != unsteered["text"]
         )
-        if compiled:
+        if torch == "cpu":
             expect("kernels are compiled", b"/library-" in Path(f"/proc/{inside}/maps").read_bytes())
+        else:
+            image.execute("python", "-c", COMPILES)
+            told("ok", "Triton has a compiler and Python's headers")
         drain(url, inside, server)
     except BaseException:
         log.seek(0)
