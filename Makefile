@@ -165,6 +165,7 @@ audit: $(BIN)/python  ## bandit over what the wheel has, pip-audit over constrai
 	runs/audit/bin/pip-audit --no-deps --disable-pip --requirement constraints.txt
 
 check-gpu: $(DEV_INSTALLED)  ## tests and speed on a GPU, in one table of at most 8 minutes: benchmarks/results
+	-$(PIP_INSTALL) --editable '.[pyvene]'
 	$(BIN)/python -m benchmarks.gpu --check
 
 clean:  ## remove the virtual environment, caches and runs
