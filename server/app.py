@@ -16,7 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api import page, routes, studies
+from server.api import page, responses, routes, studies
 from server.api.deps import credentials_of, require_api_key
 from server.api.exception_handlers import (
     REQUEST_ID,
@@ -64,6 +64,7 @@ def app_of(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with of_engine():
+            await responses.warm_up()
             yield
         if tracing is not None:
             await asyncio.to_thread(tracing.close)

@@ -1,7 +1,7 @@
 """How handlers answer: with one JSON body, or with server-sent events (WHATWG HTML, section 9.2)."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, MutableMapping, Sequence
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -53,6 +53,23 @@ def event_response(
 def sse_response(events: AsyncIterator[str] | AsyncIterator[bytes]) -> StreamingResponse:
     """Events as they are to be sent."""
     return StreamingResponse(_pieces(events), media_type="text/event-stream", headers=HEADERS)
+
+
+async def warm_up() -> None:
+    """Streams nothing to nobody: what the first stream in a process has to load (anyio's backend) is there for the
+    first client."""
+
+    async def events() -> AsyncIterator[bytes]:
+        yield b""
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.Event().wait()
+        raise AssertionError("nobody sets it")
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        pass
+
+    await sse_response(events())({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send)
 
 
 def data_response(chunks: AsyncIterator[Sequence[str]], request: Request) -> StreamingResponse:
