@@ -192,7 +192,8 @@ class ColumnBank:
     steered_tokens: Tensor
 
     def __init__(self, *, device: torch.device | str, max_tokens: int, spare: int = 8) -> None:
-        """`spare`: how many free slots a site has after it grew, so that more checkpoints load without growing."""
+        """`spare`: how many free slots a site has at least after it grew, so that more checkpoints load without
+        growing."""
         if max_tokens < 1 or spare < 0:
             raise ColumnError(f"max_tokens must be 1 or more and spare 0 or more, not {max_tokens} and {spare}")
         self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
@@ -453,7 +454,7 @@ class ColumnBank:
         for site, wanted in Counter(column.site for column in columns).items():
             buffers = self._buffers.setdefault(site, SiteBuffers(widths[site], self.device))
             if wanted > buffers.free:
-                buffers.resize(buffers.live + wanted + self.spare)
+                buffers.resize(self._capacity(buffers, wanted))
                 grown = True
         if not self.max_lines and any(column.reads and column.reads.latched for column in columns):
             self.max_lines, grown = LINES, True
@@ -463,9 +464,14 @@ class ColumnBank:
         for (site, width), wanted in Counter(read).items():
             gates = self._gates.setdefault(site, GateBuffers(width, self.max_lines, self.device))
             if wanted > gates.free:
-                gates.resize(gates.live + wanted + self.spare, self.max_lines)
+                gates.resize(self._capacity(gates, wanted), self.max_lines)
                 grown = True
         return grown
+
+    def _capacity(self, slots: Slots, wanted: int) -> int:
+        """Of slots that grow for so many more columns. At least doubled, so that a site grows few times however many
+        checkpoints come."""
+        return max(slots.live + wanted + self.spare, 2 * len(slots.columns))
 
     def _expected_places(self) -> dict[Site, list[int]]:
         unused = self.opened.shape[1] - 1

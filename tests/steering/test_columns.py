@@ -191,6 +191,17 @@ def test_a_checkpoint_that_fits_the_spare_columns_moves_nothing():
     assert made.version == version + 1
 
 
+@pytest.mark.parametrize("reads", [None, Reading(A)], ids=["here", "elsewhere"])
+def test_however_many_checkpoints_come_a_site_grows_few_times(reads):
+    """Graphs are captured anew whenever one does."""
+    made, versions = bank(), set()
+    for _ in range(32):
+        made.add([column(B, WIDTHS[B], seed=seed, reads=reads) for seed in range(10)])
+        versions.add(made.version)
+    assert len(versions) <= 6
+    made.check()
+
+
 def test_growing_keeps_the_current_batch():
     made = bank(spare=0)
     handle = made.add(columns(A))
