@@ -8,6 +8,7 @@ layers of a Hugging Face model.
 
 from steer_ops.ops import (
     ADD_RMS_NORM,
+    COPY_KV,
     GATHER_KV,
     PAGED_ATTENTION_DECODE,
     PAGED_ATTENTION_PREFILL,
@@ -20,6 +21,7 @@ from steer_ops.ops import (
     WRITE_KV,
     Heads,
     add_rms_norm,
+    copy_kv,
     gather_kv,
     paged_attention_decode,
     paged_attention_prefill,
@@ -36,6 +38,7 @@ from steer_ops.registry import DTYPES, Op
 
 __all__ = [
     "ADD_RMS_NORM",
+    "COPY_KV",
     "DTYPES",
     "GATHER_KV",
     "PAGED_ATTENTION_DECODE",
@@ -50,6 +53,7 @@ __all__ = [
     "Heads",
     "Op",
     "add_rms_norm",
+    "copy_kv",
     "gather_kv",
     "paged_attention_decode",
     "paged_attention_prefill",

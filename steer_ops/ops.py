@@ -258,6 +258,12 @@ def gather_kv(key_cache: Tensor, value_cache: Tensor, blocks: Tensor) -> tuple[T
     return gathered
 
 
+def copy_kv(caches: list[Tensor], blocks: Tensor) -> None:
+    """Copies blocks to others in each of several caches, as they are for `write_kv`: blocks [n, 2] int64, from and to.
+    None that is written to is read, or written to twice."""
+    COPY_KV.for_tensor(caches[0])(caches, blocks)
+
+
 def _caches(dtype: torch.dtype, heads: Heads) -> list[Tensor]:
     random, (key_heads, _, width, value_width, block) = torch.Generator().manual_seed(0), heads
     return [torch.randn(5, key_heads, block, wide, generator=random).to(dtype) for wide in (width, value_width)]
@@ -277,6 +283,12 @@ def _gather_kv_examples(dtype: torch.dtype, heads: Heads | None = None) -> Itera
     yield (*_caches(dtype, heads or ODD._replace(key_heads=3)), torch.tensor([3, 0, 4])), {}
 
 
+def _copy_kv_examples(dtype: torch.dtype) -> Iterator[Example]:
+    blocks = torch.tensor([[4, 0], [2, 3], [4, 1]])
+    yield ([*_caches(dtype, ODD), *_caches(dtype, USUAL)], blocks), {}
+    yield ([torch.arange(15.0).reshape(5, 1, 1, 3).to(dtype)], blocks), {}
+
+
 WRITE_KV = Op(
     "write_kv(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor places) -> ()",
     plain.write_kv,
@@ -291,6 +303,7 @@ GATHER_KV = Op(
         for cache in (key_cache, value_cache)
     ),
 )
+COPY_KV = Op("copy_kv(Tensor(a!)[] caches, Tensor blocks) -> ()", plain.copy_kv, _copy_kv_examples)
 
 
 def steer_and_count(

@@ -166,6 +166,13 @@ def gather_kv(key_cache: Tensor, value_cache: Tensor, blocks: Tensor) -> tuple[T
     return keys, values
 
 
+def copy_kv(caches: list[Tensor], blocks: Tensor) -> None:
+    """See `steer_ops.copy_kv`."""
+    sources, targets = blocks.unbind(1)
+    for cache in caches:
+        cache.index_copy_(0, targets, cache.index_select(0, sources))
+
+
 def _hidden(keys: Tensor, last: Tensor, window: int | None) -> Tensor:
     """Positions of keys [K], and of tokens [...] -> [..., K] bool: which keys each token does not see."""
     hidden = keys > last[..., None]

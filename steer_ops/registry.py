@@ -121,11 +121,17 @@ def _run(
     implementation: Implementation, args: tuple[Any, ...], named: dict[str, Any], device: torch.device
 ) -> list[Tensor]:
     """What an implementation returns for copies of these arguments, and what it leaves in them."""
-    copies = [arg.to(device, copy=True) if isinstance(arg, Tensor) else arg for arg in args]
-    there = {name: arg.to(device) if isinstance(arg, Tensor) else arg for name, arg in named.items()}
-    result = implementation(*copies, **there)
+    copies = [_copied(arg, device) for arg in args]
+    result = implementation(*copies, **{name: _copied(arg, device) for name, arg in named.items()})
     results = result if isinstance(result, tuple) else (result,)
-    return [part for part in (*results, *copies) if isinstance(part, Tensor)]
+    parts = [part for whole in (*results, *copies) for part in (whole if isinstance(whole, list) else [whole])]
+    return [part for part in parts if isinstance(part, Tensor)]
+
+
+def _copied(arg: Any, device: torch.device) -> Any:
+    if isinstance(arg, list):
+        return [_copied(part, device) for part in arg]
+    return arg.to(device, copy=True) if isinstance(arg, Tensor) else arg
 
 
 def _largest(numbers: Tensor) -> float:

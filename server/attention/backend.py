@@ -10,16 +10,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from server.attention.kv_pool import SCRATCH_BYTES, KVOps, KVPool, KVShape
-from server.attention.layout import BlockCopy, ChunkLayout
+from server.attention.layout import BlockCopy, ChunkLayout, independent_copies
 from server.attention.metadata import AttentionMetadata, AttentionParams
 from server.attention.static import ForwardMetadata
 from steer_ops import PAGED_ATTENTION_DECODE
 from steer_ops.layers import takes_rotary
+from steering.bank import upload
 
 NAME = "matsteer"
 
@@ -78,10 +80,14 @@ class Attention:
         )
 
     def copy(self, copies: Sequence[BlockCopy]) -> None:
-        """In order."""
-        for copy in copies:
-            for pool in self.pools.values():
-                pool.copy(copy)
+        """In order: of all layers, those at once that may be."""
+        caches: dict[tuple[torch.device, Any], list[Tensor]] = {}
+        for pool in self.pools.values():
+            caches.setdefault((pool.keys.device, pool.ops.copy), []).extend((pool.keys, pool.values))
+        for part in independent_copies(copies):
+            blocks = np.array([(copy.source, copy.target) for copy in part], dtype=np.int64)
+            for (device, copy_kv), there in caches.items():
+                copy_kv(there, upload(blocks, device))
 
     @contextmanager
     def forward_context(self, metadata: ForwardMetadata) -> Iterator[None]:

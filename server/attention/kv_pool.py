@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from server.attention.layout import BlockCopy
 from steer_ops import (
+    COPY_KV,
     GATHER_KV,
     PAGED_ATTENTION_DECODE,
     PAGED_ATTENTION_PREFILL,
@@ -46,6 +46,7 @@ class KVOps:
     decode: Callable[..., None] = plain.paged_attention_decode  # single tokens
     write: Callable[..., None] = plain.write_kv
     gather: Callable[..., tuple[Tensor, Tensor]] = plain.gather_kv
+    copy: Callable[..., None] = plain.copy_kv  # blocks to others, in several layers
     # All chunks of a pass in one call: over keys side by side, which is faster, without caps and sinks; over blocks, by
     # all rules. None: one chunk after the other.
     varlen: Callable[..., Tensor] | None = None
@@ -64,6 +65,7 @@ class KVOps:
             kernel(PAGED_ATTENTION_DECODE) or cls.decode,
             kernel(WRITE_KV) or cls.write,
             kernel(GATHER_KV) or cls.gather,
+            COPY_KV.choose(shape.device, shape.dtype),
             kernel(VARLEN_ATTENTION) if varlen_takes(shape.key, shape.value, shape.dtype) else None,
             kernel(PAGED_ATTENTION_PREFILL),
         )
@@ -107,8 +109,3 @@ class KVPool:
         # Whole blocks first: PyTorch would copy all of a pool that is not contiguous before it selects.
         keys, values = (cache.index_select(0, blocks).transpose(0, 1) for cache in (self.keys, self.values))
         return keys.flatten(1, 2), values.flatten(1, 2)
-
-    def copy(self, copy: BlockCopy) -> None:
-        if copy.source != copy.target:
-            for cache in (self.keys, self.values):
-                cache[copy.target, :, : copy.num_tokens] = cache[copy.source, :, : copy.num_tokens]

@@ -113,7 +113,7 @@ class BlockManager:
             table.append(self._take())
         if partial is not None and not taken_over:  # copy-on-write: the first tokens of a block that goes on otherwise
             target = table[len(prefix.blocks)]
-            self.pending_copies.append(BlockCopy(partial.index, target.index, prefix.num_tokens))
+            self.pending_copies.append(BlockCopy(partial.index, target.index))
             target.parent = self._parent(prefix.blocks)
             self._extend(target, content, steered[len(prefix.blocks) * self.block_size :])
         sequence.block_table = [block.index for block in table]

@@ -1,5 +1,8 @@
-"""Keys and values of several tokens into blocks, and those of blocks side by side, each in one pass."""
+"""Keys and values of tokens into blocks, those of blocks side by side, and blocks to others: in one pass each."""
 
+from functools import lru_cache
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -7,6 +10,7 @@ from torch import Tensor
 from steer_ops.cuda.launch import check, dense_rows, on_device_of
 
 HEADS = 8  # that a program copies
+NUMBERS = 1024  # of a block that a program copies at once
 
 
 @triton.jit
@@ -79,6 +83,18 @@ def _gather(
     _copy_heads(own, to, head, VALUE_WIDTH, first, KV_HEADS, VALUE_WIDTH, VALUE_PAD, HEADS)
 
 
+@triton.jit
+def _copy(caches, blocks, UNIT: tl.constexpr, NUMBERS: tl.constexpr):
+    """A block of a cache. caches: of each the address, and how many numbers of the type UNIT a block has."""
+    place, cache = tl.program_id(0), tl.program_id(1)
+    start, size = tl.load(caches + 2 * cache).to(tl.pointer_type(UNIT)), tl.load(caches + 2 * cache + 1)
+    own = start + tl.load(blocks + 2 * place) * size
+    to = start + tl.load(blocks + 2 * place + 1) * size
+    for first in range(0, size, NUMBERS):
+        number = first + tl.arange(0, NUMBERS)
+        tl.store(to + number, tl.load(own + number, mask=number < size), mask=number < size)
+
+
 def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, places: Tensor) -> None:
     """See `steer_ops.write_kv`. Places are on the device, and not checked."""
     _, kv_heads, block_size, width = key_cache.shape
@@ -118,6 +134,33 @@ def gather_kv(key_cache: Tensor, value_cache: Tensor, blocks: Tensor) -> tuple[T
                 key_cache, value_cache, blocks, keys, values, block_size, **_sizes(key_cache, value_cache)
             )
     return keys, values
+
+
+def copy_kv(caches: list[Tensor], blocks: Tensor) -> None:
+    """See `steer_ops.copy_kv`. All caches in one launch. Blocks are on the device, and not checked."""
+    check(
+        all(cache.is_contiguous() and cache.device == blocks.device for cache in caches)
+        and blocks.is_contiguous()
+        and blocks.dtype == torch.int64,
+        "copy_kv",
+        "caches and blocks are contiguous, on one device, and blocks int64",
+    )
+    sizes = [cache[0].nbytes for cache in caches]
+    unit = 8 if all(size % 8 == 0 for size in sizes) else 2  # bytes
+    table = tuple(
+        number for cache, size in zip(caches, sizes, strict=True) for number in (cache.data_ptr(), size // unit)
+    )
+    if len(blocks) and table:
+        there, kind = _on_device(table, blocks.device), tl.int64 if unit == 8 else tl.int16
+        with on_device_of(blocks):
+            _copy[len(blocks), len(caches)](there, blocks, kind, NUMBERS)
+
+
+@lru_cache(maxsize=8)
+def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """[N] int64, uploaded once: caches stay where they are."""
+    table = torch.tensor(numbers, dtype=torch.int64)
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
 def _sizes(key_cache: Tensor, value_cache: Tensor) -> dict[str, int]:

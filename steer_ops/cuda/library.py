@@ -54,6 +54,7 @@ def triton_kernels(device: torch.device) -> Kernels:
         paged_prefill.paged_attention_prefill,
         kv_cache.write_kv,
         kv_cache.gather_kv,
+        kv_cache.copy_kv,
         steer.steer_and_count,
         layers.rms_norm,
         layers.add_rms_norm,

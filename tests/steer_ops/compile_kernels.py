@@ -4,6 +4,7 @@ its own, because the others interpret them. The interpreter takes much that the 
 from typing import Any
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -16,6 +17,7 @@ INTEGERS = {
     "counts": "*i64",
     "places": "*i64",
     "blocks": "*i64",
+    "caches": "*i64",
 }
 COLUMNS = {
     "kinds": "*i8",
@@ -79,6 +81,7 @@ def main() -> None:
         prompts("fp32", 128, True),
         compiled(kv_cache._write, "bf16", HEADS | {"HEADS": 8}),
         compiled(kv_cache._gather, "bf16", HEADS | {"HEADS": 8}),
+        compiled(kv_cache._copy, "bf16", {"UNIT": tl.int64, "NUMBERS": kv_cache.NUMBERS}),
         compiled(steer._steer, "bf16", ROW, num_warps=8),
         compiled(layers._rms_norm, "bf16", ROW, num_warps=8),
         compiled(layers._add_rms_norm, "bf16", ROW, num_warps=8),

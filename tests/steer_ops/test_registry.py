@@ -9,6 +9,7 @@ import steer_ops
 from steer_ops import plain, registry
 from steer_ops.ops import (
     ADD_RMS_NORM,
+    COPY_KV,
     GATHER_KV,
     PAGED_ATTENTION_DECODE,
     PAGED_ATTENTION_PREFILL,
@@ -24,7 +25,7 @@ from steer_ops.registry import DTYPES, NAMESPACE, Op, _run, _same
 
 CPU = torch.device("cpu")
 OPS = [PAGED_ATTENTION_DECODE, STEER_AND_COUNT, RMS_NORM, ROTARY, SILU_MUL, TILED_LINEAR]  # with kernels for CPUs
-CUDA_OPS = [ADD_RMS_NORM, GATHER_KV, PAGED_ATTENTION_PREFILL, VARLEN_ATTENTION, WRITE_KV]
+CUDA_OPS = [ADD_RMS_NORM, COPY_KV, GATHER_KV, PAGED_ATTENTION_PREFILL, VARLEN_ATTENTION, WRITE_KV]
 needs_kernels = pytest.mark.skipif(not RMS_NORM.has_kernel(CPU, torch.float32), reason="nothing can be compiled here")
 
 

@@ -30,6 +30,7 @@ TRITON = (
     "paged_attention_prefill",
     "write_kv",
     "gather_kv",
+    "copy_kv",
     "steer_and_count",
     "rms_norm",
     "add_rms_norm",
@@ -71,7 +72,8 @@ def test_every_kernel_compiles_for_an_h200(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    kernels = {"_attend", "_join", "_write", "_gather", "_steer", "_rms_norm", "_add_rms_norm", "_silu_mul", "_rotary"}
+    kernels = {"_attend", "_join", "_write", "_gather", "_copy", "_steer", "_rotary"}
+    kernels |= {"_rms_norm", "_add_rms_norm", "_silu_mul"}
     assert {line.split()[0] for line in done.stdout.splitlines()} == kernels
 
 
