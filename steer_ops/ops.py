@@ -26,6 +26,7 @@ class Heads(NamedTuple):
         return 1.6 / math.sqrt(self.width)
 
 
+LONG = 250  # tokens that kernels read in parts
 USUAL, ODD = Heads(), Heads(width=24, value_width=8)
 
 
@@ -103,6 +104,14 @@ def _paged_attention_examples(dtype: torch.dtype, heads: Heads | None = None) ->
             yield args, {"scale": sizes.scale}
             yield args, {"scale": sizes.scale, **whole}
         yield args, {"scale": sizes.scale, **rules, **(some if heads is None else whole)}
+        blocks = -(-LONG // block)
+        caches = (torch.randn(blocks, *cache.shape[1:], generator=random).to(dtype) for cache in tensors[3:])
+        table = torch.randperm(blocks, generator=random, dtype=torch.int32)[None]
+        length = torch.tensor([LONG], dtype=torch.int32)
+        yield (
+            (*(part[:1] for part in tensors[:3]), *caches, table, length, args[-1][:1].clone()),
+            {"scale": sizes.scale},
+        )
 
 
 def _rules(heads: Heads, random: torch.Generator) -> dict[str, Any]:

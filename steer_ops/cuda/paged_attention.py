@@ -1,10 +1,13 @@
 """Decode attention over block tables: one new token in each row, over the keys and values of its own row.
 
-A program has one key head of one row, with all query heads that share it, and one of `SPLITS` parts of the row's keys;
-a second kernel joins the parts. How far a row is read is its length in the device's memory: a captured launch serves
-texts of any length. Program 0 of a row and head also has the new token: it takes its key and value from the arguments
-and writes them into the caches, so that nobody waits for what another program writes. Where cosines and sines are
-given, every program turns its own queries as it reads them, and program 0 the new key.
+A program has one key head of one row, with all query heads that share it, and the row's keys or a part of them; a
+second kernel joins the parts. How far a row is read is its length in the device's memory: a captured launch serves
+texts of any length. So it is lengths, too, that say which rows have parts: a launch has a program for each row and
+head, and for each head so many more as keep the processors busy. These go to the rows with the most keys, so that no
+program reads more than its share of all keys (`_share`). Every program finds out for itself whose keys it has; those
+that are left over end at once. A row's first program also has the new token: it takes its key and value from the
+arguments and writes them into the caches, so that nobody waits for what another program writes. Where cosines and sines
+are given, every program turns its own queries as it reads them, and the first one the new key.
 """
 
 import torch
@@ -17,14 +20,54 @@ from steer_ops.cuda.rotary import check_turns, load_turned
 
 LOG2E = tl.constexpr(1.4426950408889634)
 TILE, SMALLEST_TILE = 64, 16  # keys that a program reads at once
+NO_WINDOW = 2**31 - 1
 SMALLEST_DOT = 16  # rows of a matrix product
-MOST_SPLITS = 64
-PROGRAMS = 2  # for each of the device's processors, at least, where rows are few
+PROGRAMS = 4  # for each of the device's processors, beside one for each row and head
+LEAST_TILES = 2  # of a part of a row
+LANES = 256  # rows whose lengths a program reads at once
+JOINED = 32  # parts that a program joins at once
 # Of the loop over tiles: so many that two tiles of keys and values are on their way, behind the look-up of blocks.
 STAGES, BUFFERS = 5, 2
 
 
-@triton.jit(do_not_specialize=["table_row", "window"])
+@triton.jit
+def _tiles(lengths, row, there, window, TILE: tl.constexpr):
+    """Of rows, where they are `there`: the position of the new token, the first key that it sees, and over how many
+    tiles those before it lie, from the beginning of a tile on."""
+    last = tl.load(lengths + row, mask=there, other=1) - 1
+    first = tl.maximum(last + 1 - window, 0)
+    return last, first, (last - first // TILE * TILE + TILE - 1) // TILE
+
+
+@triton.jit
+def _share(lengths, rows, extras, window, TILE: tl.constexpr, LEAST_TILES: tl.constexpr, LANES: tl.constexpr):
+    """How many tiles a program reads at most, so that `extras` are enough beside one for each row: a row of so many
+    tiles has (tiles - 1) // share more, of all rows together at most all tiles // share."""
+    every = 0
+    for start in range(0, rows, LANES):
+        row = start + tl.arange(0, LANES)
+        _, _, tiles = _tiles(lengths, row, row < rows, window, TILE)
+        every += tl.sum(tiles, 0)
+    return tl.maximum((every + extras - 1) // extras, LEAST_TILES)
+
+
+@triton.jit
+def _extra(item, share, lengths, rows, window, TILE: tl.constexpr, LANES: tl.constexpr):
+    """The row of one of the `extras`, and which part of its keys it has, from 1 on; row `rows`: nothing is left."""
+    found, before, ended = 0, 0, 0
+    for start in range(0, rows, LANES):
+        row = start + tl.arange(0, LANES)
+        _, _, tiles = _tiles(lengths, row, row < rows, window, TILE)
+        more = tl.maximum(tiles - 1, 0) // share
+        ends = ended + tl.cumsum(more, 0)
+        others = (ends <= item) & (row < rows)
+        found += tl.sum(others.to(tl.int32), 0)
+        before = tl.maximum(before, tl.max(tl.where(others, ends, 0), 0))
+        ended += tl.sum(more, 0)
+    return found, item - before + 1
+
+
+@triton.jit(do_not_specialize=["table_row", "window", "rows", "extras"])
 def _attend(
     query,
     key,
@@ -46,6 +89,8 @@ def _attend(
     value_row,
     value_head,
     table_row,
+    rows,
+    extras,
     window,
     scale,
     softcap,
@@ -59,12 +104,21 @@ def _attend(
     BLOCK_SIZE: tl.constexpr,
     TURNED: tl.constexpr,
     TILE: tl.constexpr,
-    SPLITS: tl.constexpr,
+    LEAST_TILES: tl.constexpr,
+    LANES: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
 ):
-    row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    last = tl.load(lengths + row) - 1  # position of the new token
+    kv_head, item = tl.program_id(0), tl.program_id(1)
+    row, part, share = item - extras, 0, LEAST_TILES
+    if item < extras:  # these first: they have the most to do
+        share = _share(lengths, rows, extras, window, TILE, LEAST_TILES, LANES)
+        row, part = _extra(item, share, lengths, rows, window, TILE, LANES)
+    if row >= rows:
+        return
+    last, first, tiles = _tiles(lengths, row, True, window, TILE)
+    if (part == 0) & (tiles > LEAST_TILES):
+        share = _share(lengths, rows, extras, window, TILE, LEAST_TILES, LANES)
     table = tables + row.to(tl.int64) * table_row
     g, n = tl.arange(0, GROUPS_PAD), tl.arange(0, TILE)
     d, e = tl.arange(0, WIDTH_PAD), tl.arange(0, VALUE_PAD)
@@ -79,7 +133,7 @@ def _attend(
     highest = tl.full([GROUPS_PAD], float("-inf"), tl.float32)
     total = tl.full([GROUPS_PAD], 0.0, tl.float32)
     sums = tl.full([GROUPS_PAD, VALUE_PAD], 0.0, tl.float32)
-    if split == 0:
+    if part == 0:
         new_key = load_turned(key + row.to(tl.int64) * key_row + kv_head * key_head, d, has_key, cos, sin, TURNED)
         new_value = tl.load(value + row.to(tl.int64) * value_row + kv_head * value_head + e, mask=has_value, other=0.0)
         line = (tl.load(table + last // BLOCK_SIZE).to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE + last % BLOCK_SIZE
@@ -94,17 +148,14 @@ def _attend(
             sink = tl.load(sinks + head, mask=asks, other=0.0).to(tl.float32) * LOG2E
             own = highest
             highest = tl.maximum(own, sink)
-            share = tl.exp2(own - highest)
-            total = share + tl.exp2(sink - highest)
-            sums += share[:, None] * new_value.to(tl.float32)[None, :]
+            scaled = tl.exp2(own - highest)
+            total = scaled + tl.exp2(sink - highest)
+            sums += scaled[:, None] * new_value.to(tl.float32)[None, :]
         else:
             sums += new_value.to(tl.float32)[None, :]
 
-    first = tl.maximum(last + 1 - window, 0)
-    begin = first // TILE * TILE
-    each = (last - begin + TILE * SPLITS - 1) // (TILE * SPLITS) * TILE
-    start = begin + split * each
-    stop = tl.minimum(start + each, last)
+    start = first // TILE * TILE + part * share * TILE
+    stop = tl.minimum(start + share * TILE, last)
     for tile in range(start, stop, TILE):
         position = tile + n
         seen = (position >= first) & (position < stop)
@@ -129,32 +180,59 @@ def _attend(
         sums = sums * kept[:, None] + tl.dot(shares.to(values.dtype), values, input_precision="ieee")
         highest = higher
 
-    asked = row.to(tl.int64) * KV_HEADS * GROUPS + head
-    if SPLITS == 1:
-        found = (sums / total[:, None]).to(out.dtype.element_ty)
-        tl.store(out + asked[:, None] * VALUE_WIDTH + e[None, :], found, mask=asks[:, None] & has_value[None, :])
+    found = sums / total[:, None]
+    to = asks[:, None] & has_value[None, :]
+    if tiles <= share:
+        asked = row.to(tl.int64) * KV_HEADS * GROUPS + head
+        tl.store(out + asked[:, None] * VALUE_WIDTH + e[None, :], found.to(out.dtype.element_ty), mask=to)
     else:
-        part = asked * SPLITS + split
-        weight = tl.where(total == 0, 1.0, total)  # nothing was read: no share, whatever the sum
-        tl.store(
-            parts + part[:, None] * VALUE_WIDTH + e[None, :],
-            sums / weight[:, None],
-            mask=asks[:, None] & has_value[None, :],
-        )
-        tl.store(logs + part, tl.where(total == 0, float("-inf"), highest + tl.log2(weight)), mask=asks)
+        line = tl.where(part == 0, row, rows + item).to(tl.int64) * KV_HEADS * GROUPS + head
+        tl.store(parts + line[:, None] * VALUE_WIDTH + e[None, :], found, mask=to)
+        tl.store(logs + line, highest + tl.log2(total), mask=asks)
 
 
-@triton.jit
-def _join(parts, logs, out, VALUE_WIDTH: tl.constexpr, VALUE_PAD: tl.constexpr, SPLITS: tl.constexpr):
-    asked = tl.program_id(0).to(tl.int64)  # a head of a row
-    s, e = tl.arange(0, SPLITS), tl.arange(0, VALUE_PAD)
+@triton.jit(do_not_specialize=["rows", "extras", "window"])
+def _join(
+    parts,
+    logs,
+    lengths,
+    out,
+    rows,
+    extras,
+    window,
+    HEADS: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+    TILE: tl.constexpr,
+    LEAST_TILES: tl.constexpr,
+    LANES: tl.constexpr,
+    JOINED: tl.constexpr,
+):
+    """A head of the row whose second part is that of the `item`th of the `extras`: the others follow it."""
+    head, item = tl.program_id(0), tl.program_id(1)
+    share = _share(lengths, rows, extras, window, TILE, LEAST_TILES, LANES)
+    row, part = _extra(item, share, lengths, rows, window, TILE, LANES)
+    if (row >= rows) | (part != 1):
+        return
+    _, _, tiles = _tiles(lengths, row, True, window, TILE)
+    count = 1 + (tiles - 1) // share
+    e = tl.arange(0, VALUE_PAD)
     has_value = e < VALUE_WIDTH
-    log = tl.load(logs + asked * SPLITS + s)
-    weight = tl.exp2(log - tl.max(log, 0))
-    at = parts + (asked * SPLITS + s)[:, None] * VALUE_WIDTH + e[None, :]
-    part = tl.load(at, mask=has_value[None, :], other=0.0)
-    found = tl.sum(part * weight[:, None], 0) / tl.sum(weight, 0)
-    tl.store(out + asked * VALUE_WIDTH + e, found.to(out.dtype.element_ty), mask=has_value)
+    highest, total, sums = float("-inf"), 0.0, tl.full([VALUE_PAD], 0.0, tl.float32)
+    for start in range(0, count, JOINED):
+        p = start + tl.arange(0, JOINED)
+        there = p < count
+        line = tl.where(p == 0, row, rows + item + p - 1).to(tl.int64) * HEADS + head
+        log = tl.load(logs + line, mask=there, other=float("-inf"))
+        at = parts + line[:, None] * VALUE_WIDTH + e[None, :]
+        values = tl.load(at, mask=there[:, None] & has_value[None, :], other=0.0)
+        higher = tl.maximum(highest, tl.max(log, 0))
+        weight, kept = tl.exp2(log - higher), tl.exp2(highest - higher)
+        total = total * kept + tl.sum(weight, 0)
+        sums = sums * kept + tl.sum(values * weight[:, None], 0)
+        highest = higher
+    asked = row.to(tl.int64) * HEADS + head
+    tl.store(out + asked * VALUE_WIDTH + e, (sums / total).to(out.dtype.element_ty), mask=has_value)
 
 
 def paged_attention_decode(
@@ -190,13 +268,13 @@ def paged_attention_decode(
     groups_pad = max(SMALLEST_DOT, triton.next_power_of_2(groups))
     width_pad, value_pad = (max(SMALLEST_DOT, triton.next_power_of_2(wide)) for wide in (width, value_width))
     tile = tile_size((width_pad + value_pad) * query.itemsize, shared_memory(query.device))
-    splits = num_splits(rows * kv_heads, -(-block_tables.shape[1] * block_size // tile), processors(query.device))
-    parts = logs = out
-    if splits > 1:
-        parts = torch.empty(rows * heads * splits, value_width, dtype=torch.float32, device=out.device)
-        logs = torch.empty(rows * heads * splits, dtype=torch.float32, device=out.device)
+    most_tiles = -(-block_tables.shape[1] * block_size // tile)
+    extras = num_extras(rows, kv_heads, most_tiles, processors(query.device))
+    parts = torch.empty((rows + extras) * heads, value_width, dtype=torch.float32, device=out.device)
+    logs = torch.empty((rows + extras) * heads, dtype=torch.float32, device=out.device)
+    parting = {"TILE": tile, "LEAST_TILES": LEAST_TILES, "LANES": LANES}
     with on_device_of(query):
-        _attend[rows, kv_heads, splits](
+        _attend[kv_heads, extras + rows](
             query,
             key,
             value,
@@ -214,7 +292,9 @@ def paged_attention_decode(
             *key.stride()[:2],
             *value.stride()[:2],
             block_tables.stride(0),
-            window or 2**31 - 1,
+            rows,
+            extras,
+            window or NO_WINDOW,
             scale,
             softcap or 0.0,
             KV_HEADS=kv_heads,
@@ -226,23 +306,34 @@ def paged_attention_decode(
             VALUE_PAD=value_pad,
             BLOCK_SIZE=block_size,
             TURNED=turned,
-            TILE=tile,
-            SPLITS=splits,
+            **parting,
             HAS_SOFTCAP=softcap is not None,
             HAS_SINKS=sinks is not None,
             num_warps=4,
             num_stages=STAGES,
         )
-        if splits > 1:
-            _join[rows * heads,](parts, logs, out, value_width, value_pad, splits, num_warps=2)
+        if extras:
+            sizes = {"HEADS": heads, "VALUE_WIDTH": value_width, "VALUE_PAD": value_pad, "JOINED": JOINED}
+            _join[heads, extras](
+                parts,
+                logs,
+                context_lens,
+                out,
+                rows,
+                extras,
+                window or NO_WINDOW,
+                **sizes,
+                **parting,
+                num_warps=2,
+            )
 
 
-def num_splits(programs: int, tiles: int, processors: int) -> int:
-    """Parts of a row's keys, a power of two: so many that all processors work, with `programs` rows and heads, but not
-    more than the most tiles that a row can have."""
-    most = min(MOST_SPLITS, triton.next_power_of_2(tiles))
-    wanted = triton.next_power_of_2(-(-PROGRAMS * processors // programs))
-    return int(max(1, min(most, wanted)))
+def num_extras(rows: int, kv_heads: int, tiles: int, processors: int) -> int:
+    """Programs of a key head beside one for each row; none where no row can have two parts. tiles: of the longest row
+    that its table has room for."""
+    if tiles <= LEAST_TILES:
+        return 0
+    return min(-(-PROGRAMS * processors // kv_heads), rows * -(-tiles // LEAST_TILES))
 
 
 def tile_size(token: int, memory: int) -> int:

@@ -31,10 +31,13 @@ SIZES = (
     "window",
     "chunks",
     "first",
+    "rows",
+    "extras",
     "columns",
     "owner",
-)  # ends of int32 arguments
+)  # how arguments that are int32 end
 HEADS = {"KV_HEADS": 8, "WIDTH": 128, "WIDTH_PAD": 128, "VALUE_WIDTH": 128, "VALUE_PAD": 128, "BLOCK_SIZE": 64}
+PARTING = {"TILE": 64, "LEAST_TILES": paged_attention.LEAST_TILES, "LANES": paged_attention.LANES}
 ROW = {"WIDTH": 4096, "PAD": 4096}
 
 
@@ -55,8 +58,8 @@ def compiled(kernel: Any, dtype: str, constants: dict[str, Any], **options: int)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
-def attention(dtype: str, splits: int, rules: bool, **changes: int) -> Any:
-    sizes = HEADS | {"GROUPS": 4, "GROUPS_PAD": 16, "TURNED": 128, "TILE": 64, "SPLITS": splits} | changes
+def attention(dtype: str, rules: bool, **changes: int) -> Any:
+    sizes = HEADS | PARTING | {"GROUPS": 4, "GROUPS_PAD": 16, "TURNED": 128} | changes
     constants = sizes | {"HAS_SOFTCAP": rules, "HAS_SINKS": rules}
     return compiled(paged_attention._attend, dtype, constants, num_stages=paged_attention.STAGES)
 
@@ -72,10 +75,15 @@ def prompts(dtype: str, width: int, rules: bool) -> Any:
 
 def main() -> None:
     found = [
-        attention("bf16", 32, False),
-        attention("fp16", 1, True, BLOCK_SIZE=4, TURNED=0),
-        attention("fp32", 2, False, TILE=32, TURNED=32),
-        compiled(paged_attention._join, "bf16", {"VALUE_WIDTH": 128, "VALUE_PAD": 128, "SPLITS": 64}, num_warps=2),
+        attention("bf16", False),
+        attention("fp16", True, BLOCK_SIZE=4, TURNED=0),
+        attention("fp32", False, TILE=32, TURNED=32),
+        compiled(
+            paged_attention._join,
+            "bf16",
+            PARTING | {"HEADS": 32, "VALUE_WIDTH": 128, "VALUE_PAD": 128, "JOINED": paged_attention.JOINED},
+            num_warps=2,
+        ),
         prompts("bf16", 128, False),
         prompts("fp16", 256, True),
         prompts("fp32", 128, True),

@@ -1,6 +1,7 @@
 """Triton's kernels beside their references in PyTorch: interpreted where there is no CUDA device."""
 
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -96,7 +97,15 @@ def attend(kernels: dict[str, Callable[..., Any]], rows: Rows, **rules: Any) -> 
     return there[-1].cpu()
 
 
-@pytest.mark.parametrize("splits", [1, 4])
+def small_parts(patch: pytest.MonkeyPatch, extras: int) -> None:
+    from steer_ops.cuda import paged_attention
+
+    for name, value in {"TILE": 16, "LEAST_TILES": 1, "LANES": 4, "JOINED": 2}.items():
+        patch.setattr(paged_attention, name, value)
+    patch.setattr(paged_attention, "num_extras", lambda *args: extras)
+
+
+@pytest.mark.parametrize("extras", [1, 5])
 @pytest.mark.parametrize(
     ("shape", "rules"),
     [
@@ -129,16 +138,13 @@ def test_decode_attention_is_attention(
     kernels: dict[str, Callable[..., Any]],
     shape: dict[str, Any],
     rules: dict[str, Any],
-    splits: int,
+    extras: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Blocks in no order, memory beyond a row that is no number, tables that end in nonsense, lengths from one token to
-    several tiles; some of the splits have nothing to read."""
-    from steer_ops.cuda import paged_attention
-
-    monkeypatch.setattr(paged_attention, "num_splits", lambda *args: splits)
-    monkeypatch.setattr(paged_attention, "TILE", 16)
-    rows = Rows(**shape)
+    several tiles, some of which are read in parts; some programs have nothing to read."""
+    small_parts(monkeypatch, extras)
+    rows = Rows(**shape, lengths=(1, 16, 70, 30, 17))
     tolerance = TOLERANCES[rows.query.dtype]
     before = [cache.clone() for cache in rows.caches]
     expected = rows.expected(**rules)
@@ -154,10 +160,7 @@ def test_decode_attention_is_attention(
 def test_any_rows_get_their_attention_and_what_is_no_number_spreads_nowhere(
     kernels: dict[str, Callable[..., Any]], seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from steer_ops.cuda import paged_attention
-
-    monkeypatch.setattr(paged_attention, "num_splits", lambda *args: (1, 2, 8)[seed % 3])
-    monkeypatch.setattr(paged_attention, "TILE", 16)
+    small_parts(monkeypatch, (1, 3, 9)[seed % 3])
     rows, rules, busy = any_rows(seed)
     before = [cache.clone() for cache in rows.caches]
     expected = rows.expected(**rules)[busy]
@@ -214,13 +217,89 @@ def test_what_does_not_fit_is_refused(
         attend(kernels, rows)
 
 
-def test_parts_of_the_keys_keep_all_processors_busy_and_are_no_more_than_there_are_tiles() -> None:
-    from steer_ops.cuda.paged_attention import num_splits, tile_size
+def parts_of(lengths: list[int], extras: int, window: int) -> tuple[list[list[int]], int]:
+    """The parts, from 1 on, that extra programs have of each row, in their order, and how many tiles a part has."""
+    from steer_ops.cuda import paged_attention
+    from tests.steer_ops.parting import divide
 
-    assert num_splits(8, 128, 132) == 64  # one row of 8 key heads and 8,192 tokens on an H200
-    assert num_splits(256, 128, 132) == 2
-    assert num_splits(2048, 128, 132) == 1
-    assert num_splits(8, 2, 132) == 2
+    on_device = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    found = on_device.new_empty(extras, 3)
+    sizes = {name: getattr(paged_attention, name.upper()) for name in ("tile", "least_tiles", "lanes")}
+    divide[extras,](on_device, found, len(lengths), extras, window, **sizes)
+    parts: list[list[int]] = [[] for _ in lengths]
+    for row, part, _ in found.tolist():
+        if row < len(lengths):
+            parts[row].append(part)
+        else:
+            assert row == len(lengths), "nothing is left"
+    return parts, int(found[0, 2])
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("seed", range(20))
+def test_every_tile_of_every_row_is_read_by_one_program_and_none_has_more_than_its_share(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from steer_ops.cuda import paged_attention
+
+    number = random.Random(seed)
+    monkeypatch.setattr(paged_attention, "LANES", number.choice((4, 256)))
+    lengths = [number.choice((1, 64, 65, number.randint(1, 40_000))) for _ in range(number.randint(1, 9))]
+    window, extras = number.choice((1000, paged_attention.NO_WINDOW)), number.randint(1, 20)
+    parts, share = parts_of(lengths, extras, window)
+    ends = [(length - 1, max(0, length - window) // 64) for length in lengths]
+    tiles = [-(-last // 64) - first for last, first in ends]
+    assert share == max(paged_attention.LEAST_TILES, -(-sum(tiles) // extras))
+    assert parts == [list(range(1, -(-count // share))) for count in tiles]
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_long_row_among_short_ones_is_read_in_parts_by_many_programs() -> None:
+    """In tables as wide as the longest text, as captured graphs have them."""
+    from steer_ops.cuda.paged_attention import NO_WINDOW, num_extras
+
+    extras = num_extras(41, 8, 131_072 // 64, 132)  # 41 rows of 8 key heads on an H200
+    parts, share = parts_of([1000] * 40 + [32_768], extras, NO_WINDOW)
+    assert parts[:40] == [[]] * 40
+    assert len(parts[40]) >= 25
+    assert share * 64 < 1500
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(("length", "parts"), [(129, []), (130, [1]), (1025, [*range(1, 8)])])
+def test_one_row_is_read_in_parts_as_small_as_they_may_be(length: int, parts: list[int]) -> None:
+    from steer_ops.cuda.paged_attention import NO_WINDOW, num_extras
+
+    for room in (length, 131_072):
+        assert parts_of([length], num_extras(1, 8, -(-room // 64), 132), NO_WINDOW)[0] == [parts]
+
+
+def test_what_kernels_are_tried_on_has_a_row_in_parts(
+    kernels: dict[str, Callable[..., Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from steer_ops.cuda import paged_attention
+
+    class Nothing:
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            return lambda *args, **named: None
+
+    monkeypatch.setattr(paged_attention, "_join", Nothing())
+    op = BY_NAME["paged_attention_decode"]
+    trials = [
+        _same(_run(kernels[op.name], args, named, DEVICE), _run(op.reference, args, named, DEVICE), torch.float32)
+        for args, named in op._examples(torch.float32)
+    ]
+    assert not all(trials), "parts that are not joined are found out"
+
+
+def test_programs_for_parts_keep_all_processors_busy_where_a_row_can_have_some() -> None:
+    from steer_ops.cuda.paged_attention import num_extras, tile_size
+
+    for rows in (2, 32, 256):  # of 8 key heads, of up to 8,192 tokens, on an H200
+        assert num_extras(rows, 8, 128, 132) == 66
+    assert num_extras(1, 8, 32, 132) == 16
+    assert num_extras(256, 8, 2, 132) == 0
+    assert num_extras(1, 8, 0, 132) == 0
     assert tile_size(2 * 2 * 128, 113 * 1024) == 64
     assert tile_size(2 * 4 * 256, 113 * 1024) == 16
 
