@@ -372,7 +372,9 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 def _rms_norm_examples(dtype: torch.dtype) -> Iterator[Example]:
     random = torch.Generator().manual_seed(0)
-    yield (3 * torch.randn(5, 77, generator=random).to(dtype), torch.randn(77, generator=random).to(dtype), 1e-3), {}
+    x, weight = 3 * torch.randn(5, 4, 77, generator=random).to(dtype), torch.randn(77, generator=random).to(dtype)
+    for part in (x, x[:, 1:3], x[1], x[:, :1], x.transpose(0, 1), x.mT.contiguous().mT, x[None, :, None, 1:]):
+        yield (part, weight, 1e-3), {}
 
 
 def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:

@@ -154,16 +154,38 @@ Tensor steer_and_count(const Tensor &activations, const Tensor &vectors, const T
     return out;
 }
 
+// How the rows of a tensor lie, the last dimension dense; none where they have more than two strides.
+std::optional<Rows> rows_of(const Tensor &x) {
+    Rows rows;
+    int64_t outer = 1;
+    for (int64_t i = x.dim() - 2; i >= 0; i--) {
+        const int64_t size = x.size(i), stride = x.stride(i);
+        if (size == 1) continue;
+        if (outer == 1 && (rows.heads == 1 || stride == rows.heads * rows.head_stride)) {
+            if (rows.heads == 1) rows.head_stride = stride;
+            rows.heads *= size;
+        } else if (outer == 1 || stride == outer * rows.row_stride) {
+            if (outer == 1) rows.row_stride = stride;
+            outer *= size;
+        } else {
+            return std::nullopt;
+        }
+    }
+    rows.count = outer * rows.heads;
+    return rows;
+}
+
 Tensor rms_norm_of_rows(const Tensor &x, const Tensor &weight, double epsilon) {
     const int64_t width = weight.numel();
     STD_TORCH_CHECK(x.dim() > 0 && x.size(-1) == width && is(weight, x.scalar_type()),
                     "rms_norm: x [..., D] and weight [D] have one dtype");
-    const Tensor in = torch::stable::contiguous(x);
+    Tensor in = with_dense_rows(x);
+    auto rows = rows_of(in);
+    if (!rows) rows = rows_of(in = torch::stable::contiguous(in));
     Tensor out = torch::stable::new_empty(in, in.sizes());
     with_type("rms_norm", in.scalar_type(), [&](auto number) {
         using T = decltype(number);
-        rms_norm<T>(in.numel() / std::max<int64_t>(1, width), width, data<const T>(in), data<const T>(weight),
-                    float(epsilon), data<T>(out));
+        rms_norm<T>(*rows, width, data<const T>(in), data<const T>(weight), float(epsilon), data<T>(out));
     });
     return out;
 }

@@ -13,10 +13,10 @@ MOST_WARPS = 16
 
 
 @triton.jit
-def _rms_norm(x, weight, out, epsilon, x_row, WIDTH: tl.constexpr, PAD: tl.constexpr):
+def _rms_norm(x, weight, out, epsilon, heads, x_row, x_head, WIDTH: tl.constexpr, PAD: tl.constexpr):
     row, d = tl.program_id(0).to(tl.int64), tl.arange(0, PAD)
     there = d < WIDTH
-    wide = tl.load(x + row * x_row + d, mask=there, other=0.0).to(tl.float32)
+    wide = tl.load(x + row // heads * x_row + row % heads * x_head + d, mask=there, other=0.0).to(tl.float32)
     scale = tl.load(weight + d, mask=there, other=0.0)
     normed = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / WIDTH + epsilon)).to(scale.dtype)
     scaled = scale.to(tl.float32) * normed.to(tl.float32)
@@ -55,12 +55,12 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """See `steer_ops.rms_norm`."""
     width = len(weight)
     _check_norm("rms_norm", x, weight)
-    rows = _rows(x)
+    x, heads, *strides = _heads(x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if len(rows):
+    if out.numel():
         pad, warps = _padded(width)
         with on_device_of(x):
-            _rms_norm[len(rows),](rows, weight, out, epsilon, rows.stride(0), width, pad, num_warps=warps)
+            _rms_norm[out.numel() // width,](x, weight, out, epsilon, heads, *strides, width, pad, num_warps=warps)
     return out
 
 
@@ -98,6 +98,25 @@ def _check_norm(op: str, x: Tensor, weight: Tensor) -> None:
 def _rows(x: Tensor) -> Tensor:
     """[rows, D]"""
     return dense_rows(x.reshape(-1, x.shape[-1]))
+
+
+def _heads(x: Tensor) -> tuple[Tensor, int, int, int]:
+    """A tensor as rows of heads, of which all lie equally far from each other: itself, how many heads a row has, and
+    the strides of rows and heads. A copy only where it is no such thing."""
+    x = dense_rows(x)
+    sizes, strides = [1, 1], [0, 0]  # of heads, then of rows
+    at = 0
+    for size, stride in zip(x.shape[-2::-1], x.stride()[-2::-1], strict=True):
+        if size == 1:
+            continue
+        if sizes[at] > 1 and stride != sizes[at] * strides[at]:
+            at += 1
+        if at > 1:
+            return _heads(x.contiguous())
+        if sizes[at] == 1:
+            strides[at] = stride
+        sizes[at] *= size
+    return x, sizes[0], strides[1], strides[0]
 
 
 def _padded(width: int) -> tuple[int, int]:

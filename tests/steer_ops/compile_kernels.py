@@ -26,16 +26,8 @@ COLUMNS = {
 }
 FLOATS = {"parts": "*fp32", "logs": "*fp32", **dict.fromkeys(("scale", "softcap", "epsilon"), "fp32")}
 STRIDES = "_row", "_head", "_stride"
-SIZES = (
-    *STRIDES,
-    "window",
-    "chunks",
-    "first",
-    "rows",
-    "extras",
-    "columns",
-    "owner",
-)  # how arguments that are int32 end
+# How arguments that are int32 end.
+SIZES = (*STRIDES, "window", "chunks", "first", "rows", "heads", "extras", "columns", "owner")
 HEADS = {"KV_HEADS": 8, "WIDTH": 128, "WIDTH_PAD": 128, "VALUE_WIDTH": 128, "VALUE_PAD": 128, "BLOCK_SIZE": 64}
 PARTING = {"TILE": 64, "LEAST_TILES": paged_attention.LEAST_TILES, "LANES": paged_attention.LANES}
 ROW = {"WIDTH": 4096, "PAD": 4096}

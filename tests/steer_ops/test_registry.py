@@ -98,7 +98,7 @@ def test_a_kernel_is_tried_beside_its_twin_on_the_cpu(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(registry, "_run", run)
     assert RMS_NORM._passes_trial(RMS_NORM.overload, torch.device("cuda"), torch.float32)
-    assert seen == [(False, "cuda"), (True, "cpu")]
+    assert set(seen) == {(False, "cuda"), (True, "cpu")}
 
 
 def test_a_kernel_is_tried_on_its_own_device() -> None:

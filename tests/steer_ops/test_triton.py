@@ -62,6 +62,16 @@ def test_a_kernel_computes_what_its_twin_computes(
         assert _same(_run(kernels[name], args, named, DEVICE), _run(op.reference, args, named, CPU), dtype)
 
 
+def test_heads_of_a_product_are_normed_where_they_lie(kernels: dict[str, Callable[..., Any]]) -> None:
+    product, weight = torch.randn(5, 6 * 16, device=DEVICE), torch.randn(16, device=DEVICE)
+    with torch.autograd.profiler.profile() as seen:
+        found = [
+            kernels["rms_norm"](part.view(5, -1, 16), weight, 1e-5) for part in product.split([4 * 16, 2 * 16], dim=1)
+        ]
+    assert {"aten::clone", "aten::contiguous"}.isdisjoint(event.name for event in seen.function_events)
+    assert torch.allclose(torch.cat(found, dim=1), plain.rms_norm(product.view(5, 6, 16), weight, 1e-5), atol=1e-5)
+
+
 @pytest.mark.timeout(600)
 def test_every_kernel_compiles_for_an_h200(tmp_path: Path) -> None:
     surroundings = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
