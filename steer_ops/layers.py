@@ -3,7 +3,7 @@
 Linear layers with the same input become one product, and on a CPU they get their weights laid out once
 (`steer_ops.linears`). RMS norms become one operation instead of seven, gated feed-forward layers three instead of five,
 rotary embeddings of queries and keys none instead of sixteen: they are left to the attention, which turns what it
-reads. On CUDA also the addition of an attention's output and the norm after it become one.
+reads. On CUDA also additions to the residual stream and the norms after them become one each.
 
 Each layer is exchanged by itself, after what is to take its place has been tried against it.
 """
@@ -30,12 +30,17 @@ from steer_ops.linears import (
     place_of,
     tell_refused,
 )
-from steer_ops.ops import ADD_RMS_NORM, RMS_NORM, ROTARY, SILU_MUL
+from steer_ops.ops import ADD_RMS_NORM, GELU_TANH_MUL, RMS_NORM, ROTARY, SILU_MUL
+from steer_ops.registry import Op
 
 EPSILONS = ("variance_epsilon", "eps")  # what models call the epsilon of an RMS norm
-# The parts of a decoder layer that adds to the residual stream twice: what a norm and a sub-layer make of it.
+# The parts of a decoder layer that adds to the residual stream twice: what a norm and a sub-layer make of it, or, as
+# Gemma 2 and 3 do, what another norm makes of that.
 RESIDUAL_LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+SANDWICHED_LAYER = RESIDUAL_LAYER | {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
+GATES = (SILU_MUL, GELU_TANH_MUL)
 ACTIVATIONS = ("act_fn", "activation_fn")  # what models call the activation of a gated feed-forward layer
+NORMED = "_steer_ops_normed"  # the attribute of a tensor that says what a norm makes of it
 CACHES = ("past_key_values", "layer_past")  # and the cache that they give their attention
 Function = TypeVar("Function", bound=Callable[..., Any])
 # The output [N, out] of one product -> queries, keys and values, [N, heads, head_dim] each.
@@ -57,29 +62,39 @@ def exchange_layers(model: Any, *, native: bool = True) -> None:
 
 
 class FusedRMSNorm(nn.Module):
-    """x [..., D] -> [..., D], as LlamaRMSNorm and its many copies in transformers have it, by the kernel `rms_norm`."""
+    """x [..., D] -> [..., D], as the many RMS norms in transformers have it, by the kernel `rms_norm`."""
 
-    def __init__(self, weight: Tensor, epsilon: float) -> None:
-        """weight [D], of a dtype that has a kernel."""
+    def __init__(self, weight: Tensor, epsilon: float, dtype: torch.dtype) -> None:
+        """weight [D]: of x's `dtype`, which has a kernel, or float32 (`steer_ops.rms_norm`)."""
         super().__init__()
         self.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
-        self.variance_epsilon = epsilon
-        self._op = RMS_NORM.choose(weight.device, weight.dtype)
+        self.variance_epsilon, self.dtype = epsilon, dtype
+        self._op = RMS_NORM.choose(weight.device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self._op(x, self.weight, self.variance_epsilon)
+        norm, known = x.__dict__.pop(NORMED, (None, None))
+        found: Tensor = known if norm is self else self._op(x, self.weight, self.variance_epsilon)
         return found
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """x + y, in one operation with what `forward` gives for that very tensor. Where there is a kernel
+        `add_rms_norm`."""
+        total: Tensor
+        total, normed = ADD_RMS_NORM.for_tensor(x)(x, y, self.weight, self.variance_epsilon)
+        total.__dict__[NORMED] = self, normed  # it goes with the tensor, whether it is asked for or not
+        return total
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), x [..., in] -> [..., out], as LlamaMLP and its many copies in transformers have it,
-    by the kernel `silu_mul`."""
+    """down(act(gate(x)) * up(x)), x [..., in] -> [..., out], as LlamaMLP and its many copies in transformers have it,
+    by a kernel for their activation."""
 
-    def __init__(self, gate_up: Product, down: nn.Module) -> None:
-        """`gate_up`: gates and ups side by side, [..., in] -> [..., 2 * width], of a dtype that has a kernel."""
+    def __init__(self, gate_up: Product, down: nn.Module, gate: Op) -> None:
+        """`gate_up`: gates and ups side by side, [..., in] -> [..., 2 * width], of a dtype that has a kernel of `gate`,
+        one of `GATES`."""
         super().__init__()
         self.gate_up_proj, self.down_proj = gate_up, down
-        self._op = SILU_MUL.choose(*place_of(gate_up))
+        self._op = gate.choose(*place_of(gate_up))
 
     def forward(self, x: Tensor) -> Tensor:
         found: Tensor = self.down_proj(self._op(self.gate_up_proj(x)))
@@ -195,10 +210,13 @@ def fuse_norms(model: Any) -> int:
     with torch.no_grad():
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
-                found = _fused_norm(child)
-                if found is None or found.weight.dtype != (dtype or found.weight.dtype):
+                epsilon = next((getattr(child, name) for name in EPSILONS if hasattr(child, name)), None)
+                if epsilon is None or not _is_norm(child, dtype):
                     continue
-                if agreed(_is_same_norm(found, child), found.weight.device):
+                weight = child.weight
+                candidates = (FusedRMSNorm(one, epsilon, weight.dtype) for one in _norm_weights(weight))
+                found = next((one for one in candidates if agreed(_is_same_norm(one, child), weight.device)), None)
+                if found is not None:
                     setattr(parent, name, found)
                     fused += 1
                 else:
@@ -207,20 +225,25 @@ def fuse_norms(model: Any) -> int:
     return fused
 
 
-def _fused_norm(norm: Any) -> FusedRMSNorm | None:
-    epsilon = next((getattr(norm, name) for name in EPSILONS if hasattr(norm, name)), None)
-    weight = getattr(norm, "weight", None)
-    if not type(norm).__name__.endswith("RMSNorm") or epsilon is None or weight is None:
-        return None
-    if weight.dim() != 1 or not all_have(RMS_NORM, weight.device, weight.dtype):
-        return None
-    return FusedRMSNorm(weight, epsilon)
+def _is_norm(layer: Any, dtype: torch.dtype | None) -> bool:
+    weight = getattr(layer, "weight", None)
+    if isinstance(layer, FusedRMSNorm) or not type(layer).__name__.endswith("RMSNorm") or weight is None:
+        return False
+    return weight.dim() == 1 and dtype in (None, weight.dtype) and all_have(RMS_NORM, weight.device, weight.dtype)
+
+
+def _norm_weights(weight: Tensor) -> Iterator[Tensor]:
+    """What norms with such a weight scale by: Llama's, those that round once as OLMo 2's, and Gemma's."""
+    yield weight
+    if weight.dtype != torch.float32:
+        yield weight.float()
+    yield 1 + weight.float()
 
 
 def _is_same_norm(mine: FusedRMSNorm, own: Any) -> bool:
     """In half precision bit for bit, but where the two sums of squares are rounded differently."""
     random = torch.Generator().manual_seed(0)
-    x = 3 * torch.randn(16, mine.weight.shape[0], generator=random).to(mine.weight)
+    x = 3 * torch.randn(16, len(mine.weight), generator=random).to(mine.weight.device, mine.dtype)
     try:
         found, expected = mine(x), own(x)
     except Exception:  # it wants more than x, or another shape
@@ -244,10 +267,12 @@ def fuse_mlps(model: Any) -> int:
                 if whole is None or activation is None or not hasattr(child, "down_proj"):
                     continue
                 here = place_of(whole)
-                if not all_have(SILU_MUL, *here):
+                gates = [op for op in GATES if all_have(op, *here)]
+                if not gates:
                     continue
-                found = GatedMLP(whole, child.down_proj)
-                if agreed(_is_silu(activation, *here) and _is_same_mlp(found, child), here[0]):
+                gate = next((op for op in gates if agreed(_is_gate(op, activation, *here), here[0])), None)
+                found = GatedMLP(whole, child.down_proj, gate) if gate else None
+                if found and agreed(_is_same_mlp(found, child), here[0]):
                     setattr(parent, name, found)
                     fused += 1
                 else:
@@ -264,9 +289,9 @@ def _gates_and_ups(mlp: Any) -> Product | None:
     return whole if is_product(whole) else None
 
 
-def _is_silu(activation: Any, device: torch.device, dtype: torch.dtype) -> bool:
+def _is_gate(gate: Op, activation: Any, device: torch.device, dtype: torch.dtype) -> bool:
     x = torch.linspace(-20, 20, 1000).to(device, dtype)
-    found = SILU_MUL.choose(device, dtype)(torch.cat([x, torch.ones_like(x)]))
+    found = gate.choose(device, dtype)(torch.cat([x, torch.ones_like(x)]))
     return torch.allclose(found, activation(x), rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6)
 
 
@@ -374,15 +399,16 @@ def _recorded_attention(config: Any) -> Iterator[list[tuple[Any, ...]]]:
 
 
 def fuse_residuals(model: Any) -> int:
-    """Has the decoder layers of a model whose attention has been fused add the attention's output to the residual
-    stream and take the norm of that in one operation, where that says the same on numbers drawn at random; says how
+    """Has the decoder layers of a model whose attention has been fused add each sub-layer's output to the residual
+    stream and take the norm after that in one operation, where that says the same on numbers drawn at random; says how
     many: none where there is no kernel. The layers stay the modules that they are, with their hooks."""
     fused, refused = 0, Counter[str]()
+    following = _norms_after(model)
     with torch.no_grad():
         for layer in model.modules():
             if not _can_fuse_residual(layer):
                 continue
-            if forward := _fused_residual(layer):
+            if forward := _fused_residual(layer, following.get(layer)):
                 layer.forward = forward
                 fused += 1
             else:
@@ -391,36 +417,67 @@ def fuse_residuals(model: Any) -> int:
     return fused
 
 
+def _norms_after(model: Any) -> dict[nn.Module, tuple[nn.Module, FusedRMSNorm]]:
+    """Of each decoder layer the module that is given its output, and the norm of that: the next layer and its first
+    norm, or the model's last norm. Where a norm is given something else, it computes that anew."""
+    found = {}
+    for parent in model.modules():
+        for layers in parent.children():
+            if isinstance(layers, nn.ModuleList):
+                for layer, after in zip(layers, [*layers[1:], getattr(parent, "norm", None)], strict=True):
+                    norm = getattr(after, "input_layernorm", after)
+                    if isinstance(norm, FusedRMSNorm):
+                        found[layer] = after, norm
+    return found
+
+
+def _norm_before_mlp(layer: Any) -> Any:
+    return getattr(layer, "pre_feedforward_layernorm", layer.post_attention_layernorm)
+
+
 def _can_fuse_residual(layer: Any) -> bool:
     parts = {name for name, child in layer.named_children() if not isinstance(child, nn.Dropout)}
-    if parts != RESIDUAL_LAYER or "forward" in vars(layer):
+    if parts not in (RESIDUAL_LAYER, SANDWICHED_LAYER) or "forward" in vars(layer):
         return False
-    attention, norm = layer.self_attn, layer.post_attention_layernorm
+    attention, norm = layer.self_attn, _norm_before_mlp(layer)
     if not isinstance(attention, RotaryAttention) or not isinstance(norm, FusedRMSNorm):
         return False
     device, dtype = place_of(attention.whole)
-    return norm.weight.dtype == dtype and all_have(ADD_RMS_NORM, device, dtype)
+    return norm.dtype == dtype and all_have(ADD_RMS_NORM, device, dtype)
 
 
-def _fused_residual(layer: Any) -> Callable[..., Tensor] | None:
-    """None: the layer does something else."""
+def _fused_residual(layer: Any, after: tuple[nn.Module, FusedRMSNorm] | None) -> Callable[..., Tensor] | None:
+    """None: the layer does something else. after: see `_norms_after`."""
     attention = layer.self_attn
-    here = place_of(attention.whole)
-    forward = partial(_forward_residual, layer, ADD_RMS_NORM.choose(*here))
+    device, dtype = place_of(attention.whole)
+    if after and after[1].dtype != dtype:
+        after = None
+    forward = partial(_forward_residual, layer, after)
     try:
         with _recorded_attention(attention.config):
             x, given = _attention_inputs(attention.turned, attention.whole)
             expected, found = layer(x, **given), forward(x, **given)
             same = isinstance(expected, Tensor) and expected.shape == found.shape and is_close(found, expected)
+            same = same and (not after or is_close(after[1](found), after[1](expected)))
     except Exception:  # it is called with something else
         same = False
-    return forward if agreed(same, here[0]) else None
+    return forward if agreed(same, device) else None
 
 
-def _forward_residual(layer: Any, add_rms_norm: Any, hidden_states: Tensor, **options: Any) -> Tensor:
+def _forward_residual(
+    layer: Any, after: tuple[nn.Module, FusedRMSNorm] | None, hidden_states: Tensor, **options: Any
+) -> Tensor:
     """[..., D] -> [..., D]"""
-    norm = layer.post_attention_layernorm
+    norm = _norm_before_mlp(layer)
+    sandwiched = norm is not layer.post_attention_layernorm
     found, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **options)
-    hidden_states, normed = add_rms_norm(found, hidden_states, norm.weight, norm.variance_epsilon)
-    added: Tensor = hidden_states + layer.mlp(normed)
-    return added
+    if sandwiched:
+        found = layer.post_attention_layernorm(found)
+    hidden_states = norm.add(found, hidden_states)
+    found = layer.mlp(norm(hidden_states))
+    if sandwiched:
+        found = layer.post_feedforward_layernorm(found)
+    if after is None or layer._forward_hooks or after[0]._forward_pre_hooks:  # they may change what the norm is given
+        added: Tensor = hidden_states + found
+        return added
+    return after[1].add(found, hidden_states)

@@ -362,9 +362,10 @@ def _steer_examples(dtype: torch.dtype) -> Iterator[Example]:
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """weight * (x / sqrt(mean(x^2) + epsilon)), rounded to the dtype before and after the product as in transformers.
+    """weight * (x / sqrt(mean(x^2) + epsilon)) of x [..., D] -> [..., D]
 
-    x [..., D], weight [D] of the same dtype -> [..., D]
+    weight [D] of the dtype of x: rounded to it before and after the product, as Llama's in transformers; or float32:
+    rounded after the product alone, as Gemma's, whose weight is one more than the model says.
     """
     normed: Tensor = RMS_NORM.for_tensor(x)(x, weight, epsilon)
     return normed
@@ -372,13 +373,14 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 def _rms_norm_examples(dtype: torch.dtype) -> Iterator[Example]:
     random = torch.Generator().manual_seed(0)
-    x, weight = 3 * torch.randn(5, 4, 77, generator=random).to(dtype), torch.randn(77, generator=random).to(dtype)
+    x, weight = 3 * torch.randn(5, 4, 77, generator=random).to(dtype), torch.randn(77, generator=random)
     for part in (x, x[:, 1:3], x[1], x[:, :1], x.transpose(0, 1), x.mT.contiguous().mT, x[None, :, None, 1:]):
-        yield (part, weight, 1e-3), {}
+        yield (part, weight.to(dtype), 1e-3), {}
+    yield (x, weight, 1e-3), {}
 
 
 def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """x + y, rounded to their dtype, and the `rms_norm` of that. x and y [..., D], weight [D], all of one dtype."""
+    """x + y [..., D], of one dtype, rounded to it, and the `rms_norm` of that."""
     both: tuple[Tensor, Tensor] = ADD_RMS_NORM.for_tensor(x)(x, y, weight, epsilon)
     return both
 
@@ -386,7 +388,9 @@ def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, epsilon: float) -> tuple[
 def _add_rms_norm_examples(dtype: torch.dtype) -> Iterator[Example]:
     random = torch.Generator().manual_seed(0)
     x, y = 3 * torch.randn(2, 5, 77, generator=random).to(dtype)
-    yield (x, y, torch.randn(77, generator=random).to(dtype), 1e-3), {}
+    weight = torch.randn(77, generator=random)
+    yield (x, y, weight.to(dtype), 1e-3), {}
+    yield (x, y, weight, 1e-3), {}
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -396,7 +400,13 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return gated
 
 
-def _silu_mul_examples(dtype: torch.dtype) -> Iterator[Example]:
+def gelu_tanh_mul(gate_up: Tensor) -> Tensor:
+    """gelu(gate) * up, with tanh's approximation of GELU, as `silu_mul`."""
+    gated: Tensor = GELU_TANH_MUL.for_tensor(gate_up)(gate_up)
+    return gated
+
+
+def _gate_examples(dtype: torch.dtype) -> Iterator[Example]:
     random = torch.Generator().manual_seed(0)
     yield (30 * torch.randn(5, 2 * 77, generator=random).to(dtype),), {}
 
@@ -477,7 +487,13 @@ ROTARY = Op(
 SILU_MUL = Op(
     "silu_mul(Tensor gate_up) -> Tensor",
     plain.silu_mul,
-    _silu_mul_examples,
+    _gate_examples,
+    fake=lambda gate_up: gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2),
+)
+GELU_TANH_MUL = Op(
+    "gelu_tanh_mul(Tensor gate_up) -> Tensor",
+    plain.gelu_tanh_mul,
+    _gate_examples,
     fake=lambda gate_up: gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2),
 )
 TILED_LINEAR = Op(

@@ -4,7 +4,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, scaled_dot_product_attention, silu
+from torch.nn.functional import gelu, linear, scaled_dot_product_attention, silu
 
 SIGMOID, CONSTANT, LINEAR, COSINE, READ = range(5)  # kinds of gates, as kernels know them
 SMALLEST_NORM = 1e-19  # below it squares leave float32
@@ -316,7 +316,8 @@ def _rescale(a: Tensor, moved: Tensor) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """See `steer_ops.rms_norm`."""
     wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+    return (weight * (normed.to(x.dtype) if weight.dtype == x.dtype else normed)).to(x.dtype)
 
 
 def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -329,6 +330,12 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """See `steer_ops.silu_mul`."""
     gate, up = gate_up.chunk(2, dim=-1)
     return silu(gate) * up
+
+
+def gelu_tanh_mul(gate_up: Tensor) -> Tensor:
+    """See `steer_ops.gelu_tanh_mul`."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return gelu(gate, approximate="tanh") * up
 
 
 def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,10 +7,10 @@
 #include <optional>
 #include <tuple>
 
+#include "gate_mul.h"
 #include "paged_attention.h"
 #include "rms_norm.h"
 #include "rotary.h"
-#include "silu_mul.h"
 #include "steer.h"
 #if defined(__AVX2__) || defined(__AVX512F__)
 #define HAS_TILED_LINEAR
@@ -177,28 +177,33 @@ std::optional<Rows> rows_of(const Tensor &x) {
 
 Tensor rms_norm_of_rows(const Tensor &x, const Tensor &weight, double epsilon) {
     const int64_t width = weight.numel();
-    STD_TORCH_CHECK(x.dim() > 0 && x.size(-1) == width && is(weight, x.scalar_type()),
-                    "rms_norm: x [..., D] and weight [D] have one dtype");
+    const bool is_wide = is(weight, ScalarType::Float);
+    STD_TORCH_CHECK(x.dim() > 0 && x.size(-1) == width && (is_wide || is(weight, x.scalar_type())),
+                    "rms_norm: x [..., D] and weight [D] have one dtype, or the weight is float32");
     Tensor in = with_dense_rows(x);
     auto rows = rows_of(in);
     if (!rows) rows = rows_of(in = torch::stable::contiguous(in));
     Tensor out = torch::stable::new_empty(in, in.sizes());
     with_type("rms_norm", in.scalar_type(), [&](auto number) {
         using T = decltype(number);
-        rms_norm<T>(*rows, width, data<const T>(in), data<const T>(weight), float(epsilon), data<T>(out));
+        if (is_wide)
+            rms_norm(*rows, width, data<const T>(in), data<const float>(weight), float(epsilon), data<T>(out));
+        else
+            rms_norm(*rows, width, data<const T>(in), data<const T>(weight), float(epsilon), data<T>(out));
     });
     return out;
 }
 
-Tensor silu_mul_of_rows(const Tensor &gate_up) {
-    STD_TORCH_CHECK(gate_up.dim() > 0 && gate_up.size(-1) % 2 == 0, "silu_mul: gates and ups are side by side");
+template <float (*GATE)(float)>
+Tensor gate_mul_of_rows(const Tensor &gate_up) {
+    STD_TORCH_CHECK(gate_up.dim() > 0 && gate_up.size(-1) % 2 == 0, "gates and ups are side by side");
     const Tensor in = torch::stable::contiguous(gate_up);
     std::vector<int64_t> sizes(in.sizes().begin(), in.sizes().end());
     const int64_t width = sizes.back() /= 2;
     Tensor out = torch::stable::new_empty(in, sizes);
-    with_type("silu_mul", in.scalar_type(), [&](auto number) {
+    with_type("gates", in.scalar_type(), [&](auto number) {
         using T = decltype(number);
-        silu_mul<T>(out.numel() / std::max<int64_t>(1, width), width, data<const T>(in), data<T>(out));
+        gate_mul<T, GATE>(out.numel() / std::max<int64_t>(1, width), width, data<const T>(in), data<T>(out));
     });
     return out;
 }
@@ -235,7 +240,8 @@ STABLE_TORCH_LIBRARY_IMPL(steer_ops, CPU, library) {
     library.impl("steer_and_count", TORCH_BOX(&steer_and_count));
     library.impl("rms_norm", TORCH_BOX(&rms_norm_of_rows));
     library.impl("rotary", TORCH_BOX(&rotary_of_tokens));
-    library.impl("silu_mul", TORCH_BOX(&silu_mul_of_rows));
+    library.impl("silu_mul", TORCH_BOX(&gate_mul_of_rows<silu>));
+    library.impl("gelu_tanh_mul", TORCH_BOX(&gate_mul_of_rows<gelu_tanh>));
 #ifdef HAS_TILED_LINEAR
     library.impl("tiled_linear", TORCH_BOX(&tiled_linear_of_rows));
 #endif

@@ -1,5 +1,8 @@
-// weight * (x / sqrt(mean(x^2) + epsilon)) of rows of tokens; rounded where transformers rounds.
+// weight * (x / sqrt(mean(x^2) + epsilon)) of rows of tokens; rounded before the product, too, where the weight is of
+// the same type.
 #pragma once
+
+#include <type_traits>
 
 #include "common.h"
 
@@ -10,8 +13,8 @@ struct Rows {
     int64_t at(int64_t row) const { return row / heads * row_stride + row % heads * head_stride; }
 };
 
-template <typename T>
-void rms_norm(const Rows &rows, int64_t width, const T *x, const T *weight, float epsilon, T *out) {
+template <typename T, typename Weight>
+void rms_norm(const Rows &rows, int64_t width, const T *x, const Weight *weight, float epsilon, T *out) {
 #pragma omp parallel for if (rows.count * width > 100000)
     for (int64_t n = 0; n < rows.count; n++) {
         const T *in = x + rows.at(n);
@@ -21,9 +24,9 @@ void rms_norm(const Rows &rows, int64_t width, const T *x, const T *weight, floa
         const float scale = 1 / std::sqrt(squares / width + epsilon);
 #pragma omp simd
         for (int64_t d = 0; d < width; d++) {
-            T rounded;
-            store(rounded, float(in[d]) * scale);
-            store(out[n * width + d], float(rounded) * float(weight[d]));
+            const float normed = float(in[d]) * scale;
+            store(out[n * width + d],
+                  (std::is_same_v<T, Weight> ? rounded<T>(normed) : normed) * float(weight[d]));
         }
     }
 }

@@ -8,8 +8,18 @@ from torch import Tensor
 from steer_ops.cuda.launch import check, dense_rows, on_device_of
 
 GATES = 1024  # that a program computes
+GELU_SLOPE = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 WARP_NUMBERS = 512  # of a row, for each warp
 MOST_WARPS = 16
+
+
+@triton.jit
+def _scaled(wide, weight, d, epsilon, dtype: tl.constexpr, WIDTH: tl.constexpr):
+    """The norm of the numbers d of a row, which is of `dtype`: rounded before the product, too, where the weight is."""
+    normed = wide * tl.rsqrt(tl.sum(wide * wide, 0) / WIDTH + epsilon)
+    if weight.dtype.element_ty == dtype:
+        normed = normed.to(dtype).to(tl.float32)
+    return (tl.load(weight + d, mask=d < WIDTH, other=0.0).to(tl.float32) * normed).to(dtype)
 
 
 @triton.jit
@@ -17,10 +27,7 @@ def _rms_norm(x, weight, out, epsilon, heads, x_row, x_head, WIDTH: tl.constexpr
     row, d = tl.program_id(0).to(tl.int64), tl.arange(0, PAD)
     there = d < WIDTH
     wide = tl.load(x + row // heads * x_row + row % heads * x_head + d, mask=there, other=0.0).to(tl.float32)
-    scale = tl.load(weight + d, mask=there, other=0.0)
-    normed = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / WIDTH + epsilon)).to(scale.dtype)
-    scaled = scale.to(tl.float32) * normed.to(tl.float32)
-    tl.store(out + row * WIDTH + d, scaled.to(scale.dtype), mask=there)
+    tl.store(out + row * WIDTH + d, _scaled(wide, weight, d, epsilon, x.dtype.element_ty, WIDTH), mask=there)
 
 
 @triton.jit
@@ -33,21 +40,21 @@ def _add_rms_norm(x, y, weight, total, out, epsilon, x_row, y_row, WIDTH: tl.con
     )
     added = (one.to(tl.float32) + other.to(tl.float32)).to(one.dtype)
     tl.store(total + row * WIDTH + d, added, mask=there)
-    wide = added.to(tl.float32)
-    scale = tl.load(weight + d, mask=there, other=0.0)
-    normed = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / WIDTH + epsilon)).to(scale.dtype)
-    scaled = scale.to(tl.float32) * normed.to(tl.float32)
-    tl.store(out + row * WIDTH + d, scaled.to(scale.dtype), mask=there)
+    scaled = _scaled(added.to(tl.float32), weight, d, epsilon, x.dtype.element_ty, WIDTH)
+    tl.store(out + row * WIDTH + d, scaled, mask=there)
 
 
 @triton.jit
-def _silu_mul(gate_up, out, row_stride, WIDTH: tl.constexpr, GATES: tl.constexpr):
+def _gate_mul(gate_up, out, row_stride, WIDTH: tl.constexpr, GATES: tl.constexpr, GELU: tl.constexpr):
     row, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * GATES + tl.arange(0, GATES)
     there = d < WIDTH
     gate = tl.load(gate_up + row * row_stride + d, mask=there, other=0.0)
     up = tl.load(gate_up + row * row_stride + WIDTH + d, mask=there, other=0.0)
     wide = gate.to(tl.float32)
-    opened = (wide / (1 + tl.exp(-wide))).to(gate.dtype)
+    steep = wide
+    if GELU:  # (1 + tanh(z)) / 2 = 1 / (1 + exp(-2 z))
+        steep = GELU_SLOPE * (wide + 0.044715 * wide * wide * wide)
+    opened = (wide / (1 + tl.exp(-steep))).to(gate.dtype)
     tl.store(out + row * WIDTH + d, (opened.to(tl.float32) * up.to(tl.float32)).to(gate.dtype), mask=there)
 
 
@@ -81,18 +88,28 @@ def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, epsilon: float) -> tuple[
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """See `steer_ops.silu_mul`."""
-    check(gate_up.shape[-1] % 2 == 0, "silu_mul", "gates and ups are side by side")
+    return _gated("silu_mul", gate_up, gelu=False)
+
+
+def gelu_tanh_mul(gate_up: Tensor) -> Tensor:
+    """See `steer_ops.gelu_tanh_mul`."""
+    return _gated("gelu_tanh_mul", gate_up, gelu=True)
+
+
+def _gated(op: str, gate_up: Tensor, *, gelu: bool) -> Tensor:
+    check(gate_up.shape[-1] % 2 == 0, op, "gates and ups are side by side")
     rows, width = _rows(gate_up), gate_up.shape[-1] // 2
     out = torch.empty(*gate_up.shape[:-1], width, dtype=gate_up.dtype, device=gate_up.device)
     if len(rows):
         with on_device_of(gate_up):
-            _silu_mul[len(rows), -(-width // GATES)](rows, out, rows.stride(0), width, GATES)
+            _gate_mul[len(rows), -(-width // GATES)](rows, out, rows.stride(0), width, GATES, gelu)
     return out
 
 
 def _check_norm(op: str, x: Tensor, weight: Tensor) -> None:
-    right = weight.dim() == 1 and weight.is_contiguous() and x.shape[-1] == len(weight) and x.dtype == weight.dtype
-    check(right, op, "x [..., D] and weight [D] have one dtype")
+    right = weight.dim() == 1 and weight.is_contiguous() and x.shape[-1] == len(weight)
+    right = right and weight.dtype in (x.dtype, torch.float32)
+    check(right, op, "x [..., D] and weight [D] have one dtype, or the weight is float32")
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -59,6 +59,7 @@ def triton_kernels(device: torch.device) -> Kernels:
         layers.rms_norm,
         layers.add_rms_norm,
         layers.silu_mul,
+        layers.gelu_tanh_mul,
         rotary.rotary,
     )
     return {function.__name__: (function, DTYPES) for function in functions}

@@ -33,8 +33,9 @@ PARTING = {"TILE": 64, "LEAST_TILES": paged_attention.LEAST_TILES, "LANES": page
 ROW = {"WIDTH": 4096, "PAD": 4096}
 
 
-def compiled(kernel: Any, dtype: str, constants: dict[str, Any], **options: int) -> Any:
-    types = {**INTEGERS, **COLUMNS, **FLOATS}
+def compiled(kernel: Any, dtype: str, constants: dict[str, Any], wide: str = "", **options: int) -> Any:
+    """wide: an argument that is float32."""
+    types = {**INTEGERS, **COLUMNS, **FLOATS, wide: "*fp32"}
     signature = {
         name: "constexpr" if name in constants else types.get(name, "i32" if name.endswith(SIZES) else f"*{dtype}")
         for name in kernel.arg_names
@@ -85,7 +86,11 @@ def main() -> None:
         compiled(steer._steer, "bf16", ROW, num_warps=8),
         compiled(layers._rms_norm, "bf16", ROW, num_warps=8),
         compiled(layers._add_rms_norm, "bf16", ROW, num_warps=8),
-        compiled(layers._silu_mul, "bf16", {"WIDTH": 14336, "GATES": layers.GATES}),
+        compiled(layers._add_rms_norm, "bf16", ROW, wide="weight", num_warps=8),
+        *(
+            compiled(layers._gate_mul, "bf16", {"WIDTH": 14336, "GATES": layers.GATES, "GELU": gelu})
+            for gelu in (False, True)
+        ),
         compiled(
             rotary._rotary,
             "bf16",

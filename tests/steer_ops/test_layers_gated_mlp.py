@@ -20,6 +20,10 @@ pytestmark = pytest.mark.skipif(
 SIZES = {"hidden_size": 48, "intermediate_size": 112, "num_attention_heads": 4}
 
 
+SAME_AS_SILU = {"silu", "swish"}
+SAME_AS_GELU = {"gelu_pytorch_tanh", "gelu_python_tanh", "gelu_new", "gelu_fast", "gelu_accurate"}
+
+
 def mlp(dtype: torch.dtype = torch.float32, *, activation: str = "silu", bias: bool = False) -> nn.Sequential:
     torch.manual_seed(0)
     config = LlamaConfig(**SIZES, hidden_act=activation, mlp_bias=bias)
@@ -30,9 +34,21 @@ def mlp(dtype: torch.dtype = torch.float32, *, activation: str = "silu", bias: b
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 5, 48), (48,), (2, 0, 48), (1, 2000, 48)])
-def test_it_is_the_layer_of_llama(dtype: torch.dtype, shape: tuple[int, ...], bias: bool, native: bool) -> None:
-    own, mine = mlp(dtype, bias=bias), mlp(dtype, bias=bias)
+@pytest.mark.parametrize(
+    ("shape", "activation"),
+    [
+        ((1, 5, 48), "silu"),
+        ((48,), "silu"),
+        ((2, 0, 48), "silu"),
+        ((1, 2000, 48), "silu"),
+        ((1, 5, 48), "gelu_pytorch_tanh"),
+        ((1, 2000, 48), "gelu_pytorch_tanh"),
+    ],
+)
+def test_it_is_the_layer_of_llama(
+    dtype: torch.dtype, shape: tuple[int, ...], activation: str, bias: bool, native: bool
+) -> None:
+    own, mine = (mlp(dtype, activation=activation, bias=bias) for _ in range(2))
     packed = pack_linears(mine, native=native) == 3  # not where oneDNN cannot compute with it
     assert fuse_mlps(mine) == packed
     assert isinstance(mine[0], GatedMLP) is packed
@@ -43,21 +59,24 @@ def test_it_is_the_layer_of_llama(dtype: torch.dtype, shape: tuple[int, ...], bi
     assert (found - expected).float().norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * expected.float().norm()
 
 
-def test_the_ends_of_what_a_gate_can_be() -> None:
-    holder = mlp()
+@pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh"])
+def test_the_ends_of_what_a_gate_can_be(activation: str) -> None:
+    holder = mlp(activation=activation)
     pack_linears(holder)
+    own = holder[0].act_fn
     fuse_mlps(holder)
     gates = torch.tensor([-torch.inf, -3e38, -200.0, -88.0, -1e-30, 0.0, 88.0, 200.0, 3e38, torch.inf, torch.nan])
     holder[0].gate_up_proj = nn.Identity()
     holder[0].down_proj = nn.Identity()
-    found, expected = holder(torch.cat([gates, torch.ones_like(gates)])), nn.functional.silu(gates)
+    found, expected = holder(torch.cat([gates, torch.ones_like(gates)])), own(gates)
     same = torch.isclose(found, expected, rtol=1e-5, atol=1e-30, equal_nan=True)
     assert same[1:].all(), (found, expected)
 
 
-@pytest.mark.parametrize("activation", [name for name in ACT2FN if name not in {"silu", "swish", "prelu"}])
-def test_another_activation_is_left_alone(activation: str) -> None:
-    holder = mlp(activation=activation)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", [name for name in ACT2FN if name not in {*SAME_AS_SILU, *SAME_AS_GELU, "prelu"}])
+def test_another_activation_is_left_alone(activation: str, dtype: torch.dtype) -> None:
+    holder = mlp(dtype, activation=activation)
     pack_linears(holder)
     assert fuse_mlps(holder) == 0
     assert isinstance(holder[0], LlamaMLP)
@@ -98,7 +117,8 @@ def test_a_layer_that_does_more_is_left_alone(kind: type, size: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "fused"), [("llama", 3), ("qwen3", 3), ("granite", 3), ("phi3", 3), ("gemma2", 0), ("gpt2", 0)]
+    ("name", "fused"),
+    [("llama", 3), ("qwen3", 3), ("granite", 3), ("phi3", 3), ("gemma2", 3), ("gemma3", 3), ("gpt2", 0)],
 )
 def test_a_model_says_the_same_and_has_the_same_sites(name: str, fused: int) -> None:
     plain, model = tiny(name), tiny(name)

@@ -8,14 +8,14 @@ import torch
 import transformers
 from torch import Tensor
 
-from steer_ops import ADD_RMS_NORM, RMS_NORM, ROTARY, SILU_MUL, linears
+from steer_ops import ADD_RMS_NORM, GELU_TANH_MUL, RMS_NORM, ROTARY, SILU_MUL, linears
 from steer_ops.layers import exchange_layers
 from steer_ops.linears import DenseLinear
 from steer_ops.registry import Op
 from tests.server.test_architectures import tiny
 from tests.steer_ops import turning
 
-OPS = (ADD_RMS_NORM, RMS_NORM, ROTARY, SILU_MUL)
+OPS = (ADD_RMS_NORM, GELU_TANH_MUL, RMS_NORM, ROTARY, SILU_MUL)
 IDS = torch.arange(3, 20)[None]
 
 

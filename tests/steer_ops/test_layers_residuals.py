@@ -1,14 +1,17 @@
 """What is exchanged on CUDA alone, with the references as the kernels: products joined, residual additions fused."""
 
+import weakref
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from steer_ops import ADD_RMS_NORM, RMS_NORM, ROTARY, SILU_MUL, linears
+from steer_ops import ADD_RMS_NORM, GELU_TANH_MUL, RMS_NORM, ROTARY, SILU_MUL, linears
 from steer_ops.layers import RotaryAttention, exchange_layers, fuse_residuals
 from steer_ops.linears import DenseLinear, JoinedLinear
+from steer_ops.registry import Op
 from steering.sites import site_module
 from steering.types import Site
 from tests.server.test_architectures import MORE, tiny
@@ -20,7 +23,7 @@ IDS = torch.arange(3, 20)[None]
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    for op in (ADD_RMS_NORM, RMS_NORM, ROTARY, SILU_MUL):
+    for op in (ADD_RMS_NORM, GELU_TANH_MUL, RMS_NORM, ROTARY, SILU_MUL):
         monkeypatch.setitem(op._chosen, ("cpu", torch.float32), lambda *args, reference=op.reference: reference(*args))
     monkeypatch.setattr(linears, "_packed", lambda weight, bias, native: DenseLinear(weight, bias))
 
@@ -36,7 +39,16 @@ def test_every_family_says_what_it_said(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "fused"),
-    [("llama", True), ("qwen2", True), ("qwen3", True), ("mistral", True), ("phi3", True), ("gemma2", False)],
+    [
+        ("llama", True),
+        ("qwen2", True),
+        ("qwen3", True),
+        ("mistral", True),
+        ("phi3", True),
+        ("gemma2", True),
+        ("gemma3", True),
+        ("olmo2", False),
+    ],
 )
 def test_layers_of_the_usual_kind_add_and_norm_at_once(name: str, fused: bool) -> None:
     model = tiny(name)
@@ -80,6 +92,85 @@ def test_what_hooks_change_reaches_the_logits_as_before(site: str) -> None:
         with torch.no_grad():
             found.append(model(IDS).logits)
     assert torch.allclose(*found, rtol=1e-4, atol=1e-4)
+
+
+def logits(model: Any) -> Tensor:
+    model.set_attn_implementation(turning.NAME)
+    with torch.no_grad():
+        found: Tensor = model(IDS).logits
+    return found
+
+
+@pytest.mark.parametrize(("name", "others"), [("llama", 0), ("qwen3", 6), ("gemma2", 6)])
+def test_every_addition_to_the_residual_stream_is_one_with_the_norm_after_it(
+    name: str, others: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three layers: what is left is the norm of the embeddings, those of heads, and of sub-layers' outputs."""
+    counts = Counter[str]()
+
+    def counted(op: Op) -> Any:
+        def call(*args: Any) -> Any:
+            counts[op.name] += 1
+            return op.reference(*args)
+
+        return call
+
+    for op in (ADD_RMS_NORM, RMS_NORM):
+        monkeypatch.setitem(op._chosen, ("cpu", torch.float32), counted(op))
+    model = tiny(name)
+    exchange_layers(model)
+    counts.clear()
+    logits(model)
+    assert counts == {"add_rms_norm": 6, "rms_norm": 1 + others}
+    handle = model.model.layers[1].register_forward_hook(lambda *args: None)
+    counts.clear()
+    logits(model)
+    assert counts == {"add_rms_norm": 5, "rms_norm": 2 + others}, "a hook comes before the norm"
+    handle.remove()
+
+
+def in_place(module: Any, args: Any, output: Any = None) -> None:
+    (args[0] if output is None else output).mul_(3)
+
+
+def anew(module: Any, args: Any, output: Any = None) -> Any:
+    return (3 * args[0],) if output is None else 3 * output
+
+
+@pytest.mark.parametrize("change", [in_place, anew])
+@pytest.mark.parametrize(("layer", "side"), [(0, "output"), (2, "output"), (1, "input")])
+def test_a_hook_between_two_layers_changes_what_the_next_norm_is_given(layer: int, side: str, change: Any) -> None:
+    model, other = tiny("llama"), tiny("llama")
+    exchange_layers(model)
+    expected = logits(model)
+    for one in (model, other):
+        at = one.model.layers[layer]
+        at.register_forward_hook(change) if side == "output" else at.register_forward_pre_hook(change)
+    with torch.no_grad():
+        assert torch.allclose(logits(model), other(IDS).logits, rtol=1e-4, atol=1e-4)
+    if layer < 2:  # the last norm knows no sizes
+        assert not torch.allclose(logits(model), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_a_pass_that_ends_early_leaves_nothing_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the largest pass at the start does, after the first layer: what it leaves would be memory that is taken."""
+    made: list[weakref.ref[Tensor]] = []
+
+    def kept(*args: Any) -> Any:
+        found = ADD_RMS_NORM.reference(*args)
+        made.extend(map(weakref.ref, found))
+        return found
+
+    model = tiny("llama")
+    monkeypatch.setitem(ADD_RMS_NORM._chosen, ("cpu", torch.float32), kept)
+    exchange_layers(model)
+    expected = logits(model)
+    model.config.num_hidden_layers = 1
+    logits(model)
+    assert len(made) > 4
+    assert not any(tensor() is not None for tensor in made)
+    model.config.num_hidden_layers = 3
+    assert torch.equal(logits(model), expected)
 
 
 def test_joined_layers_share_one_weight_of_pytorchs() -> None:

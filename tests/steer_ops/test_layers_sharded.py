@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from steer_ops import ADD_RMS_NORM, RMS_NORM, ROTARY, SILU_MUL, linears
+from steer_ops import ADD_RMS_NORM, GELU_TANH_MUL, RMS_NORM, ROTARY, SILU_MUL, linears
 from steer_ops.layers import exchange_layers
 from steer_ops.linears import DenseLinear
 from tests.server.test_architectures import tiny
@@ -20,7 +20,7 @@ CPU = ("cpu", torch.float32)
 def exchange(rank: int, folder: str) -> None:
     """In one of two processes; the second has no kernel for norms, and one for rotary embeddings that is wrong."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    for op in (ADD_RMS_NORM, RMS_NORM, ROTARY, SILU_MUL):
+    for op in (ADD_RMS_NORM, GELU_TANH_MUL, RMS_NORM, ROTARY, SILU_MUL):
         op._chosen[CPU] = partial(op.reference)
     if rank == 1:
         RMS_NORM._chosen[CPU] = RMS_NORM.reference

@@ -11,6 +11,7 @@ from steer_ops.ops import (
     ADD_RMS_NORM,
     COPY_KV,
     GATHER_KV,
+    GELU_TANH_MUL,
     PAGED_ATTENTION_DECODE,
     PAGED_ATTENTION_PREFILL,
     RMS_NORM,
@@ -24,7 +25,8 @@ from steer_ops.ops import (
 from steer_ops.registry import DTYPES, NAMESPACE, Op, _run, _same
 
 CPU = torch.device("cpu")
-OPS = [PAGED_ATTENTION_DECODE, STEER_AND_COUNT, RMS_NORM, ROTARY, SILU_MUL, TILED_LINEAR]  # with kernels for CPUs
+# With kernels for CPUs.
+OPS = [PAGED_ATTENTION_DECODE, STEER_AND_COUNT, RMS_NORM, ROTARY, SILU_MUL, GELU_TANH_MUL, TILED_LINEAR]
 CUDA_OPS = [ADD_RMS_NORM, COPY_KV, GATHER_KV, PAGED_ATTENTION_PREFILL, VARLEN_ATTENTION, WRITE_KV]
 needs_kernels = pytest.mark.skipif(not RMS_NORM.has_kernel(CPU, torch.float32), reason="nothing can be compiled here")
 
