@@ -17,6 +17,19 @@ COSINE, READ = tl.constexpr(plain.COSINE), tl.constexpr(plain.READ)
 SMALLEST_NORM = tl.constexpr(plain.SMALLEST_NORM)
 WARP_NUMBERS = 512  # of a token, for each warp
 MOST_WARPS = 32
+TOGETHER = 32  # columns whose multipliers are looked at together: one for each thread of a warp
+
+
+@triton.jit
+def _next_acting(multipliers, start, columns, TOGETHER: tl.constexpr):
+    """The first column from `start` on whose multiplier is not 0; `columns`: there is none."""
+    found = columns
+    for first in range(start, columns, TOGETHER):
+        if found == columns:
+            column = first + tl.arange(0, TOGETHER)
+            asked = tl.load(multipliers + column, mask=column < columns, other=0.0)
+            found = tl.min(tl.where(asked != 0, column, columns), 0)
+    return found
 
 
 # One program serves any number of columns and any site: nothing is compiled while requests wait.
@@ -44,6 +57,7 @@ def _steer(
     owner,
     WIDTH: tl.constexpr,
     PAD: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, PAD)
@@ -56,30 +70,32 @@ def _steer(
     free = tl.full([PAD], 0.0, tl.float32)  # the other deltas
     acting = 0
     before = tl.sqrt(tl.sum(a * a, 0))
-    for column in range(columns):
-        multiplier = tl.load(multipliers + token * multiplier_row + column)
-        if multiplier != 0:
-            vector = tl.load(vectors + column * WIDTH + d, mask=there, other=0.0)
-            value = tl.load(clamps + 2 * column)
-            strength = multiplier
-            if value == value:  # NaN is not: the column adds
-                strength = tl.load(clamps + 2 * column + 1) + multiplier * value - tl.sum(a * vector, 0)
-            kind = tl.load(kinds + column)
-            if kind == READ:
-                strength *= tl.load(opened + token * opened_row + column)
-            elif kind != CONSTANT:
-                weight = tl.load(weights + column * WIDTH + d, mask=there, other=0.0)
-                bias, overlap = tl.load(biases + column), tl.sum(a * weight, 0)
-                linear = bias + overlap
-                above = (overlap / tl.maximum(before, SMALLEST_NORM) + bias > 0).to(tl.float32)
-                gate = tl.where(kind == SIGMOID, 1 / (1 + tl.exp(-linear)), linear)
-                strength *= tl.where(kind == COSINE, above, gate)
-            acting += (strength != 0).to(tl.int32)
-            delta = strength * vector
-            if tl.load(keep_norm + column) != 0:
-                kept += delta
-            else:
-                free += delta
+    multipliers += token * multiplier_row
+    column = _next_acting(multipliers, 0, columns, TOGETHER)
+    while column < columns:
+        multiplier = tl.load(multipliers + column)
+        vector = tl.load(vectors + column * WIDTH + d, mask=there, other=0.0)
+        value = tl.load(clamps + 2 * column)
+        strength = multiplier
+        if value == value:  # NaN is not: the column adds
+            strength = tl.load(clamps + 2 * column + 1) + multiplier * value - tl.sum(a * vector, 0)
+        kind = tl.load(kinds + column)
+        if kind == READ:
+            strength *= tl.load(opened + token * opened_row + column)
+        elif kind != CONSTANT:
+            weight = tl.load(weights + column * WIDTH + d, mask=there, other=0.0)
+            bias, overlap = tl.load(biases + column), tl.sum(a * weight, 0)
+            linear = bias + overlap
+            above = (overlap / tl.maximum(before, SMALLEST_NORM) + bias > 0).to(tl.float32)
+            gate = tl.where(kind == SIGMOID, 1 / (1 + tl.exp(-linear)), linear)
+            strength *= tl.where(kind == COSINE, above, gate)
+        acting += (strength != 0).to(tl.int32)
+        delta = strength * vector
+        if tl.load(keep_norm + column) != 0:
+            kept += delta
+        else:
+            free += delta
+        column = _next_acting(multipliers, column + 1, columns, TOGETHER)
     after = tl.sqrt(tl.sum(kept * kept, 0))
     finite = (before < float("inf")) & (after < float("inf"))
     rescale = tl.where(finite, before / tl.maximum(after, SMALLEST_NORM), 1.0)
@@ -152,6 +168,7 @@ def steer_and_count(
                 owner,
                 width,
                 pad,
+                TOGETHER,
                 num_warps=max(1, min(MOST_WARPS, pad // WARP_NUMBERS)),
             )
     return out

@@ -83,7 +83,7 @@ def main() -> None:
         compiled(kv_cache._write, "bf16", HEADS | {"HEADS": 8}),
         compiled(kv_cache._gather, "bf16", HEADS | {"HEADS": 8}),
         compiled(kv_cache._copy, "bf16", {"UNIT": tl.int64, "NUMBERS": kv_cache.NUMBERS}),
-        compiled(steer._steer, "bf16", ROW, num_warps=8),
+        compiled(steer._steer, "bf16", ROW | {"TOGETHER": steer.TOGETHER}, num_warps=8),
         compiled(layers._rms_norm, "bf16", ROW, num_warps=8),
         compiled(layers._add_rms_norm, "bf16", ROW, num_warps=8),
         compiled(layers._add_rms_norm, "bf16", ROW, wide="weight", num_warps=8),

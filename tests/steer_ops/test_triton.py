@@ -343,3 +343,44 @@ def test_activations_of_any_size_keep_their_norm(kernels: dict[str, Callable[...
     expected = plain.steer_and_count(*(arg.clone() if isinstance(arg, Tensor) else arg for arg in args))
     found = kernels["steer_and_count"](*args)
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def of_many_columns(acting: list[int], columns: int = 100) -> list[Any]:
+    """Arguments of `steer_and_count` for two tokens, on each of which the same columns act."""
+    args, _ = next(iter(STEER_AND_COUNT._examples(torch.float32)))
+    x, *parts = [arg.to(DEVICE, copy=True) if isinstance(arg, Tensor) else arg for arg in args]
+    which = torch.arange(columns, device=DEVICE) % 9
+    of_columns = [part[which].contiguous() for part in parts[:6]]
+    multipliers = torch.zeros(2, columns, device=DEVICE)
+    multipliers[:, acting] = torch.linspace(0.2, 1.0, len(acting), device=DEVICE)
+    counters = parts[8][:2], parts[9][:2], 3
+    return [x[:2].contiguous(), *of_columns, multipliers, torch.rand_like(multipliers), *counters]
+
+
+@pytest.mark.parametrize("acting", [[], [0], [31, 32], [63, 99], [*range(0, 100, 7)]], ids=str)
+def test_columns_of_many_are_found(kernels: dict[str, Callable[..., Any]], acting: list[int]) -> None:
+    args = of_many_columns(acting)
+    expected = plain.steer_and_count(*(arg.clone() if isinstance(arg, Tensor) else arg for arg in args))
+    assert torch.allclose(kernels["steer_and_count"](*args), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="loads are counted in the interpreter")
+def test_a_token_looks_at_many_columns_together_before_it_reads_one(
+    kernels: dict[str, Callable[..., Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    loads = 0
+    load = InterpreterBuilder.create_masked_load
+
+    def counted(*args: Any, **named: Any) -> Any:
+        nonlocal loads
+        loads += 1
+        return load(*args, **named)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted)
+    kernels["steer_and_count"](*of_many_columns([]))
+    assert loads < 2 * 10, "of two tokens"
+    loads = 0
+    kernels["steer_and_count"](*of_many_columns([40]))
+    assert loads < 2 * 20
