@@ -30,6 +30,8 @@ from steering.bank import upload
 
 GREEDY_BELOW = 1e-4  # a temperature under this would overflow the logits; the result is the same
 GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15: splitmix64's increment, as a signed 64-bit integer
+PARTS, LOWER_BITS = 2**16, 15  # of the 31 bits of a float32 that is not negative
+CHANCE_BITS = 42
 MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
@@ -86,7 +88,9 @@ class Sampler:
         drawn = [row for row, one in enumerate(params) if one.temperature >= GREEDY_BELOW]
         by_k = [row for row in drawn if 0 < params[row].top_k < vocab]
         by_p = [row for row in drawn if row not in by_k and params[row].top_p < 1]
-        self._nuclei = [_Nuclei.of(rows, params, vocab, device) for rows in (by_k, by_p) if rows]
+        self._nuclei: list[_TopK | _TopP] = [_TopK.of(by_k, params, device)] if by_k else []
+        if by_p:
+            self._nuclei.append(_TopP(upload(np.array(by_p), device), column([params[row].top_p for row in by_p])))
         self._min_p = column([one.min_p for one in params])
         self._keys = upload(_keys([(one.seed, one.choice) for one in params]).numpy(), device)
 
@@ -159,19 +163,19 @@ class Sampler:
 
 
 @dataclass(frozen=True)
-class _Nuclei:
+class _TopK:
     """Rows that draw from their likeliest tokens alone: top_k of them, and of those the first that reach top_p
     together."""
 
     rows: Tensor  # [n] int64
-    most: int  # tokens of each that have to be put in order: all of them only where top_p stands alone
+    most: int  # tokens of each that have to be put in order
     top_k: Tensor  # [n, 1] int64
     top_p: Tensor  # [n, 1] float32
     whole: bool  # no row has a top_p
 
     @classmethod
-    def of(cls, rows: list[int], params: Sequence[SamplingParams], vocab: int, device: torch.device) -> "_Nuclei":
-        top_k = np.array([[min(params[row].top_k or vocab, vocab)] for row in rows])
+    def of(cls, rows: list[int], params: Sequence[SamplingParams], device: torch.device) -> "_TopK":
+        top_k = np.array([[params[row].top_k] for row in rows])
         top_p = np.array([[params[row].top_p] for row in rows], dtype=np.float32)
         most, whole = int(top_k.max()), bool((top_p >= 1).all())
         return cls(upload(np.array(rows), device), most, upload(top_k, device), upload(top_p, device), whole)
@@ -179,20 +183,14 @@ class _Nuclei:
     def kept(self, scores: Tensor) -> Tensor:
         """scores [n, vocab] -> bool. A token stays while the likelier ones do not reach top_p; the first always stays.
         Of those that are equally likely the first come first, and all have a place among the top_k."""
-        if self.most < scores.shape[-1]:
-            ordered = scores.topk(self.most, dim=-1).values
-        else:
-            ordered = scores.sort(dim=-1, descending=True).values
+        ordered = scores.topk(self.most, dim=-1).values
         best, kth, everything = ordered[:, :1], ordered.gather(1, self.top_k - 1), self.top_p >= 1
         if self.whole:
             return scores >= kth
-        # Sums in float64, so that rounding does not depend on other rows.
-        weights = (ordered - best).exp().masked_fill(ordered < kth, 0)
-        every = weights
-        if self.most < scores.shape[-1]:  # more may be as likely as the last of them
-            every = (scores - best).exp().masked_fill(scores < kth, 0)
+        # More may be as likely as the last of them. Sums in float64, so that rounding does not depend on other rows.
+        every = (scores - best).exp().masked_fill(scores < kth, 0)
         total = every.sum(dim=-1, keepdim=True, dtype=torch.float64)
-        chances = weights / total
+        chances = (ordered - best).exp().masked_fill(ordered < kth, 0) / total
         before = chances.cumsum(dim=-1) - chances
         stays = (ordered >= kth) & ((before < self.top_p) | everything)
         last = ordered.gather(1, (stays.sum(dim=-1, keepdim=True) - 1).clamp(min=0))
@@ -202,6 +200,43 @@ class _Nuclei:
         rank = equal.cumsum(dim=-1, dtype=torch.int32) - 1
         has_place = (likelier + rank * (last - best).exp() / total < self.top_p) | (rank == 0) | everything
         return (scores > last) | (equal & has_place)
+
+
+@dataclass(frozen=True)
+class _TopP:
+    """Rows that draw from the first of their likeliest tokens that reach top_p together, however many those are.
+
+    No token is put in order. How far a token is behind the best one is a float whose bits, as an integer, grow with it:
+    the upper ones say in which of 2^16 parts it is, and sums over those in which of them top_p is reached; the lower
+    ones say at which number in there. Chances are integers, so that sums are the same in every order.
+    """
+
+    rows: Tensor  # [n] int64
+    top_p: Tensor  # [n, 1] float32, below 1
+
+    def kept(self, scores: Tensor) -> Tensor:
+        """See `_TopK.kept`."""
+        behind = (scores.amax(dim=-1, keepdim=True) - scores).nan_to_num_(nan=torch.inf)
+        keys, chances = behind.view(torch.int32), _chances(behind)
+        reached = chances.sum(dim=-1, keepdim=True).double() * self.top_p
+        before = last = chances.new_zeros(len(scores), 1)  # the chances of likelier tokens, and the key of the last one
+        for shift in (LOWER_BITS, 0):
+            part = (keys >> shift).long() if shift else (keys & (1 << LOWER_BITS) - 1).long()
+            sums = chances.new_zeros(len(scores), PARTS).scatter_add_(1, part, chances)
+            ends = before + sums.cumsum(dim=-1)
+            at = (ends < reached).sum(dim=-1, keepdim=True).clamp(max=PARTS - 1)
+            before = ends.gather(1, at) - sums.gather(1, at)
+            last = last + (at << shift)
+            chances.masked_fill_(part != at, 0)
+        equal = keys == last
+        rank = equal.cumsum(dim=-1, dtype=torch.int32) - 1
+        has_place = (before + rank * _chances(last.int().view(torch.float32)) < reached) | (rank == 0)
+        return (keys < last) | (equal & has_place)
+
+
+def _chances(behind: Tensor) -> Tensor:
+    """exp(-behind) in units of which many make the best token's: sums over a vocabulary stay within int64."""
+    return (-behind).exp_().mul_(2.0**CHANCE_BITS).long()
 
 
 class _Entries:

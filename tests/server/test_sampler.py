@@ -215,7 +215,36 @@ def test_no_more_tokens_are_put_in_order_than_a_row_needs(monkeypatch: pytest.Mo
     assert not ordered
     rules = [*plain, SamplingParams(top_k=7, top_p=0.9), SamplingParams(top_k=3), SamplingParams(top_p=0.9)]
     sample(rules, logits(6), [[0]] * 6, [0] * 6)
-    assert ordered == [(2, 7), (1, VOCAB)]
+    assert ordered == [(2, 7)], "top_p alone puts none in order"
+
+
+@pytest.mark.parametrize("top_p", [1e-30, 0.1, 0.7, 0.999])
+@pytest.mark.parametrize("size", [1e-30, 1e-4, 1.0, 30.0, 1e30])
+def test_of_any_logits_the_first_that_reach_top_p_are_left(size: float, top_p: float) -> None:
+    """Also of a large vocabulary, of which most are banned, or all equally likely."""
+    vocab = 3000
+    scores = size * torch.randn(4, vocab, generator=torch.Generator().manual_seed(1))
+    scores[1] = size
+    scores[2, torch.randperm(vocab)[:2900]] = -torch.inf
+    scores[3] = torch.arange(vocab) % 7 * size
+    left = Sampler([SamplingParams(top_p=top_p)] * 4, vocab, CPU)._restrict(scores.clone())
+    for row in range(4):
+        order = scores[row].sort(descending=True, stable=True).indices
+        chances = scores[row].double().softmax(-1)[order]
+        before = chances.cumsum(-1) - chances
+        kept, border = left[row].isfinite(), 1e-6  # of sums in float64, and of exponentials in float32
+        assert kept[order[before < top_p - border]].all()
+        assert not kept[order[before > top_p + border]].any()
+        assert kept.sum() == kept[order].cumsum(0).argmax() + 1, "those before the last one are all there"
+        assert kept[order[0]]
+
+
+def test_what_top_p_leaves_does_not_depend_on_the_neighbours() -> None:
+    scores, rule = logits(6, seed=4).repeat(1, 40), SamplingParams(top_p=0.9)
+    together = Sampler([rule] * 6, 40 * VOCAB, CPU)._restrict(scores.clone())
+    for row in range(6):
+        alone = Sampler([rule], 40 * VOCAB, CPU)._restrict(scores[row : row + 1].clone())
+        assert torch.equal(alone[0], together[row])
 
 
 def test_log_probabilities_are_those_of_the_model_whatever_is_asked_of_the_draw() -> None:
