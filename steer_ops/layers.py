@@ -80,6 +80,9 @@ class FusedRMSNorm(nn.Module):
         """x + y, in one operation with what `forward` gives for that very tensor. Where there is a kernel
         `add_rms_norm`."""
         total: Tensor
+        if self._forward_pre_hooks:  # they may change what it is given
+            total = x + y
+            return total
         total, normed = ADD_RMS_NORM.for_tensor(x)(x, y, self.weight, self.variance_epsilon)
         total.__dict__[NORMED] = self, normed  # it goes with the tensor, whether it is asked for or not
         return total
@@ -423,7 +426,7 @@ def _norms_after(model: Any) -> dict[nn.Module, tuple[nn.Module, FusedRMSNorm]]:
     found = {}
     for parent in model.modules():
         for layers in parent.children():
-            if isinstance(layers, nn.ModuleList):
+            if isinstance(layers, nn.ModuleList) and len(layers):
                 for layer, after in zip(layers, [*layers[1:], getattr(parent, "norm", None)], strict=True):
                     norm = getattr(after, "input_layernorm", after)
                     if isinstance(norm, FusedRMSNorm):

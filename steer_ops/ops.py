@@ -166,22 +166,27 @@ def paged_attention_prefill(
 
 
 def _prefill_examples(dtype: torch.dtype, heads: Heads | None = None) -> Iterator[Example]:
+    """Chunks that begin their texts and that do not, of one token and none; with tiles of keys that all of a program's
+    tokens see, some do and none does, and more tokens than a program has."""
     random = torch.Generator().manual_seed(0)
-    tables = torch.tensor([[3, 0, 2, 4], [5, -1, -1, -1], [-1, -1, -1, -1], [1, 3, -1, -1]], dtype=torch.int32)
     for sizes in (heads,) if heads else (USUAL, ODD):
         key_heads, groups, width, value_width, block = sizes
-        lengths = torch.tensor([4 * block - 1, 1, 0, min(block + 2, 2 * block)], dtype=torch.int32)
-        starts = torch.tensor([0, min(7, 4 * block - 1), 1, 0, 2]).cumsum(0).int()
+        counts, lengths = (150, 1, 0, 3, 7), (LONG, 1, 0, LONG - 50, 7)
+        used = [-(-length // block) for length in lengths]
+        tables = torch.full((len(used), max(used)), -1, dtype=torch.int32)
+        free = torch.randperm(sum(used), generator=random, dtype=torch.int32)
+        for row, own in enumerate(torch.split(free, used)):
+            tables[row, : len(own)] = own
+        starts = torch.tensor([0, *counts]).cumsum(0).int()
         shapes = (
-            (int(starts[-1]) + 2, key_heads * groups, width),
-            (6, key_heads, block, width), (6, key_heads, block, value_width),
+            (sum(counts) + 2, key_heads * groups, width),
+            (sum(used), key_heads, block, width), (sum(used), key_heads, block, value_width),
         )  # fmt: skip
         query, key_cache, value_cache = (torch.randn(*shape, generator=random).to(dtype) for shape in shapes)
         out = query.new_zeros(*query.shape[:2], value_width)
-        args = query, key_cache, value_cache, tables, starts, lengths, out
-        if heads is None:
-            yield args, {"scale": sizes.scale}
-        yield args, {"scale": sizes.scale, **_rules(sizes, random)}
+        args = query, key_cache, value_cache, tables, starts, torch.tensor(lengths, dtype=torch.int32), out
+        yield args, {"scale": sizes.scale}
+        yield args, {"scale": sizes.scale, **_rules(sizes, random), "window": LONG - 100}
 
 
 PAGED_ATTENTION_PREFILL = Op(
@@ -331,9 +336,9 @@ def steer_and_count(
 ) -> Tensor:
     """Gated steering (`steer_ops.plain.steer` has the formula), and how many times each token was steered.
 
-    activations [N, D] float32 or bfloat16, vectors and weights [C, D], biases [C] float32, kinds [C] int8, keep_norm
-    [C] bool, clamps [C, 2] float32 (NaN: none), multipliers and opened [M, C] float32, owners [M] int32, counts [M]
-    int64 with M >= N -> [N, D]. `counts` of the first N tokens go up where `owners` is `owner`.
+    activations [N, D] float32, bfloat16 or, on CUDA, float16, vectors and weights [C, D], biases [C] float32, kinds [C]
+    int8, keep_norm [C] bool, clamps [C, 2] float32 (NaN: none), multipliers and opened [M, C] float32, owners [M]
+    int32, counts [M] int64 with M >= N -> [N, D]. `counts` of the first N tokens go up where `owners` is `owner`.
     """
     moved: Tensor = STEER_AND_COUNT.for_tensor(activations)(
         activations, vectors, weights, biases, kinds, keep_norm, clamps, multipliers, opened, owners, counts, owner

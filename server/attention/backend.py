@@ -81,6 +81,8 @@ class Attention:
 
     def copy(self, copies: Sequence[BlockCopy]) -> None:
         """In order: of all layers, those at once that may be."""
+        if not copies:
+            return
         caches: dict[tuple[torch.device, Any], list[Tensor]] = {}
         for pool in self.pools.values():
             caches.setdefault((pool.keys.device, pool.ops.copy), []).extend((pool.keys, pool.values))

@@ -34,6 +34,8 @@ from steering.errors import first_line
 log = logging.getLogger(__name__)
 WARMUPS = 2  # passes before a capture, in which libraries set themselves up
 RETRY_S = 300.0  # after which a capture that found no memory is tried again
+# Tokens of a text beside whose decoding no prompt is read in a static step: there one program reads all of its keys.
+LONG = 8192
 MIXED_SIZES = (16, 32, 64, 128, 192, 256, 384, 512)  # tokens of steps with prompts among them
 Chunks = tuple[ScheduledChunk, ...]
 
@@ -152,8 +154,9 @@ class CudaGraphs:
             rows = next((size for size in self._sizes if size >= len(chunks)), None)
             if rows and not self._unable:
                 self._wanted.setdefault(Bucket(rows, longest, rows))
-        if not singles and any(chunk.num_rows > 1 for chunk in chunks):
-            return None  # logits of several tokens of a text are wanted
+        # Of several tokens of a text logits are wanted, or a text is better read in parts.
+        if not singles and any(chunk.num_rows > 1 or (len(chunk) == 1 and chunk.end > LONG) for chunk in chunks):
+            return None
         return min(
             (
                 bucket
@@ -161,7 +164,7 @@ class CudaGraphs:
                 if bucket.rows >= len(chunks)
                 and bucket.blocks >= longest
                 and bucket.tokens >= tokens
-                and (singles or bucket.is_mixed)
+                and (bucket.is_mixed or singles)
             ),
             key=lambda bucket: (bucket.is_mixed, bucket.blocks, bucket.tokens),
             default=None,

@@ -67,6 +67,17 @@ def _extra(item, share, lengths, rows, window, TILE: tl.constexpr, LANES: tl.con
     return found, item - before + 1
 
 
+@triton.jit
+def _extras_before(row, share, lengths, window, TILE: tl.constexpr, LANES: tl.constexpr):
+    """How many of the `extras` the rows before a row have."""
+    found = 0
+    for start in range(0, row, LANES):
+        other = start + tl.arange(0, LANES)
+        _, _, tiles = _tiles(lengths, other, other < row, window, TILE)
+        found += tl.sum(tl.maximum(tiles - 1, 0) // share, 0)
+    return found
+
+
 @triton.jit(do_not_specialize=["table_row", "window", "rows", "extras"])
 def _attend(
     query,
@@ -208,14 +219,16 @@ def _join(
     LANES: tl.constexpr,
     JOINED: tl.constexpr,
 ):
-    """A head of the row whose second part is that of the `item`th of the `extras`: the others follow it."""
-    head, item = tl.program_id(0), tl.program_id(1)
-    share = _share(lengths, rows, extras, window, TILE, LEAST_TILES, LANES)
-    row, part = _extra(item, share, lengths, rows, window, TILE, LANES)
-    if (row >= rows) | (part != 1):
-        return
+    """A head of a row, where that has several parts: its first one, and those that follow those of the rows before."""
+    head, row = tl.program_id(0), tl.program_id(1)
     _, _, tiles = _tiles(lengths, row, True, window, TILE)
+    if tiles <= LEAST_TILES:
+        return
+    share = _share(lengths, rows, extras, window, TILE, LEAST_TILES, LANES)
     count = 1 + (tiles - 1) // share
+    if count == 1:
+        return
+    item = _extras_before(row, share, lengths, window, TILE, LANES)
     e = tl.arange(0, VALUE_PAD)
     has_value = e < VALUE_WIDTH
     highest, total, sums = float("-inf"), 0.0, tl.full([VALUE_PAD], 0.0, tl.float32)
@@ -314,7 +327,7 @@ def paged_attention_decode(
         )
         if extras:
             sizes = {"HEADS": heads, "VALUE_WIDTH": value_width, "VALUE_PAD": value_pad, "JOINED": JOINED}
-            _join[heads, extras](
+            _join[heads, rows](
                 parts,
                 logs,
                 context_lens,

@@ -170,7 +170,7 @@ def test_what_is_wanted_does_not_wait_for_what_is_only_told() -> None:
 @needs_kernel
 def test_kernels_and_layers_that_are_not_used_are_seen(tiny: World) -> None:
     found = {one.name: one for one in engine(tiny)}
-    assert found["of the attention, in the model's own sizes"].note == "without: write, gather, varlen, prefill"
+    assert found["of the attention, in the model's own sizes"].note == "without: write, gather, copy, varlen, prefill"
     assert found["layers left as they were"].note == "2 LlamaDecoderLayer", "CPUs have no kernel for the addition"
     model = llama("tiny", tiny.dtype)
     assert kept(model) == {"LlamaDecoderLayer": 2, "LlamaAttention": 2, "LlamaMLP": 2, "LlamaRMSNorm": 5}

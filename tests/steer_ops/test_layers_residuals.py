@@ -152,6 +152,25 @@ def test_a_hook_between_two_layers_changes_what_the_next_norm_is_given(layer: in
         assert not torch.allclose(logits(model), expected, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("change", [in_place, anew])
+@pytest.mark.parametrize("norm", ["input_layernorm", "post_attention_layernorm"])
+def test_a_hook_on_a_norm_changes_what_it_is_given(norm: str, change: Any) -> None:
+    model, other = tiny("llama"), tiny("llama")
+    exchange_layers(model)
+    for one in (model, other):
+        getattr(one.model.layers[1], norm).register_forward_pre_hook(change)
+    with torch.no_grad():
+        assert torch.allclose(logits(model), other(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_list_without_layers_has_no_norms_after_them() -> None:
+    model = tiny("llama")
+    expected = logits(model)
+    model.model.more = torch.nn.ModuleList()
+    exchange_layers(model)
+    assert torch.allclose(logits(model), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_pass_that_ends_early_leaves_nothing_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     """As the largest pass at the start does, after the first layer: what it leaves would be memory that is taken."""
     made: list[weakref.ref[Tensor]] = []

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from steer_ops import plain
+from steer_ops import PAGED_ATTENTION_PREFILL as OP
+from steer_ops import Heads, plain
 from tests.steer_ops.interpreted import mend_interpreter
 
 # The interpreter's NumPy tells of overflows and of what is not a number.
@@ -234,6 +235,27 @@ def test_what_does_not_fit_is_refused(kernel: Way, change: dict[str, Any], messa
     kernel(**named)
     with pytest.raises(RuntimeError, match=message):
         kernel(**named | change)
+
+
+@pytest.mark.parametrize("fault", ["whole tiles", "tiles in part"])
+def test_a_kernel_that_is_wrong_anywhere_is_found_out(
+    module: Any, fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the sizes in which a model is served."""
+    if DEVICE.type == "cuda":
+        pytest.skip("compiled kernels call what they were compiled with")
+    heads = Heads(key_heads=1, groups=4, width=16, value_width=16, block_size=64)
+    kernel = module.paged_attention_prefill
+    assert OP._passes_trial(kernel, DEVICE, torch.float32, heads)
+    read = module._read.fn
+
+    def wrong(*args: Any, **named: Any) -> Any:
+        highest, total, sums = read(*args, **named)
+        return highest, total, sums * (1.1 if named["WHOLE"] is (fault == "whole tiles") else 1.0)
+
+    monkeypatch.setattr(module, "_read", wrong)
+    assert not OP._passes_trial(kernel, DEVICE, torch.float32, heads)
+    assert "paged_attention_prefill" in caplog.text
 
 
 def test_a_program_takes_as_much_as_it_has_memory_for(module: Any) -> None:
