@@ -14,9 +14,6 @@ from server.bench import percentiles
 SHARE = 0.8  # of the requests a second that the engine can answer
 LEAD_S = 0.02  # of a long prompt before the short ones: its first step has begun
 STEERING_COSTS, CONFIGURATIONS_COST = 2, 3  # per cent, at most
-# Per cent, at most: what the operations of a prompt of 64 tokens take of a step of 32 rows, were they to come after its
-# reading of the weights. A step at the host's pace takes several times as long.
-PROMPT_COSTS = 50
 GAPS = 4  # times a decoding step, at most: one step in a hundred reads four or five of the prompts
 GENERATIONS = 4  # requests of each client
 
@@ -120,17 +117,17 @@ def waiting(world: World) -> Iterator[Figure]:
 
 def mixed(world: World) -> Iterator[Figure]:
     """Steps of as many rows without and with a prompt beside them, round by round. The first round warms up."""
-    sizes, ours = world.sizes, world.steered
-    rows, tokens = sizes.beside_rows, sizes.beside_prompt
-    work = prompts(sizes.shape, rows, 128 - sizes.new // 2, sizes.new)
-    costs = []
-    for number in range(1 + sizes.rounds):
-        alone = step_seconds(ours, work)
-        with_some, share = step_beside(ours, work, prompts(sizes.shape, sizes.new, tokens, 1, seed=1 + number))
-        costs.append((with_some / alone - 1) / share)
-    note = f"{1000 * alone:.2f} ms a step of {rows} rows; {share:.0%} of the steps read a prompt"
-    name = f"{rows} rows beside a prompt of {tokens} tokens, against alone"
-    yield Figure(name, 100 * statistics.median(costs[1:]), "%", note, at_most=PROMPT_COSTS)
+    sizes, ours, tokens = world.sizes, world.steered, world.sizes.beside_prompt
+    for rows, context, wanted in sizes.beside_rows:
+        work = prompts(sizes.shape, rows, context - sizes.new // 2, sizes.new)
+        costs = []
+        for number in range(1 + sizes.rounds):
+            alone = step_seconds(ours, work)
+            with_some, share = step_beside(ours, work, prompts(sizes.shape, sizes.new, tokens, 1, seed=1 + number))
+            costs.append((with_some / alone - 1) / share)
+        note = f"{1000 * alone:.2f} ms a step alone; {share:.0%} of the steps read a prompt"
+        name = f"{rows} x {context} beside a prompt of {tokens} tokens, against alone"
+        yield Figure(name, 100 * statistics.median(costs[1:]), "%", note, at_most=wanted)
 
 
 def arrivals(world: World) -> Iterator[Figure]:

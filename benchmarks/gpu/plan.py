@@ -62,8 +62,10 @@ class Sizes:
     pairs: tuple[tuple[int, float], ...]  # prompts with two arms each, and by how many per cent a step may be longer
     arms: int
     arm_prompt: int  # tokens
-    beside_rows: int  # rows that decode while short prompts are read, and these prompts' tokens
-    beside_prompt: int
+    # Rows that decode while short prompts are read, tokens of their texts, by how many per cent a step may be longer.
+    # 50: by the products of a prompt of 64 tokens, were they to come after the reading of the weights.
+    beside_rows: tuple[tuple[int, int, float | None], ...]
+    beside_prompt: int  # tokens of these prompts
     long: int  # tokens of the prompt that others wait behind
     clients: tuple[tuple[int, float | None], ...]  # over HTTP, and the per cent wanted of the engine alone
     requests: int  # of a client
@@ -96,7 +98,7 @@ FULL = Sizes(
     pairs=((1, 5), (16, 10)),
     arms=8,
     arm_prompt=8000,
-    beside_rows=32,
+    beside_rows=((32, 128, 50), (1, 8000, None)),
     beside_prompt=64,
     long=16_000,
     clients=((1, None), (32, None), (128, 85), (256, None)),
@@ -123,7 +125,7 @@ TINY = Sizes(
     pairs=((1, 5), (2, 10)),
     arms=3,
     arm_prompt=100,
-    beside_rows=4,
+    beside_rows=((4, 128, 50), (1, 200, None)),
     beside_prompt=8,
     long=200,
     clients=((1, None), (2, 85)),

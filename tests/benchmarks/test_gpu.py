@@ -68,7 +68,10 @@ FIGURES = {
         "3 arms over 100 tokens, against one": False,
         "3 arms over 100 tokens, the last one's first token": False,
     },
-    "mixed": {"4 rows beside a prompt of 8 tokens, against alone": True},
+    "mixed": {
+        "4 x 128 beside a prompt of 8 tokens, against alone": True,
+        "1 x 200 beside a prompt of 8 tokens, against alone": False,
+    },
     "waiting": {"first token behind 200 tokens, p50": False},
     "arrivals": {
         "requests at once": False,
