@@ -38,18 +38,21 @@ def limit_arenas() -> None:
         mallopt(_M_ARENA_MAX, ARENAS)
 
 
+def trim_heap() -> None:
+    """Whole pages that are free in the heap go back to the operating system, which takes a few milliseconds: between
+    what is used, glibc would keep them. Nothing is done without glibc."""
+    if trim := _libc("malloc_trim"):
+        trim(0)
+
+
 @contextmanager
 def heap_trimmed(every: float = TRIM_S) -> Iterator[None]:
-    """Whole pages that are free in the heap go back to the operating system every so many seconds, which takes a few
-    milliseconds: between what is used, glibc would keep them. Nothing is done without glibc."""
-    trim, ended = _libc("malloc_trim"), threading.Event()
-    if trim is None:
-        yield
-        return
+    """The same every so many seconds."""
+    ended = threading.Event()
 
     def run() -> None:
         while not ended.wait(every):
-            trim(0)
+            trim_heap()
 
     threading.Thread(target=run, name="heap", daemon=True).start()
     try:

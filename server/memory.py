@@ -15,6 +15,7 @@ from server.engine.model_runner import ModelRunner
 from server.engine.scoring import max_num_logits
 from server.engine.sequence import SamplingParams, ScheduledChunk, Sequence
 from server.errors import StartupError
+from server.heap import trim_heap
 from server.parallel.group import least
 from steering.errors import first_line
 
@@ -196,6 +197,7 @@ def _peak_bytes(devices: set[torch.device], step: Callable[[], object]) -> dict[
 
 def _peak_resident_bytes(step: Callable[[], object]) -> int:
     """Of the process. 0 where that is not known: only Linux has a peak that can be reset (man 5 proc)."""
+    trim_heap()  # the step would take what others have freed
     before = psutil.Process().memory_info().rss
     try:
         (PROC / "clear_refs").write_text("5")
