@@ -30,7 +30,7 @@ from steering.bank import upload
 
 GREEDY_BELOW = 1e-4  # a temperature under this would overflow the logits; the result is the same
 GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15: splitmix64's increment, as a signed 64-bit integer
-PARTS, LOWER_BITS = 2**16, 15  # of the 31 bits of a float32 that is not negative
+DIGITS = 11, 10, 10  # bits of each, of the 31 of a float32 that is not negative, the highest first
 CHANCE_BITS = 42
 MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
@@ -207,8 +207,8 @@ class _TopP:
     """Rows that draw from the first of their likeliest tokens that reach top_p together, however many those are.
 
     No token is put in order. How far a token is behind the best one is a float whose bits, as an integer, grow with it:
-    the upper ones say in which of 2^16 parts it is, and sums over those in which of them top_p is reached; the lower
-    ones say at which number in there. Chances are integers, so that sums are the same in every order.
+    sums over those with the same highest digit say at which digit top_p is reached, and so on among those with that
+    digit (radix select). Chances are integers, so that sums are the same in every order.
     """
 
     rows: Tensor  # [n] int64
@@ -220,14 +220,16 @@ class _TopP:
         keys, chances = behind.view(torch.int32), _chances(behind)
         reached = chances.sum(dim=-1, keepdim=True).double() * self.top_p
         before = last = chances.new_zeros(len(scores), 1)  # the chances of likelier tokens, and the key of the last one
-        for shift in (LOWER_BITS, 0):
-            part = (keys >> shift).long() if shift else (keys & (1 << LOWER_BITS) - 1).long()
-            sums = chances.new_zeros(len(scores), PARTS).scatter_add_(1, part, chances)
+        shift = sum(DIGITS)
+        for bits in DIGITS:
+            shift -= bits
+            digit = (keys >> shift & (1 << bits) - 1).long()
+            sums = chances.new_zeros(len(scores), 1 << bits).scatter_add_(1, digit, chances)
             ends = before + sums.cumsum(dim=-1)
-            at = (ends < reached).sum(dim=-1, keepdim=True).clamp(max=PARTS - 1)
+            at = (ends < reached).sum(dim=-1, keepdim=True).clamp(max=(1 << bits) - 1)
             before = ends.gather(1, at) - sums.gather(1, at)
             last = last + (at << shift)
-            chances.masked_fill_(part != at, 0)
+            chances.masked_fill_(digit != at, 0)
         equal = keys == last
         rank = equal.cumsum(dim=-1, dtype=torch.int32) - 1
         has_place = (before + rank * _chances(last.int().view(torch.float32)) < reached) | (rank == 0)
