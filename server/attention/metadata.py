@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -159,10 +160,7 @@ class Paged:
 
     @classmethod
     def of(cls, prefills: Sequence[Prefill], rows: slice | Tensor, device: torch.device) -> "Paged":
-        held = [one.block_table or () for one in prefills]
-        tables = np.zeros((len(held), max(map(len, held))), dtype=np.int32)
-        for row, blocks in enumerate(held):
-            tables[row, : len(blocks)] = blocks
+        tables = padded_tables([one.block_table or () for one in prefills])
         starts = np.cumsum([0, *(one.count for one in prefills)]).astype(np.int32)
         lens = np.array([one.context_len for one in prefills], dtype=np.int32)
         return cls(rows, upload(tables, device), upload(starts, device), upload(lens, device))
@@ -439,6 +437,14 @@ def _hidden_keys(keys: Tensor, last: Tensor, window: int | None) -> Tensor:
     """keys [K], last [...]: the last key that each token may see -> [..., K] bool: what it must not."""
     hidden = keys > last[..., None]
     return hidden | (keys <= last[..., None] - window) if window else hidden
+
+
+def padded_tables(tables: Sequence[Sequence[int]], rows: int | None = None, padding: int = 0) -> NDArray[np.int32]:
+    """Block tables as [rows, blocks of the longest]; `padding` stands where a table has ended, and in further rows."""
+    padded = np.full((rows or len(tables), max(map(len, tables), default=1)), padding, dtype=np.int32)
+    for row, table in enumerate(tables):
+        padded[row, : len(table)] = table
+    return padded
 
 
 def _groups(

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from server.attention.kv_pool import KVPool
 from server.attention.layout import ChunkLayout
-from server.attention.metadata import AttentionMetadata, AttentionParams, decode_attention, prefill_attention
+from server.attention.metadata import (
+    AttentionMetadata,
+    AttentionParams,
+    decode_attention,
+    padded_tables,
+    prefill_attention,
+)
 from steer_ops import rotary
 from steering.bank import upload
 
@@ -50,11 +56,10 @@ class DecodeMetadata:
         rows, blocks = self.block_tables.shape
         places = np.zeros((2, rows), dtype=np.int64)
         places[1] = 1
-        held = [(chunk.block_table or ())[:blocks] for chunk in chunks]
-        tables = np.full((rows, max(map(len, held), default=1)), padding_block, dtype=np.int32)  # the rest is not read
-        for row, (chunk, table) in enumerate(zip(chunks, held, strict=True)):
+        for row, chunk in enumerate(chunks):
             places[:, row] = chunk.start, chunk.end
-            tables[row, : len(table)] = table
+        held = [(chunk.block_table or ())[:blocks] for chunk in chunks]
+        tables = padded_tables(held, rows, padding_block)  # what is beyond is not read
         self.inputs[0, : len(ids)] = ids
         self.inputs[1:].copy_(upload(places, self.inputs.device), non_blocking=True)
         self.block_tables[:, : tables.shape[1]].copy_(upload(tables, self.block_tables.device), non_blocking=True)
@@ -108,14 +113,12 @@ class MixedMetadata:
     def fill(self, chunks: Sequence[ChunkLayout], ids: Tensor, padding_block: int) -> None:
         """See `DecodeMetadata.fill`. ids [tokens of the chunks]."""
         tokens, (texts, blocks) = self.ids.shape[1], self.block_tables.shape
-        held = [(chunk.block_table or ())[:blocks] for chunk in chunks]
+        tables = padded_tables([(chunk.block_table or ())[:blocks] for chunk in chunks], texts)  # the rest is not read
         positions, places = np.zeros(tokens, dtype=np.int64), np.zeros((tokens, 2), dtype=np.int64)
         places[:, 0] = padding_block
         starts = np.zeros((2, texts + 1), dtype=np.int32)
-        tables = np.zeros((texts, max(map(len, held), default=1)), dtype=np.int32)  # the rest is not read
         end = 0
-        for row, (chunk, table) in enumerate(zip(chunks, held, strict=True)):
-            tables[row, : len(table)] = table
+        for row, chunk in enumerate(chunks):
             begin, end = end, end + len(chunk)
             own = positions[begin:end] = np.arange(chunk.start, chunk.end)
             places[begin:end, 0] = tables[row, own // self.block_size]

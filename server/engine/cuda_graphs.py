@@ -34,7 +34,7 @@ from steering.errors import first_line
 log = logging.getLogger(__name__)
 WARMUPS = 2  # passes before a capture, in which libraries set themselves up
 RETRY_S = 300.0  # after which a capture that found no memory is tried again
-# Tokens of a text beside whose decoding no prompt is read in a static step: there one program reads all of its keys.
+# A mixed step is eager where a text that decodes has more tokens: in a static one, one program would read all its keys.
 LONG = 8192
 MIXED_SIZES = (16, 32, 64, 128, 192, 256, 384, 512)  # tokens of steps with prompts among them
 Chunks = tuple[ScheduledChunk, ...]
@@ -63,6 +63,10 @@ class _Captured:
 def capture_sizes(most: int) -> list[int]:
     """Rows of the buckets, as vLLM's `cudagraph_capture_sizes`: 1, 2, 4, then steps of 8, from 256 on of 16."""
     sizes = [1, 2, 4, *range(8, 256, 8), *range(256, most, 16)]
+    return _up_to(most, sizes)
+
+
+def _up_to(most: int, sizes: Sequence[int]) -> list[int]:
     return [*(size for size in sizes if size < most), most]
 
 
@@ -90,7 +94,7 @@ class CudaGraphs:
         self._idle_block = padding_block
         self._sizes = capture_sizes(most_rows)
         most_tokens = min(most_tokens, MIXED_SIZES[-1])
-        self._mixed_sizes = [*(size for size in MIXED_SIZES if size < most_tokens), most_tokens] if most_tokens else []
+        self._mixed_sizes = _up_to(most_tokens, MIXED_SIZES) if most_tokens else []
         self._most_blocks = most_blocks
         self._wanted: dict[Bucket, None] = {}
         self._captured: dict[Bucket, _Captured] = {}

@@ -13,13 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from steer_ops.cuda.launch import check, dense_rows, on_device_of, shared_memory
+from steer_ops.cuda.paged_attention import BUFFERS, LOG2E, SMALLEST_DOT
 
-LOG2E = tl.constexpr(1.4426950408889634)
 ROWS, TILE = 128, 64  # of a program, and keys that it reads at once, at most
 WIDE_ROWS, WIDE_TILE = 32, 32  # of float32, whose products keep all that they read in registers
-SMALLEST_DOT = 16  # sides of a matrix product
 # Of the loop over tiles: so many that two tiles of keys and values are on their way, behind the look-up of blocks.
-STAGES, BUFFERS = 4, 2
+STAGES = 4
 
 
 @triton.jit
