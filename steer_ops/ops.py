@@ -145,8 +145,8 @@ def paged_attention_prefill(
     """Attention of chunks of C texts, each over all keys of its own text up to itself, which are in the caches.
 
     query [N, heads, width]: the tokens of the chunks, one chunk after the other; query_starts [C + 1] int32: where each
-    begins, then where the last one ends. What lies behind that has no chunk, and its answers stay as they are. A chunk
-    may have no tokens. context_lens [C] int32: the tokens of each text up to the last of its chunk. Caches,
+    begins, then where the last one ends. What lies before and behind has no chunk, and its answers stay as they are. A
+    chunk may have no tokens. context_lens [C] int32: the tokens of each text up to the last of its chunk. Caches,
     block_tables [C, blocks], window, softcap and sinks as for `paged_attention_decode`. Writes to out [N, heads,
     value_width].
     """

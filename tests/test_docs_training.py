@@ -70,6 +70,10 @@ def test_five_commands_lead_from_texts_to_steered_answers(here: Path) -> None:
     assert all(column in measured for column in ("polite", "perplexity", "ratio"))
     assert len(Path("checkpoints/mine/v1/evaluation/generations.jsonl").read_text().splitlines()) == 6
 
+    plots = [*Path("runs/sweep").glob("*.png"), *Path("checkpoints/mine/v1/evaluation").glob("*.png")]
+    assert len(plots) == 2
+    assert all(plot.read_bytes().startswith(b"\x89PNG") for plot in plots)
+
     with served(*five[4][1:]) as url:
         (request,) = requests(PAGE)
         answer = httpx.post(url + request.path, json=request.body, timeout=60).raise_for_status().json()

@@ -34,8 +34,6 @@ from steering.errors import first_line
 log = logging.getLogger(__name__)
 WARMUPS = 2  # passes before a capture, in which libraries set themselves up
 RETRY_S = 300.0  # after which a capture that found no memory is tried again
-# A mixed step is eager where a text that decodes has more tokens: in a static one, one program would read all its keys.
-LONG = 8192
 MIXED_SIZES = (16, 32, 64, 128, 192, 256, 384, 512)  # tokens of steps with prompts among them
 Chunks = tuple[ScheduledChunk, ...]
 
@@ -158,8 +156,7 @@ class CudaGraphs:
             rows = next((size for size in self._sizes if size >= len(chunks)), None)
             if rows and not self._unable:
                 self._wanted.setdefault(Bucket(rows, longest, rows))
-        # Of several tokens of a text logits are wanted, or a text is better read in parts.
-        if not singles and any(chunk.num_rows > 1 or (len(chunk) == 1 and chunk.end > LONG) for chunk in chunks):
+        if not singles and any(chunk.num_rows > 1 for chunk in chunks):
             return None
         return min(
             (

@@ -127,7 +127,7 @@ def _attend(
     begin = tl.load(query_starts + chunk)
     count = tl.load(query_starts + chunk + 1) - begin
     row = (program - begin * GROUPS // ROWS - chunk) * ROWS
-    if row >= count * GROUPS:
+    if (row < 0) | (row >= count * GROUPS):  # tokens before the first chunk are no chunk's
         return
     length = tl.load(lengths + chunk)
     table = tables + chunk * table_row.to(tl.int64)

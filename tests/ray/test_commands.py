@@ -22,7 +22,7 @@ import pytest
 
 from benchmarks.processes import ray_processes, ready_replicas
 from tests.ray.conftest import BODY, ROOT, STARTED_S, Fleet, until
-from tests.server.test_listener import free_port
+from tests.server.conftest import free_port
 
 pytest.importorskip("ray.serve")
 pytestmark = pytest.mark.timeout(600)

@@ -1,8 +1,9 @@
 """A tiny real model with a real tokenizer, checkpoints for it, and a real server: built once, in seconds."""
 
+import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,6 +176,25 @@ def event_lines(told: httpx.Response) -> Iterator[str]:
     """The lines of a stream, as they come."""
     lines = EventLines()
     return (line for text in told.iter_text() for line in lines.feed(text))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def wait_until(ready: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            if ready():
+                return
+        except httpx.HTTPError:
+            pass
+        assert time.monotonic() < deadline, "it never came to be"
+        time.sleep(0.02)
 
 
 @contextmanager

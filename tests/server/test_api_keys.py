@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from server.app import create_app
 from server.config import Settings, load_settings
 from server.errors import InvalidField, RateLimited, StartupError
 from server.keys import ApiKey, ApiKeys
-from tests.server.conftest import World
+from tests.server.conftest import World, wait_until
 from tests.server.test_logs import logged
 
 SECRETS = {"alice": "sk-alice-7e57", "bob": "sk-bob-7e57", "root": "sk-root-7e57"}
@@ -153,7 +153,7 @@ def test_a_file_is_looked_at_once_a_second_and_no_longer_than_somebody_has_its_k
     keys = ApiKeys(Settings(api_keys_file=file))
     looked.clear()
     began = time.monotonic()
-    until(lambda: len(looked) >= 3)
+    wait_until(lambda: len(looked) >= 3)
     assert time.monotonic() - began >= 2 * 0.02
     for _ in range(1000):
         keys.find("nobody's")
@@ -184,7 +184,7 @@ def test_requests_are_answered_with_the_old_keys_while_the_file_is_read(
         assert [status(fresh, name) for name in ("alice", "root")] == [200, 401]
     finally:
         go_on.set()
-    until(lambda: status(fresh, "root") == 200)
+    wait_until(lambda: status(fresh, "root") == 200)
     assert status(fresh, "alice") == 401
 
 
@@ -325,7 +325,7 @@ def test_rows_of_a_key_are_given_back_whatever_becomes_of_its_request(fresh: Wor
     for body in ({"n": 4}, {"n": 2, "baseline": True}, {"n": 5}, {"checkpoint": "none"}, {"n": 3, "logprobs": 2}):
         answer = fresh.client.post("/generate", json=BODY | body | {"stream": stream}, headers=bearer("alice"))
         assert answer.status_code == {5: 422}.get(body.get("n"), 404 if "checkpoint" in body else 200), answer.text
-        until(lambda: usage["alice"].rows == 0)
+        wait_until(lambda: usage["alice"].rows == 0)
     scored = {"prompt": "a", "continuations": ["b", "c", "d", "e"]}
     assert status(fresh, "alice", "/score", scored) == 200
     assert status(fresh, "alice", "/score", scored | {"continuations": ["b"] * 5}) == 422
@@ -333,15 +333,6 @@ def test_rows_of_a_key_are_given_back_whatever_becomes_of_its_request(fresh: Wor
     fresh.service.engine.submit = lambda *_: 1 / 0  # type: ignore[method-assign,assignment]
     assert status(fresh, "alice") == 500
     assert usage["alice"].rows == 0
-
-
-def until(true: Callable[[], bool]) -> None:
-    waiting = threading.Event()
-    for _ in range(1000):
-        if true():
-            return
-        waiting.wait(0.01)
-    raise AssertionError("it never came to be")
 
 
 # --- where it is seen ---

@@ -66,7 +66,7 @@ MORE = {
     ),
 }
 # Gemma's residual stream is wide, and a norm behind the attention takes the rest of what is done to its output.
-SITES = {"gemma": ("1.residual", 20.0), "gemma2": ("1.residual", 20.0), "gemma3": ("1.residual", 20.0)}
+SITES = {"gemma": ("residual", 20.0), "gemma2": ("residual", 20.0), "gemma3": ("residual", 20.0)}
 
 
 def tiny(name: str, layers: int = LAYERS) -> Any:
@@ -109,14 +109,14 @@ def prefill_by_its_reference(patch: pytest.MonkeyPatch) -> None:
     patch.setitem(PAGED_ATTENTION_PREFILL._chosen, ("cpu", torch.float32), prefill)
 
 
-def columns(name: str) -> list[Column]:
-    site, scale = SITES.get(name, ("1.attn_output", 2.0))
+def columns(name: str, layer: int = 1) -> list[Column]:
+    site, scale = SITES.get(name, ("attn_output", 2.0))
     generator = torch.Generator().manual_seed(3)
 
     def column(attribute: str, gate: Gate) -> Column:
         return Column(
             attribute=attribute,
-            site=Site.parse(site),
+            site=Site.parse(f"{layer}.{site}"),
             gate=gate,
             vector=scale * torch.randn(HIDDEN, generator=generator),
             gate_weight=torch.randn(HIDDEN, generator=generator),

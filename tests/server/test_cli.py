@@ -20,8 +20,7 @@ from server.errors import StartupError
 from server.loading import load_model
 from steering.checkpoint import base_model_info
 from tests.broken_models import RAN
-from tests.server.conftest import columns, write
-from tests.server.test_listener import free_port
+from tests.server.conftest import columns, free_port, write
 
 runner = CliRunner(env={"COLUMNS": "160", "NO_COLOR": "1", "MATSTEER_THREADS": "1"})
 

@@ -15,7 +15,8 @@ from server import protocol
 from server.config import Settings
 from server.listener import DrainingServer
 from server.request_stream import Backlog
-from tests.server.test_listener import Slow, serving, wait_until
+from tests.server.conftest import wait_until
+from tests.server.test_listener import Slow, serving
 
 TIMEOUT = 0.3
 GET = b"GET /healthz HTTP/1.1\r\nHost: a\r\n"

@@ -15,7 +15,7 @@ from transformers.utils import logging as hf_logging
 from server.attention.static import DecodeMetadata
 from server.engine import cuda_graphs
 from server.engine.cuda_graphs import Bucket, CudaGraphs, capture_sizes
-from server.engine.sequence import ScheduledChunk, Sequence, SteeringParams
+from server.engine.sequence import Sequence, SteeringParams
 from steer_ops import PAGED_ATTENTION_DECODE
 from steering.types import SequenceSteering
 from tests.server.desk import Desk, sequence
@@ -128,24 +128,6 @@ def test_steps_with_prompts_come_from_the_smallest_graph_that_has_room(monkeypat
     assert log.lines[1] == ("other step", 1), "metrics trace it"
     assert "other step" not in dict(log.lines[2:])
     assert log.rooms[:3] == [24, 16, 4], "prompts beside tokens: of 23 and 1, 7 and 1, 2 and 2"
-
-
-@needs_kernel
-def test_no_prompt_is_read_in_a_static_step_beside_a_long_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There one program would read all of its keys; decode attention reads them in parts."""
-    prefill_by_its_reference(monkeypatch)
-    monkeypatch.setattr(cuda_graphs, "LONG", 20)
-    desk = Desk(tiny("llama"), graphs=True)
-    graphs, version = desk.runner._graphs, desk.bank.version
-    assert graphs is not None
-    prompt = ScheduledChunk(sequence(tuple(range(3, 43))), 0, 30)
-
-    def token(at: int) -> ScheduledChunk:
-        return ScheduledChunk(sequence(tuple(range(3, 43))), at - 1, at)
-
-    assert graphs.find((prompt, token(20)), version) is not None
-    assert graphs.find((prompt, token(21)), version) is None
-    assert graphs.find((token(40), token(40)), version) is not None, "tokens alone have graphs at any length"
 
 
 @needs_kernel

@@ -15,13 +15,12 @@ import psutil
 import pytest
 
 from server.config import Settings
-from tests.server.conftest import event_lines
+from tests.server.conftest import event_lines, wait_until
 from tests.server.failing_server import BUG, DEAD, NAN, NO_MEMORY, STUCK
-from tests.server.test_listener import wait_until
 from tests.server.test_process import LONG, Processes, started
 
 pytestmark = pytest.mark.timeout(300)  # several processes start, and import all that they need
-BUSY = 1.5  # seconds that a process may be kept waiting on a machine that has more to do
+BUSY = 5.0  # seconds that a process may be kept waiting on a machine that has more to do
 
 
 @contextmanager
@@ -44,7 +43,6 @@ def ask(server: Processes, length: int) -> tuple[int, str]:
     [
         ("false", DEAD, (500, "generation_failed"), "the device failed: CUDA error"),
         ("true", BUG, (503, "engine_down"), "the engine's loop broke: 'a bug'"),
-        ("false", STUCK, (503, "engine_down"), "the current step has been running for more than 1 s"),
         ("true", STUCK, (503, "engine_down"), "the current step has been running for more than 1 s"),
     ],
 )

@@ -15,7 +15,7 @@ from server.config import Settings
 from server.engine.model_runner import ModelRunner
 from server.errors import EngineDown, OutOfMemory
 from steer_ops import PAGED_ATTENTION_DECODE
-from tests.server.conftest import World
+from tests.server.conftest import World, wait_until
 
 pytestmark = pytest.mark.usefixtures("overlaps")
 
@@ -217,9 +217,7 @@ def test_a_dead_device_makes_the_server_unready(fresh: World, monkeypatch: pytes
     monkeypatch.setattr(runner, "forward", Broken(runner, at=1, times=1000))
     monkeypatch.setattr(runner, "recover", dead)
     assert fresh.refused(prompt="a")[0] == 500
-    deadline = time.monotonic() + 5
-    while fresh.service.engine.trouble is None and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: fresh.service.engine.trouble is not None)
     assert fresh.refused(prompt="a")[0] == 503
     ready = fresh.client.get("/readyz")
     assert (ready.status_code, ready.json()["error"]["type"]) == (503, "engine_down")

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,14 +21,7 @@ from server.config import Settings
 from server.errors import StartupError
 from server.listener import DrainingServer, run
 from server.sockets import address_of, listen
-from tests.server.conftest import World, event_lines
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+from tests.server.conftest import World, event_lines, free_port, wait_until
 
 
 def test_an_address_that_is_taken_is_one_sentence() -> None:
@@ -79,6 +72,7 @@ def test_the_start_ends_with_where_to_go(
 ) -> None:
     kept = settings.model_dump(exclude={"api_key", "admin_key"})
     with caplog.at_level("INFO", "server.listener"), serving(Settings(**kept, api_key=key), 1) as (_, _, url):
+        wait_until(lambda: "ready at" in caplog.text)  # it answers a moment before it says so
         (said,) = [record.getMessage() for record in caplog.records if "ready at" in record.getMessage()]
         assert said.splitlines()[0] == f"ready at {url}"
         assert all(f"{url}{path}" in said for path in ("/", "/docs", "/v1"))
@@ -268,15 +262,3 @@ def test_the_heap_is_frozen_only_while_it_serves() -> None:
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert ended.stderr == ""
-
-
-def wait_until(ready: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            if ready():
-                return
-        except httpx.HTTPError:
-            pass
-        assert time.monotonic() < deadline, "the server did not start"
-        time.sleep(0.05)

@@ -5,8 +5,7 @@ import shutil
 import signal
 import ssl
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ import pytest
 
 from server.config import Settings
 from server.engine.engine import Engine
-from tests.server.conftest import event_lines
-from tests.server.test_listener import free_port, serving
+from tests.server.conftest import event_lines, free_port, wait_until
+from tests.server.test_listener import serving
 from tests.server.test_logs import Log, logged
 
 SITE = Path(__file__).parents[2] / "deploy" / "nginx.conf"
@@ -99,7 +98,7 @@ def proxied(settings: Settings, folder: Path, *changes: tuple[str, str]) -> Iter
         nginx(folder, url, *changes) as (process, address, certificate),
     ):
         proxy = Proxy(process, address, certificate, server._service.engine)
-        until(lambda: answers(proxy.client))
+        wait_until(lambda: answers(proxy.client))
         yield proxy
         proxy.client.close()
 
@@ -109,13 +108,6 @@ def answers(client: httpx.Client) -> bool:
         return client.get("/readyz").status_code == 200
     except httpx.TransportError:
         return False
-
-
-def until(true: Callable[[], bool], seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it never came to be"
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +160,7 @@ def test_a_client_that_leaves_ends_its_request_behind_the_proxy(proxy: Proxy) ->
         next(tokens)
         assert not gone(proxy)
         tokens.close()  # type: ignore[attr-defined]
-        until(lambda: gone(proxy))
+        wait_until(lambda: gone(proxy))
         assert log.request()["outcome"] == "client_gone"
     assert log.request()["completion_tokens"] < 60
 
@@ -189,6 +181,6 @@ def test_a_proxy_that_cuts_ends_the_request(settings: Settings, tmp_path: Path, 
                 list(tokens)
         else:
             assert proxy.client.post("/generate", json=LONG | {"n": 2}).status_code == 504
-        until(lambda: gone(proxy))
-        until(lambda: bool(generated(log)))
+        wait_until(lambda: gone(proxy))
+        wait_until(lambda: bool(generated(log)))
     assert [line["outcome"] for line in generated(log)] == ["client_gone"]

@@ -35,8 +35,7 @@ from server.process.messages import Error
 from server.registry import Registry
 from server.tokenizer import Decode
 from server.types import CheckpointRef
-from tests.server.conftest import World, event_lines
-from tests.server.test_listener import free_port, wait_until
+from tests.server.conftest import World, event_lines, free_port, wait_until
 
 pytestmark = pytest.mark.timeout(300)  # several processes start, and import all that they need
 SERVE = ("server.cli", "serve")

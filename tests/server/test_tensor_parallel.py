@@ -25,9 +25,8 @@ from server.parallel.leader import Leader
 from steering.checkpoint import base_model_info
 from steering.sharding import why_not_sharded
 from steering.types import Column, Gate, Reading, Site
-from tests.server.conftest import World, columns, tiny_llama, write
+from tests.server.conftest import World, columns, tiny_llama, wait_until, write
 from tests.server.shards import compare_with_whole
-from tests.server.test_listener import wait_until
 from tests.server.test_process import LONG, PROMPT, alike, events, started
 
 pytestmark = pytest.mark.timeout(300)  # a second process starts, and imports all that it needs

@@ -30,8 +30,7 @@ import httpx
 import pytest
 
 from server.config import Settings
-from tests.server.conftest import event_lines
-from tests.server.test_listener import free_port, wait_until
+from tests.server.conftest import event_lines, free_port, wait_until
 from tests.server.test_nginx import NGINX, nginx
 
 ROOT = Path(__file__).parents[2]

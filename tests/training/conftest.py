@@ -11,6 +11,12 @@ from tests.training.helpers import make_llama, make_tokenizer
 from training.data.samples import Sample
 
 
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots take a third of the time of these tests, which look at none: tests/test_docs_training.py has them drawn."""
+    monkeypatch.setattr("training.evaluation.report.can_plot", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     return make_tokenizer()

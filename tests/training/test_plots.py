@@ -9,6 +9,11 @@ from training.evaluation import report
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture
+def undrawn() -> None:
+    """Here nothing is in the way of plots."""
+
+
 def test_the_absence_of_plots_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     report.can_plot.cache_clear()
     monkeypatch.setattr(report, "find_spec", lambda name: None)

@@ -277,10 +277,10 @@ def test_single_tokens_are_turned_where_they_are_attended_to(
     [
         ([(6, 7), (0, 1), (12, 13)], DecodeMetadata.empty(8, 4, CPU)),
         ([(6, 7), (0, 1), (12, 13)], MixedMetadata.empty(5, 4, 8, SIZE, CPU)),
-        ([(6, 7), (0, 7), (3, 13), (9, 10)], MixedMetadata.empty(5, 4, 24, SIZE, CPU)),
+        ([(6, 7), (12, 13), (0, 7), (3, 13), (9, 10)], MixedMetadata.empty(5, 4, 24, SIZE, CPU)),
         ([(2, 5), (0, 5)], MixedMetadata.empty(2, 3, 8, SIZE, CPU)),
     ],
-    ids=["decodes", "decodes among chunks", "decodes and chunks", "no room is left"],
+    ids=["decodes", "decodes in a larger pass", "decodes and chunks", "no room is left"],
 )
 def test_in_static_shapes_tokens_get_the_same_and_idle_ones_write_where_nobody_reads(
     chunks: list[tuple[int, int]], metadata: StaticMetadata, params: AttentionParams, turned: int
