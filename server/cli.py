@@ -29,6 +29,7 @@ from server.options import (
     setting,
 )
 from server.version import own_version
+from steering.imports import importing
 from steering.option_groups import ChatTemplateFile, with_option_groups
 
 # Other packages add commands under this entry-point group: each entry is a typer app whose commands are merged here.
@@ -133,8 +134,9 @@ def serve(
 
             if supervisor.is_wanted(settings):
                 end(supervisor.serve(settings, bound, _configure_logging))
-            from server.app import create_app
-            from server.listener import run
+            with importing():
+                from server.app import create_app
+                from server.listener import run
 
             end(run(create_app(settings), bound, drain_s=settings.drain_s))
 

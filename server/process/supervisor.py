@@ -18,6 +18,7 @@ from server.errors import StartupError
 from server.process.counting import count_together
 from server.shared_folder import SharedFolder
 from server.sockets import FORCED_S, LAST_WORDS_S, bind_again, claim
+from steering.imports import importing
 
 log = logging.getLogger(__name__)
 PAUSE_S = 1.0  # before a front that could not take the place of another one is started again
@@ -209,13 +210,15 @@ class Supervisor:
 
 
 def _run_engine(*arguments: Any) -> None:
-    from server.process.workers import run_engine
+    with importing():
+        from server.process.workers import run_engine
 
     run_engine(*arguments)
 
 
 def _run_front(*arguments: Any) -> None:
-    from server.process.workers import run_front
+    with importing():
+        from server.process.workers import run_front
 
     run_front(*arguments)
 
