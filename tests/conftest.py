@@ -1,4 +1,5 @@
-"""Every test begins with the same random numbers, and computes with one thread: `make test` runs several at a time."""
+"""Every test begins with the same random numbers, and computes with one thread: `make test` runs several at a time.
+`--hypothesis-profile=default` looks for examples that nobody has seen yet."""
 
 import os
 
@@ -6,9 +7,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch reads it; also f
 
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton reads it: its kernels run interpreted on the CPU
+
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
 
 pytest_plugins = ["tests.broken_models"]
 

@@ -1,5 +1,6 @@
 """A tiny real model with a real tokenizer, checkpoints for it, and a real server: built once, in seconds."""
 
+import asyncio
 import socket
 import threading
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import httpx
+import psutil
 import pytest
 import torch
 import uvicorn
@@ -20,12 +22,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from server.app import create_app
 from server.config import Settings
+from server.engine.engine import Engine
 from server.engine.model_runner import ModelRunner
 from server.event_lines import EventLines
 from server.service import Service
 from steering.checkpoint import BaseModelInfo, base_model_info, save
 from steering.types import Column, Gate, Positions, Site
 
+BUSY = 5.0  # seconds that a process may be kept waiting on a machine that has more to do
 CONTEXT = 96
 END = "<|end|>"
 CORPUS = [
@@ -191,10 +195,19 @@ def wait_until(ready: Callable[[], bool], seconds: float = 60) -> None:
         try:
             if ready():
                 return
-        except httpx.HTTPError:
+        except (httpx.HTTPError, psutil.Error):
             pass
         assert time.monotonic() < deadline, "it never came to be"
         time.sleep(0.02)
+
+
+async def held_until_queued(engine: Engine, sequences: int) -> None:
+    """No step begins from now on until so many sequences wait for one: the next one has them all."""
+    go_on = threading.Event()
+    engine.call(lambda: go_on.wait(60))
+    while engine._queued < sequences:
+        await asyncio.sleep(0.005)
+    go_on.set()
 
 
 @contextmanager

@@ -30,6 +30,7 @@ def prepare() -> None:
         if NO_MEMORY in lengths:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         if STUCK in lengths:
+            print("stuck", file=sys.stderr, flush=True)
             time.sleep(600)
         logits, counts = forward(runner, chunks, *more)
         return logits * torch.nan if NAN in lengths else logits, counts

@@ -15,7 +15,7 @@ from server.config import Settings
 from server.engine.model_runner import ModelRunner
 from server.errors import EngineDown, OutOfMemory
 from steer_ops import PAGED_ATTENTION_DECODE
-from tests.server.conftest import World, wait_until
+from tests.server.conftest import World, held_until_queued, wait_until
 
 pytestmark = pytest.mark.usefixtures("overlaps")
 
@@ -184,8 +184,8 @@ def test_a_step_that_cannot_be_begun_fails_nobody_who_has_ended_before(
         async with api(fresh.app) as client:
             # The short one ends with the step before the one that breaks.
             bodies = [{"prompt": ["a", "b"], "max_new_tokens": new, "ignore_eos": True} for new in (5, 60)]
-            fresh.service.engine.call(lambda: time.sleep(0.3))  # both are there before the first step
-            answers = await asyncio.gather(*(client.post("/generate", json=body) for body in bodies))
+            asked = (client.post("/generate", json=body) for body in bodies)
+            _, *answers = await asyncio.gather(held_until_queued(fresh.service.engine, 4), *asked)
             return [answer.status_code for answer in answers]
 
     assert asyncio.run(together()) == [200, 500]
@@ -277,7 +277,7 @@ def test_work_between_steps_that_takes_too_long_makes_the_server_unready(
     assert fresh.client.get("/readyz").status_code == 503
     go_on.set()
     done.result(10)
-    assert fresh.client.get("/readyz").status_code == 200
+    wait_until(lambda: fresh.client.get("/readyz").status_code == 200)
 
 
 def test_the_event_loop_answers_while_the_model_runs(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,11 +295,9 @@ def test_the_event_loop_answers_while_the_model_runs(fresh: World, monkeypatch: 
         async with api(fresh.app) as client:
             asking = asyncio.create_task(client.post("/generate", json={"prompt": "a", "max_new_tokens": 2}))
             await asyncio.to_thread(inside.wait, 10)
-            started = time.monotonic()
             assert (await client.get("/healthz")).status_code == 200
             assert (await client.get("/readyz")).status_code == 200
             assert (await client.get("/checkpoints")).status_code == 200
-            assert time.monotonic() - started < 2
             assert not asking.done()
             go_on.set()
             return await asking
@@ -428,12 +426,13 @@ def test_rows_that_end_leave_the_batch_and_disturb_nobody(fresh: World) -> None:
                 for i in range(8)
             ]
             alone = [(await client.post("/generate", json=body)).json() for body in bodies]
-            crowd = await asyncio.gather(*(client.post("/generate", json=body) for body in bodies))
+            asked = (client.post("/generate", json=body) for body in bodies)
+            _, *crowd = await asyncio.gather(held_until_queued(fresh.service.engine, len(bodies)), *asked)
             return list(zip(alone, (answer.json() for answer in crowd), strict=True))
 
     for i, (alone, crowd) in enumerate(asyncio.run(together())):
         assert crowd["results"][0]["token_ids"] == alone["results"][0]["token_ids"], i
-    assert fresh.service.engine.stats.largest_batch > 4
+    assert fresh.service.engine.stats.largest_batch == 8
 
 
 def test_steps_that_are_begun_ahead_change_nothing(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -483,7 +482,8 @@ def test_stopping_answers_everybody(fresh: World, monkeypatch: pytest.MonkeyPatc
 
     async def story() -> Any:
         async with api(fresh.app) as client:
-            asking = asyncio.create_task(client.post("/generate", json={"prompt": "a", "ignore_eos": True}))
+            body = {"prompt": ["a"] * 64, "n": 4, "ignore_eos": True}
+            asking = asyncio.create_task(client.post("/generate", json=body))
             await asyncio.to_thread(inside.wait, 10)
             await asyncio.to_thread(engine.stop)
             return await asking

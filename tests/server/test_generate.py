@@ -1,13 +1,15 @@
 """What POST /generate promises about its texts."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from steering.checkpoint import load
 from steering.types import Column
-from tests.server.conftest import CONTEXT, World
+from tests.server.conftest import CONTEXT, World, held_until_queued
 from tests.server.reference import greedy, plain
 
 PROMPTS = ["Q:", "Q: What colour is the sky? A:", "A bear lives in the forest", "Grass is green, of course. Q: Where"]
@@ -47,26 +49,24 @@ def test_a_steered_row_equals_the_formula_applied_without_a_cache(
 
 
 def test_rows_of_one_batch_are_steered_by_their_own_multipliers(
-    world: World, model: Any, spelling: Any, demo: tuple[Column, ...]
+    fresh: World, model: Any, spelling: Any, demo: tuple[Column, ...]
 ) -> None:
-    import asyncio
-
-    import httpx
-
     mixes: list[dict[str, float]] = [{"kind": 2.0}, {}, {"true": -2.0, "fair": 0.5}, {"kind": 0.0}, {"fair": 2.0}]
 
+    engine = fresh.service.engine
+
     async def together() -> list[Any]:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(world.app), base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(fresh.app), base_url="http://test") as client:
             bodies = [
                 {"prompt": PROMPTS[i % 4], "attributes": mix, "temperature": 0, "max_new_tokens": 6 + i}
                 for i, mix in enumerate(mixes)
             ]
-            return [
-                answer.json() for answer in await asyncio.gather(*(client.post("/generate", json=b) for b in bodies))
-            ]
+            asked = (client.post("/generate", json=body) for body in bodies)
+            _, *answers = await asyncio.gather(held_until_queued(engine, len(bodies)), *asked)
+            return [answer.json() for answer in answers]
 
     answers = asyncio.run(together())
-    assert world.service.engine.stats.largest_batch >= len(mixes)
+    assert engine.stats.largest_batch == len(mixes)
     for i, (mix, answer) in enumerate(zip(mixes, answers, strict=True)):
         ids = spelling(PROMPTS[i % 4])["input_ids"]
         expected = greedy(model, ids, demo, mix, new=6 + i) if any(mix.values()) else plain(model, ids, new=6 + i)

@@ -21,7 +21,7 @@ from server.config import Settings
 from server.errors import StartupError
 from server.listener import DrainingServer, run
 from server.sockets import address_of, listen
-from tests.server.conftest import World, event_lines, free_port, wait_until
+from tests.server.conftest import BUSY, World, event_lines, free_port, wait_until
 
 
 def test_an_address_that_is_taken_is_one_sentence() -> None:
@@ -157,7 +157,7 @@ def serving(
 def test_a_shutdown_lets_running_requests_finish_for_a_while(settings: Settings, drain_s: float, status: int) -> None:
     answers: list[httpx.Response] = []
     with serving(settings, drain_s) as (server, slow, url):
-        body = {"prompt": "a", "max_new_tokens": 40, "ignore_eos": True}
+        body = {"prompt": "a", "max_new_tokens": 40, "ignore_eos": True, "n": 1 if status == 200 else 128}
         asking = threading.Thread(
             target=lambda: answers.append(httpx.post(f"{url}/generate", json=body, timeout=30, trust_env=False))
         )
@@ -181,6 +181,7 @@ def test_a_draining_server_is_not_ready_and_takes_nothing_new(fresh: World) -> N
     assert fresh.client.get("/healthz").status_code == 200
 
 
+@pytest.mark.timeout(300)  # a process starts, and imports all that it needs
 @pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
 def test_a_server_that_is_asked_to_end_finishes_and_ends_with_0(settings: Settings, asked: signal.Signals) -> None:
     port = free_port()
@@ -193,7 +194,7 @@ def test_a_server_that_is_asked_to_end_finishes_and_ends_with_0(settings: Settin
     )
     url = f"http://127.0.0.1:{port}"
     try:
-        wait_until(lambda: httpx.get(f"{url}/readyz", trust_env=False).status_code == 200)
+        wait_until(lambda: httpx.get(f"{url}/readyz", trust_env=False).status_code == 200, 250)
         body = {"prompt": "a", "max_new_tokens": 60, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", f"{url}/generate", json=body, timeout=30, trust_env=False) as told:
             lines = event_lines(told)
@@ -226,9 +227,10 @@ def test_no_client_can_hold_up_the_end(settings: Settings, client: str) -> None:
             wait_until(lambda: bool(server.server_state.connections))
         began = time.monotonic()
         server.should_exit = True
-    assert time.monotonic() - began < 0.1 + 2
+    assert time.monotonic() - began < 0.1 + 2 + BUSY
 
 
+@pytest.mark.timeout(300)
 def test_a_thread_that_does_not_end_is_not_waited_for(settings: Settings) -> None:
     code = (
         "import sys, threading, time\n"
@@ -243,13 +245,13 @@ def test_a_thread_that_does_not_end_is_not_waited_for(settings: Settings) -> Non
     port = free_port()
     server = subprocess.Popen([sys.executable, "-c", code, str(settings.model), str(port)], stderr=subprocess.PIPE)
     try:
-        wait_until(lambda: httpx.get(f"http://127.0.0.1:{port}/healthz", trust_env=False).status_code == 200)
+        wait_until(lambda: httpx.get(f"http://127.0.0.1:{port}/healthz", trust_env=False).status_code == 200, 250)
         began = time.monotonic()
         server.terminate()
         _, said = server.communicate(timeout=20)
     finally:
         server.kill()
-    assert time.monotonic() - began < 0 + 2 + 1, "the machine may be busy"
+    assert time.monotonic() - began < 0 + 2 + BUSY
     assert server.returncode == 1
     assert b"a thread has not ended in time" in said
 

@@ -16,7 +16,7 @@ from server.config import Settings
 from server.engine.sequence import Finished, SampledToken, SamplingParams, Sequence, Timing, TokenEvent
 from server.request_stream import RequestStream
 from server.schemas import GenerateRequest
-from tests.server.conftest import World
+from tests.server.conftest import World, wait_until
 from tests.server.test_engine import _disconnecting, api, runner_of
 
 BODY: dict[str, Any] = {
@@ -118,11 +118,7 @@ def test_a_client_that_leaves_a_stream_takes_its_rows_along(fresh: World, monkey
         return await leaving
 
     asyncio.run(story())
-    for _ in range(200):
-        if not engine.open_sequences:
-            break
-        asyncio.run(asyncio.sleep(0.01))
-    assert not engine.open_sequences
+    wait_until(lambda: not engine.open_sequences)
     assert fresh.service.registry.pins == 0
     assert engine.stats.tokens < 6 * 80
     runner_of(fresh).blocks.check([])
@@ -213,10 +209,9 @@ def test_sixty_four_clients_that_vanish_leave_nothing(fresh: World) -> None:
 
         await asyncio.gather(*(leave(index) for index in range(64)))
         gc.collect()
-        for _ in range(200):
-            if not engine.status.running and not engine.status.waiting and not registry.pins:
-                break
-            await asyncio.sleep(0.02)
+        await asyncio.to_thread(
+            wait_until, lambda: not engine.status.running and not engine.status.waiting and not registry.pins
+        )
 
     asyncio.run(story())
     assert engine.status.running == engine.status.waiting == engine.status.used_blocks == 0
@@ -278,7 +273,7 @@ def test_texts_that_are_read_too_long_end_with_a_504_and_are_read_no_further(
         assert response.status_code == 504, response.text
         assert response.json()["error"]["type"] == "deadline_exceeded"
         monkeypatch.undo()
-        assert client.post("/score", json={"prompt": "a", "continuations": ["b"]}).status_code == 200
+        wait_until(lambda: client.post("/score", json={"prompt": "a", "continuations": ["b"]}).status_code == 200)
         assert len(passes) < 7
         assert engine.status.used_blocks == 0
         engine._runner.blocks.check([])
@@ -306,4 +301,4 @@ def test_a_request_that_takes_too_long_ends_with_a_504(settings: Settings, strea
         assert "0.15 s" in error["error"]["message"]
         load = app.state.service.engine.status
         assert load.running == load.waiting == 0
-        assert client.post("/generate", json={"prompt": "a", "max_new_tokens": 1}).status_code == 200
+        wait_until(lambda: client.post("/generate", json={"prompt": "a", "max_new_tokens": 1}).status_code == 200)

@@ -109,8 +109,11 @@ def test_steering_is_what_the_paper_writes(problem):
         )
         # float32 rounds relative to the largest term, and a rescale that undoes a cancellation magnifies that.
         tolerance = 2e-6 * max(1.0, factor) * (np.linalg.norm(a) + sum(terms))
-        error = np.abs(result[row].double().numpy() - expected).max()
-        assert error <= ROUNDING[result.dtype] * np.abs(expected).max() + tolerance + torch.finfo(result.dtype).tiny
+        found, numbers = result[row].double().numpy(), torch.finfo(result.dtype)
+        beyond = np.abs(expected) > 0.99 * numbers.max  # float16 ends at 65,504: what is larger is infinite
+        assert (found[beyond] * np.sign(expected[beyond]) > 0.98 * numbers.max).all()
+        error = np.abs(found - expected, where=~beyond, out=np.zeros_like(expected)).max()
+        assert error <= ROUNDING[result.dtype] * np.abs(expected).max() + tolerance + numbers.tiny
     assert result.dtype == problem["activations"].dtype
 
 
