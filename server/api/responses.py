@@ -56,8 +56,8 @@ def sse_response(events: AsyncIterator[str] | AsyncIterator[bytes]) -> Streaming
 
 
 async def warm_up() -> None:
-    """Streams nothing to nobody: what the first stream in a process has to load (anyio's backend) is there for the
-    first client."""
+    """Reads nothing and streams it to nobody: what the first request in a process has to make or load (a thread, the
+    codec of bodies, anyio's backend) is there for the first client."""
 
     async def events() -> AsyncIterator[bytes]:
         yield b""
@@ -69,6 +69,7 @@ async def warm_up() -> None:
     async def send(message: MutableMapping[str, Any]) -> None:
         pass
 
+    await asyncio.to_thread(b"{}".decode, "utf-8-sig")
     await sse_response(events())({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send)
 
 

@@ -5,13 +5,14 @@ import sys
 
 SCRIPT = """
 import asyncio, sys
-from server.api import responses
+from server.api import body, responses
 
 async def loaded_by_the_second():
     before = set(sys.modules)
     await responses.warm_up()
     first = set(sys.modules) - before
     assert any(name.startswith("anyio._backends.") for name in first), "the first one has to load something"
+    assert "encodings.utf_8_sig" in first
     await responses.warm_up()
     print(sorted(set(sys.modules) - before - first))
 
