@@ -4,8 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,17 @@ from training.methods.reps import RepsConfig
 from training.models import Base
 
 ROOT = Path(__file__).parents[2]
-CONFIG = MatConfig(epochs=120, batch=24)
+CONFIG = MatConfig(epochs=20, batch=24)
 SITE = Site(1, SiteKind.ATTN_OUTPUT)
 SCRIPT = """
 import sys
 from pathlib import Path
 import training.methods.mat_training as mat
 from training.methods import state
-from tests.training.test_kill import CONFIG, SITE
+from tests.training.test_kill import CONFIG, SITE, stand_still
 from tests.training.clouds import make_clouds
 state.SECONDS = 0.0
+stand_still("state.safetensors", 11)
 mat.torch.set_num_threads(1)
 mat.fit_mat(make_clouds(count=24, width=16).train, SITE, CONFIG, folder=Path(sys.argv[1]))
 """
@@ -45,10 +45,11 @@ import sys
 from pathlib import Path
 import torch
 from tests.training.helpers import make_llama, make_tokenizer
-from tests.training.test_kill import preferred
+from tests.training.test_kill import preferred, stand_still
 from training.methods import state
 from training.models import Base
 state.SECONDS = 0.0
+stand_still("reps-*.safetensors", 7)
 torch.set_num_threads(1)
 preferred(Base(make_llama(), make_tokenizer(), "tiny", None), Path(sys.argv[1]))
 """
@@ -58,39 +59,52 @@ EXTRACTION = """
 import sys
 from pathlib import Path
 from tests.training.helpers import make_llama, make_tokenizer
-from tests.training.test_kill import SITE, texts
+from tests.training.test_kill import SITE, stand_still, texts
 from training.activations.extraction import extract_to
+stand_still("shard-*.safetensors", 7)
 extract_to(Path(sys.argv[1]), make_llama(), make_tokenizer(), texts(), [SITE], shard_size=4)
 """
 
 
 def texts() -> list[Sample]:
-    return [Sample("truthfulness", f"Q: What is {n}? A:", f" It is {n}.", n % 2 == 0, f"g{n}") for n in range(1200)]
+    return [Sample("truthfulness", f"Q: What is {n}? A:", f" It is {n}.", n % 2 == 0, f"g{n}") for n in range(60)]
 
 
 def preferred(base: Base, folder: Path | None) -> Tensor:
     """A vector that is trained by preference."""
     activations = extract(base.model, base.tokenizer, pairs(), [SITE])
-    (column,) = fit(activations, [SITE], Recipe(RepsConfig(steps=60)), folder=folder, base=base, samples=pairs())
+    (column,) = fit(activations, [SITE], Recipe(RepsConfig(steps=20)), folder=folder, base=base, samples=pairs())
     return column.vector
 
 
-def kill(script: str, folder: Path, when: Callable[[], bool]) -> None:
-    """Run the script with the folder as its argument, and kill it as soon as `when` says so."""
+def stand_still(pattern: str, number: int) -> None:
+    """In a script, until it is killed: before the `number`th file of such a name, which is written, gets its place."""
+    replace, seen = os.replace, count(1)
+
+    def hold(partial: Path, path: Path) -> None:
+        if path.match(pattern) and next(seen) == number:
+            print("written", flush=True)
+            sys.stdin.read()
+        replace(partial, path)
+
+    os.replace = hold  # type: ignore[assignment]
+
+
+def kill(script: str, folder: Path) -> None:
+    """Run the script with the folder as its argument, and kill it where it stands still."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    child = subprocess.Popen([sys.executable, "-c", script, str(folder)], cwd=ROOT, env=environment)
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and child.poll() is None and not when():
-        time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
+    command = [sys.executable, "-c", script, str(folder)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, text=True) as child:
+        assert child.stdout is not None
+        said = child.stdout.readline()
+        child.kill()
+        assert (said, child.wait()) == ("written\n", -signal.SIGKILL)
 
 
 def test_a_killed_fit_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
-    log = tmp_path / "log.jsonl"
-    kill(SCRIPT, tmp_path, lambda: log.exists() and len(log.read_text().splitlines()) > 10)
-    epochs = len(log.read_text().splitlines())
-    assert 10 < epochs < 120
+    kill(SCRIPT, tmp_path)
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 12, "an epoch more than the state has"
 
     train = make_clouds(count=24, width=16).train
     resumed = fit_mat(train, SITE, CONFIG, folder=tmp_path)
@@ -102,9 +116,9 @@ def test_a_killed_fit_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
 
 
 def test_a_killed_extraction_ends_as_if_it_had_not_been(llama: Any, tokenizer: Any, tmp_path: Path) -> None:
-    kill(EXTRACTION, tmp_path, lambda: len(list(tmp_path.glob("shard-*"))) > 5)
+    kill(EXTRACTION, tmp_path)
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("shard-*")}
-    assert 5 < len(written) < 300
+    assert len(written) == 6
     extract_to(tmp_path, llama, tokenizer, texts(), [SITE], shard_size=4)
     assert all(path.stat().st_mtime_ns == time for path, time in written.items())
     found, whole = load_activations(tmp_path), extract(llama, tokenizer, texts(), [SITE])
@@ -114,9 +128,9 @@ def test_a_killed_extraction_ends_as_if_it_had_not_been(llama: Any, tokenizer: A
 
 def test_a_killed_training_by_preference_ends_as_if_it_had_not_been(llama: Any, tokenizer: Any, tmp_path: Path) -> None:
     log, base = tmp_path / "reps.jsonl", Base(llama, tokenizer, "tiny", None)
-    kill(PREFERENCE, tmp_path, lambda: log.exists() and len(log.read_text().splitlines()) > 3)
+    kill(PREFERENCE, tmp_path)
     told = log.read_text().splitlines()
-    assert 3 < len(told) < 11
+    assert len(told) == 4
     resumed, whole = preferred(base, tmp_path), preferred(base, tmp_path / "whole")
     assert torch.equal(resumed, whole)
     assert log.read_text() == (tmp_path / "whole/reps.jsonl").read_text()
