@@ -1,7 +1,6 @@
 """The operator's judge of answers."""
 
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 from server.config import Settings
 from server.errors import StartupError
 from server.judge import load_judge
-from tests.server.conftest import World
+from tests.server.conftest import World, wait_until
 
 ASKED = "Q: What colour is the sky? A:"
 
@@ -50,15 +49,21 @@ def test_without_a_judge_the_route_says_how_to_have_one(world: World) -> None:
 def test_a_slow_judge_keeps_nobody_else_waiting(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     done = threading.Event()
     monkeypatch.setattr(world.service, "judge", lambda prompt, text: {"fine": done.wait(20)})
+    came, real = [], world.service.verdicts
+
+    async def verdicts(*asked: Any) -> Any:
+        came.append(asked)
+        return await real(*asked)
+
+    monkeypatch.setattr(world.service, "verdicts", verdicts)
     with ThreadPoolExecutor(50) as clients:
         asked = [clients.submit(world.client.post, "/judge", json={"prompt": ASKED, "texts": ["a"]}) for _ in range(45)]
         try:
-            time.sleep(0.3)
-            began = time.monotonic()
+            wait_until(lambda: len(came) == 45)
             assert world.client.get("/readyz").status_code == 200
             assert world.client.get("/page.json").status_code == 200
             assert world.client.post("/tokenize", json={"prompt": "a"}).status_code == 200
-            assert time.monotonic() - began < 5
+            assert not any(one.done() for one in asked)
         finally:
             done.set()
         assert [one.result().json()["verdicts"] for one in asked] == [[{"fine": True}]] * 45
