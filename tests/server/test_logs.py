@@ -4,9 +4,11 @@ import io
 import json
 import logging
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import httpx
@@ -15,6 +17,7 @@ from starlette.testclient import TestClient
 
 from server.app import create_app
 from server.config import Settings
+from server.engine.engine import Engine
 from server.errors import QueueFull
 from server.logs import formatter
 from tests.server.conftest import World
@@ -170,14 +173,33 @@ def test_the_outcome_is_what_the_client_was_told(fresh: World, monkeypatch: pyte
 
 
 @pytest.fixture(scope="module")
-def behind(settings: Settings) -> Iterator[str]:
-    with serving(settings.model_copy(update={"forwarded_allow_ips": "127.0.0.1"}), 1) as (_, _, url):
-        yield url
+def behind(settings: Settings) -> Iterator[tuple[Engine, str]]:
+    with serving(settings.model_copy(update={"forwarded_allow_ips": "127.0.0.1"}), 1) as (server, _, url):
+        yield server._service.engine, url
 
 
-def test_a_client_that_leaves_a_stream_is_told_of(behind: str) -> None:
+def hold(engine: Engine, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """After so many steps the engine stands still until a request is cancelled."""
+    runner, seen, go_on = engine._runner, count(), threading.Event()
+    execute, cancel = runner.execute_async, engine.cancel
+
+    def held(*batch: Any) -> Any:
+        assert next(seen) < steps or go_on.wait(20)
+        return execute(*batch)
+
+    def cancelled(request_id: str) -> None:
+        cancel(request_id)
+        go_on.set()
+
+    monkeypatch.setattr(runner, "execute_async", held)
+    monkeypatch.setattr(engine, "cancel", cancelled)
+
+
+def test_a_client_that_leaves_a_stream_is_told_of(behind: tuple[Engine, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, url = behind
+    hold(engine, monkeypatch, 5)
     body = {"prompt": PROMPT, "max_new_tokens": 60, "ignore_eos": True, "stream": True}
-    host, _, port = behind.removeprefix("http://").partition(":")
+    host, _, port = url.removeprefix("http://").partition(":")
     sent = json.dumps(body).encode()
     head = b"POST /generate HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
     with logged(log_format="json") as log:
@@ -197,9 +219,10 @@ def test_a_client_that_leaves_a_stream_is_told_of(behind: str) -> None:
     ("forwarded", "client"),
     [(None, "127.0.0.1"), ("203.0.113.9", "203.0.113.9"), ("6.6.6.6, 203.0.113.9, 127.0.0.1", "203.0.113.9")],
 )
-def test_a_trusted_proxy_names_the_client(behind: str, forwarded: str | None, client: str) -> None:
+def test_a_trusted_proxy_names_the_client(behind: tuple[Engine, str], forwarded: str | None, client: str) -> None:
+    headers = {"X-Forwarded-For": forwarded} if forwarded else {}
     with logged(log_format="json") as log:
-        httpx.get(f"{behind}/healthz", headers={"X-Forwarded-For": forwarded} if forwarded else {}, trust_env=False)
+        httpx.get(f"{behind[1]}/healthz", headers=headers, timeout=60, trust_env=False)
         assert log.request()["client"] == client
 
 
@@ -208,7 +231,7 @@ def test_nobody_else_does(settings: Settings) -> None:
         serving(settings.model_copy(update={"forwarded_allow_ips": "192.0.2.1"}), 1) as (_, _, url),
         logged(log_format="json") as log,
     ):
-        httpx.get(f"{url}/healthz", headers={"X-Forwarded-For": "203.0.113.9"}, trust_env=False)
+        httpx.get(f"{url}/healthz", headers={"X-Forwarded-For": "203.0.113.9"}, timeout=60, trust_env=False)
         assert log.request()["client"] == "127.0.0.1"
 
 
