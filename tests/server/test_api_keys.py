@@ -151,8 +151,8 @@ def test_a_file_is_looked_at_once_a_second_and_no_longer_than_somebody_has_its_k
 
     monkeypatch.setattr(Path, "stat", stat)
     keys = ApiKeys(Settings(api_keys_file=file))
-    looked.clear()
     began = time.monotonic()
+    looked.clear()
     wait_until(lambda: len(looked) >= 3)
     assert time.monotonic() - began >= 2 * 0.02
     for _ in range(1000):
