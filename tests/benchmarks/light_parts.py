@@ -2,7 +2,6 @@
 
 import os
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -74,12 +73,6 @@ def lacking_inside(world: World) -> Iterator[Figure]:
     import httpx.no_such_module  # type: ignore[import-not-found]
 
     yield httpx.no_such_module
-
-
-def leave(world: World) -> Iterator[Figure]:
-    """Its process ends a moment after it."""
-    yield Figure("before", 1)
-    threading.Timer(0.2, os._exit, [0]).start()
 
 
 def broken(world: World) -> Iterator[Figure]:

@@ -6,12 +6,14 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -36,7 +38,7 @@ from server.config import PREFIX, Settings
 from server.engine.cuda_graphs import CudaGraphs, capture_sizes
 from steer_ops import PAGED_ATTENTION_DECODE
 from tests.benchmarks import light_parts
-from tests.server.conftest import listening
+from tests.server.conftest import listening, wait_until
 
 ROOT = Path(__file__).parents[2]
 COMPILED = PAGED_ATTENTION_DECODE.has_kernel(torch.device("cpu"), torch.float32)
@@ -127,7 +129,7 @@ def served_here(command: Sequence[str], *, environment: Mapping[str, str], timeo
     try:
         with listening(app) as url:
             yield Running(url, 0)
-            told = httpx.get(f"{url}/metrics").text
+            told = httpx.get(f"{url}/metrics", timeout=60).text
             cached.append(float(re.findall(r"^\S*prefix_cache_hits\S* (\S+)$", told, re.MULTILINE)[0]))
     finally:
         asyncio.run(stop(app))
@@ -210,18 +212,32 @@ def options(tmp_path: Path) -> Options:
     return Options("cpu", "tiny", tmp_path, tmp_path / "log", world="tests.benchmarks.light_parts:World")
 
 
-def run(worker: Worker, name: str, limit: float = 60) -> tuple[list[float], str]:
-    """The values of a part's figures, and why it failed."""
+def run(worker: Worker, name: str, seen: Callable[[], None] = lambda: None) -> tuple[list[float], str]:
+    """The values of a part's figures, and why it failed. `seen` is called after each figure."""
     values: list[float] = []
     try:
-        for figure in worker.figures(f"tests.benchmarks.light_parts:{name}", limit):
+        for figure in worker.figures(f"tests.benchmarks.light_parts:{name}", 60):
             values.append(figure.value)
+            seen()
     except PartFailed as failed:
         return values, str(failed)
     return values, ""
 
 
-def test_a_part_that_crashes_hangs_or_fails_loses_itself_alone(options: Options) -> None:
+def test_a_part_that_crashes_hangs_or_fails_loses_itself_alone(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed: list[float] = []
+
+    def hangs() -> None:
+        """Its time is up in a moment, and its process is left alone until it has said where it is."""
+        passed.append(59.9)
+
+    def dumped(seconds: float) -> None:
+        wait_until(lambda: 'light_parts.py", line' in options.log.read_text().rpartition(":hang")[2])
+
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + sum(passed), sleep=dumped)
+    monkeypatch.setattr("benchmarks.gpu.worker.time", clock)
     with Worker(options) as worker:
         assert run(worker, "count") == ([1], "")
         first = worker.machine
@@ -231,7 +247,7 @@ def test_a_part_that_crashes_hangs_or_fails_loses_itself_alone(options: Options)
         assert worker.machine != first
         assert run(worker, "fail") == ([1], "ValueError: the device is gone")
         assert run(worker, "count") == ([1], "")
-        assert run(worker, "hang", 1) == ([1], "it took longer than 1 s; the log says where it was")
+        assert run(worker, "hang", hangs) == ([1], "it took longer than 60 s; the log says where it was")
         assert run(worker, "count") == ([1], "")
     log = options.log.read_text()
     assert "seen in the log" in log
@@ -257,8 +273,9 @@ def test_a_part_that_lacks_something_else_than_a_package_fails(options: Options,
 
 def test_a_process_that_dies_between_two_parts_is_replaced(options: Options) -> None:
     with Worker(options) as worker:
-        assert run(worker, "leave") == ([1], "")
+        assert run(worker, "count") == ([1], "")
         assert worker._process is not None
+        worker._process.kill()
         worker._process.join()
         assert run(worker, "count") == ([1], "")
 
