@@ -49,6 +49,7 @@ def run(words: list[str]) -> str:
     return result.output
 
 
+@pytest.mark.timeout(400)  # it trains, and a server starts
 def test_five_commands_lead_from_texts_to_steered_answers(here: Path) -> None:
     five = [words[1:] for words in COMMANDS if words[0] == "matsteer"][:5]
     assert [words[0] for words in five] == ["data", "sweep", "train", "evaluate", "serve"]

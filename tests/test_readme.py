@@ -28,6 +28,7 @@ from tests.image.check_image import COMPILES
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PROGRAM = [sys.executable, "-m", "server.cli"]
+pytestmark = pytest.mark.timeout(400)  # servers start, and a training
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +136,7 @@ def test_the_python_example_works_as_it_stands(url: str, capsys: pytest.CaptureF
 
 
 def test_the_server_that_is_served_is_the_demo_with_its_three_attributes(url: str) -> None:
-    listed: Any = httpx.get(f"{url}/checkpoints").json()
+    listed: Any = httpx.get(f"{url}/checkpoints", timeout=60).json()
     assert "demo" in json.dumps(listed)
     for attribute in ("truthfulness", "civility", "fairness"):
         assert attribute in json.dumps(listed)
@@ -143,7 +144,7 @@ def test_the_server_that_is_served_is_the_demo_with_its_three_attributes(url: st
 
 def test_the_generate_command_prints_both_arms() -> None:
     command = next(command for command in commands(README) if command.startswith("matsteer generate"))
-    run = subprocess.run([*PROGRAM, *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    run = subprocess.run([*PROGRAM, *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     assert "steered" in run.stdout
     assert "baseline" in run.stdout
@@ -161,7 +162,7 @@ def test_the_train_command_trains_a_checkpoint_on_rows_as_the_readme_shows_them(
     # The entry point adds the training commands; run by module they are the same app.
     run = subprocess.run(
         [sys.executable, "-m", "training", *words, "--epochs", "2"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=100, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "checkpoints/mine/v1/config.json").is_file()

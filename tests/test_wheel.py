@@ -16,6 +16,7 @@ from tests.training.helpers import make_llama, make_tokenizer
 
 ROOT = Path(__file__).parents[1]
 HINT = re.compile(r"pip install '([^']+)'")
+pytestmark = pytest.mark.timeout(400)  # servers start
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_it_serves_the_demo_steered_from_any_folder(unpacked: Path, elsewhere: P
     assert subprocess.run(where, capture_output=True, text=True, check=True).stdout.startswith(str(unpacked))
     (request, *_) = requests(ROOT / "README.md")
     with served() as url:
-        assert httpx.get(f"{url}/readyz", trust_env=False).json()["checkpoint"] == "demo@v1"
+        assert httpx.get(f"{url}/readyz", timeout=60, trust_env=False).json()["checkpoint"] == "demo@v1"
         answer = httpx.post(url + request.path, json=request.body, timeout=60, trust_env=False).json()
     assert answer["results"][0]["steering"]["steered_tokens"] > 0
     assert answer["results"][0]["text"] != answer["baseline"][0]["text"]
@@ -83,7 +84,7 @@ def test_it_serves_a_model_that_was_fetched_with_the_checkpoint_for_it(
     make_llama(hidden_size=576, num_hidden_layers=30, head_dim=2).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     with served("--model", "smollm2") as url:
-        assert httpx.get(f"{url}/readyz", trust_env=False).json()["checkpoint"] == "tone@v1"
+        assert httpx.get(f"{url}/readyz", timeout=60, trust_env=False).json()["checkpoint"] == "tone@v1"
         body = {"prompt": "Q: Where do bees live? A:", "max_new_tokens": 4}
         answer = httpx.post(f"{url}/generate", json=body, timeout=60, trust_env=False).json()
     assert answer["results"][0]["steering"]["steered_tokens"] > 0

@@ -142,10 +142,10 @@ def test_a_multiplier_that_is_given_twice_is_refused() -> None:
     ("arguments", "message"),
     [
         (["serve", "--port", "0"], "Bad setting port"),
-        (["serve", "--model", "/no/model", "--port", str(free_port())], "There is no model folder '/no/model'"),
+        (["serve", "--model", "/no/model", "--port", "FREE"], "There is no model folder '/no/model'"),
         (["serve", "--model", "/no/model", "--host", "no.host.invalid"], "The server cannot listen on no.host.invalid"),
         (
-            ["serve", "--chat-template", "/no/file", "--port", str(free_port())],
+            ["serve", "--chat-template", "/no/file", "--port", "FREE"],
             "The chat template '/no/file' cannot be read: No such file or directory. (--chat-template",
         ),
         (["generate", "Q:", "--model", "/no/model"], "There is no model folder '/no/model'"),
@@ -154,7 +154,7 @@ def test_a_multiplier_that_is_given_twice_is_refused() -> None:
     ],
 )
 def test_what_cannot_start_says_why_in_one_sentence(arguments: list[str], message: str) -> None:
-    result = runner.invoke(app, arguments)
+    result = runner.invoke(app, [str(free_port()) if word == "FREE" else word for word in arguments])
     assert result.exit_code == 1
     assert result.output.startswith(f"matsteer: {message}")
     assert len(result.output.splitlines()) == 1

@@ -31,7 +31,7 @@ def test_a_line_of_a_stream_ends_where_the_server_ends_it(address: str) -> None:
             return [one async for one in other.stream_compare("Q: What", arms, **RULES)]
 
     async def chunks() -> str:
-        async with httpx.AsyncClient(base_url=address) as http:
+        async with httpx.AsyncClient(base_url=address, timeout=60) as http:
             body = {"model": "demo", "prompt": name, "echo": True, "max_tokens": 1, "stream": True}
             return "".join([chunk["choices"][0]["text"] async for chunk in _chunks(http, body)])
 

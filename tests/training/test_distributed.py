@@ -54,6 +54,7 @@ def interrupt_after_a_shard(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extraction, "write_shard", writes_once)
 
 
+@pytest.mark.timeout(400)  # several processes start
 def test_two_processes_finish_what_one_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, out = write_world(tmp_path), tmp_path / "activations"
     base = load_base(str(tmp_path / "model"), device="cpu")
@@ -81,6 +82,7 @@ def test_two_processes_finish_what_one_has_begun(tmp_path: Path, monkeypatch: py
     assert (found.splits, found.groups, found.source) == (expected.splits, expected.groups, expected.source)
 
 
+@pytest.mark.timeout(400)  # several processes start
 def test_torchrun_goes_through_the_command_too(tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python", str(MATSTEER)]
     result = run_beside_another_training(tmp_path, [*launch, "extract", "--help"])
