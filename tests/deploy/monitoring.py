@@ -21,6 +21,7 @@ import httpx
 import yaml
 
 from benchmarks.processes import running
+from tests.server.conftest import free_port, wait_until
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "deploy" / "prometheus.yml"
@@ -72,25 +73,14 @@ def prometheus(program: str, server: str) -> Iterator[str]:
             for one in (CONFIG, file):
                 subprocess.run([promtool, "check", "config", str(one)], check=True)
         command = [program, f"--config.file={file}", f"--storage.tsdb.path={folder}/data", "--log.level=warn"]
-        address = f"127.0.0.1:{int(server.rpartition(':')[2]) + 1}"
+        address = f"127.0.0.1:{free_port()}"
         process = subprocess.Popen([*command, f"--web.listen-address={address}"])
         try:
-            wait(f"http://{address}/-/ready")
+            wait_until(lambda: httpx.get(f"http://{address}/-/ready", trust_env=False).status_code == 200)
             yield f"http://{address}"
         finally:
             process.terminate()
             process.wait()
-
-
-def wait(url: str) -> None:
-    for _ in range(100):
-        try:
-            if httpx.get(url, trust_env=False).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.1)
-    raise SystemExit(f"nothing answers at {url}")
 
 
 def traffic(url: str) -> None:
