@@ -23,8 +23,8 @@ from server.assembly import open_service
 from server.config import Settings
 from server.schemas import GenerateRequest
 from steering import checkpoint as checkpoints
+from steering.column import Column
 from steering.hook import steered
-from steering.types import Column
 
 
 @dataclass(frozen=True)

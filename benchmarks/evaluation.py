@@ -21,9 +21,10 @@ from benchmarks.machine import described
 from benchmarks.turns import in_turn
 from benchmarks.workload import ATTRIBUTES, random_columns
 from server.threads import usable_cores
+from steering.column import Column
 from steering.hook import steered
 from steering.sites import layers, site_width
-from steering.types import Column, Positions, Site
+from steering.types import Positions, Site
 from training.activations.tokenization import encode, pad_right
 from training.data import load_data
 from training.evaluation.choices import evaluate_choices

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from steering.types import Column, Gate, Site
+from steering.column import Column
+from steering.types import Gate, Site
 
 SHAPES = {
     "tiny": {

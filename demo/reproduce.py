@@ -23,7 +23,8 @@ from demo.corpus import TRAITS
 from demo.oracle import judge
 from demo.results import side_by_side, write
 from steering.checkpoint import Checkpoint, load
-from steering.types import Column, Site
+from steering.column import Column
+from steering.types import Site
 from training.activations import Pool
 from training.activations.extraction import extract_under
 from training.activations.store import Activations

@@ -26,7 +26,6 @@ from server.api.exception_handlers import (
     to_server_error,
 )
 from server.api.openai import routes as openai
-from server.assembly import open_service
 from server.config import Settings
 from server.errors import BodyTooLarge, ClientGone, Refused, ServerError, Unauthorized
 from server.request_record import RequestRecord, open_record
@@ -44,6 +43,8 @@ LOGGED_PATH = 200  # characters of a path in the log
 
 def create_app(settings: Settings) -> FastAPI:
     """A server whose model is loaded and whose engine runs in this process. Raises StartupError with one sentence."""
+    from server.assembly import open_service
+
     tracing = open_tracing()
     service = open_service(settings)
 

@@ -5,32 +5,27 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 
 from server.config import Settings
 from server.engine.engine import Engine
 from server.engine.model_runner import ModelRunner, is_spread
 from server.engine.scheduler import Scheduler
 from server.engine.scoring import max_num_logits
-from server.engine_client import EngineClient, EngineFacts
+from server.engine_client import EngineFacts, why_none_is_active
 from server.engine_core import EngineCore
 from server.errors import ServerError, StartupError, is_out_of_memory
-from server.judge import Judge, load_judge
+from server.front import open_judging, read_template, service_of
 from server.keys import ApiKeys
 from server.loading import LoadedModel, check_tensor_parallel, choose_device, load_model, open_runner
 from server.memory import choose_block_size, num_kv_cache_blocks
-from server.metrics import Metrics
 from server.parallel.leader import Leader
-from server.registry import LoadedCheckpoint, Registry, find_folder, fits_model, why_none_is_active
+from server.registry import LoadedCheckpoint, Registry, find_folder, fits_model
 from server.registry_state import read_state, write_state
 from server.service import Service
-from server.studies import Studies
 from server.threads import run_in_disposable_thread
 from server.tokenizer import Codec
 from steering.bank import ColumnBank
-from steering.chat_template import ChatTemplate, read_chat_template
-from steering.errors import ChatTemplateError, UnsupportedArchitecture, first_line
+from steering.errors import UnsupportedArchitecture, first_line
 
 log = logging.getLogger(__name__)
 
@@ -41,35 +36,6 @@ def open_service(settings: Settings) -> Service:
     judging = open_judging(settings)
     core, codec = open_engine(settings)
     return service_of(settings, codec, core, judging)
-
-
-@dataclass(frozen=True)
-class Judging:
-    """Who judges answers, and where people's votes are kept."""
-
-    judge: Judge | None
-    studies: Studies | None
-
-
-def open_judging(settings: Settings) -> Judging:
-    """What can fail before the model is loaded. Raises StartupError."""
-    return Judging(load_judge(settings), Studies(settings.studies) if settings.studies else None)
-
-
-def service_of(
-    settings: Settings, codec: Codec, client: EngineClient, judging: Judging, *, told: bool = False
-) -> Service:
-    """`told`: another process has logged already what the operator should know."""
-    if not told:
-        _tell_chat_template(codec.chat, settings)
-    return Service(
-        settings,
-        codec,
-        client,
-        Metrics(settings.served_name, engine_pid=client.facts.pid),
-        judge=judging.judge,
-        studies=judging.studies,
-    )
 
 
 def open_engine(settings: Settings, *, makes_texts: bool = True) -> tuple[EngineCore, Codec]:
@@ -111,31 +77,6 @@ def _usable(settings: Settings) -> Iterator[None]:
         yield
     except ServerError as error:
         raise StartupError(f"The checkpoint {settings.checkpoint!r} cannot be used: {error.message}") from error
-
-
-def read_template(file: Path | None) -> str | None:
-    """Raises StartupError where the operator's chat template cannot be read."""
-    if file is None:
-        return None
-    try:
-        return read_chat_template(file)
-    except ChatTemplateError as error:
-        raise StartupError(f"{error.sentence} (--chat-template or MATSTEER_CHAT_TEMPLATE)") from error
-
-
-def _tell_chat_template(template: ChatTemplate | None, settings: Settings) -> None:
-    """What the operator should know about it before somebody asks."""
-    name = f"{str(settings.chat_template)!r}" if settings.chat_template else f"of {settings.model_path!r}"
-    if template is None:
-        log.info("the model has no chat template: it takes 'prompt', not 'messages'")
-    elif template.problem:
-        log.warning("the chat template %s cannot be used, and requests with messages fail: %s", name, template.problem)
-    else:
-        if template.dropped:
-            roles = ", ".join(template.dropped)
-            log.info("the chat template %s leaves out turns of role %s: requests with them are refused", name, roles)
-        if not template.shows_tool_calls:
-            log.info("the chat template %s does not show tool calls: requests with them are refused", name)
 
 
 def _start_shards(settings: Settings) -> Leader | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
-from server.engine.scoring import Divergence
+from server.engine.divergence import Divergence
 from server.engine.sequence import (
     OWN_SHARE,
     EngineStats,
@@ -240,3 +240,20 @@ class EngineClient(Protocol):
     def stop(self) -> None:
         """Stop; whatever is unfinished fails with a message."""
         ...
+
+
+def why_none_is_active(entries: list[CheckpointEntry]) -> str:
+    """What to do about it: the sentence for the log and for GET /checkpoints."""
+    names = list(dict.fromkeys(entry.name for entry in entries if not entry.problem))
+    if names:
+        return (
+            f"No checkpoint is active, so requests that name none are not steered. There are {', '.join(names)}: "
+            f"POST /checkpoints/{names[0]}/activate makes one active, and so does --checkpoint {names[0]} "
+            "(MATSTEER_CHECKPOINT) at the start."
+        )
+    if entries:
+        return "No checkpoint is active, so nothing is steered: none of those in the folder can be used on this model."
+    return (
+        "There is no checkpoint, so nothing is steered: `matsteer train` and `matsteer checkpoints import` make one, "
+        "and --checkpoints (MATSTEER_CHECKPOINTS) names its folder."
+    )

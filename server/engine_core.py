@@ -10,8 +10,9 @@ from itertools import groupby
 from operator import itemgetter
 from typing import TypeVar
 
+from server.engine.divergence import Divergence
 from server.engine.engine import Engine
-from server.engine.scoring import ComparisonPair, Divergence
+from server.engine.scoring import ComparisonPair
 from server.engine.sequence import Event, PositionsName, Sequence, ShareKey, SteeringParams, TokenEvent, TokenLogprob
 from server.engine_client import (
     AppliedSteering,

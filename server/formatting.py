@@ -6,7 +6,7 @@ Whole answers may have a million log-probabilities: they are formatted in a thre
 from collections.abc import Sequence
 from typing import Any
 
-from server.engine.scoring import Divergence
+from server.engine.divergence import Divergence
 from server.engine.sequence import Finished, PositionsName, SampledToken, TokenLogprob
 from server.engine_client import CheckpointEntry, CheckpointInfo
 from server.schemas import (

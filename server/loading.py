@@ -17,7 +17,7 @@ from server.threads import usable_cores, use_device
 from steer_ops.layers import exchange_layers
 from steering.bank import ColumnBank
 from steering.errors import ModelError
-from steering.pretrained import Adapter, check_shards, open_pretrained, open_tokenizer
+from steering.pretrained import Adapter, check_shards, open_pretrained
 from steering.sharding import use_plain_layers
 
 if TYPE_CHECKING:  # an engine without a server needs no pydantic
@@ -83,16 +83,6 @@ def load_model(settings: "Settings") -> LoadedModel:
         vocab=model.get_input_embeddings().weight.shape[0],
         adapter=opened.adapter,
     )
-
-
-def load_tokenizer(settings: "Settings") -> Any:
-    """That of the model, without it. Raises StartupError."""
-    try:
-        return open_tokenizer(
-            settings.model_path, revision=settings.revision, trust_remote_code=settings.trust_remote_code
-        )
-    except ModelError as error:
-        raise StartupError(str(error)) from error
 
 
 def choose_device(settings: "Settings") -> torch.device:

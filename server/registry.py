@@ -27,8 +27,9 @@ from server.errors import (
 from server.registry_state import RegistryState
 from steering import checkpoint as folders
 from steering.checkpoint import Checkpoint, base_model_info, verify_against, verify_sites
+from steering.column import Column
 from steering.errors import CheckpointError, CheckpointMismatch, NotFound, UnsupportedArchitecture
-from steering.types import Column, Handle
+from steering.types import Handle
 
 log = logging.getLogger(__name__)
 PREFERRED_NAME = "demo"
@@ -167,23 +168,6 @@ def find_folder(root: Path, name: str, version: str | None, param: str | None = 
 def _known_names(root: Path) -> str:
     names = dict.fromkeys(name for name, _, _ in folders.list_checkpoints(root))
     return f" There are {', '.join(names)}." if names else ""
-
-
-def why_none_is_active(entries: Sequence[CheckpointEntry]) -> str:
-    """What to do about it: the sentence for the log and for GET /checkpoints."""
-    names = list(dict.fromkeys(entry.name for entry in entries if not entry.problem))
-    if names:
-        return (
-            f"No checkpoint is active, so requests that name none are not steered. There are {', '.join(names)}: "
-            f"POST /checkpoints/{names[0]}/activate makes one active, and so does --checkpoint {names[0]} "
-            "(MATSTEER_CHECKPOINT) at the start."
-        )
-    if entries:
-        return "No checkpoint is active, so nothing is steered: none of those in the folder can be used on this model."
-    return (
-        "There is no checkpoint, so nothing is steered: `matsteer train` and `matsteer checkpoints import` make one, "
-        "and --checkpoints (MATSTEER_CHECKPOINTS) names its folder."
-    )
 
 
 class Registry:

@@ -10,11 +10,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from server.config import Settings
-from server.engine.engine import Engine
-from server.engine.scoring import Divergence
+from server.engine.divergence import Divergence
 from server.engine.sequence import Finished, SamplingParams, TokenEvent, TokenLogprob
 from server.engine_client import (
     AppliedSteering,
@@ -27,12 +26,10 @@ from server.engine_client import (
     ScoreRequest,
     Submitted,
 )
-from server.engine_core import EngineCore
 from server.errors import DeadlineExceeded, InvalidField, NotFound, PromptTooLong, UnknownModel
 from server.judge import Judge, verdicts
 from server.keys import ApiKeys
 from server.metrics import Metrics
-from server.registry import Registry
 from server.request_record import RequestRecord, current_record
 from server.request_stream import Backlog, RequestStream
 from server.studies import Studies
@@ -49,6 +46,11 @@ from server.types import (
     TokenChunk,
     TokenizeParams,
 )
+
+if TYPE_CHECKING:  # a front has none of these
+    from server.engine.engine import Engine
+    from server.engine_core import EngineCore
+    from server.registry import Registry
 
 T = TypeVar("T")
 _Pair = tuple[Finished, Finished]  # a text, and the one that it is compared with
@@ -97,17 +99,19 @@ class Service:
         self._long_texts = KeyedThreads(2, "text")  # keys: prompts, and what /tokenize and /detokenize get
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> "Engine":
         """Where it runs in this process."""
         return self._core.engine
 
     @property
-    def registry(self) -> Registry:
+    def registry(self) -> "Registry":
         """Where the engine runs in this process."""
         return self._core.registry
 
     @property
-    def _core(self) -> EngineCore:
+    def _core(self) -> "EngineCore":
+        from server.engine_core import EngineCore
+
         assert isinstance(self.client, EngineCore), "the engine runs in another process"
         return self.client
 

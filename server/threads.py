@@ -8,9 +8,10 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
+if TYPE_CHECKING:  # a process without a model needs no PyTorch
+    import torch
 
 T = TypeVar("T")
 
@@ -68,6 +69,8 @@ class ThreadScaler:
             self._resize(min(2 * self.size, self.most), now)
 
     def _resize(self, size: int, now: float) -> None:
+        import torch
+
         self.size, self._changed = size, now
         torch.set_num_threads(size)
 
@@ -96,9 +99,11 @@ def usable_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
         return cores
 
 
-def use_device(device: torch.device) -> None:
+def use_device(device: "torch.device") -> None:
     """Makes a GPU this thread's own: what CUDA is asked for without a device, as a kernel to be compiled, is for that
     one. Each thread begins with the first."""
+    import torch
+
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
 

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from server.engine.scoring import Divergence
+from server.engine.divergence import Divergence
 from server.engine.sequence import Finished, PositionsName, SamplingParams, TokenEvent, TokenLogprob
 
 

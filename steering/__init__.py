@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         verify_against,
         verify_sites,
     )
+    from steering.column import Column
     from steering.errors import (
         CheckpointError,
         CheckpointMismatch,
@@ -33,18 +34,7 @@ if TYPE_CHECKING:
     from steering.hook import Steering, steered
     from steering.operators import Trace, gate_codes, gate_values, steer, trace
     from steering.sites import layers, site_module, site_width
-    from steering.types import (
-        UNSTEERED,
-        Clamp,
-        Column,
-        Gate,
-        Handle,
-        Positions,
-        Reading,
-        SequenceSteering,
-        Site,
-        SiteKind,
-    )
+    from steering.types import UNSTEERED, Clamp, Gate, Handle, Positions, Reading, SequenceSteering, Site, SiteKind
 
 __all__ = [
     "UNSTEERED",
@@ -88,7 +78,16 @@ __all__ = [
     "verify_sites",
 ]
 
-_MODULES = ("types", "errors", "sites", "operators", "checkpoint", "bank", "hook")  # each name is in one of them
+_MODULES = (
+    "types",
+    "column",
+    "errors",
+    "sites",
+    "operators",
+    "checkpoint",
+    "bank",
+    "hook",
+)  # each name is in one of them
 
 
 def __getattr__(name: str) -> Any:

@@ -15,10 +15,11 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from steer_ops.plain import READ
+from steering.column import Column
 from steering.errors import ColumnError
 from steering.gate_buffers import GateBuffers
 from steering.slots import Slots
-from steering.types import Column, Handle, SequenceSteering, Site
+from steering.types import Handle, SequenceSteering, Site
 
 LINES = 257  # of latched gates at first: so many rows less one
 NO_OWNER = -1  # the owner of a token that no column acts on

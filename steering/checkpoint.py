@@ -29,10 +29,11 @@ from steering.checkpoint_config import (
     sentence,
 )
 from steering.checkpoint_tensors import check_widths, pack, unpack
+from steering.column import Column, multipliers_of
 from steering.errors import CheckpointError, CheckpointMismatch, ColumnError, NotFound
 from steering.files import mistaken_for
 from steering.sites import hidden_size, layers, site_width
-from steering.types import Column, Positions, multipliers_of
+from steering.types import Positions
 
 __all__ = [
     "BaseModelInfo",

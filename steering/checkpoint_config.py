@@ -7,12 +7,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from steering.errors import CheckpointError
-from steering.types import Column, Gate, Positions, SiteKind
+from steering.types import Gate, Positions, SiteKind
+
+if TYPE_CHECKING:  # a process without a model needs no PyTorch
+    from steering.column import Column
 
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 # What a config may hold: one of millions of values, or of as many unknown fields, takes seconds to read or to refuse.
@@ -100,7 +103,7 @@ class CheckpointConfig(Strict):
         return self
 
 
-def describe(column: Column) -> ColumnConfig:
+def describe(column: "Column") -> ColumnConfig:
     """A column without its tensors."""
     reads = column.reads
     return ColumnConfig(

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from steering.checkpoint_config import CheckpointConfig, ReadingConfig
+from steering.column import Column
 from steering.errors import CheckpointError
-from steering.types import Clamp, Column, Reading, Site, SiteKind
+from steering.types import Clamp, Reading, Site, SiteKind
 
 PARTS = ("vectors", "gate_weights", "gate_biases")
 

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from steer_ops.plain import full_precision, gates, widen
+from steering.column import Column
 from steering.slots import Slots
-from steering.types import Column
 
 
 class GateBuffers(Slots):

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from steering.bank import ColumnBank, SiteBuffers
+from steering.column import Column
 from steering.errors import HookError, UnsupportedArchitecture
 from steering.fused import fused_steer
 from steering.operators import Trace, steer, trace
 from steering.plain_batch import PlainBatch
 from steering.sharding import RowwiseLinear
 from steering.sites import site_module, site_width
-from steering.types import Column, Positions, Site, SiteKind
+from steering.types import Positions, Site, SiteKind
 
 
 class Steering:

@@ -11,17 +11,20 @@ import json
 import logging
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from steering.errors import ModelError, first_line
 from steering.files import mistaken_for
+from steering.imports import without_torch
 from steering.known_models import located
-from steering.sharding import why_not_sharded
+
+if TYPE_CHECKING:  # to open a tokenizer takes no PyTorch
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +71,8 @@ def open_pretrained(
     id: str,
     *,
     revision: str | None = None,
-    device: torch.device,
-    dtype: torch.dtype | str = "auto",
+    device: "torch.device",
+    dtype: "torch.dtype | str" = "auto",
     placement: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> Pretrained:
@@ -111,18 +114,25 @@ def open_config(id: str, *, revision: str | None = None, trust_remote_code: bool
     return _open_config(id, revision, trust_remote_code)
 
 
-def open_tokenizer(id: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of what `open_pretrained` opens. Raises ModelError."""
+def open_tokenizer(
+    id: str, *, revision: str | None = None, trust_remote_code: bool = False, alone: bool = False
+) -> Any:
+    """The tokenizer of what `open_pretrained` opens. `alone`: transformers is to open nothing else in this process; it
+    comes without PyTorch (`without_torch`) where the tokenizer takes none. Raises ModelError."""
     id = located(id)
     if (adapter := _adapter(id, revision)) is None:
-        return _open_tokenizer(id, revision, trust_remote_code)
+        return _open_tokenizer(id, revision, trust_remote_code, alone)
     if any(_matching(adapter.folder, TOKENIZERS)):
-        return _open_tokenizer(str(adapter.folder), None, trust_remote_code)
-    return open_tokenizer(adapter.base, revision=adapter.base_revision, trust_remote_code=trust_remote_code)
+        return _open_tokenizer(str(adapter.folder), None, trust_remote_code, alone)
+    return open_tokenizer(
+        adapter.base, revision=adapter.base_revision, trust_remote_code=trust_remote_code, alone=alone
+    )
 
 
 def check_shards(id: str, processes: int, *, revision: str | None = None, trust_remote_code: bool = False) -> None:
     """Raises ModelError where so many processes cannot hold together what `open_pretrained` opens."""
+    from steering.sharding import why_not_sharded
+
     id = located(id)
     if _adapter(id, revision) is not None:
         why: str | None = "it is a LoRA adapter, which is merged into whole weights; save a merged model and name that"
@@ -332,19 +342,23 @@ def _check_architecture(id: str, config: Any, trust_remote_code: bool) -> None:
         _refuse(id, f"its type, {config.model_type}, is no causal language model of transformers")
 
 
-def _open_tokenizer(id: str, revision: str | None, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    if Path(id).is_dir() and _gguf_file(id) is None:
+def _open_tokenizer(id: str, revision: str | None, trust_remote_code: bool, alone: bool = False) -> Any:
+    is_gguf = _gguf_file(id) is not None
+    if Path(id).is_dir() and not is_gguf:
         _check_tokenizer(id, Path(id))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**_where(id, revision), trust_remote_code=trust_remote_code)
+        with without_torch() if alone and not is_gguf and not trust_remote_code else nullcontext():
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(**_where(id, revision), trust_remote_code=trust_remote_code)
     except Exception as error:
         _refuse_as(id, error, "its tokenizer cannot be opened: ")
     return tokenizer
 
 
-def _open_weights(id: str, revision: str | None, config: Any, device: torch.device, options: Mapping[str, Any]) -> Any:
+def _open_weights(
+    id: str, revision: str | None, config: Any, device: "torch.device", options: Mapping[str, Any]
+) -> Any:
     from transformers import AutoModelForCausalLM
 
     gguf = _gguf_file(id)

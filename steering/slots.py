@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from steering.types import Column
+from steering.column import Column
 
 
 class Slots:

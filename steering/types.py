@@ -1,22 +1,23 @@
-"""The nouns of steering: where a column acts, what it is, and what one row of a batch asks for."""
+"""The nouns of steering, all but the column itself: where it acts and how, and what one row of a batch asks for.
+
+No tensors here: a process without a model needs no PyTorch.
+"""
 
 import hashlib
 import itertools
 import math
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from typing import Self, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from steering.errors import ColumnError
 
-FLOAT32_MAX = torch.finfo(torch.float32).max
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 # Of a column's norms, bias and multipliers: with more, products of them would leave float32 on real activations.
 LARGEST = 1e9
 E = TypeVar("E", bound=StrEnum)
@@ -67,7 +68,7 @@ class Site:
     def __post_init__(self) -> None:
         if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 0:
             raise ColumnError(f"layer must be a whole number of 0 or more, not {self.layer!r}")
-        object.__setattr__(self, "kind", _member(SiteKind, self.kind, "site kind"))
+        object.__setattr__(self, "kind", member(SiteKind, self.kind, "site kind"))
 
     def __str__(self) -> str:
         return f"{self.layer}.{self.kind.value}"
@@ -78,7 +79,7 @@ class Site:
         layer, dot, kind = text.partition(".")
         if not dot or not (layer.isascii() and layer.isdigit()):
             raise ColumnError(f"a site is written LAYER.KIND, as in 14.attn_output, not {text!r}")
-        return cls(int(layer), _member(SiteKind, kind, "site kind"))
+        return cls(int(layer), member(SiteKind, kind, "site kind"))
 
 
 @dataclass(frozen=True)
@@ -95,75 +96,6 @@ class Reading:
 
     site: Site
     latched: bool = False  # read once, at the first steered token, and held for the row; else at every token
-
-
-@dataclass(frozen=True, eq=False)
-class Column:
-    """One gated steering vector (arXiv 2502.12446, eq. 1-2: theta_t with its gate w_t, b_t).
-
-    A column adds multiplier x gate x vector to an activation. With a `clamp` it sets the activation's projection on the
-    vector's direction to a value instead, or goes the gate's share of the way to there; its vector is kept as a unit
-    vector. Tensors are kept as float32 copies on the CPU. Norms, bias, clamp and range are at most `LARGEST` in size.
-    """
-
-    attribute: str
-    site: Site
-    gate: Gate
-    vector: Tensor  # [D]
-    gate_weight: Tensor  # [D]; unused by a constant gate
-    gate_bias: float
-    keep_norm: bool
-    default_multiplier: float = 1.0
-    range: tuple[float, float] = (-4.0, 4.0)
-    clamp: Clamp | None = None  # None: the vector is added
-    reads: Reading | None = None  # None: the gate reads what the column steers
-
-    def __post_init__(self) -> None:
-        name = self.attribute
-        if not (isinstance(name, str) and 0 < len(name) <= 64 and name.isprintable() and name == name.strip()):
-            raise ColumnError(f"attribute must be 1 to 64 printable characters, not {name!r}")
-        object.__setattr__(self, "gate", _member(Gate, self.gate, "gate"))
-        for part in ("vector", "gate_weight"):
-            what = f"{part} of column {name!r}"
-            object.__setattr__(self, part, _own(getattr(self, part), what))
-            _bounded(float(torch.linalg.vector_norm(getattr(self, part).double())), f"the norm of {what}")
-        if self.vector.shape != self.gate_weight.shape:
-            raise ColumnError(
-                f"column {name!r} has a vector of width {self.vector.numel()} "
-                f"but a gate_weight of width {self.gate_weight.numel()}"
-            )
-        if self.clamp is not None:
-            for number in (self.clamp.value, self.clamp.origin):
-                _bounded(number, f"clamp of column {name!r}")
-            object.__setattr__(self, "vector", _unit(self.vector, f"vector of column {name!r}"))
-        if self.reads is not None:
-            if not self.reads.site < self.site:
-                raise ColumnError(
-                    f"the gate of column {name!r} reads {self.reads.site}, which a forward pass does not meet before "
-                    f"{self.site}, the site that it steers"
-                )
-            if self.gate is Gate.CONSTANT:
-                raise ColumnError(f"column {name!r} has a constant gate, which reads nothing, and reads a site")
-        object.__setattr__(self, "gate_bias", _bounded(self.gate_bias, f"gate_bias of column {name!r}"))
-        object.__setattr__(self, "keep_norm", bool(self.keep_norm))
-        what = f"default_multiplier of column {name!r}"
-        object.__setattr__(self, "default_multiplier", _finite(self.default_multiplier, what))
-        low, high = (_bounded(end, f"range of column {name!r}") for end in self.range)
-        object.__setattr__(self, "range", (low, high))
-        if not low <= self.default_multiplier <= high:
-            raise ColumnError(f"{what} is {self.default_multiplier:g}, outside its range [{low:g}, {high:g}]")
-
-    @property
-    def gate_and_site(self) -> str:
-        """The gate in words, with what it reads where that is another site."""
-        if self.reads is None:
-            return self.gate.value
-        return f"{self.gate.value} of {self.reads.site}{', held' if self.reads.latched else ''}"
-
-    @property
-    def width(self) -> int:
-        """D, the length of the vector."""
-        return self.vector.numel()
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,7 +129,7 @@ class SequenceSteering:
             if len(multipliers) != len(handle):
                 raise ColumnError(f"{len(multipliers)} multipliers were given for {len(handle)} columns")
             for slot, attribute, value in zip(handle.slots, handle.attributes, multipliers, strict=True):
-                summed[slot] = summed.get(slot, 0.0) + _finite(value, f"multiplier of {attribute!r}")
+                summed[slot] = summed.get(slot, 0.0) + finite(value, f"multiplier of {attribute!r}")
         # Rounded as the device will hold them, so that host and device agree on which are zero.
         rounded = [(slot, _float32(value)) for slot, value in sorted(summed.items())]
         slots = tuple((site, index, value) for (site, index), value in rounded if value != 0.0)
@@ -239,40 +171,24 @@ class SequenceSteering:
 UNSTEERED = SequenceSteering()
 
 
-def _member(kind: type[E], value: str, what: str) -> E:
+def member(kind: type[E], value: str, what: str) -> E:
+    """Raises ColumnError."""
     try:
         return kind(value)
     except ValueError:
         raise ColumnError(f"{what} must be one of {', '.join(kind)}, not {value!r}") from None
 
 
-def _own(tensor: Tensor, what: str) -> Tensor:
-    if not isinstance(tensor, Tensor) or tensor.dim() != 1 or tensor.numel() == 0:
-        shape = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise ColumnError(f"{what} must be a tensor of shape [D], not {shape}")
-    with torch.inference_mode(False), torch.no_grad():
-        own = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
-    if not bool(torch.isfinite(own).all()):
-        raise ColumnError(f"{what} holds values that are not finite")
-    return own
-
-
-def _unit(vector: Tensor, what: str) -> Tensor:
-    """The vector at length 1; one that has it stays the same in every bit."""
-    length = float(torch.linalg.vector_norm(vector.double()))
-    if not length:
-        raise ColumnError(f"{what} is zero: it has no direction to clamp a projection on")
-    return vector if abs(length - 1) <= 1e-6 else (vector.double() / length).float()
-
-
-def _finite(value: float, what: str) -> float:
+def finite(value: float, what: str) -> float:
+    """Raises ColumnError."""
     number = float(value)
     if not math.isfinite(number) or abs(number) > FLOAT32_MAX:
         raise ColumnError(f"{what} must be a finite float32 number, not {number!r}")
     return number
 
 
-def _bounded(value: float, what: str) -> float:
+def bounded(value: float, what: str) -> float:
+    """Raises ColumnError."""
     number = float(value)
     if not abs(number) <= LARGEST:  # NaN is not
         raise ColumnError(f"{what} must be at most {LARGEST:g} in size, not {number:g}")
@@ -280,21 +196,4 @@ def _bounded(value: float, what: str) -> float:
 
 
 def _float32(value: float) -> float:
-    return float(np.float32(_finite(value, "sum of multipliers")))
-
-
-def attribute_names(columns: Iterable[Column]) -> tuple[str, ...]:
-    """The attributes, each once, in the order of the columns."""
-    return tuple(dict.fromkeys(column.attribute for column in columns))
-
-
-def multipliers_of(columns: Sequence[Column], attributes: Mapping[str, float]) -> tuple[float, ...]:
-    """The multiplier of each column, for `SequenceSteering.of`: that of its attribute, 0 where it is not listed.
-
-    Raises ColumnError for an unknown attribute, listing the known ones.
-    """
-    known = attribute_names(columns)
-    for name in attributes:
-        if name not in known:
-            raise ColumnError(f"there is no attribute {name!r}; there are {', '.join(known) or 'none'}")
-    return tuple(float(attributes.get(column.attribute, 0.0)) for column in columns)
+    return float(np.float32(finite(value, "sum of multipliers")))

@@ -17,7 +17,8 @@ import numpy as np
 
 from demo.readme import replace_between
 from steering.checkpoint import Checkpoint
-from steering.types import Column, Gate
+from steering.column import Column
+from steering.types import Gate
 from studies.style import (
     CHEERFUL,
     FACTORS,

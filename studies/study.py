@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from steering.types import Column, Site, SiteKind
+from steering.column import Column
+from steering.types import Site, SiteKind
 from studies.real_results import METRICS, UNSTEERED
 from training.activations import Pool
 from training.activations.extraction import extract_under

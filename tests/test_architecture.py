@@ -31,6 +31,7 @@ FORBIDDEN = {
         "server.engine.engine",
         "server.registry",
     },
+    "server/front.py": {"fastapi", "starlette", "torch", "transformers", "server.api", "server.engine.engine"},
     "server/process/supervisor.py": {"fastapi", "starlette", "transformers", "server.service", "server.engine"},
     "server/parallel": {"fastapi", "starlette", "server.api", "server.service"},
     "server/attention": {"fastapi", "starlette", "server.api", "server.service", "server.loading", "server.engine"},
@@ -125,8 +126,9 @@ def test_the_reader_of_imports_sees_every_form(tmp_path: Path) -> None:
     assert imported(file, in_functions=False) == {"a", "a.b", "c", "c.d", "c.d.e"}
 
 
-def test_a_port_is_bound_and_processes_are_supervised_without_pytorch() -> None:
-    code = "import sys, server.sockets, server.process.supervisor; assert 'torch' not in sys.modules"
+@pytest.mark.parametrize("module", ["server.sockets", "server.process.supervisor", "server.process.workers"])
+def test_a_port_is_bound_processes_are_supervised_and_fronts_answer_without_pytorch(module: str) -> None:
+    code = f"import sys, {module}; assert not {{'torch', 'transformers'}} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

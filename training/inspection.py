@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize as unit
 
 from steering.checkpoint import Checkpoint, base_model_info, verify_against, verify_sites
+from steering.column import Column
 from steering.operators import gate_codes, gate_values
 from steering.sites import layers, site_module
-from steering.types import Column, Gate, Site, SiteKind
+from steering.types import Gate, Site, SiteKind
 from training.activations.hidden_states import read_hidden_states
 from training.activations.tokenization import check_ids, encode_prompt
 from training.data.samples import Turn

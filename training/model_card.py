@@ -4,7 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from steering.types import Column, Gate, attribute_names
+from steering.column import Column, attribute_names
+from steering.types import Gate
 from training.data.samples import Form
 from training.evaluation.evaluator import GateMeans
 from training.evaluation.report import markdown

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 
 from steering import checkpoint as checkpoints
+from steering.column import Column
 from steering.errors import NotFound
-from steering.types import Column, Positions, Site
+from steering.types import Positions, Site
 from training.activations import Pool
 from training.activations.extraction import extract_under
 from training.activations.store import (

@@ -11,10 +11,9 @@ from server import formatting
 from server.api.body import BodyRoute
 from server.api.deps import ChangesDep, ServiceDep, require_admin_key, require_api_key
 from server.api.responses import STREAMS, event_response, json_response, to_json
-from server.engine_client import CheckpointEntry, EngineSnapshot
+from server.engine_client import CheckpointEntry, EngineSnapshot, why_none_is_active
 from server.errors import EngineDown, UnknownCheckpoint
 from server.formatting import Formatter
-from server.registry import why_none_is_active
 from server.schemas import (
     CheckpointListBody,
     CheckpointVersionsBody,

@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+from server.engine.divergence import Divergence
 from server.engine.gate_stats import AttributeStats
 from server.engine.model_runner import InFlightStep, ModelRunner
 from server.engine.output_processor import OutputProcessor
 from server.engine.scheduler import Scheduler
-from server.engine.scoring import ComparisonPair, Divergence, ScoreCollector, to_score
+from server.engine.scoring import ComparisonPair, ScoreCollector, to_score
 from server.engine.sequence import (
     OWN_SHARE,
     EngineStats,

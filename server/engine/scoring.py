@@ -1,7 +1,5 @@
-"""Given texts instead of new ones: log-probabilities of continuations (teacher forcing), and how far steering moved the
-model on a pair of them."""
+"""Given texts instead of new ones: log-probabilities of continuations (teacher forcing)."""
 
-import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,11 +22,10 @@ from server.engine.sequence import (
     SteeringParams,
     TokenLogprob,
 )
-from server.errors import NotFinite, ServerError
+from server.errors import ServerError
 from steering.bank import upload
 
 LOGITS_BUDGET = 64 * 2**20  # numbers held at once for scores: 64 Mi float32 are 256 MB
-LARGEST_EXPONENT = 700.0  # math.exp overflows beyond 709
 
 
 @dataclass(frozen=True)
@@ -49,28 +46,6 @@ class ComparisonPair:
         under_base = to_score(request_id, 1, self.prompt, self.steered, self.base, share=share)
         under_base.follow(mine)
         return [mine, under_base, to_score(request_id, 2, self.prompt, self.baseline, self.base, share=share)]
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """How far steering moved the model on one pair, from teacher-forced passes (nats, natural logarithms)."""
-
-    kl_per_token: float  # mean over the steered text of KL(steered || reference)
-    logprob_under_baseline: float  # mean log-probability per token of the steered text, reference model
-    perplexity_ratio: float  # reference model: perplexity of the steered text / of the reference's text
-
-    @classmethod
-    def of(cls, scored: list[Scored]) -> "Divergence":
-        """From the scores of `ComparisonPair.sequences`. Raises NotFinite."""
-        mine, under_base, own = scored
-        steered_mean, baseline_mean = _mean(under_base.logprobs), _mean(own.logprobs)
-        if not (math.isfinite(steered_mean) and math.isfinite(baseline_mean)):
-            raise NotFinite("The steered and the unsteered text cannot be compared: the model's output is not finite.")
-        return cls(
-            kl_per_token=max(0.0, mine.kl / len(mine.logprobs)),
-            logprob_under_baseline=steered_mean,
-            perplexity_ratio=math.exp(min(LARGEST_EXPONENT, baseline_mean - steered_mean)),
-        )
 
 
 class ScoreCollector:
@@ -164,7 +139,3 @@ def _targets(chunk: ScheduledChunk) -> tuple[int, ...]:
     sequence = chunk.sequence
     first = chunk.end - chunk.num_logits - sequence.num_prompt_tokens + 1
     return (sequence.continuation or ())[first : first + chunk.num_logits]
-
-
-def _mean(logprobs: tuple[TokenLogprob, ...]) -> float:
-    return sum(one.logprob for one in logprobs) / len(logprobs)

@@ -23,8 +23,9 @@ from server.parallel.messages import AddColumns, CopyBlocks, Forward, RemoveColu
 from server.process.supervisor import how_it_ended
 from server.shared_folder import SharedFolder
 from steering.bank import ColumnBank
+from steering.column import Column
 from steering.errors import SteeringError
-from steering.types import Column, Handle
+from steering.types import Handle
 
 log = logging.getLogger(__name__)
 FIRST_S = 10.0  # while they start: so long this process has to say itself why it cannot, before it ends for another one

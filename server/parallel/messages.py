@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from server.attention.layout import BlockCopy, ChunkLayout
-from steering.types import Column
+from steering.column import Column
 
 # Of a batch: the serial of each handle in the process that leads, with the multipliers of its columns.
 Row = tuple[tuple[int, tuple[float, ...]], ...]

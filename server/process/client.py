@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from server.engine.scoring import Divergence
+from server.engine.divergence import Divergence
 from server.engine.sequence import (
     Event,
     Failed,

@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from server.app import app_of
-from server.assembly import open_engine, open_judging, read_template, service_of
 from server.config import Settings
 from server.ending import end
 from server.engine.text_builder import Decoders
 from server.engine_client import EngineFacts
 from server.errors import StartupError
+from server.front import load_tokenizer, open_judging, read_template, service_of
 from server.heap import heap_frozen, heap_trimmed
 from server.listener import FrontProcess, run
-from server.loading import load_tokenizer
 from server.process.client import ProcessClient
 from server.process.counting import reserve_files
 from server.process.host import HostedEngine, listen
@@ -29,6 +28,7 @@ from server.process.messages import decode, encode
 from server.sockets import LAST_WORDS_S
 from server.tokenizer import Codec
 from server.tracing import open_tracing
+from steering.imports import importing
 
 log = logging.getLogger(__name__)
 LOOK_S = 0.2  # how often it is looked whether the engine has failed
@@ -40,6 +40,8 @@ def run_engine(parent: Connection, settings: Settings, path: Path, configure: Co
     first."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    with importing():
+        from server.assembly import open_engine
     configure(settings)
     with _reported(parent):
         core, _ = open_engine(settings, makes_texts=False)
@@ -90,7 +92,7 @@ def run_front(
         reserve_files()
         template = read_template(settings.chat_template)
         judging = open_judging(settings)
-        tokenizer = load_tokenizer(settings)
+        tokenizer = load_tokenizer(settings, alone=not settings.judge)  # the operator's code may want models
         if template is not None:
             tokenizer.chat_template = template
         facts: EngineFacts = decode(parent.recv(), EngineFacts)

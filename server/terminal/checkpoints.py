@@ -16,11 +16,12 @@ from server.errors import BadRequest, UnknownCheckpoint, UnusableCheckpoint
 from server.terminal import terminal
 from steering import checkpoint as folders
 from steering.checkpoint import Checkpoint
+from steering.column import Column
 from steering.errors import CheckpointError, FormatError, ModelError, NotFound, SteeringError
 from steering.formats import Counting, Format, Hints, ModelShape, detect, read_foreign, write_foreign
 from steering.formats.card import render
 from steering.sites import layers, site_module, site_width, text_config
-from steering.types import Clamp, Column, Positions, SiteKind
+from steering.types import Clamp, Positions, SiteKind
 
 
 def list_folders(root: Path) -> None:

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from steering.types import Column, Positions, attribute_names
+from steering.column import Column, attribute_names
+from steering.types import Positions
 
 
 def render(

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steering.column import Column
 from steering.errors import FormatError
-from steering.types import Column, Gate, Positions, Site, SiteKind
+from steering.types import Gate, Positions, Site, SiteKind
 
 
 class Counting(StrEnum):

@@ -12,10 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
+from steering.column import Column
 from steering.errors import FormatError
 from steering.formats.foreign import Foreign, Hints, named_layers, need_layer, need_site
 from steering.formats.pickles import load_pickle, vector_of
-from steering.types import Column, Gate, Positions, Site
+from steering.types import Gate, Positions, Site
 
 PART = re.compile(r"steering_vectors\.(\d+)|gating_weights\.(\d+)\.(weight|bias)")
 SITE = "the paper steers attn_output; its code is trained on residual and steers attn_heads"

@@ -16,11 +16,12 @@ from torch import Tensor
 from steering.checkpoint import Checkpoint
 from steering.checkpoint_config import describe, parse
 from steering.checkpoint_tensors import PARTS, pack, unpack
+from steering.column import Column
 from steering.errors import CheckpointError, ColumnError, FormatError
 from steering.formats.contents import read_safetensors
 from steering.formats.foreign import Foreign, Hints, need_layer, need_site, one_attribute, refuse_place
 from steering.formats.tensors import read as read_tensors
-from steering.types import Column, Gate, Positions, Site
+from steering.types import Gate, Positions, Site
 
 CONFIG = "mat_steer_config"
 SITE = "the tensors alone do not tell"

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steering.column import Column
 from steering.errors import FormatError
 from steering.formats.contents import read_contents
 from steering.formats.foreign import (
@@ -26,7 +27,7 @@ from steering.formats.foreign import (
     one_attribute,
 )
 from steering.formats.names import Place, hidden_state, numbered, place_of
-from steering.types import Column, Positions, Site, SiteKind
+from steering.types import Positions, Site, SiteKind
 
 LAYER = ("layer", "layer_idx", "layer_index", "layer_id", "layers")
 HOOK = ("hook_point", "hook_name", "module")  # whose value is a name as in `names.py`

@@ -12,10 +12,9 @@ import pytest
 from benchmarks.front import MODEL, TEXT, FakeEngine, clients, text_of
 from benchmarks.processes import Running
 from server.app import app_of
-from server.assembly import open_judging, service_of
 from server.config import Settings
 from server.engine.text_builder import Decoders
-from server.loading import load_tokenizer
+from server.front import load_tokenizer, open_judging, service_of
 from server.process.client import ProcessClient
 from server.process.host import listen
 from server.tokenizer import Codec
@@ -32,7 +31,7 @@ def path() -> Iterator[Path]:
 @pytest.mark.parametrize("interval", [1, 8])
 def test_every_client_gets_the_whole_text_at_the_engines_pace(interval: int, path: Path) -> None:
     settings = Settings(model=str(MODEL), model_name="fake", max_model_len=2**20, stream_interval=interval)
-    tokenizer = load_tokenizer(settings)
+    tokenizer = load_tokenizer(settings, alone=False)
     ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     streams, tokens, rate = 3, len(ids) + 5, 2000
     fake = FakeEngine(rate, ids)

@@ -27,7 +27,8 @@ from server.engine.model_runner import ModelRunner
 from server.event_lines import EventLines
 from server.service import Service
 from steering.checkpoint import BaseModelInfo, base_model_info, save
-from steering.types import Column, Gate, Positions, Site
+from steering.column import Column
+from steering.types import Gate, Positions, Site
 
 BUSY = 5.0  # seconds that a process may be kept waiting on a machine that has more to do
 CONTEXT = 96

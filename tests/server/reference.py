@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steering.column import Column
 from steering.sites import site_module
-from steering.types import Column, Gate
+from steering.types import Gate
 
 
 def steered(activation: Tensor, columns: Sequence[Column], multipliers: Mapping[str, float]) -> Tensor:

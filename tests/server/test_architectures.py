@@ -13,7 +13,8 @@ from server.loading import max_model_len, open_runner
 from steer_ops import PAGED_ATTENTION_PREFILL
 from steer_ops import plain as references
 from steering.bank import ColumnBank
-from steering.types import Column, Gate, SequenceSteering, Site
+from steering.column import Column
+from steering.types import Gate, SequenceSteering, Site
 from tests.server.desk import Desk, sequence
 from tests.server.reference import greedy, plain
 from tests.steering.families import FAMILIES, GROUPED, HIDDEN, LAYERS, VOCABULARY, Family

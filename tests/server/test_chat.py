@@ -148,7 +148,7 @@ def test_the_operator_gives_a_template_and_is_told_what_is_wrong_with_it(
         assert client.get("/tokenizer_info").json()["chat_template"] == file.read_text()
     file.write_text(NEITHER)
     with (
-        caplog.at_level(logging.WARNING, "server.assembly"),
+        caplog.at_level(logging.WARNING, "server.front"),
         TestClient(create_app(settings.model_copy(update={"chat_template": file}))) as client,
     ):
         assert str(file) in caplog.text

@@ -13,8 +13,9 @@ from server.app import create_app
 from server.cli import app
 from server.config import Settings
 from steering.checkpoint import base_model_info, load, save
+from steering.column import Column
 from steering.hook import steered
-from steering.types import Clamp, Column, Gate, Positions, Site
+from steering.types import Clamp, Gate, Positions, Site
 
 runner = CliRunner(env={"COLUMNS": "240", "NO_COLOR": "1", "MATSTEER_THREADS": "1"})
 WIDTH = 32

@@ -16,7 +16,8 @@ from server.config import Settings
 from server.engine.cuda_graphs import Bucket, CudaGraphs
 from server.engine.sequence import SteeringParams
 from steering.checkpoint import base_model_info
-from steering.types import Column, Gate, Reading, SequenceSteering, Site
+from steering.column import Column
+from steering.types import Gate, Reading, SequenceSteering, Site
 from tests.server.conftest import columns as tiny_columns
 from tests.server.conftest import write
 from tests.server.desk import Desk

@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from server.engine import model_runner
+from server.engine.divergence import Divergence
 from server.engine.model_runner import HostCopy
-from server.engine.scoring import ComparisonPair, Divergence
+from server.engine.scoring import ComparisonPair
 from server.engine.sequence import Event, Failed, Finished, SamplingParams, ScheduledChunk, Sequence, SteeringParams
 from server.errors import GenerationFailed, NotFinite, OutOfMemory, ServerError
 from steering.types import SequenceSteering

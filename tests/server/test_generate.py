@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from steering.checkpoint import load
-from steering.types import Column
+from steering.column import Column
 from tests.server.conftest import CONTEXT, World, held_until_queued
 from tests.server.reference import greedy, plain
 

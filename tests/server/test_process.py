@@ -249,6 +249,14 @@ def test_what_one_front_changes_all_of_them_know(processes: Processes) -> None:
     assert (refused.status_code, refused.json()["error"]["type"]) == (409, "checkpoint_in_use")
 
 
+def test_fronts_have_no_pytorch(processes: Processes) -> None:
+    def loaded(process: psutil.Process) -> bool:
+        return any("libtorch" in one.path for one in process.memory_maps())
+
+    assert loaded(processes.engine)
+    assert not any(map(loaded, processes.fronts()))
+
+
 def test_every_front_tells_what_all_have_counted(processes: Processes) -> None:
     before = processes.metric("matsteer_http_requests_total", route="/tokenize")
     for _ in range(12):

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from server.engine.scoring import ComparisonPair, Divergence
+from server.engine.divergence import Divergence
+from server.engine.scoring import ComparisonPair
 from server.engine.sequence import SamplingParams, SteeringParams
 from server.errors import NotFinite, PromptTooLong
 from steering.hook import steered

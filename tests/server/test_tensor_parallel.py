@@ -23,8 +23,9 @@ from server.errors import StartupError
 from server.loading import check_tensor_parallel
 from server.parallel.leader import Leader
 from steering.checkpoint import base_model_info
+from steering.column import Column
 from steering.sharding import why_not_sharded
-from steering.types import Column, Gate, Reading, Site
+from steering.types import Gate, Reading, Site
 from tests.server.conftest import World, columns, tiny_llama, wait_until, write
 from tests.server.shards import compare_with_whole
 from tests.server.test_process import LONG, PROMPT, alike, events, started

@@ -1,10 +1,22 @@
-"""While libraries are imported the garbage collector waits."""
+"""While libraries are imported the garbage collector waits; a tokenizer is opened without PyTorch."""
 
 import gc
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save
+from transformers import AutoTokenizer
 
 from steering.imports import importing
+from steering.pretrained import open_tokenizer
+from tests.training.helpers import make_llama, make_tokenizer
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -24,3 +36,50 @@ def test_the_garbage_collector_waits_and_is_afterwards_as_it_was(enabled: bool) 
         assert gc.isenabled() is enabled
     finally:
         gc.enable()
+
+
+OPENED = """
+import logging, os, sys
+from steering.imports import without_torch
+from steering.pretrained import open_tokenizer
+
+tokenizer = open_tokenizer(sys.argv[1], alone=True)
+assert not any(name.startswith("torch") for name in sys.modules)
+assert "TRANSFORMERS_NO_ADVISORY_WARNINGS" not in os.environ
+print(type(tokenizer).__name__, tokenizer("Q: naïve 東京 🙂", add_special_tokens=True)["input_ids"])
+
+import torch
+with without_torch():
+    assert sys.modules["torch"] is torch, "it is there, and stays"
+"""
+
+
+def test_a_tokenizer_that_is_opened_alone_is_the_same_without_pytorch(tmp_path: Path) -> None:
+    whole = make_tokenizer()
+    whole.save_pretrained(tmp_path)
+    make_llama().config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(save({"a": torch.zeros(1)}))
+    done = subprocess.run([sys.executable, "-c", OPENED, tmp_path], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr == ""
+    ids = AutoTokenizer.from_pretrained(tmp_path)("Q: naïve 東京 🙂", add_special_tokens=True)["input_ids"]
+    assert done.stdout.split(" ", 1)[1].strip() == str(ids)
+
+
+@pytest.mark.parametrize(
+    ("alone", "trust_remote_code", "hidden"), [(True, False, 1), (False, False, 0), (True, True, 0)]
+)
+def test_pytorch_is_hidden_only_from_tokenizers_that_take_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: bool, trust_remote_code: bool, hidden: int
+) -> None:
+    asked: list[bool] = []
+
+    @contextmanager
+    def recording() -> Iterator[None]:
+        asked.append(True)
+        yield
+
+    monkeypatch.setattr("steering.pretrained.without_torch", recording)
+    make_tokenizer().save_pretrained(tmp_path)
+    make_llama().save_pretrained(tmp_path)
+    open_tokenizer(str(tmp_path), alone=alone, trust_remote_code=trust_remote_code)
+    assert len(asked) == hidden

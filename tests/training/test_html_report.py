@@ -12,8 +12,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from steering.column import Column
 from steering.operators import gate_codes, gate_values
-from steering.types import Column, Gate, Positions, Site, SiteKind
+from steering.types import Gate, Positions, Site, SiteKind
 from tests.training.helpers import make_llama, make_tokenizer
 from training.activations.tokenization import encode
 from training.cli import app

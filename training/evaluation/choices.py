@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from steering.chat_template import ChatTemplate
-from steering.types import Column, Positions
+from steering.column import Column
+from steering.types import Positions
 from training.activations.tokenization import Encoded, check_ids, encode
 from training.data.samples import Form
 from training.evaluation.damage import damaged, in_short, with_room

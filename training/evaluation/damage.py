@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from steering.chat_template import ChatTemplate
+from steering.column import Column
 from steering.hook import steered
-from steering.types import Column, Positions
+from steering.types import Positions
 from training.activations.tokenization import encode_prompt, pad_right
 from training.evaluation.generation import Asked, Continuation, Sampling, encoded_prompt, generate
 from training.evaluation.kept import NOTHING, Kept

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from steering import checkpoint as checkpoints
+from steering.column import Column
 from steering.operators import gate_codes, gate_values
-from steering.types import Column, Gate, Positions
+from steering.types import Gate, Positions
 from training.activations.store import Activations
 from training.data.samples import Form, Sample, Split, Turn
 from training.errors import DataError

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from steering.types import Column, Positions
+from steering.column import Column
+from steering.types import Positions
 from training.activations.tokenization import Encoded, encode
 from training.evaluation.generation import Continuation, encoded_prompt, shown
 from training.evaluation.judged import Prompt

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from steering.chat_template import ChatTemplate
+from steering.column import Column
 from steering.hook import steered
-from steering.types import Column, Positions
+from steering.types import Positions
 from training.activations.tokenization import Encoded, check_ids, encode_prompt, pad_left
 from training.data.samples import Turn, show_turns
 from training.errors import DataError, TrainingError

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from steering.checkpoint import Checkpoint
-from steering.types import Column, attribute_names
+from steering.column import Column, attribute_names
 from training.evaluation.evaluator import GateMeans
 from training.evaluation.report import sweep_rows
 from training.evaluation.results import DAMAGE, ArmResult, Estimate, Evaluation

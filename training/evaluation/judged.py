@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from steering.chat_template import ChatTemplate
-from steering.types import Column, Positions
+from steering.column import Column
+from steering.types import Positions
 from training.data.loaders import messages_field
 from training.data.rows import Row, check_fields, collect, read_rows, split_field, text_field
 from training.data.samples import Form, Sample, Split, Task, Turn

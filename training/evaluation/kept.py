@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from steering.types import Column
+from steering.column import Column
 from training.activations.store import model_hash
 from training.evaluation.results import Arm
 from training.files import content_key

@@ -13,10 +13,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from steering.column import Column
 from steering.errors import SteeringError
 from steering.hook import steered
 from steering.sites import text_config
-from steering.types import Column, Positions
+from steering.types import Positions
 from training.activations.tokenization import Encoded, batches
 from training.evaluation.answer_tree import AnswerTree, Tokens, TreeBatch, answer_trees, shared_length, tree_batch
 from training.evaluation.partial_pass import first_part, last_alike, second_part

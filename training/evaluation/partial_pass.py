@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steering.column import Column
 from steering.sites import layers
-from steering.types import Column, SiteKind
+from steering.types import SiteKind
 
 
 def last_alike(columns: Sequence[Column], multipliers: Sequence[Sequence[float]]) -> int:

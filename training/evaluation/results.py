@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from steering.types import Column, multipliers_of
+from steering.column import Column, multipliers_of
 from training.evaluation.traced import Example
 
 _Z = 1.959963984540054

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from steering.types import Column, Site
+from steering.column import Column
+from steering.types import Site
 from training.activations.store import Activations, samples_hash
 from training.data.samples import Sample, Split
 from training.errors import TrainingError

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from steering.column import Column, attribute_names
 from steering.hook import steered
-from steering.types import Column, Positions, attribute_names
+from steering.types import Positions
 from training.activations.tokenization import Encoded
 from training.evaluation.likelihood import steered_mask
 

@@ -15,7 +15,8 @@ from training.errors import FitError, TrainingError
 from training.methods.base import FitInputs, Method, MethodConfig, option
 
 if TYPE_CHECKING:
-    from steering.types import Column, Site
+    from steering.column import Column
+    from steering.types import Site
     from training.activations.store import Activations
 
 
@@ -65,7 +66,8 @@ def fit_ablation(
     """
     from torch.nn.functional import normalize as unit
 
-    from steering.types import Column, Gate, SiteKind
+    from steering.column import Column
+    from steering.types import Gate, SiteKind
 
     source = config.source if config else None
     if source is None and len(sites) > 1:

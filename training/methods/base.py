@@ -16,7 +16,8 @@ from training.activations import Pool
 from training.errors import TrainingError
 
 if TYPE_CHECKING:
-    from steering.types import Column, Site
+    from steering.column import Column
+    from steering.types import Site
     from training.activations.store import Activations
     from training.data.samples import Sample
     from training.models import Base

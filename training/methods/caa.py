@@ -8,7 +8,8 @@ from training.data.samples import Split
 from training.methods.base import FitInputs, Method, MethodConfig
 
 if TYPE_CHECKING:
-    from steering.types import Column, Site
+    from steering.column import Column
+    from steering.types import Site
     from training.activations.store import Contrast
 
 
@@ -32,7 +33,8 @@ def fit_difference(
     """One ungated column an attribute; `normalize` keeps the activation's norm when it is added."""
     import torch
 
-    from steering.types import Column, Gate
+    from steering.column import Column
+    from steering.types import Gate
 
     return tuple(
         Column(

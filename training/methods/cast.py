@@ -22,7 +22,8 @@ from training.methods.control import ControlConfig, control_vector, principal
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from steering.types import Column, Site
+    from steering.column import Column
+    from steering.types import Site
     from training.activations.store import Activations
 
 log = logging.getLogger(__name__)
@@ -105,7 +106,8 @@ class Condition:
 
 def fit(inputs: FitInputs, config: CastConfig) -> Sequence["Column"]:
     """Attribute by attribute, each at all its sites; `condition.json` has the condition's F1. Raises FitError."""
-    from steering.types import Column, Gate, Reading
+    from steering.column import Column
+    from steering.types import Gate, Reading
 
     condition_name, reads = config.place
     named = dict(inputs.by_attribute())

@@ -15,7 +15,7 @@ from training.errors import FitError
 from training.methods.base import FitInputs, Method, MethodConfig
 
 if TYPE_CHECKING:
-    from steering.types import Column
+    from steering.column import Column
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ def fit(inputs: FitInputs, config: ClampConfig) -> Sequence["Column"]:
     import torch
     from torch.nn.functional import normalize as unit
 
-    from steering.types import Clamp, Column, Gate
+    from steering.column import Column
+    from steering.types import Clamp, Gate
 
     columns: list[Column] = []
     for site, names in inputs.by_site():

@@ -19,7 +19,8 @@ from training.methods.base import Direction, FitInputs, Method, MethodConfig, op
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from steering.types import Column, Site
+    from steering.column import Column
+    from steering.types import Site
     from training.activations.store import Activations, Contrast
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,8 @@ def fit_control(
     """
     import torch
 
-    from steering.types import Column, Gate
+    from steering.column import Column
+    from steering.types import Gate
 
     config = config or ControlConfig()
     layers = {site.layer for site in sites}

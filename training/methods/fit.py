@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from steering.types import Column, Site
+from steering.column import Column
+from steering.types import Site
 from training.activations import SINK
 from training.activations.store import Activations
 from training.data.samples import Sample, Split

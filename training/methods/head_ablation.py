@@ -27,7 +27,8 @@ from training.methods.heads import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from steering.types import Column, Site
+    from steering.column import Column
+    from steering.types import Site
     from training.activations.store import Activations
 
 
@@ -109,7 +110,8 @@ def fit_head_ablation(
 def _columns(name: str, head: Head, width: int, fill: "Tensor") -> Iterator["Column"]:
     import torch
 
-    from steering.types import Column, Gate
+    from steering.column import Column
+    from steering.types import Gate
 
     span = head.span(width)
     if span.stop > len(fill):

@@ -20,7 +20,8 @@ from training.progress import progress_bar
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from steering.types import Column, Site
+    from steering.column import Column
+    from steering.types import Site
     from training.activations.store import Activations
 
 _TOLERANCE = 1e-4  # a held-out sample more or less does not hang on further digits, and they cost most of the time

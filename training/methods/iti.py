@@ -26,7 +26,8 @@ from training.methods.heads import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from steering.types import Column, Site
+    from steering.column import Column
+    from steering.types import Site
     from training.activations.store import Activations, Contrast
 
 PUBLISHED_TOP = 48
@@ -68,7 +69,8 @@ def fit_iti(
     """
     import torch
 
-    from steering.types import Column, Gate
+    from steering.column import Column
+    from steering.types import Gate
 
     config = config or ItiConfig()
     check_head_sites(sites, "iti")

@@ -19,7 +19,7 @@ from training.errors import FitError
 from training.methods.base import FitInputs, Method, MethodConfig, Preset, option
 
 if TYPE_CHECKING:
-    from steering.types import Column
+    from steering.column import Column
 
 
 class Kernel(StrEnum):

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.functional import normalize as unit
 from torch.nn.functional import pad
 
-from steering.types import Column, Gate, Site
+from steering.column import Column
+from steering.types import Gate, Site
 from training.activations.store import Contrast
 from training.methods.mat import GateInit, Init, Kernel, MatConfig, Objective
 from training.methods.probe import fit_logistic

@@ -11,7 +11,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from steering.types import Column, Site
+from steering.column import Column
+from steering.types import Site
 from training.activations.store import Contrast
 from training.errors import FitError
 from training.files import write_bytes, write_tensors

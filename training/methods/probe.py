@@ -12,7 +12,8 @@ from training.methods.base import FitInputs, Method, MethodConfig, option
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from steering.types import Column, Site
+    from steering.column import Column
+    from steering.types import Site
     from training.activations.store import Contrast
 
 PENALTY_HELP = "on the probes' squared weights; default: 1."
@@ -38,7 +39,8 @@ def fit_probe(
     """One ungated column an attribute: positive against negative, `penalty` on the squared weights of the probe."""
     import torch
 
-    from steering.types import Column, Gate
+    from steering.column import Column
+    from steering.types import Gate
 
     columns = []
     for name, contrast in contrasts.items():

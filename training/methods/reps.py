@@ -29,7 +29,8 @@ from training.progress import progress_bar
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from steering.types import Column, Site
+    from steering.column import Column
+    from steering.types import Site
     from training.activations.tokenization import Encoded
     from training.data.samples import Sample
 
@@ -60,7 +61,8 @@ def fit(inputs: FitInputs, config: RepsConfig) -> Sequence["Column"]:
     the same result. Raises FitError where an attribute has no prompt with both sides."""
     import torch
 
-    from steering.types import Column, Gate
+    from steering.column import Column
+    from steering.types import Gate
 
     assert inputs.base is not None, "checked by `fit`"
     columns: list[Column] = []
