@@ -120,13 +120,12 @@ def open_tokenizer(
     """The tokenizer of what `open_pretrained` opens. `alone`: transformers is to open nothing else in this process; it
     comes without PyTorch (`without_torch`) where the tokenizer takes none. Raises ModelError."""
     id = located(id)
-    if (adapter := _adapter(id, revision)) is None:
-        return _open_tokenizer(id, revision, trust_remote_code, alone)
-    if any(_matching(adapter.folder, TOKENIZERS)):
-        return _open_tokenizer(str(adapter.folder), None, trust_remote_code, alone)
-    return open_tokenizer(
-        adapter.base, revision=adapter.base_revision, trust_remote_code=trust_remote_code, alone=alone
-    )
+    with without_torch() if alone and not trust_remote_code and not _is_of_gguf(id) else nullcontext():
+        if (adapter := _adapter(id, revision)) is None:
+            return _open_tokenizer(id, revision, trust_remote_code)
+        if any(_matching(adapter.folder, TOKENIZERS)):
+            return _open_tokenizer(str(adapter.folder), None, trust_remote_code)
+        return open_tokenizer(adapter.base, revision=adapter.base_revision, trust_remote_code=trust_remote_code)
 
 
 def check_shards(id: str, processes: int, *, revision: str | None = None, trust_remote_code: bool = False) -> None:
@@ -304,6 +303,12 @@ def _gguf_file(id: str) -> Path | None:
     return next(iter(_matching(path, ("*.gguf",))), None)
 
 
+def _is_of_gguf(id: str) -> bool:
+    """Whether a tokenizer comes from a GGUF file, which transformers reads with PyTorch."""
+    adapter = _adapter(id, None) if Path(id).is_dir() else None
+    return _gguf_file(adapter.base if adapter else id) is not None
+
+
 def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     return [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
 
@@ -342,15 +347,13 @@ def _check_architecture(id: str, config: Any, trust_remote_code: bool) -> None:
         _refuse(id, f"its type, {config.model_type}, is no causal language model of transformers")
 
 
-def _open_tokenizer(id: str, revision: str | None, trust_remote_code: bool, alone: bool = False) -> Any:
-    is_gguf = _gguf_file(id) is not None
-    if Path(id).is_dir() and not is_gguf:
+def _open_tokenizer(id: str, revision: str | None, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    if Path(id).is_dir() and _gguf_file(id) is None:
         _check_tokenizer(id, Path(id))
     try:
-        with without_torch() if alone and not is_gguf and not trust_remote_code else nullcontext():
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(**_where(id, revision), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(**_where(id, revision), trust_remote_code=trust_remote_code)
     except Exception as error:
         _refuse_as(id, error, "its tokenizer cannot be opened: ")
     return tokenizer

@@ -1,6 +1,7 @@
 """While libraries are imported the garbage collector waits; a tokenizer is opened without PyTorch."""
 
 import gc
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -63,6 +64,26 @@ def test_a_tokenizer_that_is_opened_alone_is_the_same_without_pytorch(tmp_path: 
     assert done.stderr == ""
     ids = AutoTokenizer.from_pretrained(tmp_path)("Q: naïve 東京 🙂", add_special_tokens=True)["input_ids"]
     assert done.stdout.split(" ", 1)[1].strip() == str(ids)
+
+
+@pytest.mark.parametrize("of", ["model", "hub"])
+def test_what_is_asked_of_the_hub_is_asked_without_pytorch(of: str, tmp_path: Path) -> None:
+    """Nothing is there, or can be asked: what has been imported by then is what counts."""
+    (tmp_path / "model").mkdir()
+    code = (
+        "import sys\nfrom steering.errors import ModelError\nfrom steering.pretrained import open_tokenizer\n"
+        "try:\n    open_tokenizer(sys.argv[1], alone=True)\nexcept ModelError:\n"
+        "    print(any(name.startswith('torch') for name in sys.modules))"
+    )
+    id = str(tmp_path / "model") if of == "model" else "nobody/nothing"
+    done = subprocess.run(
+        [sys.executable, "-c", code, id],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    assert done.stdout == "False\n", done.stderr
 
 
 @pytest.mark.parametrize(
