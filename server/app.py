@@ -33,6 +33,7 @@ from server.schemas import ErrorBody
 from server.service import Service
 from server.tracing import Tracing, open_tracing
 from server.version import own_version
+from steering.imports import importing
 
 log = logging.getLogger("server.access")
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
@@ -43,7 +44,8 @@ LOGGED_PATH = 200  # characters of a path in the log
 
 def create_app(settings: Settings) -> FastAPI:
     """A server whose model is loaded and whose engine runs in this process. Raises StartupError with one sentence."""
-    from server.assembly import open_service
+    with importing():
+        from server.assembly import open_service
 
     tracing = open_tracing()
     service = open_service(settings)

@@ -78,16 +78,8 @@ __all__ = [
     "verify_sites",
 ]
 
-_MODULES = (
-    "types",
-    "column",
-    "errors",
-    "sites",
-    "operators",
-    "checkpoint",
-    "bank",
-    "hook",
-)  # each name is in one of them
+# Each name is in one of them; those without PyTorch first.
+_MODULES = ("errors", "types", "column", "sites", "operators", "checkpoint", "bank", "hook")
 
 
 def __getattr__(name: str) -> Any:

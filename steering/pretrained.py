@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from steering.errors import ModelError, first_line
 from steering.files import mistaken_for
-from steering.imports import without_torch
+from steering.imports import importing, without_torch
 from steering.known_models import located
 
 if TYPE_CHECKING:  # to open a tokenizer takes no PyTorch
@@ -120,11 +120,18 @@ def open_tokenizer(
     """The tokenizer of what `open_pretrained` opens. `alone`: transformers is to open nothing else in this process; it
     comes without PyTorch (`without_torch`) where the tokenizer takes none. Raises ModelError."""
     id = located(id)
-    with without_torch() if alone and not trust_remote_code and not _is_of_gguf(id) else nullcontext():
+    hides = alone and not trust_remote_code and not _is_of_gguf(id)
+    with without_torch() if hides else nullcontext():
         if (adapter := _adapter(id, revision)) is None:
             return _open_tokenizer(id, revision, trust_remote_code)
         if any(_matching(adapter.folder, TOKENIZERS)):
             return _open_tokenizer(str(adapter.folder), None, trust_remote_code)
+        if hides and _gguf_file(adapter.base) is not None:  # an adapter of the hub: nothing has said so before
+            _refuse(
+                id,
+                f"its base model {adapter.base!r} is a GGUF file, whose tokenizer is read with PyTorch, and a process "
+                "for HTTP has none; put the tokenizer's files beside the adapter, or serve with --engine-process false",
+            )
         return open_tokenizer(adapter.base, revision=adapter.base_revision, trust_remote_code=trust_remote_code)
 
 
@@ -348,7 +355,8 @@ def _check_architecture(id: str, config: Any, trust_remote_code: bool) -> None:
 
 
 def _open_tokenizer(id: str, revision: str | None, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
+    with importing():
+        from transformers import AutoTokenizer
 
     if Path(id).is_dir() and _gguf_file(id) is None:
         _check_tokenizer(id, Path(id))

@@ -6,8 +6,9 @@ time: all in one call, or in several that gather a bounded number of bytes each.
 that reads blocks where they lie, `paged_attention_prefill`. Without kernels each chunk goes to PyTorch's attention with
 a mask, in pieces whose scores take so many bytes.
 
-Where a layer leaves rotary embeddings to its attention, that of single tokens turns what it reads, in every step by the
-same kernel; for chunks, which need theirs turned beforehand, the line is turned after that.
+Where a layer leaves rotary embeddings to its attention, that of single tokens turns what it reads; for chunks, which
+need theirs turned beforehand, the line is turned after that. (In static shapes with chunks it is turned first, by the
+same arithmetic: `MixedMetadata`.)
 """
 
 import math

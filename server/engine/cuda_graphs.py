@@ -5,8 +5,9 @@ larger bucket. Where a kernel reads each row to its own length, a bucket is of r
 and all buckets are captured at the start. Where blocks are gathered, a bucket is also of the blocks of the longest
 text, up to a power of two, and is captured after the first step that would have used it. Sampling stays outside.
 
-A step with chunks of prompts among its tokens is put into a bucket of so many tokens together, where a kernel attends
-to any chunks in blocks. With more tokens than the largest of those has, the device takes longer than the host.
+A step with chunks of prompts among its tokens is put into a bucket of so many tokens together, where kernels attend to
+single tokens and to any chunks in blocks. With more tokens than the largest of those has, the device takes longer than
+the host.
 
 Captures happen between steps, one at a time, the largest first: it serves all rows until the others are there. When the
 bank's buffers have moved (`ColumnBank.version`), what was captured before is due again. A step that no graph serves is

@@ -232,7 +232,8 @@ def is_wanted(settings: Settings) -> bool:
     if settings.engine_process != "auto" or settings.front_workers > 1 or settings.tensor_parallel_size > 1:
         return settings.engine_process != "false"
     if settings.device == "auto":
-        import torch
+        with importing():
+            import torch
 
         return torch.cuda.is_available()
     return settings.device.startswith("cuda")

@@ -15,6 +15,7 @@ from server.client import ApiError, AsyncClient, Client
 from server.config import Settings
 from server.errors import ServerError
 from server.schemas import GenerateRequest, GenerateResponse, ResultBody, TokenBody
+from steering.imports import importing
 
 Events = AsyncIterator[TokenBody | GenerateResponse]
 Ask = Callable[[Mapping[str, Any]], Events]  # a body of POST /generate -> its events
@@ -136,9 +137,10 @@ def _begin(arm: str, console: Console) -> None:
 @contextmanager
 def asking_here(settings: Settings) -> Iterator[Ask]:
     """A model that is loaded for the conversation. Raises ServerError with one sentence."""
-    from server.api.exception_handlers import parse
-    from server.assembly import open_service
-    from server.formatting import Formatter
+    with importing():
+        from server.api.exception_handlers import parse
+        from server.assembly import open_service
+        from server.formatting import Formatter
     from server.types import GenerateResult, TokenChunk
 
     service = open_service(settings)

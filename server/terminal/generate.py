@@ -26,6 +26,7 @@ from server.schemas import (
 )
 from server.terminal import terminal
 from server.types import AppliedCheckpoint
+from steering.imports import importing
 
 Route = Literal["generate", "compare"]
 COLOURS = ("green", "cyan", "magenta", "yellow", "blue", "red")
@@ -33,9 +34,10 @@ COLOURS = ("green", "cyan", "magenta", "yellow", "blue", "red")
 
 def answer_here(settings: Settings, route: Route, body: dict[str, Any]) -> GenerateResponse | CompareResponse:
     """The route's answer, by a model that is loaded for this one request. Raises ServerError with one sentence."""
-    from server.api.exception_handlers import parse
-    from server.assembly import open_service
-    from server.formatting import Formatter
+    with importing():
+        from server.api.exception_handlers import parse
+        from server.assembly import open_service
+        from server.formatting import Formatter
 
     request: GenerateRequest | CompareRequest = (
         parse(GenerateRequest, body) if route == "generate" else parse(CompareRequest, body)

@@ -1,11 +1,12 @@
 """While libraries are imported the garbage collector waits; a tokenizer is opened without PyTorch."""
 
 import gc
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import save
 from transformers import AutoTokenizer
 
+from steering.errors import ModelError
 from steering.imports import importing
 from steering.pretrained import open_tokenizer
 from tests.training.helpers import make_llama, make_tokenizer
@@ -104,3 +106,19 @@ def test_pytorch_is_hidden_only_from_tokenizers_that_take_none(
     make_llama().save_pretrained(tmp_path)
     open_tokenizer(str(tmp_path), alone=alone, trust_remote_code=trust_remote_code)
     assert len(asked) == hidden
+
+
+def test_an_adapter_of_the_hub_whose_base_model_takes_pytorch_is_refused_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, base = tmp_path / "lora", tmp_path / "base.gguf"
+    folder.mkdir()
+    base.write_bytes(b"GGUF")
+    (folder / "adapter_model.safetensors").write_bytes(save({"a": torch.zeros(1)}))
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base), "peft_type": "LORA"}))
+    monkeypatch.setattr(
+        "steering.pretrained._hub_file", lambda _, name, __: path if (path := folder / name).is_file() else None
+    )
+    monkeypatch.setattr("steering.pretrained.without_torch", nullcontext)
+    with pytest.raises(ModelError, match=r"is a GGUF file, whose tokenizer .* with --engine-process false"):
+        open_tokenizer("me/my-lora", alone=True)
