@@ -61,7 +61,7 @@ def num_kv_cache_blocks(
         longest = min(max_model_len or tokens, tokens)
         peaks = profile_run(runner, block_size, limits, longest)
         if graph_rows:
-            peaks[runner.device] += profile_graphs(runner, block_size, graph_rows)
+            peaks[runner.device] += profile_graphs(runner, block_size, graph_rows, longest)
         tokens = _num_free_tokens(runner, settings, peaks)
     if tokens < max(SMALLEST_CACHE, block_size):
         raise StartupError(
@@ -103,10 +103,11 @@ def profile_run(runner: ModelRunner, block_size: int, limits: "StepLimits", long
     return peaks
 
 
-def profile_graphs(runner: ModelRunner, block_size: int, rows: int) -> int:
+def profile_graphs(runner: ModelRunner, block_size: int, rows: int, longest: int) -> int:
     """The memory that the CUDA graphs of steps of up to so many sequences will take, in bytes: the largest two are
-    captured, and the others, which compute in the same memory, will each add as much as the second. They cannot all be
-    captured yet: they are for the KV cache's addresses. (As vLLM estimates it.)"""
+    captured, and the others, which compute in the same memory, will each add as much as the second; and the block
+    tables of each, for texts of `longest` tokens. They cannot all be captured yet: they are for the KV cache's
+    addresses. (As vLLM estimates it.)"""
     runner.allocate(1, block_size, graph_rows=rows, max_model_len=block_size)
     taken: list[int] = []
     try:
@@ -117,7 +118,8 @@ def profile_graphs(runner: ModelRunner, block_size: int, rows: int) -> int:
             taken.append(max(0, free - _free_bytes(runner.device)))
     finally:
         runner.release()
-    bytes_ = sum(taken[:1]) + sum(taken[1:]) * (len(wanted) - 1)
+    tables = -(-longest // block_size) * sum(bucket.table_bytes for bucket in wanted)
+    bytes_ = sum(taken[:1]) + sum(taken[1:]) * (len(wanted) - 1) + tables
     log.info("CUDA graphs of %d sizes will take about %d MiB", len(wanted), bytes_ // 2**20)
     return bytes_
 

@@ -51,6 +51,12 @@ class Bucket(NamedTuple):
         """Whether some of its texts may have several."""
         return self.tokens > self.rows
 
+    @property
+    def table_bytes(self) -> int:
+        """Of its block tables, for each block of a text: int32, two of them where single tokens have one of their
+        own."""
+        return 4 * self.rows * (1 + self.is_mixed)
+
 
 @dataclass(frozen=True)
 class _Captured:

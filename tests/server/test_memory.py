@@ -76,7 +76,8 @@ def test_a_share_of_what_the_largest_step_leaves_is_taken(runner: ModelRunner, m
     not PAGED_ATTENTION_DECODE.has_kernel(torch.device("cpu"), torch.float32), reason="nothing can be compiled here"
 )
 def test_the_cache_leaves_what_graphs_will_take(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The largest takes 300 tokens' worth, and each of the six others as much as the second: 50."""
+    """The largest takes 300 tokens' worth, and each of the six others as much as the second: 50; and what their block
+    tables of 282 blocks take."""
     token, left, captured = 384, [10_000, 9_700, 9_700, 9_650], []
     monkeypatch.setattr(memory, "_container_bytes", lambda: token * 32 * 1000)
     monkeypatch.setattr(memory, "_peak_bytes", lambda devices, step: dict.fromkeys(devices, 0))
@@ -90,7 +91,8 @@ def test_the_cache_leaves_what_graphs_will_take(runner: ModelRunner, monkeypatch
     monkeypatch.setattr(CudaGraphs, "capture", capture)
     many = settings(max_num_seqs=32, cpu_kv_cache_share=1)
     blocks = num_kv_cache_blocks(runner, 32, many, graph_rows=32, max_model_len=9000)
-    assert blocks == (32 * 1000 - 300 - 6 * 50) // 32
+    tables = 4 * 282 * (1 + 2 + 4 + 8 + 16 + 24 + 32) / token
+    assert blocks == int((32 * 1000 - 300 - 6 * 50 - tables) // 32)
     assert captured == [32, 24]
     assert runner._graphs is None
 
