@@ -10,10 +10,11 @@ from torch import Tensor
 from transformers.utils import logging as hf_logging
 
 from server.attention.backend import NAME
+from server.engine.compute_threads import use_device
 from server.engine.model_runner import ModelRunner
 from server.engine.sequence import ScheduledChunk, Sequence
 from server.errors import StartupError, is_out_of_memory
-from server.threads import usable_cores, use_device
+from server.threads import usable_cores
 from steer_ops.layers import exchange_layers
 from steering.bank import ColumnBank
 from steering.errors import ModelError

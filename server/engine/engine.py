@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+from server.engine.compute_threads import use_device
 from server.engine.divergence import Divergence
 from server.engine.gate_stats import AttributeStats
 from server.engine.model_runner import InFlightStep, ModelRunner
@@ -43,7 +44,6 @@ from server.errors import (
     ServerError,
     failure_of,
 )
-from server.threads import use_device
 from server.tokenizer import Decode
 from steering.types import Handle
 

@@ -21,6 +21,7 @@ from server.attention.backend import NAME, Attention
 from server.attention.layout import BlockCopy, ChunkLayout
 from server.attention.static import ForwardMetadata
 from server.engine.block_manager import BlockManager
+from server.engine.compute_threads import ThreadScaler
 from server.engine.cuda_graphs import Bucket, CudaGraphs
 from server.engine.gate_stats import GateStats
 from server.engine.sampler import PenalisedText, Sampler, SamplerOutput, TokenCounts
@@ -35,7 +36,6 @@ from server.engine.sequence import (
     TokenLogprob,
     steering_mask,
 )
-from server.threads import ThreadScaler
 from steering.bank import ColumnBank, upload
 from steering.hook import Steering
 from steering.types import SequenceSteering

@@ -9,15 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.threads import (
-    LONGEST_PAUSE,
-    PAUSE,
-    KeyedThreads,
-    ThreadScaler,
-    usable_cores,
-    use_device,
-    waited_for_cores,
-)
+from server.engine.compute_threads import LONGEST_PAUSE, PAUSE, ThreadScaler, use_device, waited_for_cores
+from server.threads import KeyedThreads, usable_cores
 
 
 class Machine:
@@ -111,7 +104,7 @@ def test_a_system_that_does_not_say_leaves_the_team_alone() -> None:
 def test_threads_that_share_a_core_are_seen_to_wait() -> None:
     code = """
 import hashlib, os, threading, time
-from server.threads import waited_for_cores
+from server.engine.compute_threads import waited_for_cores
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 block = bytes(10**6)
 def work():
