@@ -202,6 +202,19 @@ def wait_until(ready: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
+def hold_steps(runner: ModelRunner, patch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """Steps of the runner begin once the second event is set; the first one is, as soon as one is to begin."""
+    real, inside, go_on = runner.execute_async, threading.Event(), threading.Event()
+
+    def held(*batch: Any) -> Any:
+        inside.set()
+        assert go_on.wait(20)
+        return real(*batch)
+
+    patch.setattr(runner, "execute_async", held)
+    return inside, go_on
+
+
 async def held_until_queued(engine: Engine, sequences: int) -> None:
     """No step begins from now on until so many sequences wait for one: the next one has them all."""
     go_on = threading.Event()

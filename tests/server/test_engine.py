@@ -15,7 +15,7 @@ from server.config import Settings
 from server.engine.model_runner import ModelRunner
 from server.errors import EngineDown, OutOfMemory
 from steer_ops import PAGED_ATTENTION_DECODE
-from tests.server.conftest import World, held_until_queued, wait_until
+from tests.server.conftest import World, held_until_queued, hold_steps, wait_until
 
 pytestmark = pytest.mark.usefixtures("overlaps")
 
@@ -281,15 +281,7 @@ def test_work_between_steps_that_takes_too_long_makes_the_server_unready(
 
 
 def test_the_event_loop_answers_while_the_model_runs(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = runner_of(fresh)
-    real, inside, go_on = runner.execute_async, threading.Event(), threading.Event()
-
-    def slow(*batch: Any) -> Any:
-        inside.set()
-        assert go_on.wait(10)
-        return real(*batch)
-
-    monkeypatch.setattr(runner, "execute_async", slow)
+    inside, go_on = hold_steps(runner_of(fresh), monkeypatch)
 
     async def story() -> Any:
         async with api(fresh.app) as client:
@@ -381,15 +373,8 @@ def test_a_client_that_goes_away_frees_its_row_by_the_next_step(fresh: World, mo
 
 
 def test_a_cancelled_request_that_waits_never_runs(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner, engine = runner_of(fresh), fresh.service.engine
-    real, inside, go_on = runner.execute_async, threading.Event(), threading.Event()
-
-    def slow(*batch: Any) -> Any:
-        inside.set()
-        assert go_on.wait(10)
-        return real(*batch)
-
-    monkeypatch.setattr(runner, "execute_async", slow)
+    engine = fresh.service.engine
+    inside, go_on = hold_steps(runner_of(fresh), monkeypatch)
 
     async def story() -> None:
         async with api(fresh.app) as client:

@@ -141,9 +141,7 @@ def serving(
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
     try:
-        deadline = time.monotonic() + 20
-        while not server.started and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda: server.started, 20)
         yield server, slow, f"http://127.0.0.1:{bound.getsockname()[1]}"
     finally:
         server.should_exit = True

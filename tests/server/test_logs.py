@@ -20,7 +20,7 @@ from server.config import Settings
 from server.engine.engine import Engine
 from server.errors import QueueFull
 from server.logs import formatter
-from tests.server.conftest import World
+from tests.server.conftest import World, wait_until
 from tests.server.test_listener import serving
 
 PROMPT = "Q: What colour is grass? A:"
@@ -44,9 +44,7 @@ class Log:
 
     def request(self) -> dict[str, Any]:
         """The one request that has ended, or will in a moment."""
-        until = time.monotonic() + 10
-        while not self.requests() and time.monotonic() < until:
-            time.sleep(0.01)
+        wait_until(lambda: bool(self.requests()))
         (line,) = self.requests()
         return line
 

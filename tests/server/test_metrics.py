@@ -3,10 +3,8 @@
 import asyncio
 import math
 import re
-import threading
 from collections.abc import Iterator
 from itertools import count
-from typing import Any
 
 import pytest
 import yaml
@@ -19,7 +17,7 @@ from server.types import GenerateParams
 from server.version import own_version
 from steering.types import Handle, SequenceSteering, Site
 from tests.deploy.monitoring import DASHBOARD, ROOT, queries, variables
-from tests.server.conftest import World, wait_until
+from tests.server.conftest import World, hold_steps, wait_until
 from tests.server.test_engine import runner_of
 
 
@@ -185,15 +183,7 @@ def test_swaps_loads_and_cancelled_texts_are_counted(fresh: World, monkeypatch: 
     assert grown["matsteer_checkpoint_swaps_total"] == 1
     assert grown["matsteer_checkpoint_loads_total"] == 2
 
-    runner = runner_of(fresh)
-    real, inside, go_on = runner.execute_async, threading.Event(), threading.Event()
-
-    def held(*batch: Any) -> Any:
-        inside.set()
-        assert go_on.wait(20)
-        return real(*batch)
-
-    monkeypatch.setattr(runner, "execute_async", held)
+    inside, go_on = hold_steps(runner_of(fresh), monkeypatch)
     sampling = SamplingParams(max_new_tokens=80, ignore_eos=True)
 
     async def leave() -> None:
