@@ -43,6 +43,7 @@ def ask(server: Processes, length: int) -> tuple[int, str]:
     [
         ("false", DEAD, (500, "generation_failed"), "the device failed: CUDA error"),
         ("true", BUG, (503, "engine_down"), "the engine's loop broke: 'a bug'"),
+        ("false", STUCK, (503, "engine_down"), f"the current step has been running for more than {STALL_S} s"),
         ("true", STUCK, (503, "engine_down"), f"the current step has been running for more than {STALL_S} s"),
     ],
 )

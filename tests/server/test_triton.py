@@ -70,8 +70,8 @@ def recorded_logits(desk: Desk) -> dict[tuple[Sequence, int], Tensor]:
     return found
 
 
-EAGER = ("llama", "gpt_oss")
-TWO_LAYERS = ("llama", "gemma2", "gpt_oss")  # of two kinds, or what ends one begins the next
+EAGER = ("llama", "gemma2", "gpt_oss")
+TWO_LAYERS = ("llama", "gemma2", "gemma3", "gpt_oss", "granite_swa")  # of two kinds, or what ends one begins the next
 
 
 @pytest.mark.parametrize(
