@@ -167,7 +167,7 @@ class MixedMetadata:
         pool.write(self.numbers[len(query) :].view(-1, 2), new_key.transpose(0, 1), value[0])
         # What no text's tokens get is a number: no layer chokes on it.
         out = query.new_zeros(*query.shape[:2], value.shape[-1])
-        # Rows without a single token write what the chunks' tokens get after them.
+        # Rows that have no single token write to `out`, too; what the chunks' tokens get is written over that.
         rows = slice(len(self.block_tables))
         self.singles.attend_rows(pool, query[rows], new_key[rows], new_value[rows], out[rows], params)
         starts, lens, _ = self.starts
